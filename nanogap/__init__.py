@@ -1,0 +1,18 @@
+"""nanogap: Grounding-Aware Token Pruning (arXiv 2506.21873), from scratch and small.
+
+    import nanogap
+    model = nanogap.load("weights/mini")
+    result = model.ground("image.jpg", "the man on the left", prune="random", keep=72, mode="gap")
+    print(result.text, result.box)
+"""
+
+import warnings
+
+# torch without numpy says so at import; nothing here needs numpy, so this one line is noise
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+from nanogap import gap, image, prompt, prune  # noqa: E402
+from nanogap.errors import NanogapError  # noqa: E402
+from nanogap.weights import load  # noqa: E402
+
+__all__ = ["NanogapError", "gap", "image", "load", "prompt", "prune"]

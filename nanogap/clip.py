@@ -1,0 +1,223 @@
+"""The eyes: a CLIP vision tower, as LLaVA uses it, and what pruning reads off it.
+
+In:  pixel_values (B, 3, S, S), normalised.  Out: patch features (B, N, C) in raster order, and on the
+way the CLS token and how much it attends to each patch.
+
+Source: CLIP, arXiv 2103.00020, in the layout of its checkpoints on the hub (transformers 5.23
+modeling_clip.py).  LLaVA takes the features one layer before the end, without CLS and without the last
+LayerNorm.
+Letters: B batch, N patches, C channels, H heads, D head dim; sequences have 1 + N tokens, CLS first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the square."""
+        return self.image_size // self.patch_size
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU; the exact one would shift every feature a little."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)          # (B, H, T, D)
+
+    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)      # (B, H, T, D)
+        return self.out_proj(y.transpose(1, 2).flatten(2))                    # (B, T, C)
+
+    def cls_row(self, x: Tensor) -> Tensor:
+        """The row of attention weights with which CLS looks at the patches, written out.
+
+        x: (B, 1 + N, C), what `forward` was given.  returns: (B, H, N); a row sums to one together with
+        the weight that CLS gives to itself, which is left out.
+        """
+        q, k = self.split(self.q_proj(x[:, :1])), self.split(self.k_proj(x))
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B,H,1,D) x (B,H,D,1+N) -> (B,H,1,1+N)
+        return scores.float().softmax(-1)[:, :, 0, 1:]
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """One pre-norm transformer block; the text tower's blocks are the same, with a causal mask."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.self_attn = CLIPAttention(hidden_size, num_heads)
+        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=eps)
+        self.mlp = CLIPMLP(hidden_size, intermediate_size)
+        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=eps)
+
+    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), is_causal)                # (B, T, C)
+        return x + self.mlp(self.layer_norm2(x))                              # (B, T, C)
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, layers: int, hidden_size: int, intermediate_size: int, num_heads: int,
+                 eps: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(hidden_size, intermediate_size, num_heads, eps)
+                                    for _ in range(layers))
+
+
+class CLIPVisionEmbeddings(nn.Module):
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        C, P = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.randn(C) * C ** -0.5)
+        self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
+        self.position_embedding = nn.Embedding(1 + config.grid ** 2, C)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, C)
+        cls = self.class_embedding.expand(len(patches), 1, -1)                   # (B, 1, C)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, C)
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """What the vision tower saw in B images; the last three only where they were asked for."""
+
+    features: Tensor                     # (B, N, C)  patches after the feature layer, raster order
+    cls: Tensor                          # (B, C)     the CLS token after the feature layer
+    cls_attention: Tensor | None = None  # (B, H, N)  the feature layer's attention from CLS to each patch
+    last_queries: Tensor | None = None   # (B, 1 + N, C)  W_q LN1(h) of the layer after the feature layer,
+    last_keys: Tensor | None = None      # (B, 1 + N, C)  W_k LN1(h): heads not split, nothing scaled
+
+
+class CLIPVisionTower(nn.Module):
+    def __init__(self, config: CLIPVisionConfig, feature_layer: int = -2) -> None:
+        super().__init__()
+        self.config = config
+        # hidden_states[0] is the input of layer 0, so hidden_states[-2] is what the last layer but one
+        # returns: `depth` layers are run for the features, and the rest only on demand
+        self.depth = feature_layer % (config.num_hidden_layers + 1)
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
+        self.encoder = CLIPEncoder(config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+                                   config.num_attention_heads, config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def hidden(self, pixel_values: Tensor, depth: int) -> Tensor:
+        """hidden_states[depth] (B, 1 + N, C): `depth` layers are run and not one more."""
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.encoder.layers[:depth]:
+            x = layer(x)
+        return x
+
+    def forward(self, pixel_values: Tensor, for_pruning: bool = False) -> VisionOutput:
+        """Images (B, 3, S, S) -> patch features, and on demand what pruning strategies look at."""
+        before = self.hidden(pixel_values, self.depth - 1)                    # (B, 1 + N, C)
+        feature_layer, next_layer = self.encoder.layers[self.depth - 1: self.depth + 1]
+        x = feature_layer(before)                                             # (B, 1 + N, C)
+        if not for_pruning:
+            return VisionOutput(x[:, 1:], x[:, 0])
+        cls_attention = feature_layer.self_attn.cls_row(feature_layer.layer_norm1(before))
+        normed, attention = next_layer.layer_norm1(x), next_layer.self_attn
+        return VisionOutput(x[:, 1:], x[:, 0], cls_attention, attention.q_proj(normed),
+                            attention.k_proj(normed))
+
+    def pooled(self, pixel_values: Tensor) -> Tensor:
+        """CLIP's own summary of an image (B, C): CLS after all layers and the last LayerNorm."""
+        x = self.hidden(pixel_values, len(self.encoder.layers))
+        return self.post_layernorm(x[:, 0])
+
+
+# ----- the text tower -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
+    layer_norm_eps: float = 1e-5
+
+
+class CLIPTextEmbeddings(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+
+
+class CLIPTextTower(nn.Module):
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+                                   config.num_attention_heads, config.layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token IDs (B, T) -> (B, C), read at each text's end token, which has the highest ID of all."""
+        x = self.embeddings(input_ids)
+        for layer in self.encoder.layers:
+            x = layer(x, is_causal=True)                                      # (B, T, C)
+        x = self.final_layer_norm(x)
+        return x[torch.arange(len(x), device=x.device), input_ids.argmax(-1)]
+
+
+class CLIP(nn.Module):
+    """Both towers and their projections into one space, as CLIP trains them."""
+
+    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int) -> None:
+        super().__init__()
+        self.vision_model = CLIPVisionTower(vision)
+        self.text_model = CLIPTextTower(text)
+        self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
+        self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
+        return F.normalize(self.visual_projection(self.vision_model.pooled(pixel_values)), dim=-1)
+
+    def text_features(self, input_ids: Tensor) -> Tensor:
+        """Texts (M, T) -> unit vectors (M, projection_dim)."""
+        return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)

@@ -1,0 +1,168 @@
+"""config.json: what the published files say, and what they leave out.
+
+In:  a checkpoint's folder.  Out: a `LlavaConfig`; and back to JSON.
+
+The published config of llava-1.5-7b-hf omits most of the decoder's keys, so the defaults are those of
+transformers' configuration classes (5.23); what the file does say is read and never guessed.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from nanogap.clip import CLIPVisionConfig
+from nanogap.errors import NanogapError
+from nanogap.image import CLIP_MEAN, CLIP_STD
+from nanogap.llama import LlamaConfig
+from nanogap.llava import LlavaConfig
+
+# CLIPVisionConfig of transformers is a ViT-B/32; LLaVA's L/14-336 only where vision_config is absent
+VIT_B_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32)
+LAYERS, WIDTH, HUGE = 1 << 10, 1 << 17, 1 << 22   # far above every model there is: a broken file hangs nothing
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None
+    if not isinstance(value, dict):
+        raise NanogapError(f"{path} does not hold a JSON object; download it again")
+    return value
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def integer(part: dict, key: str, default: int, high: int = WIDTH, low: int = 1) -> int:
+    value = part.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise NanogapError(f"config.json: {key} is {value!r:.80}, not a whole number from {low} to {high}")
+    return value
+
+
+def number(part: dict, key: str, default: float) -> float:
+    value = part.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+        raise NanogapError(f"config.json: {key} is {value!r:.80}, not a positive number")
+    return float(value)
+
+
+def section(config: dict, key: str) -> dict:
+    part = config.get(key)
+    if part is not None and not isinstance(part, dict):
+        raise NanogapError(f"config.json: {key} is not an object")
+    return part or {}
+
+
+def only(part: dict, key: str, *values: object) -> None:
+    """Refuse a variant that is not implemented here; the first of the values is the default."""
+    found = part.get(key, values[0])
+    if found is not None and found not in values:
+        raise NanogapError(f"config.json: {key} is {found!r:.80}; nanogap implements {values[0]!r} only")
+
+
+def read_decoder(text: dict) -> LlamaConfig:
+    """The language model's part of config.json."""
+    only(text, "model_type", "llama")
+    only(text, "hidden_act", "silu")
+    only(text, "attention_bias", False)
+    only(text, "mlp_bias", False)
+    only(text, "rope_scaling", None)
+    rope = section(text, "rope_parameters")                                   # transformers 5
+    only(rope, "rope_type", "default")
+    hidden = integer(text, "hidden_size", 4096)
+    heads = integer(text, "num_attention_heads", 32)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=integer(text, "intermediate_size", 11008),
+        num_hidden_layers=integer(text, "num_hidden_layers", 32, LAYERS),
+        num_attention_heads=heads,
+        num_key_value_heads=integer(text, "num_key_value_heads", heads),
+        head_dim=integer(text, "head_dim", max(hidden // heads, 1)),
+        vocab_size=integer(text, "vocab_size", 32000, HUGE),
+        rms_norm_eps=number(text, "rms_norm_eps", 1e-6),
+        rope_theta=number(rope, "rope_theta", number(text, "rope_theta", 10000.0)),
+        max_position_embeddings=integer(text, "max_position_embeddings", 2048, HUGE),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)))
+    if heads % config.num_key_value_heads or config.head_dim % 2:
+        raise NanogapError(f"config.json: {heads} attention heads of {config.head_dim} channels do not go "
+                           f"with {config.num_key_value_heads} key-value heads and RoPE")
+    return config
+
+
+def read_vision(config: dict) -> CLIPVisionConfig:
+    """The vision tower's part of config.json."""
+    vision = section(config, "vision_config")
+    only(vision, "model_type", "clip_vision_model")
+    only(vision, "hidden_act", "quick_gelu")
+    only(vision, "num_channels", 3)
+    default = VIT_B_32 if "vision_config" in config else CLIPVisionConfig()
+    high = {"num_hidden_layers": LAYERS, "image_size": 1 << 12, "patch_size": 1 << 12}
+    sizes = {key: integer(vision, key, value, high.get(key, WIDTH))
+             for key, value in asdict(default).items() if key != "layer_norm_eps"}
+    read = CLIPVisionConfig(**sizes, layer_norm_eps=number(vision, "layer_norm_eps", 1e-5))
+    if read.hidden_size % read.num_attention_heads or read.image_size < read.patch_size:
+        raise NanogapError(f"config.json: vision_config makes no sense: {read}")
+    return read
+
+
+def read_config(folder: Path) -> LlavaConfig:
+    """config.json, and what generation_config.json and preprocessor_config.json add to it.
+
+    raises: NanogapError where one is broken, or describes a model that is not LLaVA-1.5
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "llava":
+        raise NanogapError(f"{folder / 'config.json'} describes a {config.get('model_type')!r:.80} model; "
+                           "nanogap loads 'llava' (LLaVA-1.5 in the layout of llava-hf)")
+    only(config, "projector_hidden_act", "gelu")
+    only(config, "vision_feature_select_strategy", "default")
+    text, vision = read_decoder(section(config, "text_config")), read_vision(config)
+    layer = integer(config, "vision_feature_layer", -2, LAYERS, -LAYERS)
+    if not 0 < layer % (vision.num_hidden_layers + 1) < vision.num_hidden_layers:
+        raise NanogapError(f"config.json: vision_feature_layer is {layer}; it must leave a layer before and "
+                           f"after the features, of {vision.num_hidden_layers}")
+    token = "image_token_id" if config.get("image_token_index") is None else "image_token_index"
+    optional = {name: read_json(folder / name) if (folder / name).is_file() else {}
+                for name in ("generation_config.json", "preprocessor_config.json")}
+    generation, pixels = optional.values()
+    eos = generation.get("eos_token_id", section(config, "text_config").get("eos_token_id"))
+    return LlavaConfig(
+        text, vision, vision_feature_layer=layer,
+        image_token=integer(config, token, 32000, HUGE, 0),
+        projector_bias=bool(config.get("multimodal_projector_bias", True)),
+        bos_token=integer(section(config, "text_config"), "bos_token_id", 1, HUGE, 0),
+        eos_token=integer({"eos_token_id": eos}, "eos_token_id", 2, HUGE, 0),
+        image_mean=triple(pixels, "image_mean", CLIP_MEAN), image_std=triple(pixels, "image_std", CLIP_STD),
+        dtype=str(config.get("torch_dtype") or config.get("dtype")))
+
+
+def triple(part: dict, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Three positive numbers, one per colour."""
+    values = part.get(key) or default
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise NanogapError(f"preprocessor_config.json: {key} is {values!r:.80}, not three numbers")
+    return tuple(number({key: value}, key, 1.0) for value in values)
+
+
+def published_config(config: LlavaConfig) -> dict:
+    """config.json as the hub has it, with every key spelled out."""
+    text = asdict(config.text) | {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+                                  "bos_token_id": config.bos_token, "eos_token_id": config.eos_token}
+    vision = asdict(config.vision) | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_token_index": config.image_token, "image_seq_length": config.vision.grid ** 2,
+        "projector_hidden_act": "gelu", "multimodal_projector_bias": config.projector_bias,
+        "text_config": text, "vision_config": vision, "torch_dtype": config.dtype,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "vision_feature_layer": config.vision_feature_layer, "vision_feature_select_strategy": "default",
+    }

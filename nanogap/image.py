@@ -1,0 +1,114 @@
+"""Pixels: from a picture to the square that the model sees, and from its boxes back to the picture.
+
+In:  any image that Pillow reads.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
+
+Source: LLaVA pads to a square with CLIP's mean colour before resizing (`image_aspect_ratio: pad`).
+differs: the image processor on the hub crops the sides off instead; the crop loses targets at the
+edge, and boxes were trained in the padded square.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from nanogap.errors import NanogapError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)                     # (122, 116, 104)
+MAX_SIDE = 8192   # a longer image is shrunk first: padded to a square it might not fit into memory
+
+Box = tuple[float, float, float, float]
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB, upright, the first frame of an animation, over the padding colour.
+
+    raises: NanogapError where there is no such file or Pillow cannot read it
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # Pillow warns of large images long before it refuses them
+            with Image.open(path) as image:
+                return to_rgb(image)
+    except FileNotFoundError:
+        raise NanogapError(f"{path}: there is no such image; give the path of a picture, "
+                           "such as image.jpg") from None
+    except IsADirectoryError:
+        raise NanogapError(f"{path} is a folder; give the path of one picture in it") from None
+    except Exception as error:   # decoders of broken files raise almost anything
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise NanogapError(f"{path} cannot be read as an image ({reason}); "
+                           "give a whole JPEG or PNG file") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as upright RGB; transparent parts show the padding colour."""
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                            # 16 bits a pixel
+        image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (*PAD_COLOUR, 255))
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """Paste the image into the middle of a square of the padding colour."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def to_pixel_values(image: Image.Image, size: int, mean: Sequence[float] = CLIP_MEAN,
+                    std: Sequence[float] = CLIP_STD) -> Tensor:
+    """What the vision tower reads: the padded square, resized and normalised, (1, 3, size, size)."""
+    if max(image.size) > MAX_SIDE:
+        image = ImageOps.contain(image, (MAX_SIDE, MAX_SIDE))
+    square = pad_to_square(image).resize((size, size), Image.Resampling.BICUBIC)
+    levels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    pixels = levels.view(size, size, 3).permute(2, 0, 1).float() / 255        # (3, S, S)
+    return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))[None]
+
+
+# ----- boxes --------------------------------------------------------------------------------------
+
+
+def box_to_pixels(box: Sequence[float], width: int, height: int) -> Box:
+    """Map a box from the padded square that the model saw to pixels of the original image.
+
+    box:     (x1, y1, x2, y2), each in [0, 1] of the square
+    returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
+    raises:  ValueError where x2 <= x1 or y2 <= y1
+    """
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"not a box: {tuple(box)}")
+    side = max(width, height)
+    dx, dy = (side - width) // 2, (side - height) // 2
+    x1, x2 = (min(max(x * side - dx, 0.0), float(width)) for x in (box[0], box[2]))
+    y1, y2 = (min(max(y * side - dy, 0.0), float(height)) for y in (box[1], box[3]))
+    return x1, y1, x2, y2
+
+
+def box_to_square(box: Sequence[float], width: int, height: int) -> Box:
+    """The way there: a box in pixels of the image -> fractions of the padded square."""
+    side = max(width, height)
+    dx, dy = (side - width) // 2, (side - height) // 2
+    return ((box[0] + dx) / side, (box[1] + dy) / side, (box[2] + dx) / side, (box[3] + dy) / side)
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2) with continuous areas; 0 where both are empty."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(width, 0.0) * max(height, 0.0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    return both / union if union > 0 else 0.0

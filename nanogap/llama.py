@@ -1,0 +1,189 @@
+"""The language model: a LLaMA decoder that is told where every token stands.
+
+In:  embeddings (B, T, C) and their position_ids (T,) or (B, T).  Out: hidden states or logits.
+Three numbers stay apart here: `position_ids` is what RoPE sees, the cache row is where keys and values
+are written (always dense: 0, 1, 2, ...), and which patch a token came from is nobody's business here.
+
+Source: LLaMA, arXiv 2302.13971, in the layout of its checkpoints on the hub
+(transformers 5.23 modeling_llama.py).
+Letters: B batch, T new tokens, R rows in the cache, C channels, H heads, G key-value heads, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    vocab_size: int = 32000
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the channels: in float32, cast back, then scale."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+# ----- RoPE ---------------------------------------------------------------------------------------
+
+
+def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle by which RoPE turns each channel pair at each position.
+
+    position_ids: integers (..., T); any size, since no table is cut to the length of the sequence:
+                  under GAP the largest ID exceeds the number of tokens
+    returns:      cos, sin (..., T, D) in float32; pair i turns by position / theta^(2i/D)
+    source:       RoFormer, arXiv 2104.09864
+    """
+    pairs = torch.arange(0, head_dim, 2, device=position_ids.device).float()  # (D/2,)
+    frequencies = 1.0 / theta ** (pairs / head_dim)                           # (D/2,)
+    angles = position_ids[..., None].float() * frequencies                    # (..., T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)                              # (..., T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + D/2]) of every head by their angles.
+
+    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D).  This is half-split RoPE, as in the checkpoints
+    on the hub; the original LLaMA code pairs neighbours (x[2i], x[2i+1]) and stores q and k accordingly.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+# ----- the cache ----------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in rows allocated once; rows know nothing of positions."""
+
+    def __init__(self, config: LlamaConfig, rows: int, like: Tensor) -> None:
+        shape = (config.num_hidden_layers, len(like), config.num_key_value_heads, rows, config.head_dim)
+        self.keys = like.new_empty(shape)                                     # (layers, B, G, rows, D)
+        self.values = like.new_empty(shape)
+        self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
+        start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
+        self.lengths[layer] = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+# ----- the decoder --------------------------------------------------------------------------------
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention in which the last query sees all keys, the one before it one key less, ...
+
+    q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
+    The order of the rows decides who sees whom; position IDs play no part in the mask.
+    """
+    T, R = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if T == 1 or T == R:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
+    mask = torch.ones(T, R, dtype=torch.bool, device=q.device).tril(diagonal=R - T)  # (T, R)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, D
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, G, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
+        y = causal_attention(q, k, v)                                         # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))               # (B, T, C)
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))    # SwiGLU
+
+
+class LlamaDecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, layer)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)      # (B, T, C)
+        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, T, C)
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Embeddings (B, T, C) at position_ids (T,) or (B, T) -> hidden states (B, T, C)."""
+        cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        if position_ids.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]                             # (B, 1, T, D)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)                                     # (B, T, C)
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None,
+                last_only: bool = False) -> Tensor:
+        """Embeddings (B, T, C) -> logits (B, T, V) in float32; (B, 1, V) where only the last is asked."""
+        x = self.model(x, position_ids, cache)
+        return self.lm_head(x[:, -1:] if last_only else x).float()

@@ -1,0 +1,222 @@
+"""Checkpoints: a folder with config.json and safetensors becomes a model, strictly; and the way back.
+
+In:  a folder in one of the four layouts in which LLaVA-1.5 is published.  Out: a `Llava`.
+
+Every tensor on disk must be known and of the right shape, and none may be missing.  The model is built
+without memory (meta device) and takes the memory-mapped tensors as they are: one copy, no more.
+Source: the llava-hf repositories on the hub; layouts and defaults as transformers 5.23 reads them.
+"""
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from nanogap.clip import CLIP
+from nanogap.config import one_line, published_config, read_config, read_json, write_json
+from nanogap.errors import NanogapError
+from nanogap.llava import Llava, LlavaConfig
+
+DOWNLOAD = ("hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf", "14 GB")
+
+# From the names of each published layout to the names of our modules, which are those of layout (b):
+RENAME = (
+    (r"^model\.language_model\.", "language_model.model."),                   # (c), (d)
+    (r"^lm_head\.", "language_model.lm_head."),                               # (c), (d)
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),              # (c), (d)
+    (r"^vision_tower\.vision_model\.", "vision_tower."),                      # (a), (c)
+)
+UNUSED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")       # in older files
+
+
+def our_name(name: str) -> str:
+    """The module path of a published tensor name: `model.language_model.norm.weight` -> ..."""
+    for pattern, replacement in RENAME:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load(folder: str | Path, device: str | torch.device | None = None,
+         dtype: str | torch.dtype | None = None) -> Llava:
+    """Load a LLaVA-1.5 checkpoint, ready to ground.
+
+    folder: config.json, tokenizer.json and model.safetensors, or shards with their index
+    device: None takes CUDA where there is one, else the CPU
+    dtype:  None takes the checkpoint's own on a GPU; on a CPU float32, or bfloat16 for a model of more
+            than two billion parameters; see `model.device` and `model.dtype` for what it came to
+    raises: NanogapError where anything is missing, broken, unknown or of another shape
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json, so it is not a checkpoint" if folder.is_dir() else "is not a folder"
+        raise NanogapError(f"{folder} {what}; get the published weights with `{DOWNLOAD[0]}` ({DOWNLOAD[1]})")
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Llava(config)
+    device = pick_device(device)
+    size = sum(p.numel() for p in model.parameters())
+    dtype = pick_dtype(dtype, device, config.dtype, size)
+    model.tokenizer = read_tokenizer(folder, config)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    tensors = read_tensors(folder, shapes, device, dtype)
+    if config.text.tie_word_embeddings:
+        tensors.setdefault("language_model.lm_head.weight", tensors.get("language_model.model.embed_tokens.weight"))
+    missing = [name for name in shapes if tensors.get(name) is None]
+    if missing:
+        raise NanogapError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}; "
+                           "download it again")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = str(device).split(":")[0]
+    if not there.get(kind):
+        raise NanogapError(f"device {device} is not to be had here; choose from "
+                           f"{', '.join(name for name, here in there.items() if here)}")
+    return torch.device(device)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str | None, size: int) -> torch.dtype:
+    """The precision asked for, or the best for this device and number of parameters."""
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32 if size <= 2e9 else torch.bfloat16
+        return DTYPES.get(own, torch.float16)
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise NanogapError(f"unknown dtype {dtype}; choose from {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+# ----- reading ------------------------------------------------------------------------------------
+
+
+def read_tokenizer(folder: Path, config: LlavaConfig) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise NanogapError(f"{folder} has no tokenizer.json; download it again, whole")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:   # tokenizers raises bare Exceptions
+        raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None
+    if max(tokenizer.get_vocab().values(), default=0) >= config.text.vocab_size:
+        raise NanogapError(f"{path} has more tokens than the model has embeddings "
+                           f"({config.text.vocab_size}): it belongs to another checkpoint")
+    return tokenizer
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or those that its index names."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file() and not index.is_file():
+        return [single]
+    if not index.is_file():
+        raise NanogapError(f"{folder} holds no model.safetensors and no index of shards; "
+                           f"get the weights with `{DOWNLOAD[0]}` ({DOWNLOAD[1]})")
+    names = read_json(index).get("weight_map")
+    names = sorted({str(n) for n in names.values()}) if isinstance(names, dict) else []
+    if not names:
+        raise NanogapError(f"{index} has no weight_map; download it again")
+    for name in names:
+        if Path(name).name != name or "\\" in name or "\0" in name:
+            raise NanogapError(f"{index} names {name!r}, which is not a file of this folder; do not trust it")
+        if not (folder / name).is_file():
+            raise NanogapError(f"{folder} lacks {name}, which its index names; run the download again: "
+                               "it continues where it stopped")
+    return [folder / name for name in names]
+
+
+def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.device,
+                 dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors under our names, each of the shape that the model expects.
+
+    A tensor that needs no conversion stays memory-mapped.  Every tensor is read through a mapping of its
+    own, so that the pages of one that is converted are given back at once: there is one copy, never two.
+    """
+    tensors = {}
+    for path in shards(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+            for name in names:
+                ours = our_name(name)
+                if UNUSED.search(name):
+                    continue
+                if ours not in shapes:
+                    raise NanogapError(f"{path} holds {name}, which is not a part of this model: the file and "
+                                       "config.json belong to different checkpoints")
+                if ours in tensors:
+                    raise NanogapError(f"{path} holds {name}, which was there before under another name")
+                with safe_open(path, framework="pt") as file:
+                    tensor = file.get_tensor(name)
+                if tensor.shape != shapes[ours] or not tensor.is_floating_point():
+                    raise NanogapError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, and config.json "
+                                       f"makes it {list(shapes[ours])}: they belong to different checkpoints")
+                tensors[ours] = tensor.to(device, dtype)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, NanogapError):
+                raise
+            raise NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again") from None
+    return tensors
+
+
+# ----- writing ------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, module: nn.Module, dtype: torch.dtype) -> None:
+    """Write a module's tensors, `vision_tower.` with the published `vision_model.` behind it."""
+    state = {re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name): value.detach().to("cpu", dtype)
+             for name, value in module.state_dict().items()}
+    # safetensors.torch.save_file would need numpy for what these pointers do
+    specs = {name: TensorSpec(dtype=str(dtype).removeprefix("torch."), shape=list(value.shape),
+                              data_ptr=value.data_ptr(), data_len=value.nbytes)
+             for name, value in state.items()}
+    partial = path.with_suffix(".partial")
+    serialize_file(specs, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
+    partial.replace(path)
+
+
+def save_llava(folder: Path, model: Llava, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a model in layout (a), that of llava-hf/llava-1.5-7b-hf."""
+    folder.mkdir(parents=True, exist_ok=True)
+    c = model.config
+    write_json(folder / "config.json", published_config(replace(c, dtype=str(dtype).removeprefix("torch."))))
+    write_json(folder / "generation_config.json", {"bos_token_id": c.bos_token, "eos_token_id": c.eos_token})
+    size = c.vision.image_size
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "image_mean": c.image_mean, "image_std": c.image_std,
+        "do_resize": True, "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "do_convert_rgb": True})
+    model.tokenizer.save(str(folder / "tokenizer.json"))
+    save_tensors(folder / "model.safetensors", model, dtype)
+
+
+def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write both towers in the layout of openai/clip-vit-large-patch14-336."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vision, text = clip.vision_model.config, clip.text_model.config
+    end = tokenizer.token_to_id("<|endoftext|>")
+    tokens = {"bos_token_id": tokenizer.token_to_id("<|startoftext|>"), "eos_token_id": end, "pad_token_id": end}
+    width = {"projection_dim": clip.visual_projection.out_features, "hidden_act": "quick_gelu"}
+    write_json(folder / "config.json", {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width["projection_dim"],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "text_config": asdict(text) | width | tokens | {"model_type": "clip_text_model"},
+        "vision_config": asdict(vision) | width | {"model_type": "clip_vision_model"}})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tensors(folder / "model.safetensors", clip, dtype)
