@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogap.llama import embedding
+
 
 @dataclass(frozen=True)
 class CLIPVisionConfig:
@@ -102,9 +104,9 @@ class CLIPVisionEmbeddings(nn.Module):
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         C, P = config.hidden_size, config.patch_size
-        self.class_embedding = nn.Parameter(torch.randn(C) * C ** -0.5)
+        self.class_embedding = nn.Parameter(torch.empty(C))
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
-        self.position_embedding = nn.Embedding(1 + config.grid ** 2, C)
+        self.position_embedding = embedding(1 + config.grid ** 2, C)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, C)
@@ -178,8 +180,8 @@ class CLIPTextConfig:
 class CLIPTextEmbeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]

@@ -45,6 +45,11 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """A table without initial values: nn.Embedding would draw them, which costs a second on meta."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+
+
 # ----- RoPE ---------------------------------------------------------------------------------------
 
 
@@ -92,6 +97,11 @@ class KVCache:
         self.values[layer, :, :, start:end] = v
         self.lengths[layer] = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def bytes_in_use(self) -> int:
+        """Keys and values of the rows in use, over all layers."""
+        row = self.keys[0, :, :, :1].numel() * self.keys.element_size()
+        return 2 * row * sum(self.lengths)
 
 
 # ----- the decoder --------------------------------------------------------------------------------
@@ -161,7 +171,7 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

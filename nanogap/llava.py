@@ -87,6 +87,7 @@ class Result:
     next_position: int        # ID of the first generated token
     tokens: list[int]         # what it generated, the end token included
     timings: dict             # vision_ms, prefill_ms, decode_ms, new_tokens, passes
+    kv_bytes: int             # the cache in the end: keys and values of all rows in use
 
 
 class Llava(nn.Module):
@@ -225,7 +226,7 @@ class Llava(nn.Module):
         timings = {"vision_ms": look.vision_ms, "prefill_ms": prefilled - start,
                    "decode_ms": self.clock() - prefilled, "new_tokens": len(tokens), "passes": len(tokens) - 1}
         return Result(in_pixels(parse_box(text), look.width, look.height), text, fed.keep,
-                      fed.position_ids.cpu(), fed.next_position, tokens, timings)
+                      fed.position_ids.cpu(), fed.next_position, tokens, timings, cache.bytes_in_use())
 
     def check_length(self, positions: int) -> None:
         """Refuse a question whose position IDs leave the range that the model was made for."""

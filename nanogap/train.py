@@ -211,6 +211,8 @@ def initialise(model: nn.Module, depth: int) -> None:
     for name, parameter in model.named_parameters():
         if "embedding.weight" in name and parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("class_embedding"):
+            nn.init.normal_(parameter, std=len(parameter) ** -0.5)
         elif parameter.dim() >= 2:
             branch = name.split(".")[-2] in ("out_proj", "fc2", "o_proj", "down_proj")
             std = parameter[0].numel() ** -0.5 * ((2 * depth) ** -0.5 if branch else 1.0)

@@ -1,0 +1,217 @@
+"""Ask where something is: with all visual tokens, with pruned ones, and with pruned ones under GAP.
+
+    python run.py image.jpg "the man on the left"
+
+In:  an image and a referring expression.  Out: a table, and one picture of all the boxes.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import nanogap
+from nanogap import NanogapError
+from nanogap.draw import Answer, draw_answers
+from nanogap.explain import explain
+from nanogap.gap import MODES
+from nanogap.image import Image, iou, open_image
+from nanogap.llava import Llava, Result
+from nanogap.prune import STRATEGIES
+from nanogap.weights import DTYPES
+
+ROOT = Path(__file__).resolve().parent
+REAL, MINI = ROOT / "weights" / "llava-1.5-7b-hf", ROOT / "weights" / "mini"
+
+
+# ----- what was asked -----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise NanogapError(f"{message}; see `python run.py --help`")
+
+
+def keep_argument(text: str) -> str:
+    """Check the form of --keep, "64" or "25%"; its range is checked when the image is known."""
+    number = text.removesuffix("%")
+    if not (number.isascii() and number.isdigit() and len(number) < 9 and int(number) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number of visual tokens such as 64, "
+                                         "nor a share such as 25%")
+    return text
+
+
+def seed_argument(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from 0 on")
+    return int(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="run.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="any picture that Pillow reads")
+    add("expression", metavar="EXPRESSION", help='what to look for, such as "the man on the left"')
+    add("--weights", metavar="DIR", type=Path,
+        help="default: weights/llava-1.5-7b-hf where that is present, else weights/mini")
+    add("--prune", metavar="NAME", default="random", choices=STRATEGIES,
+        help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
+    add("--keep", metavar="N|N%", type=keep_argument, default="50%",
+        help="visual tokens to keep (default: 50%%)")
+    add("--mode", nargs="+", choices=MODES, default=["full", "shifted", "gap"], metavar="MODE",
+        help="full: nothing pruned; shifted, permuted: kept tokens renumbered; gap: their own position IDs "
+             "(default: full shifted gap)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--dtype", choices=["auto", *DTYPES], default="auto")
+    add("--seed", type=seed_argument, default=0, help="of the random strategy (default: %(default)s)")
+    add("--out", metavar="PICTURE", type=Path, default=Path("answer.png"), help="default: %(default)s")
+    add("--json", action="store_true", help="print one JSON document instead of the table")
+    add("--explain", action="store_true", help="print every shape and every ID on the way")
+    return parser.parse_args(argv)
+
+
+def tokens_to_keep(keep: str, n_visual: int) -> int:
+    """"64" or "25%" as a number of visual tokens; a share is rounded, but never to none."""
+    if not keep.endswith("%"):
+        return int(keep)
+    share = int(keep[:-1])
+    if share > 100:
+        raise NanogapError(f"cannot keep {keep} of the visual tokens: keep 1% to 100%, or 1 to {n_visual}")
+    return max(1, round(n_visual * share / 100))
+
+
+# ----- the picture --------------------------------------------------------------------------------
+
+
+def check_out(path: Path) -> None:
+    """Refuse a picture that could not be written, before any work is done."""
+    Image.init()
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise NanogapError(f"--out {path}: no picture format has that ending; use .png or .jpg")
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
+        why = "is a folder" if path.is_dir() else "would be in a folder that does not exist"
+        raise NanogapError(f"--out {path} {why}; give the path of a picture to write")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise NanogapError(f"--out {path} cannot be written (permission denied); give another path")
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write the whole picture or nothing."""
+    data = io.BytesIO()
+    picture.save(data, Image.EXTENSION[path.suffix.lower()])
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(data.getvalue())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise NanogapError(f"--out {path} cannot be written ({error.strerror}); give another path") from None
+
+
+# ----- what is said -------------------------------------------------------------------------------
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """Say on stderr what is going on, where it takes longer than a second."""
+    timer = threading.Timer(1.0, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def report(args: argparse.Namespace, model: Llava, keep: int, results: dict[str, Result]) -> dict:
+    """The JSON document; the table shows the same numbers."""
+    full = results.get("full")
+    runs = [{"mode": mode, "visual_tokens": len(r.keep), "box": r.box and list(r.box), "text": r.text,
+             "iou_with_full": iou(r.box, full.box) if full and r.box and full.box else None,
+             "position_ids": [int(r.position_ids[0]), int(r.position_ids[-1])],
+             "next_position": r.next_position, "timings": r.timings, "kv_bytes": r.kv_bytes}
+            for mode, r in results.items()]
+    return {"image": args.image, "expression": args.expression, "weights": str(args.weights),
+            "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+            "prune": args.prune, "keep": keep, "runs": runs, "picture": str(args.out)}
+
+
+def print_table(document: dict) -> None:
+    print(f"{'mode':8} {'tokens':>6}  {'position IDs':12}  {'box (pixels)':22} {'IoU':>4}  "
+          f"{'prefill':>7} {'decode':>7} {'KV':>6}")
+    for run in document["runs"]:
+        box = ", ".join(f"{v:.0f}" for v in run["box"]) if run["box"] else "none in the answer"
+        match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
+        first, last = run["position_ids"]
+        print(f"{run['mode']:8} {run['visual_tokens']:6}  {f'{first}..{last}':12}  {box:22} {match:>4}  "
+              f"{run['timings']['prefill_ms']:4.0f} ms {run['timings']['decode_ms']:4.0f} ms "
+              f"{run['kv_bytes'] / 2 ** 20:3.1f} MB")
+    vision = document["runs"][0]["timings"]["vision_ms"]
+    print(f"The image was encoded once ({vision:.0f} ms).  IoU is with the box of the full run.")
+
+
+def label(run: dict) -> str:
+    match = f", IoU {run['iou_with_full']:.2f}" if run["iou_with_full"] is not None else ""
+    return f"{run['mode']}, {run['visual_tokens']} tokens" + (match if run["mode"] != "full" else "")
+
+
+# ----- the command --------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.expression.strip():
+        raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
+    image = open_image(args.image)
+    check_out(args.out)
+    args.weights = args.weights or Path(os.path.relpath(REAL if REAL.is_dir() else MINI))
+    asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
+    with patience(f"loading {args.weights}"):
+        model = nanogap.load(args.weights, *asked)
+    keep = tokens_to_keep(args.keep, model.config.vision.grid ** 2)
+    say = print if not args.json else lambda *_: None
+    say(f"{args.weights} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
+    if args.weights.resolve() == MINI:
+        say("These weights know drawn scenes only; for photographs see \"Real weights\" in README.md.")
+    with patience("looking at the image"):
+        look = model.look(image)
+    results = {}
+    for mode in dict.fromkeys(args.mode):
+        with patience(f"answering in mode {mode}"):
+            results[mode] = model.ground(look, args.expression, args.prune, keep, mode, args.seed)
+    document = report(args, model, keep, results)
+    kept = min((r.keep.tolist() for r in results.values()), key=len)
+    caption = f"\"{args.expression}\"   {args.prune} keeps {keep} of {len(look.seen.features)} patches"
+    answers = [Answer(r["mode"], label(r), r["box"]) for r in document["runs"]]
+    save(draw_answers(image, kept, look.seen.grid, answers, caption), args.out)
+    if args.explain and not args.json:
+        explain(model, look, args.expression, results)
+    if args.json:
+        print(json.dumps(document))
+    else:
+        print_table(document)
+        print(f"picture: {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")   # a terminal that cannot show an expression
+    try:
+        run(parse(argv))
+    except NanogapError as error:
+        print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:                              # `python run.py ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

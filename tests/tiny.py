@@ -1,0 +1,143 @@
+"""Tiny checkpoints for the tests: random, but real files in every layout in which LLaVA is published.
+
+In:  a configuration, a layout, a number of shards and a seed.  Out: a folder that `nanogap.load` reads,
+and transformers as well.
+
+The numbers are uniform draws, one generator for each tensor, seeded by its name: the same on every
+machine, and whatever the order in which modules are declared.  They are large enough that logits
+differ clearly from token to token and from position to position.
+"""
+
+import json
+import re
+import zlib
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import TensorSpec, serialize_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from nanogap import prompt
+from nanogap.clip import CLIPVisionConfig
+from nanogap.llama import LlamaConfig
+from nanogap.llava import Llava, LlavaConfig
+from nanogap.tokenizer import IMAGE, train_llama_tokenizer
+from nanogap.weights import save_llava
+
+LAYOUTS = ("a", "b", "c", "d")
+IMAGE_TOKEN = 560          # <image> in the tiny tokenizer; 561 is <pad>
+
+# From our names, which are layout (b), to those of the others:
+PUBLISHED = {
+    "a": ((r"^vision_tower\.", "vision_tower.vision_model."),),
+    "b": (),
+    "c": ((r"^language_model\.lm_head\.", "lm_head."),
+          (r"^language_model\.model\.", "model.language_model."),
+          (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+          (r"^vision_tower\.", "model.vision_tower.vision_model.")),
+    "d": ((r"^language_model\.lm_head\.", "lm_head."),
+          (r"^language_model\.model\.", "model.language_model."),
+          (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+          (r"^vision_tower\.", "model.vision_tower.")),
+}
+
+
+def tiny_config(**text: object) -> LlavaConfig:
+    """56 x 56 pixels are 4 x 4 patches; 3 layers of 32 channels see, 3 layers of 64 channels read.
+
+    text: what shall differ in the decoder, such as num_key_value_heads=2
+    """
+    vision = CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14)
+    decoder = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=640, rms_norm_eps=1e-5,
+                          max_position_embeddings=512)
+    return LlavaConfig(replace(decoder, **text), vision, image_token=IMAGE_TOKEN)
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    """LLaMA's kind of tokenizer with 562 tokens, trained on the prompt itself."""
+    things = ("the man on the left", "a red car behind the tall tree", "woman with a blue umbrella",
+              "small brown dog next to the bench", "the second cup from the right", "yellow house above")
+    sentences = [prompt.BEFORE_IMAGE + prompt.AFTER_IMAGE.format(thing) + " [0.12, 0.34, 0.56, 0.78]"
+                 for thing in things]
+    tokenizer = train_llama_tokenizer(sentences, vocab_size=IMAGE_TOKEN)
+    assert tokenizer.token_to_id(IMAGE) == IMAGE_TOKEN
+    return tokenizer
+
+
+def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The tensor of that name: uniform, of a size that keeps signals about as large as they came."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    x = (torch.rand(shape, generator=generator) * 2 - 1) * 3 ** 0.5           # standard deviation 1
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.2 * x
+    if name.endswith("bias"):
+        return 0.2 * x
+    if len(shape) == 1 or "embedding.weight" in name and "patch" not in name:
+        return 0.5 * x
+    if "embed_tokens" in name:
+        return x
+    gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.5   # attention that looks somewhere
+    return gain * x / shape[1:].numel() ** 0.5
+
+
+def tiny_tensors(config: LlavaConfig, layout: str = "a", seed: int = 0) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under the names of a layout."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Llava(config).state_dict().items()}
+    tensors = {name: draw(name, shape, seed) for name, shape in shapes.items()}
+    if config.text.tie_word_embeddings:
+        del tensors["language_model.lm_head.weight"]
+    return {published_name(name, layout): value for name, value in tensors.items()}
+
+
+def published_name(name: str, layout: str) -> str:
+    """Our name of a tensor -> its name on disk."""
+    for pattern, replacement in PUBLISHED[layout]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, as it is told."""
+    specs = {name: TensorSpec(dtype=str(value.dtype).removeprefix("torch."), shape=list(value.shape),
+                              data_ptr=value.data_ptr(), data_len=value.nbytes)
+             for name, value in tensors.items()}
+    serialize_file(specs, path, metadata={"format": "pt"})
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
+    """model.safetensors, or model-0000N-of-0000M.safetensors and their index."""
+    if shards == 1:
+        return write_tensors(folder / "model.safetensors", tensors)
+    names, weight_map = list(tensors), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[len(names) * shard // shards: len(names) * (shard + 1) // shards]
+        write_tensors(folder / file, {name: tensors[name] for name in part})
+        weight_map |= {name: file for name in part}
+    size = sum(value.nbytes for value in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: str = "a", shards: int = 1,
+                     seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A whole checkpoint; the project's own writer makes all of it but the other layouts and shards."""
+    config = config or tiny_config()
+    tensors = {name: value.to(dtype) for name, value in tiny_tensors(config, layout, seed).items()}
+    with torch.device("meta"):
+        model = Llava(config)
+    model.tokenizer = tiny_tokenizer()
+    if layout == "a" and shards == 1 and not config.text.tie_word_embeddings:
+        model.load_state_dict(tiny_tensors(config, "b", seed), assign=True)
+        save_llava(folder, model, dtype)
+    else:
+        model.to_empty(device="cpu")
+        save_llava(folder, model, dtype)
+        (folder / "model.safetensors").unlink()
+        write_shards(folder, tensors, shards)
+    return folder
