@@ -1,8 +1,9 @@
-"""The picture: boxes over an image whose dropped patches are dimmed.
+"""The picture: boxes over an image whose dropped patches are dimmed, and a legend below.
 
-In:  an image, the kept patches, and answers with their boxes.  Out: one picture, legible at 800 pixels.
+In:  an image, the kept patches, and answers with their boxes.  Out: one picture, legible on a phone.
 
-Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart), by line and by label.
+Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart), by line and by name.
+The widest line is drawn first: where boxes coincide, each still shows inside the one before.
 """
 
 import math
@@ -13,103 +14,142 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap.image import Box
 
-WIDTH, MAX_HEIGHT, MIN_WIDTH = 960, 1200, 640     # of the picture, pixels
-STYLES = {             # colour, line width, dash and gap in line widths
-    "full":     ("#ffffff", 12, None),
-    "shifted":  ("#e69f00", 7, (3.0, 1.5)),
-    "permuted": ("#cc79a7", 7, (1.0, 1.0)),
-    "gap":      ("#0072b2", 6, None),
+WIDTH, MAX_HEIGHT = 960, 1200                # of the image on the page, pixels
+MIN_WIDTH, MIN_HEIGHT, MARGIN = 640, 160, 14
+ROW, FONT_SIZE = 46, 30
+PAGE, INK, PAPER = "#1b1b1b", "#101010", "#f4f4f4"
+STYLES = {             # colour, line width, dash and gap in pixels
+    "full":     ("#ffffff", 14, None),
+    "gap":      ("#56b4e9", 8, None),
+    "shifted":  ("#e69f00", 5, (26, 18)),
+    "permuted": ("#cc79a7", 5, (6, 12)),
 }
-INK = "#202020"
 
 
 @dataclass(frozen=True)
 class Answer:
     mode: str
-    label: str               # beside the box, such as "gap, 72 tokens, IoU 0.91"
+    label: str               # in the legend, such as "gap, 72 tokens, IoU 0.91"
     box: Box | None          # pixels of the image
 
 
 def dim_dropped(image: Image.Image, keep: Sequence[int], grid: int) -> Image.Image:
-    """Fade the patches that were dropped, on the model's own grid over the padded square."""
-    width, height = image.size
-    side = max(width, height)
+    """Dim the patches that were dropped, on the model's own grid over the padded square."""
     kept = Image.new("L", (grid, grid), 0)
     for index in keep:
         kept.putpixel((index % grid, index // grid), 255)
-    left, top = (side - width) // 2, (side - height) // 2
-    mask = kept.resize((side, side), Image.Resampling.NEAREST).crop((left, top, left + width, top + height))
-    faded = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "#303030"), 0.6)
-    return Image.composite(image, faded, mask)
+    width, height = (grid * length / max(image.size) for length in image.size)   # in patches
+    left, top = (grid - width) / 2, (grid - height) / 2
+    mask = kept.resize(image.size, Image.Resampling.NEAREST, (left, top, left + width, top + height))
+    dimmed = image.convert("L").point(lambda level: level * 0.35).convert("RGB")
+    return Image.composite(image, dimmed, mask)
 
 
-def stroke(pen: ImageDraw.ImageDraw, a: tuple[float, float], b: tuple[float, float], colour: str, width: int,
-           dash: tuple[float, float] | None) -> None:
-    """A line from a to b, whole or dashed, along one axis."""
-    length = math.dist(a, b)
-    on, off = (d * width for d in dash) if dash else (length, 0.0)
-    count = max(1, round((length + off) / (on + off))) if length else 1
-    for i in range(count):
-        start, end = i / count, (i + on / (on + off)) / count if dash else 1.0
-        p, q = [tuple(a[k] + (b[k] - a[k]) * t for k in (0, 1)) for t in (start, end)]
-        pen.line([p, q], fill=colour, width=width)
+# ----- boxes --------------------------------------------------------------------------------------
 
 
-def outline(pen: ImageDraw.ImageDraw, box: Box, mode: str) -> None:
-    """A rectangle in the style of its mode, over a dark edge that sets it off from any picture."""
+def stroke(pen: ImageDraw.ImageDraw, a: Sequence[float], b: Sequence[float], mode: str) -> None:
+    """A line from a to b along one axis in the style of a mode, over a dark edge."""
     colour, width, dash = STYLES[mode]
+    length = math.dist(a, b)
+    on, off = dash or (length, 0)
+    count = max(1, round((length + off) / (on + off))) if length else 1
+    if count > 1:
+        off = (length - count * on) / (count - 1)      # so that a dash ends in the corner
+    for radius, ink in ((width / 2 + 3, INK), (width / 2, colour)):
+        for start in (i * (on + off) for i in range(count)):
+            ends = [[p + (q - p) * min(t / length, 1) if length else p for p, q in zip(a, b)]
+                    for t in (start, start + on)]
+            (x1, x2), (y1, y2) = (sorted(pair) for pair in zip(*ends))
+            pen.rectangle((x1 - radius, y1 - radius, x2 + radius, y2 + radius), fill=ink)
+
+
+def sides(box: Box) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """The four sides of a box, each from its left or upper end."""
     x1, y1, x2, y2 = box
-    sides = [((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1))]
-    for a, b in sides:
-        stroke(pen, a, b, INK if mode != "gap" else "#ffffff", width + 4, dash)
-    for a, b in sides:
-        stroke(pen, a, b, colour, width, dash)
+    return [((x1, y1), (x2, y1)), ((x1, y1), (x1, y2)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2))]
+
+
+# ----- names --------------------------------------------------------------------------------------
 
 
 def overlap(a: Box, b: Box) -> float:
+    """The area that two boxes share."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def tag(pen: ImageDraw.ImageDraw, answer: Answer, box: Box, canvas: tuple[int, int],
-        taken: list[Box], font: ImageFont.FreeTypeFont) -> None:
-    """Write an answer's label beside its box, where it hides the least of what is written already."""
-    w, h = pen.textlength(answer.label, font) + 46, font.size * 1.5
+def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int], tags: list[Box],
+              boxes: list[Box]) -> Box:
+    """Where a name goes: near its box, on no other name, hiding few lines and little of what is in boxes."""
+    lines = [(*(v - 8 for v in a), *(v + 8 for v in b)) for other in boxes for a, b in sides(other)]
     x1, y1, x2, y2 = box
-    places = [(x, y) for y in (y1 - h - 8, y2 + 8, y1 + 10, y2 - h - 10, (y1 + y2 - h) / 2)
-              for x in (x1, x2 - w, (x1 + x2 - w) / 2)]
-    places = [(min(max(x, 4), canvas[0] - w - 4), min(max(y, 4), canvas[1] - h - 4)) for x, y in places]
-    x, y = min(places, key=lambda p: sum(overlap((*p, p[0] + w, p[1] + h), other) for other in taken))
-    taken.append((x, y, x + w, y + h))
-    colour, width, dash = STYLES[answer.mode]
-    pen.rounded_rectangle((x, y, x + w, y + h), 6, fill=INK)
-    stroke(pen, (x + 8, y + h / 2), (x + 34, y + h / 2), colour, width, dash and (1.0, 1.0))
-    pen.text((x + 40, y + h / 2), answer.label, font=font, fill="#ffffff", anchor="lm")
+
+    def cost(tag: Box) -> float:
+        away = math.hypot(max(x1 - tag[2], tag[0] - x2, 0), max(y1 - tag[3], tag[1] - y2, 0))
+        return (away + 0.1 * math.dist(tag[:2], (x1, y1 - height))
+                + 10 * sum(overlap(tag, other) for other in tags)
+                + 0.2 * sum(overlap(tag, line) for line in lines)
+                + 0.02 * sum(overlap(tag, other) for other in boxes))
+
+    right, bottom = canvas[0] - width - 2, canvas[1] - height - 2
+    xs = [x1 - 8, x2 - width + 8, *(tag[2] + 8 for tag in tags), *range(2, int(right) + 1, 16)]
+    ys = [y1 - height - 14, y2 + 14, y1 + 14, *range(2, int(bottom) + 1, 16)]
+    places = [(min(max(x, 2), right), min(max(y, 2), bottom)) for y in ys for x in xs]
+    return min(((x, y, x + width, y + height) for x, y in places), key=cost)
+
+
+def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], canvas: tuple[int, int],
+               font: ImageFont.FreeTypeFont) -> None:
+    """Each box in the style of its mode, and the mode's name on a tag beside it."""
+    for mode in (mode for mode in STYLES if mode in boxes):
+        for a, b in sides(boxes[mode]):
+            stroke(pen, a, b, mode)
+    tags: list[Box] = []
+    for mode, box in boxes.items():
+        width = pen.textlength(mode, font) + 20
+        tags.append(place_tag(width, 40, box, canvas, tags, list(boxes.values())))
+        x1, y1, x2, y2 = tags[-1]
+        pen.rounded_rectangle(tags[-1], 8, fill=STYLES[mode][0], outline=INK, width=2)
+        pen.text(((x1 + x2) / 2, (y1 + y2) / 2 - 1), mode, font=font, fill=INK, anchor="mm")
+
+
+# ----- the page -----------------------------------------------------------------------------------
+
+
+def shortened(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """As much of a line as there is room for."""
+    text = " ".join(text.split())
+    text = text if len(text) <= 200 else text[:200] + "..."
+    while text and pen.textlength(text, font) > width:
+        text = text.removesuffix("...")[:-1] + "..."
+    return text
 
 
 def draw_answers(image: Image.Image, keep: Sequence[int], grid: int, answers: Sequence[Answer],
                  caption: str) -> Image.Image:
-    """One picture: kept patches bright, dropped ones dimmed, each answer's box, a caption below.
+    """One picture: kept patches bright, dropped ones dimmed, each answer's box, a legend below.
 
-    keep: raster indices on the grid x grid patches of the padded square; boxes in pixels of the image
+    keep:    raster indices on the grid x grid patches of the padded square
+    answers: at most one for each mode, boxes in pixels of the image
+    caption: one line, or several with newlines between them
     """
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    font = ImageFont.load_default(30)
-    lines = [caption] + [f"{a.label}: no box" for a in answers if a.box is None]
-    width = max(size[0], MIN_WIDTH)
-    canvas = Image.new("RGB", (width, size[1] + 14 + 40 * len(lines)), "#ffffff")
-    left = (width - size[0]) // 2
-    canvas.paste(dim_dropped(image, keep, grid).resize(size, Image.Resampling.LANCZOS), (left, 0))
-    pen = ImageDraw.Draw(canvas)
-    boxes = [(a, tuple(v * scale + (left if k % 2 == 0 else 0) for k, v in enumerate(a.box)))
-             for a in answers if a.box is not None]
-    for answer, box in boxes:
-        outline(pen, box, answer.mode)
-    taken: list[Box] = []
-    for answer, box in boxes:
-        tag(pen, answer, box, (width, size[1]), taken, font)
-    for i, line in enumerate(lines):
-        while line and pen.textlength(line, font) > width - 20:
-            line = line.removesuffix("...")[:-1] + "..."
-        pen.text((10, size[1] + 8 + 40 * i), line, font=font, fill=INK)
-    return canvas
+    size = tuple(max(1, round(length * scale)) for length in image.size)
+    width, height = max(size[0], MIN_WIDTH) + 2 * MARGIN, max(size[1], MIN_HEIGHT) + 2 * MARGIN
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    lines = caption.split("\n")
+    page = Image.new("RGB", (width, height + ROW * (len(lines) + len(answers)) + MARGIN), PAGE)
+    page.paste(dim_dropped(image.resize(size, Image.Resampling.LANCZOS), keep, grid), (left, top))
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
+    boxes = {a.mode: tuple(v * scale + (left, top)[k % 2] for k, v in enumerate(a.box))
+             for a in answers if a.box is not None}
+    draw_boxes(pen, boxes, (width, height), font)
+    for row, line in enumerate(lines):
+        line = shortened(line, pen, font, width - 2 * MARGIN)
+        pen.text((MARGIN, height + ROW * (row + 0.5)), line, font=font, fill=PAPER, anchor="lm")
+    for row, answer in enumerate(answers, len(lines)):
+        y = height + ROW * (row + 0.5)
+        stroke(pen, (MARGIN + 8, y), (MARGIN + 78, y), answer.mode)
+        text = answer.label + ("" if answer.box else ", no box")
+        pen.text((MARGIN + 104, y), text, font=font, fill=PAPER, anchor="lm")
+    return page

@@ -48,7 +48,7 @@ def encode_prompt(tokenizer: Tokenizer, expression: str, bos: int, image_token: 
 
 # ----- the answer ---------------------------------------------------------------------------------
 
-NUMBER = r"\s*([0-9]*\.?[0-9]+|[0-9]+\.)\s*"
+NUMBER = r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]", re.ASCII)
 
 

@@ -50,7 +50,7 @@ class Recipe:
     llava_steps: int
     llava_images: int         # per process and step
     llava_rate: float
-    questions: int            # at most, per image
+    questions: int            # at most, per process and step
 
 
 # Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
@@ -63,7 +63,7 @@ CPU = Recipe(
                         num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=0,
                         rms_norm_eps=1e-5, max_position_embeddings=2048),
     projection_dim=128, clip_steps=3000, clip_images=16, clip_rate=1e-3,
-    llava_steps=14000, llava_images=4, llava_rate=2.5e-3, questions=12)
+    llava_steps=14000, llava_images=4, llava_rate=2.5e-3, questions=36)
 # One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
 GPU = Recipe(
     vision=replace(CPU.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
@@ -72,7 +72,7 @@ GPU = Recipe(
     decoder=replace(CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
                     num_attention_heads=10, num_key_value_heads=10),
     projection_dim=128, clip_steps=6000, clip_images=128, clip_rate=1e-3,
-    llava_steps=20000, llava_images=16, llava_rate=1.5e-3, questions=12)
+    llava_steps=20000, llava_images=16, llava_rate=1.5e-3, questions=160)
 RECIPES = {"cpu": CPU, "gpu": GPU}
 
 
@@ -164,11 +164,11 @@ def llava_loss(model: Llava, batch: Batch, device: torch.device, questions: int)
     """
     pixels, scenes, rng = batch
     tokens, owners = [], []
-    for i, scene in enumerate(scenes):
-        for expression, thing in rng.sample(scene.expressions, min(questions, len(scene.expressions))):
-            box = box_to_square(scene.things[thing].box, *scene.image.size)
-            tokens.append(example(model, expression, format_box(box)))
-            owners.append(i)
+    asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in scene.expressions]
+    for i, expression, thing in rng.sample(asked, min(questions, len(asked))):
+        box = box_to_square(scenes[i].things[thing].box, *scenes[i].image.size)
+        tokens.append(example(model, expression, format_box(box)))
+        owners.append(i)
     image_at = tokens[0][0].index(model.config.image_token)
     shared = len(os.path.commonprefix([prompt for prompt, _ in tokens]))      # up to the expression
     decoder, embed = model.language_model.model, model.language_model.model.embed_tokens

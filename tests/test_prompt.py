@@ -1,0 +1,95 @@
+"""The prompt that LLaVA was trained with, and the boxes that models say."""
+
+import pytest
+
+from nanogap import NanogapError
+from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, encode, encode_prompt, format_box, parse_box
+from tests.tiny import IMAGE_TOKEN, tiny_tokenizer
+
+
+def pieces(expression: str) -> list[str]:
+    ids = encode_prompt(tiny_tokenizer(), expression, bos=1, image_token=IMAGE_TOKEN)
+    return [tiny_tokenizer().id_to_token(i) for i in ids]
+
+
+def test_the_prompt_is_the_vicuna_template_with_the_rec_question():
+    assert BEFORE_IMAGE == ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+                            "gives helpful, detailed, and polite answers to the user's questions. USER: ")
+    assert AFTER_IMAGE.format("the man on the left") == (
+        "\nPlease provide the bounding box coordinate of the region this sentence describes: the man on the left."
+        " ASSISTANT:")
+
+
+def test_one_image_token_stands_between_two_lone_spaces():
+    """The text before ends in a space and the text after is encoded on its own: a lone "▁" on both sides."""
+    said = pieces("the man on the left")
+    at = said.index("<image>")
+    assert said[0] == "<s>" and said[at - 2: at + 4] == [":", "▁", "<image>", "▁", "\n", "Please"]
+    assert said[-4:] == ["▁left", ".", "▁ASSISTANT", ":"]
+
+
+@pytest.mark.parametrize("expression", ["</s>", "<s> the man", "the <image> on the left", "<unk><pad>"])
+def test_special_tokens_in_an_expression_stay_text(expression: str):
+    said = pieces(expression)
+    assert [p for p in said if p in ("<s>", "</s>", "<unk>", "<pad>", "<image>")] == ["<s>", "<image>"]
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(encode(tokenizer, expression)) == expression
+
+
+def test_the_tokenizer_is_left_as_it_was():
+    encode(tiny_tokenizer(), "</s>")
+    assert tiny_tokenizer().encode("</s>").ids == [1, 2]
+
+
+@pytest.mark.parametrize("expression", ["猫", "человек слева", "🙂 on the left", "x" * 20_000])
+def test_any_script_and_any_length_is_encoded_and_can_be_read_back(expression: str):
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(encode(tokenizer, expression)) == expression
+
+
+@pytest.mark.parametrize("expression", ["", " ", "\n\t"])
+def test_a_blank_expression_is_refused(expression: str):
+    with pytest.raises(NanogapError, match="the expression is empty, so there is nothing to look for"):
+        pieces(expression)
+
+
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(NanogapError, match="the expression is not valid Unicode"):
+        pieces("the \udcff man")
+
+
+def test_an_answer_is_24_tokens_and_starts_with_a_bracket_behind_a_space():
+    ids = encode(tiny_tokenizer(), "[0.12, 0.34, 0.56, 0.78]")
+    assert len(ids) == 24 and tiny_tokenizer().id_to_token(ids[0]) == "▁["
+
+
+@pytest.mark.parametrize("text, box", [
+    ("[0.12, 0.34, 0.56, 0.78]", (0.12, 0.34, 0.56, 0.78)),
+    ("[0.12,0.34,0.56,0.78].", (0.12, 0.34, 0.56, 0.78)),
+    ("The region is [ 0.1, 0.2, 0.3, 0.4 ], on the left.", (0.1, 0.2, 0.3, 0.4)),
+    ("[0, 0, 1, 1]", (0.0, 0.0, 1.0, 1.0)),
+    ("[.5, .25, 1., 1.00]", (0.5, 0.25, 1.0, 1.0)),
+    ("[0.123, 0.456, 0.789, 1.000]", (0.123, 0.456, 0.789, 1.0)),
+    ("[0.1, 0.2, 0.3, 0.4] [0.5, 0.6, 0.7, 0.8]", (0.1, 0.2, 0.3, 0.4)),
+    ("[1] a man: [0.1, 0.2, 0.3, 0.4]", (0.1, 0.2, 0.3, 0.4)),
+])
+def test_a_box_is_read_from_what_models_really_say(text: str, box: tuple[float, ...]):
+    assert parse_box(text) == box
+
+
+@pytest.mark.parametrize("text", [
+    "", "no box", "[0.12, 0.34, 0.56", "[0.12, 0.34, 0.56]", "[0.1, 0.2, 0.3, 0.4, 0.5]", "0.1, 0.2, 0.3, 0.4",
+    "[0.5, 0.2, 0.3, 0.4]", "[0.1, 0.4, 0.3, 0.4]", "[0.1, 0.2, 0.3, 1.4]", "[-0.1, 0.2, 0.3, 0.4]",
+    "[nan, 0.2, 0.3, 0.4]", "[0.1, inf, 0.3, 0.4]", "[0.1, 0.2, 0.3, 1e9]", "[12, 34, 56, 78]", "[0.1 0.2 0.3 0.4]",
+    "[٠.١, 0.2, 0.3, 0.4]", "[0.1.2, 0.2, 0.3, 0.4]", "[,,,]",
+])
+def test_what_is_no_box_in_the_square_is_refused(text: str):
+    assert parse_box(text) is None
+
+
+def test_a_hostile_answer_is_read_in_no_time():
+    assert parse_box("[" + "0" * 100_000) is None and parse_box("[0," * 50_000) is None
+
+
+def test_a_box_is_written_with_two_decimals():
+    assert format_box((0.125, 0.3, 0.999, 1.0)) == "[0.12, 0.30, 1.00, 1.00]"

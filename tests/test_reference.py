@@ -1,0 +1,360 @@
+"""Our model against transformers': from stored numbers everywhere, and live where it is installed.
+
+"The same" means that no logit differs by more than 2e-5 of the largest one, in float32, and that the
+greedy words are the same.
+"""
+
+import json
+import os
+import random
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import nanogap
+from nanogap import gap
+from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from nanogap.config import read_config
+from nanogap.image import to_pixel_values
+from nanogap.llama import LlamaConfig
+from nanogap.llava import Llava
+from nanogap.prompt import encode_prompt
+from nanogap.scenes import scene
+from nanogap.tokenizer import train_clip_tokenizer
+from nanogap.weights import our_name, read_tensors, save_clip
+from tests.reference.make_reference import (
+    CASES, KEEP, NEW_TOKENS, OUTPUTS, POSITIONS, PROMPT, PRUNED, VOCABULARY, expand, load_theirs,
+    pixel_values, their_answer, their_features, their_pruned_answer)
+from tests.tiny import IMAGE_TOKEN, LAYOUTS, draw, tiny_config, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT / "weights" / "mini"
+PUBLISHED = Path(os.environ.get("NANOGAP_PUBLISHED", ROOT / "../shared/published/llava-1.5-7b-hf"))
+TOLERANCE = 2e-5
+
+live = pytest.mark.filterwarnings("ignore")   # the other library's warnings are none of ours
+needs_published = pytest.mark.skipif(
+    not (PUBLISHED / "tokenizer.json").is_file(),
+    reason="set NANOGAP_PUBLISHED to a folder with the text files of llava-hf/llava-1.5-7b-hf")
+
+
+def assert_same(ours: Tensor, theirs: Tensor, largest: float | None = None) -> None:
+    """No difference above 2e-5 of the largest number."""
+    theirs = torch.as_tensor(theirs)
+    assert ours.shape == theirs.shape
+    limit = TOLERANCE * (largest or float(theirs.abs().max()))
+    assert float((ours - theirs).abs().max()) <= limit
+
+
+@torch.no_grad()
+def our_answer(model: Llava, prompt: list[int], pixels: Tensor, keep: list[int] | None = None,
+               mode: str = "full", new_tokens: int = NEW_TOKENS) -> tuple[Tensor, list[int]]:
+    """Logits (T, V) of the whole prompt, and the greedy words after it: as `forward` and `ground` do."""
+    input_ids, keep = torch.tensor(prompt), None if keep is None else torch.tensor(keep)
+    logits = model(input_ids, pixels, keep, mode)
+    features = model.vision_tower(pixels).features[0]
+    keep = torch.arange(len(features)) if keep is None else keep
+    fed = model.sequence(input_ids, features, keep, mode)
+    last, cache = model.prefill(fed.embeddings, fed.position_ids, new_tokens)
+    return logits, list(model.decode(last, cache, fed.next_position, new_tokens))
+
+
+# ----- stored numbers -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict:
+    return json.loads(OUTPUTS.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_tiny_checkpoint_gives_the_logits_and_words_that_transformers_gave(
+        name: str, stored: dict, tmp_path: Path):
+    layout, shards, seed, differs = CASES[name]
+    model = nanogap.load(write_checkpoint(tmp_path, tiny_config(**differs), layout, shards, seed), "cpu")
+    logits, words = our_answer(model, PROMPT, pixel_values())
+    expected = stored["cases"][name]
+    assert_same(logits[POSITIONS][:, VOCABULARY], expected["sample"], expected["largest"])
+    sums = logits[POSITIONS].double().abs().sum(-1)
+    assert_same(sums, torch.tensor(expected["absolute_sums"], dtype=torch.double))
+    assert words == expected["words"]
+
+
+def test_patch_features_are_those_of_the_second_to_last_layer_without_cls(stored: dict, tmp_path: Path):
+    model = nanogap.load(write_checkpoint(tmp_path), "cpu")
+    with torch.no_grad():
+        features = model.vision_tower(pixel_values()).features[0]
+    assert features.shape == (16, 32)
+    assert_same(features[[0, 7, 15], :6], stored["cases"]["layout a"]["features"])
+
+
+@pytest.mark.parametrize("mode", PRUNED)
+def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by_hand(
+        mode: str, stored: dict, tmp_path: Path):
+    model = nanogap.load(write_checkpoint(tmp_path), "cpu")
+    logits, words = our_answer(model, PROMPT, pixel_values(), KEEP, mode)
+    expected = stored["pruned"][mode]
+    assert logits.shape == (5 + 4 + 6, 640)
+    assert_same(logits[[5, 14]][:, VOCABULARY], expected["sample"], expected["largest"])
+    assert_same(logits[[5, 14]].double().abs().sum(-1),
+                torch.tensor(expected["absolute_sums"], dtype=torch.double))
+    assert words == expected["words"]
+
+
+@pytest.mark.parametrize("mode", PRUNED)
+def test_the_position_ids_written_by_hand_are_those_of_gap(mode: str):
+    order, by_hand = PRUNED[mode]
+    keep = torch.tensor(KEEP)
+    ids, next_position = gap.position_ids(keep, 5, 16, 6, mode)
+    assert gap.arrange(keep, gap.MODES[mode][0]).tolist() == order
+    assert (ids.tolist(), next_position) == (by_hand, by_hand[-1] + 1)
+
+
+def test_the_stored_numbers_differ_from_case_to_case_and_from_mode_to_mode(stored: dict):
+    sums = [case["absolute_sums"][-1] for part in ("cases", "pruned") for case in stored[part].values()]
+    assert len(sums) == 12 and len(set(sums)) == 12
+
+
+# ----- transformers, live -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module", params=["tiny", "mini"])
+def pair(request: pytest.FixtureRequest, transformers, tmp_path_factory: pytest.TempPathFactory):
+    """(ours, theirs, prompt, pixels, keep): a tiny checkpoint and the mini model, both read twice."""
+    if request.param == "tiny":
+        folder = write_checkpoint(tmp_path_factory.mktemp("tiny"))
+        return nanogap.load(folder, "cpu"), load_theirs(folder), PROMPT, pixel_values(), KEEP
+    if not (MINI / "model.safetensors").is_file():
+        pytest.skip("weights/mini is not there")
+    ours = nanogap.load(MINI, "cpu", "float32")
+    picture = scene("test", 0, 168)
+    patches = ours.config.vision.grid ** 2
+    keep = random.Random(0).sample(range(patches), patches // 4)
+    prompt = ours.prompt("the man on the left").tolist()
+    return ours, load_theirs(MINI), prompt, ours.prepare_image(picture.image), keep
+
+
+@live
+def test_every_logit_and_every_word_is_that_of_transformers(pair):
+    ours, theirs, prompt, pixels, _ = pair
+    input_ids = expand(prompt, ours.config.image_token, ours.config.vision.grid ** 2)
+    logits, words = our_answer(ours, prompt, pixels, new_tokens=32)
+    expected, expected_words = their_answer(theirs, input_ids, pixels, 32)
+    assert_same(logits, expected)
+    assert words == expected_words
+
+
+@live
+def test_every_patch_feature_is_that_of_transformers(pair):
+    ours, theirs, _, pixels, _ = pair
+    with torch.no_grad():
+        assert_same(ours.vision_tower(pixels).features[0], their_features(theirs, pixels))
+
+
+@live
+@pytest.mark.parametrize("mode", ["gap", "shifted", "permuted"])
+def test_a_pruned_prompt_is_what_transformers_makes_of_the_same_tokens_at_the_same_ids(pair, mode: str):
+    ours, theirs, prompt, pixels, keep = pair
+    P, N, T = prompt.index(ours.config.image_token), ours.config.vision.grid ** 2, len(prompt) - 1 + len(keep)
+    order = keep if mode == "permuted" else sorted(keep)
+    ids = list(range(T))
+    if mode == "gap":
+        ids = [*range(P), *(P + patch for patch in order), *range(P + N, N + len(prompt) - 1)]
+    logits, words = our_answer(ours, prompt, pixels, keep, mode, new_tokens=32)
+    expected, expected_words = their_pruned_answer(theirs, prompt, pixels, order, ids, 32)
+    assert_same(logits, expected)
+    assert words == expected_words
+
+
+@live
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_read_every_layout_single_and_sharded(transformers, layout: str, shards: int, tmp_path: Path):
+    folder = write_checkpoint(tmp_path, layout=layout, shards=shards)
+    logits, words = our_answer(nanogap.load(folder, "cpu"), PROMPT, pixel_values())
+    expected, expected_words = their_answer(load_theirs(folder), expand(PROMPT, IMAGE_TOKEN, 16),
+                                            pixel_values(), NEW_TOKENS)
+    assert_same(logits, expected)
+    assert words == expected_words
+
+
+@live
+@pytest.mark.parametrize("differs", [
+    {}, {"num_key_value_heads": 2}, {"rope_theta": 1000.0}, {"rms_norm_eps": 0.1}, {"head_dim": 24},
+    {"tie_word_embeddings": True}], ids=lambda differs: " ".join(differs) or "plain")
+@pytest.mark.parametrize("layout", ["a", "d"])
+def test_what_transformers_saves_again_gives_the_same_logits_bit_for_bit(
+        transformers, layout: str, differs: dict, tmp_path: Path):
+    first = write_checkpoint(tmp_path / "first", tiny_config(**differs), layout, 2)
+    load_theirs(first).save_pretrained(tmp_path / "again", max_shard_size="200KB")
+    shutil.copy(first / "tokenizer.json", tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
+    assert config["dtype"] == "float32" and "torch_dtype" not in config
+    assert config["text_config"]["rope_parameters"]["rope_theta"] == differs.get("rope_theta", 10000.0)
+    before, after = (nanogap.load(folder, "cpu")(torch.tensor(PROMPT), pixel_values())
+                     for folder in (first, tmp_path / "again"))
+    assert torch.equal(before, after)
+
+
+@live
+def test_a_model_that_transformers_made_and_saved_loads(transformers, tmp_path: Path):
+    source = write_checkpoint(tmp_path / "source")
+    config = transformers.LlavaConfig.from_pretrained(source)
+    theirs = transformers.LlavaForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path / "made")
+    shutil.copy(source / "tokenizer.json", tmp_path / "made")
+    logits, _ = our_answer(nanogap.load(tmp_path / "made", "cpu"), PROMPT, pixel_values())
+    expected, _ = their_answer(theirs, expand(PROMPT, IMAGE_TOKEN, 16), pixel_values(), NEW_TOKENS)
+    assert_same(logits, expected)
+
+
+@live
+def test_what_is_seen_and_said_in_bfloat16_is_close_to_transformers_in_bfloat16(pair):
+    ours, theirs, prompt, pixels, _ = pair
+    input_ids = expand(prompt, ours.config.image_token, ours.config.vision.grid ** 2)
+    ours, theirs, pixels = deepcopy(ours).bfloat16(), deepcopy(theirs).bfloat16(), pixels.bfloat16()
+    logits, _ = our_answer(ours, prompt, pixels)
+    expected, _ = their_answer(theirs, input_ids, pixels, 1)
+    assert float((logits - expected.float()).abs().mean()) <= 0.02 * float(expected.abs().max())
+
+
+# ----- pixels -------------------------------------------------------------------------------------
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """A photograph's worth of detail, coarse and fine, from a fixed seed."""
+    draws = random.Random(f"{width} x {height}")
+    coarse = Image.frombytes("RGB", (9, 7), draws.randbytes(9 * 7 * 3)).resize((width, height))
+    return Image.blend(coarse, Image.frombytes("RGB", (width, height), draws.randbytes(width * height * 3)), 0.3)
+
+
+@live
+@pytest.mark.parametrize("width, height", [(640, 427), (300, 501), (97, 64), (40, 41), (336, 336)])
+def test_pixel_values_are_those_of_the_processor_that_pads(transformers, width: int, height: int):
+    pads = transformers.LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    expected = pads(noise(width, height), return_tensors="pt")["pixel_values"]
+    ours = to_pixel_values(noise(width, height), 336)
+    assert ours.shape == (1, 3, 336, 336)
+    assert float((ours - expected).abs().max()) <= 1e-6
+
+
+@live
+def test_a_square_needs_no_padding_and_is_what_clips_own_processor_makes_of_it(transformers):
+    own = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    expected = own(noise(500, 500), return_tensors="pt")["pixel_values"]
+    assert float((to_pixel_values(noise(500, 500), 336) - expected).abs().max()) <= 1e-6
+
+
+@live
+def test_the_processor_that_crops_sees_another_picture(transformers):
+    crops = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    expected = crops(noise(640, 427), return_tensors="pt")["pixel_values"]
+    assert float((to_pixel_values(noise(640, 427), 336) - expected).abs().mean()) > 0.1
+
+
+# ----- CLIP with its text tower -------------------------------------------------------------------
+
+
+def load_clip(folder: Path) -> CLIP:
+    """Both towers, as save_clip wrote them."""
+    config = json.loads((folder / "config.json").read_text())
+    parts = [kind(**{name: config[key][name] for name in kind.__dataclass_fields__})
+             for kind, key in ((CLIPVisionConfig, "vision_config"), (CLIPTextConfig, "text_config"))]
+    clip = CLIP(*parts, config["projection_dim"])
+    shapes = {name: value.shape for name, value in clip.state_dict().items()}
+    clip.load_state_dict(read_tensors(folder, shapes, torch.device("cpu"), torch.float32))
+    return clip.eval()
+
+
+@pytest.fixture(scope="module", params=["tiny", "mini"])
+def clip_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "mini":
+        if not (MINI / "clip_text" / "model.safetensors").is_file():
+            pytest.skip("weights/mini/clip_text is not there")
+        return MINI / "clip_text"
+    folder = tmp_path_factory.mktemp("clip")
+    words = train_clip_tokenizer(["a red car", "the man on the left", "two dogs"], 560)
+    text = CLIPTextConfig(48, 96, 2, 3, 77, words.get_vocab_size())
+    clip = CLIP(CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14), text, projection_dim=24)
+    for name, parameter in clip.named_parameters():
+        parameter.data = draw(name, parameter.shape, seed=0)
+    save_clip(folder, clip, words, torch.float32)
+    return folder
+
+
+@live
+def test_both_towers_of_clip_give_the_features_of_transformers(transformers, clip_folder: Path):
+    ours = load_clip(clip_folder)
+    theirs = transformers.CLIPModel.from_pretrained(
+        clip_folder, dtype=torch.float32, attn_implementation="eager").eval()
+    size = ours.vision_model.config.image_size
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2)) * 4 - 2
+    tokenizer = Tokenizer.from_file(str(clip_folder / "tokenizer.json"))
+    texts = tokenizer.encode_batch(["the man on the left", "A red car, two dogs and more", "dog"])
+    input_ids = torch.tensor([text.ids for text in texts])
+    with torch.no_grad():
+        out = theirs(input_ids=input_ids, pixel_values=pixels)
+        assert_same(ours.image_features(pixels), out.image_embeds)
+        assert_same(ours.text_features(input_ids), out.text_embeds)
+        assert float(ours.logit_scale) == float(theirs.logit_scale)
+
+
+# ----- the published files ------------------------------------------------------------------------
+
+
+GOLDEN = [   # "the man on the left", 63 tokens before the image is expanded
+    1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
+    29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901,
+    29871, 32000, 29871, 13, 12148, 3867, 278, 3216, 292, 3800, 14821, 310, 278, 5120, 445, 10541, 16612,
+    29901, 278, 767, 373, 278, 2175, 29889, 319, 1799, 9047, 13566, 29901]
+
+
+@needs_published
+def test_the_published_tokenizer_makes_63_ids_of_the_prompt_with_a_lone_space_on_both_sides_of_the_image():
+    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
+    assert len(GOLDEN) == 63 and GOLDEN[34:37] == [29871, 32000, 29871]
+    assert encode_prompt(tokenizer, "the man on the left", 1, 32000) == GOLDEN
+
+
+@needs_published
+def test_the_published_tokenizer_needs_24_tokens_for_a_box():
+    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
+    assert len(nanogap.prompt.encode(tokenizer, "[0.12, 0.34, 0.56, 0.78]")) == 24
+
+
+@needs_published
+def test_the_published_config_is_read_and_what_it_omits_is_supplied():
+    config = read_config(PUBLISHED)
+    assert config.text == LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, head_dim=128, vocab_size=32064, rms_norm_eps=1e-5, rope_theta=10000.0,
+        max_position_embeddings=4096, tie_word_embeddings=False)
+    assert config.vision == CLIPVisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5)
+    assert (config.image_token, config.bos_token, config.eos_token) == (32000, 1, 2)
+    assert (config.vision_feature_layer, config.projector_bias, config.dtype) == (-2, True, "float16")
+    assert config.image_mean == (0.48145466, 0.4578275, 0.40821073)
+
+
+@needs_published
+def test_the_686_published_names_are_those_of_the_model_one_to_one():
+    index = json.loads((PUBLISHED / "model.safetensors.index.json").read_text())
+    with torch.device("meta"):
+        model = Llava(read_config(PUBLISHED))
+    names = [our_name(name) for name in index["weight_map"]]
+    assert len(names) == 686 and sorted(names) == sorted(model.state_dict())
+    assert 2 * sum(p.numel() for p in model.parameters()) == index["metadata"]["total_size"] == 14_126_854_144
