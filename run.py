@@ -6,13 +6,14 @@ In:  an image and a referring expression.  Out: a table, and one picture of all 
 """
 
 import argparse
+import errno
 import io
 import json
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nanogap
@@ -38,11 +39,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def keep_argument(text: str) -> str:
-    """Check the form of --keep, "64" or "25%"; its range is checked when the image is known."""
+    """Check the form of --keep, "64" or "25%"; its range is checked when the model is known."""
     number = text.removesuffix("%")
     if not (number.isascii() and number.isdigit() and len(number) < 9 and int(number) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number of visual tokens such as 64, "
-                                         "nor a share such as 25%")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number of visual tokens "
+                                         "such as 64, nor a share such as 25%")
     return text
 
 
@@ -64,12 +65,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--keep", metavar="N|N%", type=keep_argument, default="50%",
         help="visual tokens to keep (default: 50%%)")
     add("--mode", nargs="+", choices=MODES, default=["full", "shifted", "gap"], metavar="MODE",
-        help="full: nothing pruned; shifted, permuted: kept tokens renumbered; gap: their own position IDs "
-             "(default: full shifted gap)")
+        help="full: nothing pruned; shifted, permuted: kept tokens renumbered; "
+             "gap: their own position IDs (default: full shifted gap)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
-    add("--seed", type=seed_argument, default=0, help="of the random strategy (default: %(default)s)")
-    add("--out", metavar="PICTURE", type=Path, default=Path("answer.png"), help="default: %(default)s")
+    add("--seed", type=seed_argument, default=0,
+        help="of the random strategy (default: %(default)s)")
+    add("--out", metavar="PICTURE", type=Path, default=Path("answer.png"),
+        help="default: %(default)s")
     add("--json", action="store_true", help="print one JSON document instead of the table")
     add("--explain", action="store_true", help="print every shape and every ID on the way")
     return parser.parse_args(argv)
@@ -77,41 +80,57 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def tokens_to_keep(keep: str, n_visual: int) -> int:
     """"64" or "25%" as a number of visual tokens; a share is rounded, but never to none."""
-    if not keep.endswith("%"):
-        return int(keep)
-    share = int(keep[:-1])
-    if share > 100:
-        raise NanogapError(f"cannot keep {keep} of the visual tokens: keep 1% to 100%, or 1 to {n_visual}")
-    return max(1, round(n_visual * share / 100))
+    number = int(keep.removesuffix("%"))
+    if number > (100 if keep.endswith("%") else n_visual):
+        raise NanogapError(f"cannot keep {keep} of {n_visual} visual tokens: "
+                           f"keep from 1 to {n_visual}, or 1% to 100%")
+    return max(1, round(n_visual * number / 100)) if keep.endswith("%") else number
 
 
 # ----- the picture --------------------------------------------------------------------------------
 
 
-def check_out(path: Path) -> None:
+def check_out(path: Path, image: str) -> None:
     """Refuse a picture that could not be written, before any work is done."""
-    Image.init()
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise NanogapError(f"--out {path}: no picture format has that ending; use .png or .jpg")
+    try:
+        Image.init()
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.EXTENSION[path.suffix.lower()])
+    except Exception:   # Pillow only reads that kind, or has no colours in it
+        raise NanogapError(f"--out {path}: a picture cannot be written with that ending; "
+                           "use .png or .jpg") from None
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir():
-        why = "is a folder" if path.is_dir() else "would be in a folder that does not exist"
-        raise NanogapError(f"--out {path} {why}; give the path of a picture to write")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise NanogapError(f"--out {path} cannot be written (permission denied); give another path")
+    try:
+        if path.is_dir():
+            raise NanogapError(f"--out {path} is a folder; give the path of a picture to write")
+        if not folder.is_dir():
+            raise NanogapError(f"--out {path} would be in a folder that does not exist; "
+                               f"make it with `mkdir -p {folder}`")
+        if path.exists() and path.samefile(image):
+            raise NanogapError(f"--out {path} is the image itself; give another path")
+        for there in (folder, path):
+            if there.exists() and not os.access(there, os.W_OK):
+                raise PermissionError(errno.EACCES, "permission denied")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> NanogapError:
+    why = error.strerror or error
+    return NanogapError(f"--out {path} cannot be written ({why}); give another path")
 
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write the whole picture or nothing."""
-    data = io.BytesIO()
-    picture.save(data, Image.EXTENSION[path.suffix.lower()])
     partial = path.with_name(path.name + ".partial")
     try:
+        data = io.BytesIO()
+        picture.save(data, Image.EXTENSION[path.suffix.lower()])
         partial.write_bytes(data.getvalue())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise NanogapError(f"--out {path} cannot be written ({error.strerror}); give another path") from None
+        with suppress(OSError):
+            partial.unlink()
+        raise unwritable(path, error) from None
 
 
 # ----- what is said -------------------------------------------------------------------------------
@@ -132,7 +151,8 @@ def patience(what: str) -> Iterator[None]:
 def report(args: argparse.Namespace, model: Llava, keep: int, results: dict[str, Result]) -> dict:
     """The JSON document; the table shows the same numbers."""
     full = results.get("full")
-    runs = [{"mode": mode, "visual_tokens": len(r.keep), "box": r.box and list(r.box), "text": r.text,
+    runs = [{"mode": mode, "visual_tokens": len(r.keep), "box": r.box and list(r.box),
+             "text": r.text,
              "iou_with_full": iou(r.box, full.box) if full and r.box and full.box else None,
              "position_ids": [int(r.position_ids[0]), int(r.position_ids[-1])],
              "next_position": r.next_position, "timings": r.timings, "kv_bytes": r.kv_bytes}
@@ -143,22 +163,23 @@ def report(args: argparse.Namespace, model: Llava, keep: int, results: dict[str,
 
 
 def print_table(document: dict) -> None:
-    print(f"{'mode':8} {'tokens':>6}  {'position IDs':12}  {'box (pixels)':22} {'IoU':>4}  "
-          f"{'prefill':>7} {'decode':>7} {'KV':>6}")
+    print(f"{'mode':8} {'tokens':>6}  {'position IDs':12} {'box (pixels)':22} {'IoU':>4} "
+          f"{'prefill':>7} {'decode':>7} {'KV MB':>6}")
     for run in document["runs"]:
         box = ", ".join(f"{v:.0f}" for v in run["box"]) if run["box"] else "none in the answer"
         match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
         first, last = run["position_ids"]
-        print(f"{run['mode']:8} {run['visual_tokens']:6}  {f'{first}..{last}':12}  {box:22} {match:>4}  "
-              f"{run['timings']['prefill_ms']:4.0f} ms {run['timings']['decode_ms']:4.0f} ms "
-              f"{run['kv_bytes'] / 2 ** 20:3.1f} MB")
+        times = "".join(f"{run['timings'][key]:5.0f} ms" for key in ("prefill_ms", "decode_ms"))
+        print(f"{run['mode']:8} {run['visual_tokens']:6}  {f'{first}..{last}':12} {box:22} "
+              f"{match:>4}{times} {run['kv_bytes'] / 2 ** 20:6.1f}")
     vision = document["runs"][0]["timings"]["vision_ms"]
     print(f"The image was encoded once ({vision:.0f} ms).  IoU is with the box of the full run.")
 
 
 def label(run: dict) -> str:
-    match = f", IoU {run['iou_with_full']:.2f}" if run["iou_with_full"] is not None else ""
-    return f"{run['mode']}, {run['visual_tokens']} tokens" + (match if run["mode"] != "full" else "")
+    tokens = f"{run['mode']}, {run['visual_tokens']} tokens"
+    compared = run["mode"] != "full" and run["iou_with_full"] is not None
+    return f"{tokens}, IoU {run['iou_with_full']:.2f}" if compared else tokens
 
 
 # ----- the command --------------------------------------------------------------------------------
@@ -168,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.expression.strip():
         raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
     image = open_image(args.image)
-    check_out(args.out)
+    check_out(args.out, args.image)
     args.weights = args.weights or Path(os.path.relpath(REAL if REAL.is_dir() else MINI))
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     with patience(f"loading {args.weights}"):
@@ -177,7 +198,8 @@ def run(args: argparse.Namespace) -> None:
     say = print if not args.json else lambda *_: None
     say(f"{args.weights} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
     if args.weights.resolve() == MINI:
-        say("These weights know drawn scenes only; for photographs see \"Real weights\" in README.md.")
+        say("These weights know drawn scenes only; "
+            "for photographs see \"Real weights\" in README.md.")
     with patience("looking at the image"):
         look = model.look(image)
     results = {}
@@ -186,7 +208,9 @@ def run(args: argparse.Namespace) -> None:
             results[mode] = model.ground(look, args.expression, args.prune, keep, mode, args.seed)
     document = report(args, model, keep, results)
     kept = min((r.keep.tolist() for r in results.values()), key=len)
-    caption = f"\"{args.expression}\"   {args.prune} keeps {keep} of {len(look.seen.features)} patches"
+    patches = f"{args.prune} keeps {keep} of {len(look.seen.features)} patches"
+    patches = patches if set(results) != {"full"} else f"all {len(kept)} patches"
+    caption = f"\"{' '.join(args.expression.split())}\"\n{patches}"
     answers = [Answer(r["mode"], label(r), r["box"]) for r in document["runs"]]
     save(draw_answers(image, kept, look.seen.grid, answers, caption), args.out)
     if args.explain and not args.json:
@@ -200,9 +224,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")   # a terminal that cannot show an expression
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")   # where it cannot show an expression
     try:
         run(parse(argv))
+        sys.stdout.flush()
     except NanogapError as error:
         print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,13 +1,13 @@
 """The picture: boxes over an image whose dropped patches are dimmed, and a legend below.
 
-In:  an image, the kept patches, and answers with their boxes.  Out: one picture, legible on a phone.
+In:  an image, the kept patches, and answers with their boxes.  Out: one picture, also for a phone.
 
-Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart), by line and by name.
+Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart), line and name.
 The widest line is drawn first: where boxes coincide, each still shows inside the one before.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,10 +19,10 @@ MIN_WIDTH, MIN_HEIGHT, MARGIN = 640, 160, 14
 ROW, FONT_SIZE = 46, 30
 PAGE, INK, PAPER = "#1b1b1b", "#101010", "#f4f4f4"
 STYLES = {             # colour, line width, dash and gap in pixels
-    "full":     ("#ffffff", 14, None),
-    "gap":      ("#56b4e9", 8, None),
-    "shifted":  ("#e69f00", 5, (26, 18)),
-    "permuted": ("#cc79a7", 5, (6, 12)),
+    "full":     ("#ffffff", 18, None),
+    "gap":      ("#56b4e9", 9, None),
+    "shifted":  ("#e69f00", 5, (26, 20)),
+    "permuted": ("#cc79a7", 5, (4, 18)),
 }
 
 
@@ -40,34 +40,40 @@ def dim_dropped(image: Image.Image, keep: Sequence[int], grid: int) -> Image.Ima
         kept.putpixel((index % grid, index // grid), 255)
     width, height = (grid * length / max(image.size) for length in image.size)   # in patches
     left, top = (grid - width) / 2, (grid - height) / 2
-    mask = kept.resize(image.size, Image.Resampling.NEAREST, (left, top, left + width, top + height))
-    dimmed = image.convert("L").point(lambda level: level * 0.35).convert("RGB")
+    seen = (left, top, left + width, top + height)                            # without the padding
+    mask = kept.resize(image.size, Image.Resampling.NEAREST, seen)
+    dimmed = image.convert("L").point(lambda level: level * 0.4).convert("RGB")
     return Image.composite(image, dimmed, mask)
 
 
 # ----- boxes --------------------------------------------------------------------------------------
 
 
-def stroke(pen: ImageDraw.ImageDraw, a: Sequence[float], b: Sequence[float], mode: str) -> None:
-    """A line from a to b along one axis in the style of a mode, over a dark edge."""
-    colour, width, dash = STYLES[mode]
+def dashes(a: Sequence[float], b: Sequence[float], dash: tuple[int, int] | None) -> Iterator[Box]:
+    """The pieces of a line from a to b, each (x1, y1, x2, y2); whole where there is no dash."""
     length = math.dist(a, b)
     on, off = dash or (length, 0)
     count = max(1, round((length + off) / (on + off))) if length else 1
-    if count > 1:
-        off = (length - count * on) / (count - 1)      # so that a dash ends in the corner
-    for radius, ink in ((width / 2 + 3, INK), (width / 2, colour)):
-        for start in (i * (on + off) for i in range(count)):
-            ends = [[p + (q - p) * min(t / length, 1) if length else p for p, q in zip(a, b)]
-                    for t in (start, start + on)]
-            (x1, x2), (y1, y2) = (sorted(pair) for pair in zip(*ends))
+    for i in range(count):
+        start = i * (length - on) / (count - 1) if count > 1 else 0   # the last ends in the corner
+        ends = [[p + (q - p) * min(at / length, 1) if length else p for p, q in zip(a, b)]
+                for at in (start, start + on)]
+        yield (*ends[0], *ends[1])
+
+
+def stroke(pen: ImageDraw.ImageDraw, lines: Iterable[Box], mode: str) -> None:
+    """Lines along the axes, from left to right or downwards, in a mode's style over a dark edge."""
+    colour, width, dash = STYLES[mode]
+    pieces = [piece for line in lines for piece in dashes(line[:2], line[2:], dash)]
+    for radius, ink in ((width / 2 + 2, INK), (width / 2, colour)):
+        for x1, y1, x2, y2 in pieces:
             pen.rectangle((x1 - radius, y1 - radius, x2 + radius, y2 + radius), fill=ink)
 
 
-def sides(box: Box) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """The four sides of a box, each from its left or upper end."""
+def sides(box: Box) -> list[Box]:
+    """The four sides of a box as lines."""
     x1, y1, x2, y2 = box
-    return [((x1, y1), (x2, y1)), ((x1, y1), (x1, y2)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2))]
+    return [(x1, y1, x2, y1), (x1, y1, x1, y2), (x2, y1, x2, y2), (x1, y2, x2, y2)]
 
 
 # ----- names --------------------------------------------------------------------------------------
@@ -80,8 +86,8 @@ def overlap(a: Box, b: Box) -> float:
 
 def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int], tags: list[Box],
               boxes: list[Box]) -> Box:
-    """Where a name goes: near its box, on no other name, hiding few lines and little of what is in boxes."""
-    lines = [(*(v - 8 for v in a), *(v + 8 for v in b)) for other in boxes for a, b in sides(other)]
+    """Where a name goes: near its box, on no other name, hiding little of any box."""
+    lines = [(a - 12, b - 12, c + 12, d + 12) for other in boxes for a, b, c, d in sides(other)]
     x1, y1, x2, y2 = box
 
     def cost(tag: Box) -> float:
@@ -92,8 +98,9 @@ def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int], ta
                 + 0.02 * sum(overlap(tag, other) for other in boxes))
 
     right, bottom = canvas[0] - width - 2, canvas[1] - height - 2
-    xs = [x1 - 8, x2 - width + 8, *(tag[2] + 8 for tag in tags), *range(2, int(right) + 1, 16)]
-    ys = [y1 - height - 14, y2 + 14, y1 + 14, *range(2, int(bottom) + 1, 16)]
+    beside, level = [tag[2] + 8 for tag in tags], [tag[1] for tag in tags]
+    xs = [x1 - 8, x2 - width + 8, *beside, *range(2, int(right) + 1, 24)]
+    ys = [y1 - height - 14, y2 + 14, y1 + 14, *level, *range(2, int(bottom) + 1, 24)]
     places = [(min(max(x, 2), right), min(max(y, 2), bottom)) for y in ys for x in xs]
     return min(((x, y, x + width, y + height) for x, y in places), key=cost)
 
@@ -102,8 +109,7 @@ def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], canvas: tuple[in
                font: ImageFont.FreeTypeFont) -> None:
     """Each box in the style of its mode, and the mode's name on a tag beside it."""
     for mode in (mode for mode in STYLES if mode in boxes):
-        for a, b in sides(boxes[mode]):
-            stroke(pen, a, b, mode)
+        stroke(pen, sides(boxes[mode]), mode)
     tags: list[Box] = []
     for mode, box in boxes.items():
         width = pen.textlength(mode, font) + 20
@@ -116,7 +122,8 @@ def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], canvas: tuple[in
 # ----- the page -----------------------------------------------------------------------------------
 
 
-def shortened(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: float) -> str:
+def shortened(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont,
+              width: float) -> str:
     """As much of a line as there is room for."""
     text = " ".join(text.split())
     text = text if len(text) <= 200 else text[:200] + "..."
@@ -149,7 +156,7 @@ def draw_answers(image: Image.Image, keep: Sequence[int], grid: int, answers: Se
         pen.text((MARGIN, height + ROW * (row + 0.5)), line, font=font, fill=PAPER, anchor="lm")
     for row, answer in enumerate(answers, len(lines)):
         y = height + ROW * (row + 0.5)
-        stroke(pen, (MARGIN + 8, y), (MARGIN + 78, y), answer.mode)
+        stroke(pen, [(MARGIN + 8, y, MARGIN + 78, y)], answer.mode)
         text = answer.label + ("" if answer.box else ", no box")
         pen.text((MARGIN + 104, y), text, font=font, fill=PAPER, anchor="lm")
     return page

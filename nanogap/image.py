@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nanogap.errors import NanogapError
@@ -20,7 +20,7 @@ from nanogap.errors import NanogapError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)                     # (122, 116, 104)
-MAX_SIDE = 8192   # a longer image is shrunk first: padded to a square it might not fit into memory
+MAX_SIDE = 8192   # a longer image is shrunk first: padded to a square it would take up all memory
 
 Box = tuple[float, float, float, float]
 
@@ -32,16 +32,22 @@ def open_image(path: str | Path) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # Pillow warns of large images long before it refuses them
+            warnings.simplefilter("ignore")   # Pillow warns of odd and of large files it can read
             with Image.open(path) as image:
                 return to_rgb(image)
     except FileNotFoundError:
-        raise NanogapError(f"{path}: there is no such image; give the path of a picture, "
+        raise NanogapError(f'there is no image "{path}"; give the path of a picture, '
                            "such as image.jpg") from None
     except IsADirectoryError:
         raise NanogapError(f"{path} is a folder; give the path of one picture in it") from None
+    except Image.DecompressionBombError:
+        raise NanogapError(f"{path} is too large to be read safely (more than "
+                           f"{2 * Image.MAX_IMAGE_PIXELS} pixels); give a smaller copy") from None
+    except UnidentifiedImageError:
+        raise NanogapError(f"{path} is not an image of any kind that Pillow reads; "
+                           "give a JPEG or PNG file") from None
     except Exception as error:   # decoders of broken files raise almost anything
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise NanogapError(f"{path} cannot be read as an image ({reason}); "
                            "give a whole JPEG or PNG file") from None
 
@@ -70,9 +76,9 @@ def pad_to_square(image: Image.Image) -> Image.Image:
 
 def to_pixel_values(image: Image.Image, size: int, mean: Sequence[float] = CLIP_MEAN,
                     std: Sequence[float] = CLIP_STD) -> Tensor:
-    """What the vision tower reads: the padded square, resized and normalised, (1, 3, size, size)."""
+    """What the vision tower reads: the padded square resized and normalised, (1, 3, size, size)."""
     if max(image.size) > MAX_SIDE:
-        image = ImageOps.contain(image, (MAX_SIDE, MAX_SIDE))
+        image = ImageOps.contain(image, (4 * size, 4 * size))
     square = pad_to_square(image).resize((size, size), Image.Resampling.BICUBIC)
     levels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     pixels = levels.view(size, size, 3).permute(2, 0, 1).float() / 255        # (3, S, S)
@@ -88,6 +94,7 @@ def box_to_pixels(box: Sequence[float], width: int, height: int) -> Box:
     box:     (x1, y1, x2, y2), each in [0, 1] of the square
     returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
     raises:  ValueError where x2 <= x1 or y2 <= y1
+    source:  LLaVA pads to a square before resizing, so boxes live in that square
     """
     if not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(f"not a box: {tuple(box)}")
@@ -106,7 +113,7 @@ def box_to_square(box: Sequence[float], width: int, height: int) -> Box:
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2) with continuous areas; 0 where both are empty."""
+    """Intersection over union of two boxes (x1, y1, x2, y2), areas continuous; 0 where empty."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     both = max(width, 0.0) * max(height, 0.0)

@@ -1,7 +1,7 @@
-"""Tiny checkpoints for the tests: random, but real files in every layout in which LLaVA is published.
+"""Tiny checkpoints for the tests: random, but real files in every published layout of LLaVA.
 
-In:  a configuration, a layout, a number of shards and a seed.  Out: a folder that `nanogap.load` reads,
-and transformers as well.
+In:  a configuration, a layout, a number of shards and a seed.
+Out: a folder that `nanogap.load` reads, and transformers as well.
 
 The numbers are uniform draws, one generator for each tensor, seeded by its name: the same on every
 machine, and whatever the order in which modules are declared.  They are large enough that logits
@@ -60,8 +60,9 @@ def tiny_config(**text: object) -> LlavaConfig:
 def tiny_tokenizer() -> Tokenizer:
     """LLaMA's kind of tokenizer with 562 tokens, trained on the prompt itself."""
     things = ("the man on the left", "a red car behind the tall tree", "woman with a blue umbrella",
-              "small brown dog next to the bench", "the second cup from the right", "yellow house above")
-    sentences = [prompt.BEFORE_IMAGE + prompt.AFTER_IMAGE.format(thing) + " [0.12, 0.34, 0.56, 0.78]"
+              "small brown dog next to the bench", "the second cup from the right",
+              "yellow house above")
+    sentences = [f"{prompt.BEFORE_IMAGE}{prompt.AFTER_IMAGE.format(thing)} [0.12, 0.34, 0.56, 0.78]"
                  for thing in things]
     tokenizer = train_llama_tokenizer(sentences, vocab_size=IMAGE_TOKEN)
     assert tokenizer.token_to_id(IMAGE) == IMAGE_TOKEN
@@ -69,7 +70,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The tensor of that name: uniform, of a size that keeps signals about as large as they came."""
+    """The tensor of that name: uniform, so large that signals stay about as large as they came."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     x = (torch.rand(shape, generator=generator) * 2 - 1) * 3 ** 0.5           # standard deviation 1
     if "norm" in name and name.endswith("weight"):
@@ -103,9 +104,9 @@ def published_name(name: str, layout: str) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file, as it is told."""
-    specs = {name: TensorSpec(dtype=str(value.dtype).removeprefix("torch."), shape=list(value.shape),
-                              data_ptr=value.data_ptr(), data_len=value.nbytes)
-             for name, value in tensors.items()}
+    specs = {name: TensorSpec(
+        dtype=str(value.dtype).removeprefix("torch."), shape=list(value.shape),
+        data_ptr=value.data_ptr(), data_len=value.nbytes) for name, value in tensors.items()}
     serialize_file(specs, path, metadata={"format": "pt"})
 
 
@@ -124,9 +125,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: str = "a", shards: int = 1,
-                     seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A whole checkpoint; the project's own writer makes all of it but the other layouts and shards."""
+def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: str = "a",
+                     shards: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A whole checkpoint; the project's own writer makes all but the other layouts and shards."""
     config = config or tiny_config()
     tensors = {name: value.to(dtype) for name, value in tiny_tensors(config, layout, seed).items()}
     with torch.device("meta"):

@@ -3,9 +3,9 @@
 run:  pip install transformers==5.23.0 && python -m tests.reference.make_reference
 
 In:  the checkpoints of tests/tiny.py, one prompt and one image, all of them drawn from fixed seeds.
-Out: samples of logits and features with 8 significant digits, and the greedy words; a few KB, so that
-the agreement is tested where transformers is not installed.  test_reference.py reads it, and uses the
-functions below on other checkpoints where transformers is.
+Out: samples of logits and features with 8 significant digits, and the greedy words; a few KB, so
+that the agreement is tested where transformers is not installed.  test_reference.py reads it, and
+uses the functions below on other checkpoints where transformers is.
 """
 
 import json
@@ -33,12 +33,13 @@ CASES = {   # name: (layout, shards, seed, what differs in the decoder)
 }
 
 PROMPT = [1, 319, 400, 77, 512, IMAGE_TOKEN, 35, 36, 500, 9, 301, 88]        # P = 5, A = 6
-POSITIONS = [3, 5, 20, 26]       # of the 5 + 16 + 6 tokens: text, first patch, last patch, last word
+POSITIONS = [3, 5, 20, 26]       # of 5 + 16 + 6 tokens: text, first and last patch, last word
 VOCABULARY = list(range(0, 640, 54))
 NEW_TOKENS = 10
 
-# The 4 kept patches, the most important first; for each mode the order in which they are fed, and the
-# position IDs, by hand: the text before the image has 0 to 4, its patches 5 to 20, the text after 21 to 26
+# The 4 kept patches, the most important first; for each mode the order in which they are fed, and
+# the position IDs, by hand: unpruned, the text before the image has 0 to 4, its patches 5 to 20 and
+# the text after it 21 to 26
 KEEP = [9, 2, 14, 5]
 PRUNED = {
     "gap": ([2, 5, 9, 14], [0, 1, 2, 3, 4, 7, 10, 14, 19, 21, 22, 23, 24, 25, 26]),
@@ -60,8 +61,9 @@ def load_theirs(folder: Path) -> torch.nn.Module:
 
 
 def expand(prompt: Sequence[int], image_token: int, patches: int) -> Tensor:
-    """input_ids (1, P + N + A): as many image tokens as there are patches, as transformers wants them."""
-    return torch.tensor([[t for token in prompt for t in [token] * (patches if token == image_token else 1)]])
+    """input_ids (1, P + N + A): as many image tokens as patches, which is how transformers asks."""
+    place = list(prompt).index(image_token)
+    return torch.tensor([[*prompt[:place], *[image_token] * patches, *prompt[place + 1:]]])
 
 
 @torch.no_grad()
@@ -77,23 +79,24 @@ def their_answer(theirs: torch.nn.Module, input_ids: Tensor, pixels: Tensor,
     """Logits (T, V) of the whole prompt with the image, and the greedy words after it."""
     mask = torch.ones_like(input_ids)
     logits = theirs(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits[0]
-    words = theirs.generate(input_ids=input_ids, pixel_values=pixels, attention_mask=mask, do_sample=False,
-                            max_new_tokens=new_tokens)
+    words = theirs.generate(input_ids=input_ids, pixel_values=pixels, attention_mask=mask,
+                            do_sample=False, max_new_tokens=new_tokens)
     return logits, words[0, input_ids.shape[1]:].tolist()
 
 
 @torch.no_grad()
-def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor, order: Sequence[int],
-                        position_ids: Sequence[int], new_tokens: int) -> tuple[Tensor, list[int]]:
+def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
+                        order: Sequence[int], position_ids: Sequence[int],
+                        new_tokens: int) -> tuple[Tensor, list[int]]:
     """The same of transformers' decoder, fed the patches `order` alone, at the position IDs given.
 
-    With a cache: without one, and without a mask, transformers takes a gap in the position IDs for the
-    border between two packed sequences, and lets neither side see the other.
+    With a cache: without one, and without a mask, transformers takes a gap in the position IDs for
+    the border between two packed sequences, and lets neither side see the other.
     """
     decoder, place = theirs.model.language_model, list(prompt).index(theirs.config.image_token_id)
     visual = theirs.model.multi_modal_projector(their_features(theirs, pixels)[list(order)])
-    embed = decoder.embed_tokens
-    x = torch.cat([embed(torch.tensor(prompt[:place])), visual, embed(torch.tensor(prompt[place + 1:]))])
+    before, after = torch.tensor(prompt[:place]), torch.tensor(prompt[place + 1:])
+    x = torch.cat([decoder.embed_tokens(before), visual, decoder.embed_tokens(after)])
     out = decoder(inputs_embeds=x[None], position_ids=torch.tensor([position_ids]), use_cache=True)
     logits = theirs.lm_head(out.last_hidden_state)[0]
     words, last = [int(logits[-1].argmax())], position_ids[-1]
@@ -107,23 +110,24 @@ def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: 
 
 def rounded(values: Tensor) -> list:
     """Nested lists of numbers with 8 significant digits."""
-    return json.loads(json.dumps(values.tolist()), parse_float=lambda text: float(f"{float(text):.8g}"))
+    return json.loads(json.dumps(values.tolist()), parse_float=lambda x: float(f"{float(x):.8g}"))
 
 
 def summary(logits: Tensor, positions: Sequence[int]) -> dict:
     """What is stored of logits (T, V): some of them, and for each position a sum that all enter."""
-    return {"largest": rounded(logits.abs().max()), "sample": rounded(logits[positions][:, VOCABULARY]),
+    return {"largest": rounded(logits.abs().max()),
+            "sample": rounded(logits[positions][:, VOCABULARY]),
             "absolute_sums": rounded(logits[positions].double().abs().sum(-1))}
 
 
 def main() -> None:
     import transformers
-    outputs = {"transformers": transformers.__version__, "cases": {}, "pruned": {}}
+    outputs = {"cases": {}, "pruned": {}}
     pixels, input_ids = pixel_values(), expand(PROMPT, IMAGE_TOKEN, 16)
     with TemporaryDirectory() as temporary:
         for name, (layout, shards, seed, differs) in CASES.items():
-            folder = write_checkpoint(Path(temporary) / name, tiny_config(**differs), layout, shards, seed)
-            theirs = load_theirs(folder)
+            folder, config = Path(temporary) / name, tiny_config(**differs)
+            theirs = load_theirs(write_checkpoint(folder, config, layout, shards, seed))
             logits, words = their_answer(theirs, input_ids, pixels, NEW_TOKENS)
             outputs["cases"][name] = summary(logits, POSITIONS) | {
                 "words": words, "features": rounded(their_features(theirs, pixels)[[0, 7, 15], :6])}
@@ -131,12 +135,12 @@ def main() -> None:
         for mode, (order, ids) in PRUNED.items():
             logits, words = their_pruned_answer(theirs, PROMPT, pixels, order, ids, NEW_TOKENS)
             outputs["pruned"][mode] = summary(logits, [5, 14]) | {"words": words}
-    rows = [f' {json.dumps(part)}: {{\n' + ",\n".join(
-        f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in outputs[part].items()) + "\n }"
-        for part in ("cases", "pruned")]
-    head = f' "transformers": {json.dumps(outputs["transformers"])}'
-    OUTPUTS.write_text("{\n" + ",\n".join([head, *rows]) + "\n}\n")
-    print(f"{OUTPUTS.name}: {OUTPUTS.stat().st_size} bytes, transformers {transformers.__version__}")
+    parts = [f' "transformers": {json.dumps(transformers.__version__)}']
+    for part, answers in outputs.items():                                     # a line for each
+        rows = [f"  {json.dumps(name)}: {json.dumps(answer)}" for name, answer in answers.items()]
+        parts.append(f' "{part}": {{\n' + ",\n".join(rows) + "\n }")
+    OUTPUTS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    print(f"{OUTPUTS.name}: {OUTPUTS.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

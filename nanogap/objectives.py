@@ -1,0 +1,145 @@
+"""What the mini model is trained to do: the losses of both stages, and the scenes they are taken on.
+
+In:  a batch of drawn scenes.  Out: a loss to go down.
+
+Stage 0, CLIP (arXiv 2103.00020): which captions are true of which scene.  Stage 1, LLaVA
+(arXiv 2304.08485): the next token of the answers.  Nothing in here knows of pruning: no token is ever
+dropped and no position ID changed in training.
+"""
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from nanogap.clip import CLIP
+from nanogap.image import box_to_square, to_pixel_values
+from nanogap.llava import Llava
+from nanogap.prompt import encode, encode_prompt, format_box
+from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, draw_scene
+
+class Scenes(torch.utils.data.Dataset):
+    """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
+
+    A split of `nanogap.scenes` is one word, so these seeds, of several, are never a split's.
+    """
+
+    def __init__(self, seed: str, images: int, image_size: int) -> None:
+        self.seed, self.images, self.image_size = seed, images, image_size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, list[Scene], random.Random]:
+        rng = random.Random(f"train {self.seed} {step}")
+        # pictures are drawn larger than the model sees them, as any picture is, or just as large
+        scenes = [draw_scene(rng, rng.choice((168, 336))) for _ in range(self.images)]
+        pixels = torch.cat([to_pixel_values(scene.image, self.image_size) for scene in scenes])
+        return pixels, scenes, rng                                            # pixels (B, 3, S, S)
+
+
+
+
+Batch = tuple[Tensor, list[Scene], random.Random]
+
+# ----- stage 0: CLIP ------------------------------------------------------------------------------
+
+
+def contents(things: Iterable[Thing]) -> Counter:
+    """How many of which kind and colour: a caption is true of an image that holds at least as much."""
+    return Counter((thing.kind, thing.colour) for thing in things)
+
+
+SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]
+
+
+def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.device) -> Tensor:
+    """CLIP's symmetric contrastive loss between images and the captions that may be true of them.
+
+    There is a caption for each image, which names all that is in it, and one for each single thing that
+    there can be ("a red car").  Several are true of an image, so the targets are equal shares.
+    """
+    pixels, scenes, rng = batch
+    wholes = [caption(scene.things, rng) for scene in scenes]
+    singles = [caption([thing], rng) for thing in SINGLES]
+    claims = [contents(scene.things) for scene in scenes] + [contents([thing]) for thing in SINGLES]
+    truth = torch.tensor([[float(claim <= contents(scene.things)) for claim in claims] for scene in scenes])
+    truth = truth.to(device)                                                  # (B, M)
+    texts = torch.cat([clip.text_features(torch.tensor([e.ids for e in tokenizer.encode_batch(some)],
+                                                       device=device)) for some in (wholes, singles)])
+    logits = clip.logit_scale.exp() * clip.image_features(pixels.to(device)) @ texts.T  # (B, M)
+    by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
+    told = truth.sum(0) > 0                                                   # captions true of any image
+    by_text = F.cross_entropy(logits.T[told], (truth / truth.sum(0)).T[told])
+    return (by_image + by_text) / 2
+
+
+# ----- stage 1: LLaVA -----------------------------------------------------------------------------
+
+
+class SharedPast:
+    """Keys and values of a prefix that several sequences continue; unlike KVCache, with gradients.
+
+    All questions about an image share the image, and all images the system sentence: each is run once.
+    Sequence i of the new batch continues sequence `parents[i]` of the old one.
+    """
+
+    def __init__(self, past: "SharedPast | None" = None, parents: Tensor | None = None) -> None:
+        self.past, self.parents = past, parents
+        self.rows: list[tuple[Tensor, Tensor]] = []                           # per layer (B, G, R, D)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.past is not None:
+            old_k, old_v = self.past.rows[layer]
+            k, v = torch.cat([old_k[self.parents], k], 2), torch.cat([old_v[self.parents], v], 2)
+        self.rows.append((k, v))
+        return k, v
+
+
+def questions_about(model: Llava, scenes: list[Scene], most: int,
+                    rng: random.Random) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Questions about drawn scenes, their answers, and the number of the scene that each is about."""
+    c, prompts, answers, about = model.config, [], [], []
+    asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in scene.expressions]
+    for i, expression, thing in rng.sample(asked, min(most, len(asked))):
+        box = format_box(box_to_square(scenes[i].things[thing].box, *scenes[i].image.size))
+        prompts.append(encode_prompt(model.tokenizer, expression, c.bos_token, c.image_token))
+        answers.append(encode(model.tokenizer, box) + [c.eos_token])
+        about.append(i)
+    return prompts, answers, about
+
+
+def llava_loss(model: Llava, batch: Batch, device: torch.device, questions: int) -> Tensor:
+    """Next-token cross-entropy on the answers, the mean over all their tokens.
+
+    Every question sees the system sentence, its image and itself only, at the position IDs that it would
+    have alone; so the sequences form a tree, and each level of it is run once:
+    [system sentence] -> [image, "Please provide ... describes:"] -> [expression, answer].
+    """
+    pixels, scenes, rng = batch
+    prompts, answers, about = questions_about(model, scenes, questions, rng)
+    decoder, embed = model.language_model.model, model.language_model.model.embed_tokens
+    P, shared = prompts[0].index(model.config.image_token), len(os.path.commonprefix(prompts))
+    with torch.no_grad():
+        features = model.vision_tower(pixels.to(device)).features             # (B, N, C), frozen
+    common = torch.tensor(prompts[0][:shared], device=device)
+    system, head = embed(common[:P]), embed(common[P + 1:])
+    image = torch.cat([model.multi_modal_projector(features), head.expand(len(scenes), -1, -1)], dim=1)
+    ids = torch.arange(P + image.shape[1], device=device)
+    below_system = SharedPast()
+    decoder(system[None], ids[:P], below_system)
+    below_image = SharedPast(below_system, torch.zeros(len(scenes), dtype=torch.long, device=device))
+    decoder(image, ids[P:], below_image)
+
+    rows = [prompt[shared:] + answer for prompt, answer in zip(prompts, answers)]
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    first = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
+    last = torch.tensor([len(row) for row in rows], device=device)
+    at = torch.arange(1, tokens.shape[1], device=device)
+    in_answer = (at >= first[:, None]) & (at < last[:, None])                 # (Q, T - 1)
+    below_questions = SharedPast(below_image, torch.tensor(about, device=device))
+    hidden = decoder(embed(tokens[:, :-1]), len(ids) + at - 1, below_questions)
+    logits = model.language_model.lm_head(hidden[in_answer]).float()
+    return F.cross_entropy(logits, tokens[:, 1:][in_answer])

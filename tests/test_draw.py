@@ -1,0 +1,163 @@
+"""The picture, on a 4 x 4 grid: what is bright, what is dimmed, where lines and names go.
+
+A 96 x 48 picture lies over the two middle rows, a 48 x 96 one over the two middle columns:
+
+    . . . .        .  1  2  .
+    4 5 6 7        .  5  6  .
+    8 9 . .        .  9 10  .
+    . . . .        . 13 14  .
+"""
+
+from itertools import combinations
+
+import pytest
+from PIL import Image
+
+from nanogap.draw import MARGIN, PAGE, STYLES, Answer, dim_dropped, draw_answers, overlap, place_tag
+from nanogap.gap import MODES
+
+PINK = (250, 150, 200)
+WHITE, BLUE, ORANGE = (255, 255, 255), (86, 180, 233), (230, 159, 0)      # full, gap, shifted
+
+
+# ----- patches ------------------------------------------------------------------------------------
+
+
+def dimmed_pixels(size: tuple[int, int], keep: list[int]) -> set[tuple[int, int]]:
+    image = Image.new("RGB", size, PINK)
+    drawn = dim_dropped(image, keep, grid=4)
+    assert drawn.size == size
+    every = ((x, y) for x in range(size[0]) for y in range(size[1]))
+    return {at for at in every if drawn.getpixel(at) != PINK}
+
+
+def test_on_a_wide_picture_the_grid_reaches_into_the_padding_above_and_below():
+    every = {(x, y) for x in range(96) for y in range(48)}
+    patch_5 = {(x, y) for x in range(24, 48) for y in range(0, 24)}
+    assert dimmed_pixels((96, 48), [5]) == every - patch_5
+
+
+def test_on_a_tall_picture_the_grid_reaches_into_the_padding_left_and_right():
+    every = {(x, y) for x in range(48) for y in range(96)}
+    patch_9 = {(x, y) for x in range(0, 24) for y in range(48, 72)}
+    assert dimmed_pixels((48, 96), [9]) == every - patch_9
+
+
+def test_patches_of_the_padding_show_nothing():
+    assert dimmed_pixels((96, 48), [0, 1, 2, 3, 12, 13, 14, 15]) == dimmed_pixels((96, 48), [])
+
+
+def test_keeping_all_patches_leaves_the_picture_as_it_is():
+    assert dimmed_pixels((37, 90), list(range(16))) == set()
+
+
+def test_a_dropped_patch_is_grey_and_much_darker():
+    drawn = dim_dropped(Image.new("RGB", (40, 40), PINK), [0], grid=4)
+    red, green, blue = drawn.getpixel((35, 35))
+    assert red == green == blue == 74                # 0.4 of its brightness, 185
+    assert drawn.getpixel((5, 5)) == PINK
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3)])
+def test_the_smallest_picture_has_patches_too(size: tuple[int, int]):
+    assert len(dimmed_pixels(size, [])) == size[0] * size[1]
+
+
+# ----- boxes --------------------------------------------------------------------------------------
+
+
+def page(size: tuple[int, int], *answers: Answer, caption: str = "x") -> Image.Image:
+    """On the page a picture 96 wide is ten times as large, below and right of the margin."""
+    return draw_answers(Image.new("RGB", size, (0, 60, 0)), range(16), 4, answers, caption)
+
+
+def colours(picture: Image.Image, box: tuple[int, int, int, int]) -> set[tuple[int, int, int]]:
+    return {colour for _, colour in picture.crop(box).getcolors(1 << 24)}
+
+
+def test_every_mode_has_a_style_of_its_own():
+    assert set(STYLES) == set(MODES)
+    assert len({colour for colour, _, _ in STYLES.values()}) == len(STYLES)
+    assert len({(width, dash) for _, width, dash in STYLES.values()}) == len(STYLES)
+
+
+def test_a_box_is_drawn_where_it_is_on_the_enlarged_picture():
+    picture = page((96, 48), Answer("gap", "gap", (20, 10, 70, 40)))
+    left, top, right, bottom = (10 * v + MARGIN for v in (20, 10, 70, 40))
+    for at in ((left, 250), (right, 250), (400, top), (400, bottom)):
+        assert picture.getpixel(at) == BLUE
+    assert picture.getpixel((400, 250)) == picture.getpixel((left - 20, 250)) == (0, 60, 0)
+
+
+def test_a_narrow_picture_and_its_box_stand_in_the_middle():
+    picture = page((12, 120), Answer("gap", "gap", (0, 30, 12, 60)))    # 120 x 1200 on 640
+    assert picture.width == 640 + 2 * MARGIN
+    left = MARGIN + (640 - 120) // 2
+    assert picture.getpixel((left, 450)) == picture.getpixel((left + 120, 450)) == BLUE
+
+
+def test_boxes_that_coincide_all_show():
+    box = (20, 10, 70, 40)
+    picture = page((96, 48), *(Answer(mode, mode, box) for mode in ("full", "shifted", "gap")))
+    left_side = colours(picture, (20 * 10, 200, 23 * 10, 380))
+    assert {WHITE, BLUE, ORANGE} <= left_side
+
+
+def test_an_answer_without_a_box_is_in_the_legend_only():
+    picture = page((96, 48), Answer("full", "full", (20, 10, 70, 40)), Answer("shifted", "s", None))
+    legend = MARGIN + 480 + MARGIN
+    assert ORANGE not in colours(picture, (0, 0, picture.width, legend))
+    assert ORANGE in colours(picture, (0, legend, picture.width, picture.height))
+
+
+def test_a_box_at_the_border_keeps_its_line_on_the_page():
+    picture = page((96, 48), Answer("full", "full", (0, 0, 96, 48)))
+    for strip in ((0, 0, MARGIN, 494), (MARGIN + 960, 0, MARGIN * 2 + 960, 494),
+                  (100, 0, 900, MARGIN), (100, 494, 900, 480 + 2 * MARGIN)):
+        assert WHITE in colours(picture, strip)
+    assert colours(picture, (0, 0, 2, 494)) == {(27, 27, 27)}          # and inside it
+
+
+# ----- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("box", [(0, 0, 5, 5), (955, 595, 960, 600), (0, 0, 960, 600),
+                                 (300, 200, 600, 400), (0, 590, 960, 600), (950, 0, 960, 600)])
+def test_names_of_boxes_that_coincide_overlap_neither_each_other_nor_the_border(box: tuple):
+    tags = []
+    for width in (90, 120, 150, 90):
+        tags.append(place_tag(width, 40, box, (960, 600), tags, [box] * 4))
+    assert all(overlap(a, b) == 0 for a, b in combinations(tags, 2))
+    assert all(x1 >= 0 and y1 >= 0 and x2 <= 960 and y2 <= 600 for x1, y1, x2, y2 in tags)
+
+
+def test_a_name_stands_above_its_box_where_there_is_room():
+    x1, y1, x2, y2 = place_tag(90, 40, (300, 200, 600, 400), (960, 600), [], [(300, 200, 600, 400)])
+    assert 280 < x1 < 320 and 170 < y2 < 190
+
+
+def test_a_name_goes_inside_a_box_that_fills_the_picture():
+    full = (0, 0, 960, 600)
+    x1, y1, x2, y2 = place_tag(90, 40, full, (960, 600), [], [full])
+    assert x1 >= 12 and y1 >= 12                     # beside the line, not on it
+
+
+# ----- the page -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (20000, 300), (96, 48), (48, 96)])
+def test_the_page_is_as_wide_as_a_screen_whatever_the_picture(size: tuple[int, int]):
+    picture = page(size, Answer("full", "full", (0, 0, *size)), Answer("gap", "gap", None))
+    assert 640 <= picture.width <= 1000 and picture.height <= 1500
+
+
+@pytest.mark.parametrize("caption", ["the man " * 1000, "W" * 20000, "人" * 900])
+def test_a_caption_that_is_too_long_is_cut_at_the_margin(caption: str):
+    picture = page((12, 120), caption=caption)
+    border = (picture.width - MARGIN + 2, 1200, picture.width, picture.height)
+    assert colours(picture, border) == {(27, 27, 27)} and PAGE == "#1b1b1b"
+
+
+def test_each_line_of_the_caption_has_a_row():
+    one, two = page((96, 48), caption="a"), page((96, 48), caption="a\nb")
+    assert two.height - one.height == 46

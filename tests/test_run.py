@@ -1,0 +1,368 @@
+"""The command, run in this process on tiny checkpoints, and a few times as a person runs it.
+
+One checkpoint, `weights`, is random and babbles.  The other, `finder`, always says the same box:
+its layers add nothing to the last token of the prompt, and the table of tokens does the rest.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch.nn.modules.module import register_module_forward_hook
+
+import nanogap
+import run
+from nanogap.clip import CLIPVisionTower
+from nanogap.explain import columns, ranges, wrapped
+from nanogap.weights import save_llava
+from tests.tiny import write_checkpoint
+
+ROOT = Path(run.__file__).parent
+BOX = "[0.10, 0.25, 0.50, 0.60]"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def finder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that answers every question with BOX, one token, and stops."""
+    model = nanogap.load(weights)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    spelled = json.loads(model.tokenizer.to_str())
+    token = spelled["model"]["vocab"][BOX] = model.config.text.vocab_size - 1
+    model.tokenizer = Tokenizer.from_str(json.dumps(spelled))
+    decoder, head = model.language_model.model, model.language_model.lm_head.weight
+    decoder.norm.weight.fill_(1)
+    embed = decoder.embed_tokens.weight
+    head.zero_()
+    for layer in decoder.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    for step, (said, following) in enumerate([(int(model.prompt("x")[-1]), token), (token, 2)]):
+        embed[said] = torch.eye(embed.shape[1])[step]
+        head[following, step] = 1
+    folder = tmp_path_factory.mktemp("finder")
+    save_llava(folder, model, torch.float32)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A 100 x 50 picture in an empty folder, from which the command is run."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (100, 50), (90, 140, 60)).save("photo.png")
+    return "photo.png"
+
+
+# ----- what comes out -----------------------------------------------------------------------------
+
+
+def test_the_table_has_a_line_for_each_mode_and_the_picture_is_saved(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(finder), "--keep", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{finder} on cpu, float32"
+    assert " ".join(lines[1].split()) == (
+        "mode tokens position IDs box (pixels) IoU prefill decode KV MB")
+    # 33 tokens before, 16 patches, 20 after; (0.10, 0.25) of the square is pixel (10, 25 - 25)
+    shown = [re.split(r"  +", line)[:5] for line in lines[2:5]]
+    assert shown == [["full", "16", "0..68", "10, 0, 50, 35", "1.00"],
+                     ["shifted", "4", "0..56", "10, 0, 50, 35", "1.00"],
+                     ["gap", "4", "0..68", "10, 0, 50, 35", "1.00"]]
+    assert re.fullmatch(r"The image was encoded once \(\d+ ms\).  "
+                        r"IoU is with the box of the full run.", lines[5])
+    assert lines[6:] == ["picture: answer.png"]
+    assert all(len(line) <= 80 for line in lines[1:])
+    assert Image.open("answer.png").width == 988 and not list(Path().glob("*.partial"))
+
+
+def test_json_is_one_document_and_nothing_else(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(finder), "--json", "--explain",
+                     "--keep", "25%", "--prune", "spatial", "--out", "a.jpg"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    runs = document.pop("runs")
+    assert document == {"image": "photo.png", "expression": "the man", "weights": str(finder),
+                        "device": "cpu", "dtype": "float32", "prune": "spatial", "keep": 4,
+                        "picture": "a.jpg"}
+    timings = [r.pop("timings") for r in runs]
+    assert [r.pop("kv_bytes") for r in runs] == [2 * 3 * 64 * 4 * rows for rows in (70, 58, 58)]
+    assert runs == [
+        {"mode": mode, "visual_tokens": tokens, "box": [10.0, 0.0, 50.0, 35.0], "text": BOX,
+         "iou_with_full": 1.0, "position_ids": [0, last], "next_position": last + 1}
+        for mode, tokens, last in (("full", 16, 68), ("shifted", 4, 56), ("gap", 4, 68))]
+    for timing in timings:
+        assert set(timing) == {"vision_ms", "prefill_ms", "decode_ms", "new_tokens", "passes"}
+        assert (timing["new_tokens"], timing["passes"]) == (2, 1)
+
+
+def test_an_answer_without_a_box_has_none_and_no_iou(
+        photo: str, weights: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(weights), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(r["box"], r["iou_with_full"]) for r in runs] == [(None, None)] * 3
+
+
+def test_modes_are_run_in_the_order_given_and_once_each(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "x", "--weights", str(finder), "--json",
+                     "--mode", "permuted", "gap", "permuted"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(r["mode"], r["iou_with_full"]) for r in runs] == [("permuted", None), ("gap", None)]
+
+
+def test_the_image_is_encoded_once_for_all_modes(photo: str, finder: Path):
+    called = []
+    with register_module_forward_hook(lambda module, inputs, output: called.append(type(module))):
+        assert run.main([photo, "x", "--weights", str(finder),
+                         "--mode", "full", "shifted", "permuted", "gap"]) == 0
+    assert called.count(CLIPVisionTower) == 1
+
+
+def test_the_same_seed_keeps_the_same_patches_and_another_seed_others(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    def shown(seed: str) -> str:
+        assert run.main([photo, "x", "--weights", str(finder), "--keep", "4", "--mode", "gap",
+                         "--seed", seed, "--explain"]) == 0
+        return capsys.readouterr().out.partition("4 of 16 patches stay:")[2][:100]
+    assert shown("0") == shown("0") != shown("1")
+
+
+@pytest.mark.parametrize(
+    "keep, tokens", [("1", 1), ("16", 16), ("1%", 1), ("25%", 4), ("100%", 16)])
+def test_keep_is_a_number_of_tokens_or_a_share(keep: str, tokens: int):
+    assert run.tokens_to_keep(run.keep_argument(keep), 16) == tokens
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (20000, 300)])
+def test_the_most_extreme_picture_works(
+        size: tuple[int, int], photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    Image.new("L", size, 90).save("extreme.png")
+    assert run.main(["extreme.png", "x", "--weights", str(finder), "--json"]) == 0
+    box = json.loads(capsys.readouterr().out)["runs"][0]["box"]
+    assert box is None or 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+
+
+@pytest.mark.parametrize("expression", [
+    "左边的人", "الرجل على اليسار", "😀 👩‍👩‍👧",
+    "\u202eright to left", "the man\non the\tleft", "\x1b[31mred\x07", "<image>",
+    "</s>", '"; rm -rf', "{0} {x} %s \\", "the man " * 12, "x" * 90])
+def test_any_expression_works_and_is_explained_in_80_columns(
+        expression: str, photo: str, weights: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, expression, "--weights", str(weights), "--explain", "--mode", "gap"]
+    assert run.main(argv) == 0
+    lines = capsys.readouterr().out.split("\n")[1:]
+    assert max(columns(line) for line in lines) <= 80
+    assert all(line.isprintable() for line in lines)
+    assert Image.open("answer.png").size == (988, 660)        # with two lines of caption
+
+
+# ----- --explain ----------------------------------------------------------------------------------
+
+
+def test_explain_shows_the_ids_that_gap_gives_back(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(finder), "--explain", "--prune", "spatial",
+                     "--keep", "4", "--mode", "gap"]) == 0
+    out = capsys.readouterr().out
+    for line in ("   100 x 50 pixels, padded to 100 x 100,",
+                 "   resized to pixel_values (1, 3, 56, 56)",
+                 "   features (16, 32), in raster order",
+                 "      . . . .\n      . # . #\n      . . . .\n      . # . #",
+                 "   P = 33 tokens before the image, A = 20 after it; decoder width 64",
+                 "5  Mode gap: raster order, original position IDs",
+                 "   embeddings (1, 57, 64), cache rows 0..56, always dense",
+                 "   position IDs of the 33 tokens before: 0..32",
+                 "   position IDs of the 4 patches:\n      38 40 46 48",
+                 "   position IDs of the 20 tokens after: 49..68",
+                 f"   in words:\n      {BOX}",
+                 "   as fractions of the square: (0.1, 0.25, 0.5, 0.6)",
+                 "   in pixels of the image: (10.0, 0.0, 50.0, 35.0)"):
+        assert f"\n{line}\n" in out
+    assert re.search(r"\] +69 +57\n +</s> +70 +not fed\n", out)      # position ID, cache row
+
+
+def test_explain_says_that_the_full_run_prunes_nothing(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "x", "--weights", str(finder), "--explain", "--mode", "full"]) == 0
+    assert "\n   not in mode full: all 16 patches stay\n" in capsys.readouterr().out
+
+
+def test_consecutive_numbers_are_shown_as_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0..2 5 7..8"
+    assert ranges([9, 2, 14]) == "9 2 14" and ranges([]) == ""
+
+
+def test_a_line_is_broken_at_spaces_and_a_long_word_anywhere():
+    assert wrapped("ab cd ef", indent=2, width=7) == "  ab cd\n  ef"
+    assert wrapped("abcdefgh", indent=2, width=7) == "  abcde\n  fgh"
+    assert wrapped("人人人人", indent=2, width=7) == "  人人\n  人人"
+
+
+# ----- mistakes -----------------------------------------------------------------------------------
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr with which the command refuses; nothing is written anywhere."""
+    before = sorted(Path().rglob("*"))
+    assert run.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("run.py: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert "Traceback" not in out + err and "picture:" not in out
+    assert sorted(Path().rglob("*")) == before
+    return err.removeprefix("run.py: ").removesuffix("\n")
+
+
+KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25%; "
+        "see `python run.py --help`")
+RANGE = "of 16 visual tokens: keep from 1 to 16, or 1% to 100%"
+
+
+@pytest.mark.parametrize("keep, message", [
+    *((keep, f"argument --keep: {keep!r} {KEEP}") for keep in (
+        "0", "-3", "abc", "", "1.5", "0%", "%", "nan", "1e3", "٣", "²", "1_0", " 5", "+5")),
+    ("17", f"cannot keep 17 {RANGE}"),
+    ("101%", f"cannot keep 101% {RANGE}"),
+    ("99999999", f"cannot keep 99999999 {RANGE}"),
+    ("9" * 5000, "argument --keep: '" + "9" * 79 + " " + KEEP),
+])
+@pytest.mark.parametrize("mode", ["gap", "full"])
+def test_keep_out_of_range_is_refused_in_every_mode(
+        keep: str, message: str, mode: str, photo: str, finder: Path,
+        capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--mode", mode, "--keep", keep]
+    assert refused(argv, capsys) == message
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["missing.png", "x"],
+     'there is no image "missing.png"; give the path of a picture, such as image.jpg'),
+    (["", "x"], 'there is no image ""; give the path of a picture, such as image.jpg'),
+    ([".", "x"], ". is a folder; give the path of one picture in it"),
+    (["photo.png", ""], 'the expression is empty; name a thing, such as "the man on the left"'),
+    (["photo.png", " \t\n\u3000"],
+     'the expression is empty; name a thing, such as "the man on the left"'),
+    (["photo.png", "x", "--prune", "magic"],
+     "argument --prune: invalid choice: 'magic' (choose from "),
+    (["photo.png", "x", "--mode", "gap", "Full"],
+     "argument --mode: invalid choice: 'Full' (choose from "),
+    (["photo.png", "x", "--device", "tpu"],
+     "argument --device: invalid choice: 'tpu' (choose from "),
+    (["photo.png", "x", "--dtype", "int8"],
+     "argument --dtype: invalid choice: 'int8' (choose from "),
+    (["photo.png", "x", "--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on"),
+    (["photo.png", "x", "--weights", "nowhere"],
+     "nowhere is not a folder; get the published weights with `hf download"),
+    (["photo.png", "x", "--weights", "."],
+     ". has no config.json, so it is not a checkpoint; get the published weights with `hf "),
+    (["photo.png"], "the following arguments are required: EXPRESSION; see `python run.py --help`"),
+    (["photo.png", "x", "y"], "unrecognized arguments: y; see `python run.py --help`"),
+])
+def test_a_mistake_is_one_line_and_status_2(
+        argv: list[str], message: str, photo: str, capsys: pytest.CaptureFixture):
+    assert refused(argv, capsys).startswith(message)
+
+
+ENDING = "a picture cannot be written with that ending; use .png or .jpg"
+FOLDER = "would be in a folder that does not exist; make it with `mkdir -p "
+
+
+@pytest.mark.parametrize("out, message", [
+    ("answer", f"--out answer: {ENDING}"),
+    ("answer.txt", f"--out answer.txt: {ENDING}"),
+    ("answer.xbm", f"--out answer.xbm: {ENDING}"),            # knows black and white only
+    ("no/such/a.png", f"--out no/such/a.png {FOLDER}"),
+    ("folder.png", "--out folder.png is a folder; give the path of a picture to write"),
+    ("photo.png", "--out photo.png is the image itself; give another path"),
+    ("photo.png/a.png", f"--out photo.png/a.png {FOLDER}"),
+    ("a" * 300 + ".png", f"--out {'a' * 300}.png cannot be written (File name too long); "),
+])
+def test_a_picture_that_cannot_be_written_is_refused_before_any_work(
+        out: str, message: str, photo: str, capsys: pytest.CaptureFixture):
+    Path("folder.png").mkdir()
+    assert refused([photo, "x", "--weights", "nowhere", "--out", out], capsys).startswith(message)
+
+
+@pytest.mark.skipif(os.access("/", os.W_OK), reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(photo: str, capsys: pytest.CaptureFixture):
+    Path("locked").mkdir(mode=0o500)
+    assert refused([photo, "x", "--out", "locked/a.png"], capsys) == (
+        "--out locked/a.png cannot be written (permission denied); give another path")
+
+
+def test_a_picture_that_fails_at_the_last_moment_leaves_nothing_behind(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    """The name fits into the file system, the name of the partial file beside it does not."""
+    name = "a" * 250 + ".png"
+    message = refused([photo, "x", "--weights", str(finder), "--out", name], capsys)
+    assert message == f"--out {name} cannot be written (File name too long); give another path"
+
+
+def test_a_partial_picture_is_taken_away(photo: str):
+    Path("a.png").mkdir()                                     # came into being during the run
+    with pytest.raises(nanogap.NanogapError, match="--out a.png cannot be written"):
+        run.save(Image.new("RGB", (8, 8)), Path("a.png"))
+    assert sorted(path.name for path in Path().iterdir()) == ["a.png", "photo.png"]
+
+
+def test_a_mistake_leaves_an_earlier_picture_alone(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    Path("answer.png").write_bytes(b"from before")
+    refused([photo, "x", "--weights", str(finder), "--keep", "17"], capsys)
+    assert Path("answer.png").read_bytes() == b"from before"
+
+
+@pytest.mark.parametrize("expression, message", [
+    ("a" * 20000, "the expression is too long: with the image the model would need 20099 "),
+    ("人" * 20000, "the expression is too long: with the image the model would need "),
+    ("a\udcff", "the expression is not valid Unicode: "),        # how argv shows a stray byte
+])
+def test_an_expression_that_no_model_could_read_is_refused(
+        expression: str, message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert refused([photo, expression, "--weights", str(finder)], capsys).startswith(message)
+
+
+# ----- as a person runs it ------------------------------------------------------------------------
+
+
+def command(*argv: str, **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-W", "default", ROOT / "run.py", *argv],
+                          capture_output=True, timeout=120, **options)
+
+
+def only_progress(stderr: bytes) -> bool:
+    return all(re.fullmatch(rb"(loading|looking|answering) .* \.\.\.", line)
+               for line in stderr.splitlines())
+
+
+def test_as_a_command_stdout_is_the_document_and_stderr_is_quiet(photo: str, finder: Path):
+    done = command(photo, "x", "--weights", str(finder), "--json")
+    assert done.returncode == 0 and only_progress(done.stderr), done.stderr.decode()
+    assert json.loads(done.stdout)["runs"][2]["mode"] == "gap" and done.stdout.count(b"\n") == 1
+    assert Image.open("answer.png").format == "PNG"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are other things elsewhere")
+def test_as_a_command_it_may_lose_its_reader(photo: str, finder: Path):
+    """`| head -1` closes the pipe before the table is written."""
+    done = command(photo, "x", "--weights", str(finder), "--mode", "gap",
+                   env=os.environ | {"PYTHONUNBUFFERED": ""},          # buffered, as it usually is
+                   preexec_fn=lambda: os.dup2(broken_pipe(), 1))
+    assert done.returncode == 0 and only_progress(done.stderr), done.stderr.decode()
+
+
+def broken_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
