@@ -125,9 +125,10 @@ def read_config(folder: Path) -> LlavaConfig:
                            "nanogap loads 'llava' (LLaVA-1.5 in the layout of llava-hf)")
     only(config, "projector_hidden_act", "gelu")
     only(config, "vision_feature_select_strategy", "default")
-    text, vision = read_decoder(section(config, "text_config")), read_vision(config)
+    tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
+    text, vision = read_decoder(section(config, "text_config") | tied), read_vision(config)
     layer = integer(config, "vision_feature_layer", -2, LAYERS, -LAYERS)
-    if not 0 < layer % (vision.num_hidden_layers + 1) < vision.num_hidden_layers:
+    if not 0 < (layer if layer >= 0 else layer + vision.num_hidden_layers + 1) < vision.num_hidden_layers:
         raise NanogapError(f"config.json: vision_feature_layer is {layer}; it must leave a layer before and "
                            f"after the features, of {vision.num_hidden_layers}")
     token = "image_token_id" if config.get("image_token_index") is None else "image_token_index"
@@ -135,6 +136,7 @@ def read_config(folder: Path) -> LlavaConfig:
                 for name in ("generation_config.json", "preprocessor_config.json")}
     generation, pixels = optional.values()
     eos = generation.get("eos_token_id", section(config, "text_config").get("eos_token_id"))
+    eos = eos[0] if isinstance(eos, list) and eos else eos                    # the first ends a turn
     return LlavaConfig(
         text, vision, vision_feature_layer=layer,
         image_token=integer(config, token, 32000, HUGE, 0),

@@ -21,7 +21,7 @@ from nanogap.clip import CLIP
 from nanogap.image import box_to_square, to_pixel_values
 from nanogap.llava import Llava
 from nanogap.prompt import encode, encode_prompt, format_box
-from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, draw_scene
+from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene
 
 class Scenes(torch.utils.data.Dataset):
     """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
@@ -29,17 +29,20 @@ class Scenes(torch.utils.data.Dataset):
     A split of `nanogap.scenes` is one word, so these seeds, of several, are never a split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int) -> None:
-        self.seed, self.images, self.image_size = seed, images, image_size
+    def __init__(self, seed: str, images: int, image_size: int, single: int = 0) -> None:
+        """single: how many of the first batches show one thing only; as many again show two."""
+        self.seed, self.images, self.image_size, self.single = seed, images, image_size, single
 
-    def __getitem__(self, step: int) -> tuple[Tensor, list[Scene], random.Random]:
-        rng = random.Random(f"train {self.seed} {step}")
-        # pictures are drawn larger than the model sees them, as any picture is, or just as large
-        scenes = [draw_scene(rng, rng.choice((168, 336))) for _ in range(self.images)]
+    def __getitem__(self, index: int) -> "Batch":
+        rng = random.Random(f"train {self.seed} {index}")
+        most = 1 + index // self.single if self.single else 3
+        scenes = []
+        for _ in range(self.images):
+            cast = deal(rng)[:most] if most < 3 else None                     # None: two to seven things
+            # pictures are drawn larger than the model sees them, as any picture is, or just as large
+            scenes.append(draw_scene(rng, rng.choice((168, 336)), cast))
         pixels = torch.cat([to_pixel_values(scene.image, self.image_size) for scene in scenes])
         return pixels, scenes, rng                                            # pixels (B, 3, S, S)
-
-
 
 
 Batch = tuple[Tensor, list[Scene], random.Random]

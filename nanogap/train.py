@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ class Recipe:
     llava_images: int         # per process and step
     llava_rate: float
     questions: int            # at most, per process and step
+    llava_single: int         # first steps with one thing to a scene; as many again with two
 
 
 # Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
@@ -58,7 +60,7 @@ CPU = Recipe(
                         num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=0,
                         rms_norm_eps=1e-5, max_position_embeddings=2048),
     projection_dim=128, clip_steps=3000, clip_images=16, clip_rate=1e-3,
-    llava_steps=14000, llava_images=4, llava_rate=2.5e-3, questions=36)
+    llava_steps=14000, llava_images=8, llava_rate=2.5e-3, questions=32, llava_single=900)
 # One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
 GPU = Recipe(
     vision=replace(CPU.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
@@ -67,7 +69,7 @@ GPU = Recipe(
     decoder=replace(CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
                     num_attention_heads=10, num_key_value_heads=10),
     projection_dim=128, clip_steps=6000, clip_images=128, clip_rate=1e-3,
-    llava_steps=20000, llava_images=16, llava_rate=1.5e-3, questions=160)
+    llava_steps=20000, llava_images=16, llava_rate=1.5e-3, questions=128, llava_single=900)
 RECIPES = {"cpu": CPU, "gpu": GPU}
 
 
@@ -183,6 +185,7 @@ def fit(name: str, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: S
 # ----- the two stages -----------------------------------------------------------------------------
 
 
+@cache
 def sentences(seed: int) -> list[str]:
     """What the LLaVA tokenizer learns from: questions and answers about a thousand scenes."""
     rng, said = random.Random(f"train {seed} words"), []
@@ -194,6 +197,7 @@ def sentences(seed: int) -> list[str]:
     return said
 
 
+@cache
 def captions(seed: int) -> list[str]:
     """What the CLIP tokenizer learns from."""
     rng = random.Random(f"train {seed} captions")
@@ -230,7 +234,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
     steps:   of stage 0 and 1; minutes: as many steps as fit into so much time; neither: the recipe's
     workers: processes that draw scenes beside this one
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     progress = Progress(out / "training.pt", {"seed": seed, "size": recipe.vision.image_size},
                         list(steps or (recipe.clip_steps, recipe.llava_steps)), minutes)
     progress.load()
@@ -242,14 +246,15 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
         fit("CLIP ", clip, lambda batch: clip_loss(clip, words, batch, device),
             Scenes(f"{seed} clip", recipe.clip_images, size), recipe.clip_rate, progress, workers)
         progress.clip = clip.state_dict()
-        if first:
+        if rank == 0:
             save_clip(out / "clip_text", clip, words)
             progress.save()
     clip.load_state_dict(progress.clip)
     model = new_llava(recipe, seed, clip).to(device)
     fit("LLaVA", model, lambda batch: llava_loss(model, batch, device, recipe.questions),
-        Scenes(f"{seed} llava", recipe.llava_images, size), recipe.llava_rate, progress, workers)
-    if first:
+        Scenes(f"{seed} llava", recipe.llava_images, size, recipe.llava_single * world),
+        recipe.llava_rate, progress, workers)
+    if rank == 0:
         save_llava(out, model)
         progress.path.unlink(missing_ok=True)
         print(f"{out} is done: seed {seed}, --steps {progress.steps[0]} {progress.steps[1]}")

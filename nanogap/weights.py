@@ -7,9 +7,12 @@ without memory (meta device) and takes the memory-mapped tensors as they are: on
 Source: the llava-hf repositories on the hub; layouts and defaults as transformers 5.23 reads them.
 """
 
+import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
@@ -51,8 +54,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     raises: NanogapError where anything is missing, broken, unknown or of another shape
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        what = "has no config.json, so it is not a checkpoint" if folder.is_dir() else "is not a folder"
+    if not os.path.isfile(folder / "config.json"):
+        what = "has no config.json, so it is not a checkpoint" if os.path.isdir(folder) else "is not a folder"
         raise NanogapError(f"{folder} {what}; get the published weights with `{DOWNLOAD[0]}` ({DOWNLOAD[1]})")
     config = read_config(folder)
     with torch.device("meta"):
@@ -77,12 +80,13 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the best there is."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = str(device).split(":")[0]
-    if not there.get(kind):
-        raise NanogapError(f"device {device} is not to be had here; choose from "
-                           f"{', '.join(name for name, here in there.items() if here)}")
-    return torch.device(device)
+    there = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    try:
+        if torch.device(device).type in there:
+            return torch.device(device)
+    except RuntimeError:
+        pass
+    raise NanogapError(f"device {str(device):.80} is not to be had here; choose from {', '.join(there)}")
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,12 +135,26 @@ def shards(folder: Path) -> list[Path]:
     if not names:
         raise NanogapError(f"{index} has no weight_map; download it again")
     for name in names:
-        if Path(name).name != name or "\\" in name or "\0" in name:
-            raise NanogapError(f"{index} names {name!r}, which is not a file of this folder; do not trust it")
+        if Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name:
+            raise NanogapError(f"{index} names {name!r:.200}, which is not a file of this folder; do not trust it")
         if not (folder / name).is_file():
-            raise NanogapError(f"{folder} lacks {name}, which its index names; run the download again: "
+            raise NanogapError(f"{folder} lacks {spelled(name)}, which its index names; run the download again: "
                                "it continues where it stopped")
     return [folder / name for name in names]
+
+
+def opened(path: Path, read: Callable) -> Any:
+    """read(file) on an open safetensors file, whose mapping ends with the last tensor taken from it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return read(file)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again") from None
+
+
+def spelled(name: str) -> str:
+    """A name from a file that nobody vouches for: one line, and no more than fits on it."""
+    return ascii(name)[1:-1][:200]
 
 
 def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.device,
@@ -146,30 +164,26 @@ def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.devi
     A tensor that needs no conversion stays memory-mapped.  Every tensor is read through a mapping of its
     own, so that the pages of one that is converted are given back at once: there is one copy, never two.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    others = "the file and config.json belong to different checkpoints"
     for path in shards(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            for name in names:
-                ours = our_name(name)
-                if UNUSED.search(name):
-                    continue
-                if ours not in shapes:
-                    raise NanogapError(f"{path} holds {name}, which is not a part of this model: the file and "
-                                       "config.json belong to different checkpoints")
-                if ours in tensors:
-                    raise NanogapError(f"{path} holds {name}, which was there before under another name")
-                with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                if tensor.shape != shapes[ours] or not tensor.is_floating_point():
-                    raise NanogapError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, and config.json "
-                                       f"makes it {list(shapes[ours])}: they belong to different checkpoints")
+        for name in opened(path, lambda file: list(file.keys())):
+            ours = our_name(name)
+            if UNUSED.search(name):
+                continue
+            if ours not in shapes:
+                raise NanogapError(f"{path} holds {spelled(name)}, which is not a part of this model: {others}")
+            if ours in tensors:
+                raise NanogapError(f"{path} holds {spelled(name)}, which was there before under another name")
+            tensor = opened(path, lambda file: file.get_tensor(name))
+            if tensor.shape != shapes[ours] or not tensor.is_floating_point():
+                raise NanogapError(f"{path}: {spelled(name)} is {tensor.dtype} {list(tensor.shape)}, and "
+                                   f"config.json makes it {list(shapes[ours])}: {others}")
+            try:
                 tensors[ours] = tensor.to(device, dtype)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, NanogapError):
-                raise
-            raise NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again") from None
+            except RuntimeError as error:   # torch.OutOfMemoryError is one
+                raise NanogapError(f"{device} has no room for the model in {dtype} ({one_line(error)}); "
+                                   "choose another device or dtype") from None
     return tensors
 
 

@@ -235,7 +235,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(value: Tensor, found: str,
     with_tensors(folder, lambda tensors: tensors.update({NORM: value}))
     assert refusal(folder) == (
         f"{folder / 'model.safetensors'}: {NORM} is {found}, and config.json makes it "
-        "[64]: they belong to different checkpoints")
+        "[64]: the file and config.json belong to different checkpoints")
 
 
 def test_a_tensor_that_comes_twice_under_two_names_is_refused(folder: Path):

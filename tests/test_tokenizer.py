@@ -1,0 +1,46 @@
+"""The mini model's tokenizers have the form of the published ones."""
+
+import json
+
+from nanogap.tokenizer import train_clip_tokenizer, train_llama_tokenizer
+from tests.tiny import tiny_tokenizer
+
+
+def test_bytes_stand_after_the_special_tokens_and_image_and_pad_come_last():
+    tokenizer = tiny_tokenizer()
+    assert [tokenizer.id_to_token(i) for i in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    size = tokenizer.get_vocab_size()
+    assert [tokenizer.id_to_token(i) for i in (size - 2, size - 1)] == ["<image>", "<pad>"]
+
+
+def test_digits_stand_alone_and_no_piece_spans_two_words():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.encode("[0.12, 0.34", add_special_tokens=False).tokens == [
+        "▁[", "0", ".", "1", "2", ",", "▁", "0", ".", "3", "4"]
+    assert not [piece for piece in tokenizer.get_vocab() if "▁" in piece[1:]]
+
+
+def test_the_file_is_built_like_llamas():
+    """Prepend and replace, no pre-tokenizer, bytes for the unknown, BOS by template."""
+    form = json.loads(tiny_tokenizer().to_str())
+    assert form["normalizer"]["normalizers"] == [{"type": "Prepend", "prepend": "▁"},
+                                                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    assert form["pre_tokenizer"] is None
+    assert form["model"]["byte_fallback"] and form["model"]["unk_token"] == "<unk>"
+    assert [d["type"] for d in form["decoder"]["decoders"]] == ["Replace", "ByteFallback", "Fuse", "Strip"]
+    assert tiny_tokenizer().encode("man").ids[0] == 1
+
+
+def test_clip_texts_start_and_end_with_marks_and_are_cut_to_77():
+    tokenizer = train_clip_tokenizer(["a man in blue and a red car"] * 3, 200)
+    start, end = (tokenizer.token_to_id(t) for t in ("<|startoftext|>", "<|endoftext|>"))
+    assert end == start + 1 == tokenizer.get_vocab_size() - 1
+    assert tokenizer.encode("A Man in 猫").tokens[:4] == ["<|startoftext|>", "a</w>", "man</w>", "in</w>"]
+    long = tokenizer.encode("a man " * 100).ids
+    assert len(long) == 77 and long[0] == start and long[-1] == end
+    assert [e.ids[-1] for e in tokenizer.encode_batch(["a", "a man in blue"])] == [end, end]
+
+
+def test_the_same_sentences_make_the_same_tokenizer():
+    sentences = ["the man on the left", "the red car"]
+    assert train_llama_tokenizer(sentences, 400).to_str() == train_llama_tokenizer(sentences, 400).to_str()
