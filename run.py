@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nanogap
 from nanogap import NanogapError
+from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
 from nanogap.draw import Answer, draw_answers
 from nanogap.explain import explain
 from nanogap.gap import MODES
@@ -33,28 +34,8 @@ REAL, MINI = ROOT / "weights" / "llava-1.5-7b-hf", ROOT / "weights" / "mini"
 # ----- what was asked -----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise NanogapError(f"{message}; see `python run.py --help`")
-
-
-def keep_argument(text: str) -> str:
-    """Check the form of --keep, "64" or "25%"; its range is checked when the model is known."""
-    number = text.removesuffix("%")
-    if not (number.isascii() and number.isdigit() and len(number) < 9 and int(number) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number of visual tokens "
-                                         "such as 64, nor a share such as 25%")
-    return text
-
-
-def seed_argument(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from 0 on")
-    return int(text)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="run.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python run.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("image", metavar="IMAGE", help="any picture that Pillow reads")
     add("expression", metavar="EXPRESSION", help='what to look for, such as "the man on the left"')
@@ -69,22 +50,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
              "gap: their own position IDs (default: full shifted gap)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
-    add("--seed", type=seed_argument, default=0,
+    add("--seed", type=whole_number, default=0,
         help="of the random strategy (default: %(default)s)")
     add("--out", metavar="PICTURE", type=Path, default=Path("answer.png"),
         help="default: %(default)s")
     add("--json", action="store_true", help="print one JSON document instead of the table")
     add("--explain", action="store_true", help="print every shape and every ID on the way")
     return parser.parse_args(argv)
-
-
-def tokens_to_keep(keep: str, n_visual: int) -> int:
-    """"64" or "25%" as a number of visual tokens; a share is rounded, but never to none."""
-    number = int(keep.removesuffix("%"))
-    if number > (100 if keep.endswith("%") else n_visual):
-        raise NanogapError(f"cannot keep {keep} of {n_visual} visual tokens: "
-                           f"keep from 1 to {n_visual}, or 1% to 100%")
-    return max(1, round(n_visual * number / 100)) if keep.endswith("%") else number
 
 
 # ----- the picture --------------------------------------------------------------------------------
@@ -223,20 +195,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")   # where it cannot show an expression
-    try:
-        run(parse(argv))
-        sys.stdout.flush()
-    except NanogapError as error:
-        print(f"run.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:                              # `python run.py ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return answer_for("run.py", lambda arguments: run(parse(arguments)), argv)
 
 
 if __name__ == "__main__":

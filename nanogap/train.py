@@ -7,12 +7,11 @@ In:  nothing but a seed.  Out: a folder in the layout of llava-hf/llava-1.5-7b-h
 CLIP in `clip_text/`.  The losses are in objectives.py, the scenes in scenes.py.
 """
 
-import argparse
 import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from nanogap.cli import Parser, answer_for, whole_number
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.image import box_to_square
@@ -31,7 +31,7 @@ from nanogap.objectives import Batch, Scenes, clip_loss, llava_loss
 from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, format_box
 from nanogap.scenes import caption, draw_scene
 from nanogap.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
-from nanogap.weights import save_clip, save_llava
+from nanogap.weights import pick_device, save_clip, save_llava
 
 
 @dataclass(frozen=True)
@@ -260,24 +260,28 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
         print(f"{out} is done: seed {seed}, --steps {progress.steps[0]} {progress.steps[1]}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanogap.train", description="Train the mini model.")
+def command(argv: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m nanogap.train", description="Train the mini model from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; weights/mini is the shipped one")
     parser.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
-    parser.add_argument("--steps", type=int, nargs=2, metavar=("CLIP", "LLAVA"), help="exactly so many steps")
+    parser.add_argument("--steps", type=whole_number, nargs=2, metavar=("CLIP", "LLAVA"), help="exactly so many steps")
     parser.add_argument("--recipe", choices=RECIPES, help="default: gpu where there is one, else cpu")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw (default: none but this)")
-    args = parser.parse_args()
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if "WORLD_SIZE" in os.environ:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--seed", type=whole_number, default=0)
+    parser.add_argument("--workers", type=whole_number, default=0,
+                        help="processes that draw scenes beside this one (default: none)")
+    args = parser.parse_args(argv)
+    if args.minutes is not None and not 0 < args.minutes < 1e6:
+        raise NanogapError(f"--minutes {args.minutes} is no time to train in; leave it out for the recipe's steps")
+    if args.out.exists() and not args.out.is_dir():
+        raise NanogapError(f"--out {args.out} is a file; give a folder to write the weights to")
+    device = pick_device(args.device)
+    if "WORLD_SIZE" in os.environ:                                            # under torchrun
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
     recipe = RECIPES[args.recipe or ("gpu" if device.type == "cuda" else "cpu")]
     train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_for("nanogap.train", command, None))

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import nanogap
 import run
+from nanogap.cli import keep_argument, tokens_to_keep
 from nanogap.clip import CLIPVisionTower
 from nanogap.explain import columns, ranges, wrapped
 from nanogap.weights import save_llava
@@ -142,7 +143,7 @@ def test_the_same_seed_keeps_the_same_patches_and_another_seed_others(
 @pytest.mark.parametrize(
     "keep, tokens", [("1", 1), ("16", 16), ("1%", 1), ("25%", 4), ("100%", 16)])
 def test_keep_is_a_number_of_tokens_or_a_share(keep: str, tokens: int):
-    assert run.tokens_to_keep(run.keep_argument(keep), 16) == tokens
+    assert tokens_to_keep(keep_argument(keep), 16) == tokens
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (20000, 300)])
