@@ -1,0 +1,75 @@
+"""What the README says stands in the code, and its commands are real."""
+
+import ast
+import re
+from pathlib import Path
+
+import run
+from nanogap import evaluate, prune, train
+from nanogap.scenes import main as scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def block(start: str) -> str:
+    return next(text for _, text in BLOCKS if text.startswith(start))
+
+
+def test_the_two_commands_do_their_own_set_up():
+    assert 'pip install -r requirements.txt && python run.py image.jpg "the man on the left"\n' in README
+    assert "pip install -r requirements.txt && python -m pytest\n" in README
+    needed = [re.split("[=>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
+    assert needed == ["torch", "safetensors", "tokenizers", "pillow", "pytest"]
+
+
+def test_the_quoted_lines_of_gap_stand_in_gap():
+    assert block("    if ids ==") in (ROOT / "nanogap" / "gap.py").read_text()
+
+
+def test_every_source_file_is_in_the_reading_order_and_every_link_leads_somewhere():
+    named = set(re.findall(r"`(nanogap/\w+\.py|run\.py)`", README))
+    there = {f"nanogap/{p.name}" for p in (ROOT / "nanogap").glob("*.py")} - {"nanogap/__init__.py"}
+    assert named == there | {"run.py"}
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).is_file(), link
+
+
+def test_the_printed_output_is_what_the_command_prints(capsys, tmp_path, monkeypatch):
+    """All but the times: those are this machine's."""
+    def timeless(text: str) -> str:
+        return re.sub(r" +\d+ ms|\(\d+ ms\)", " ms", text).replace(str(tmp_path) + "/", "")
+
+    monkeypatch.chdir(ROOT)
+    assert run.main(["image.jpg", "the man on the left", "--device", "cpu",
+                     "--out", str(tmp_path / "answer.png")]) == 0
+    assert timeless(capsys.readouterr().out) == timeless(block("weights/mini on cpu"))
+
+
+def test_the_python_example_says_what_the_command_says(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = next(text for kind, text in BLOCKS if kind == "python" and "nanogap.load" in text)
+    exec(compile(ast.parse(code), "README.md", "exec"), {})
+    box = ast.literal_eval(re.search(r"\] (\(.*\))", capsys.readouterr().out).group(1))
+    line = next(line for line in block("weights/mini on cpu").split("\n") if line.startswith("gap "))
+    assert ", ".join(f"{v:.0f}" for v in box) in line
+
+
+def test_the_other_commands_take_the_arguments_that_are_given_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = block("python -m nanogap.evaluate").replace("\\\n", " ").split()[3:]
+    at = words.index("--limit") + 1
+    words[at] = "1"
+    evaluate.command(words)
+    assert "torchrun --nproc-per-node 2 -m nanogap.train --out weights/mini --steps" in README
+    assert train.RECIPES and "STRATEGIES" in README and prune.STRATEGIES
+
+
+def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path):
+    from PIL import Image, ImageChops
+    split, index = re.search(r"nanogap\.scenes (\w+) (\d+) image\.jpg", README).groups()
+    assert scenes([split, index, str(tmp_path / "image.jpg")]) == 0
+    shipped, drawn = Image.open(ROOT / "image.jpg"), Image.open(tmp_path / "image.jpg")
+    assert shipped.size == drawn.size
+    assert max(high for _, high in ImageChops.difference(shipped, drawn).getextrema()) <= 8
