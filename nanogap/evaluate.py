@@ -9,6 +9,7 @@ Convention: boxes in pixels of the original image, continuous areas, IoU >= 0.5;
 box counts as wrong.  The image is encoded once for all that is asked about it.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -57,7 +58,7 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def settings(args, n_visual: int) -> list[tuple[str, int | None, str]]:
+def settings(args: argparse.Namespace, n_visual: int) -> list[tuple[str, int | None, str]]:
     """Every (strategy, budget, mode) that was asked for; mode full prunes nothing and comes once."""
     runs = [("none", n_visual, "full")] if "full" in args.mode else []
     return runs + [(prune, tokens_to_keep(keep, n_visual), mode) for prune in args.prune
@@ -83,14 +84,16 @@ def answers(model: Llava, examples: Iterator[Example], runs: Sequence[tuple[str,
 
 def table(records: Sequence[dict], runs: Sequence[tuple[str, int, str]]) -> str:
     """Accuracy, its interval, mean IoU and the share of answers without a box, a line per run."""
-    lines = [f"{'prune':14} {'tokens':>6}  {'mode':8}  {'Acc@0.5':>7}  {'95 %':13}  {'mean IoU':>8}  {'no box':>6}"]
+    lines = [f"{'prune':14} {'tokens':>6}  {'mode':8}  {'Acc@0.5':>7}  {'95 %':13}  "
+             f"{'mean IoU':>8}  {'no box':>6}"]
     for run in runs:
         mine = [r for r in records if (r["prune"], r["keep"], r["mode"]) == run]
         n = max(len(mine), 1)
         hits = sum(r["iou"] >= 0.5 for r in mine)
         low, high = wilson(hits, len(mine))
+        mean, unread = sum(r["iou"] for r in mine) / n, sum(r["box"] is None for r in mine) / n
         lines.append(f"{run[0]:14} {run[1]:6}  {run[2]:8}  {hits / n:7.3f}  {low:.3f}..{high:.3f}   "
-                     f"{sum(r['iou'] for r in mine) / n:8.3f}  {sum(r['box'] is None for r in mine) / n:6.3f}")
+                     f"{mean:8.3f}  {unread:6.3f}")
     return "\n".join(lines)
 
 
@@ -111,7 +114,8 @@ def command(argv: Sequence[str] | None) -> None:
     args = parser.parse_args(argv)
     kind, _, split = args.data.partition(":")
     if kind != "scenes":
-        raise NanogapError(f"--data {args.data}: only drawn scenes can be evaluated so far; give scenes:val")
+        raise NanogapError(f"--data {args.data}: only drawn scenes can be evaluated so far; "
+                           "give scenes:val")
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     model = load(args.weights, *asked)
     runs = settings(args, model.config.vision.grid ** 2)

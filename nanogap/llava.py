@@ -180,7 +180,8 @@ class Llava(nn.Module):
         logits = self.language_model(embeddings, position_ids, cache, last_only=True)
         return logits[0, -1], cache
 
-    def decode(self, logits: Tensor, cache: KVCache, next_position: int, max_new_tokens: int) -> Iterator[int]:
+    def decode(self, logits: Tensor, cache: KVCache, next_position: int,
+               max_new_tokens: int) -> Iterator[int]:
         """Yield token IDs greedily, up to and including the end token; one pass of the decoder each.
 
         The position ID counts on from `next_position` and the cache row from the rows in use: under GAP
@@ -231,8 +232,9 @@ class Llava(nn.Module):
     def check_length(self, positions: int) -> None:
         """Refuse a question whose position IDs leave the range that the model was made for."""
         if positions > self.config.text.max_position_embeddings:
-            raise NanogapError(f"the expression is too long: with the image the model would need {positions} "
-                               f"positions and has {self.config.text.max_position_embeddings}; shorten it")
+            raise NanogapError("the expression is too long: with the image the model would need "
+                               f"{positions} positions and has {self.config.text.max_position_embeddings}; "
+                               "shorten it")
 
 
 def in_pixels(box: Box | None, width: int, height: int) -> Box | None:

@@ -52,8 +52,8 @@ def train_clip_tokenizer(sentences: Iterable[str], vocab_size: int) -> Tokenizer
         vocab_size=vocab_size, end_of_word_suffix=suffix, show_progress=False))
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = dict.fromkeys(alphabet + [a + suffix for a in alphabet] + ["".join(m) for m in merges] + [start, end])
-    vocab = {piece: i for i, piece in enumerate(pieces)}
+    pieces = alphabet + [a + suffix for a in alphabet] + ["".join(m) for m in merges] + [start, end]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=end, end_of_word_suffix=suffix))
     tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (start, end)])

@@ -10,24 +10,24 @@ CLIP in `clip_text/`.  The losses are in objectives.py, the scenes in scenes.py.
 import os
 import random
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from nanogap.cli import Parser, answer_for, whole_number
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
+from nanogap.fit import Progress, fit
 from nanogap.image import box_to_square
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava, LlavaConfig
-from nanogap.objectives import Batch, Scenes, clip_loss, llava_loss
+from nanogap.objectives import Scenes, clip_loss, llava_loss
 from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, format_box
 from nanogap.scenes import caption, draw_scene
 from nanogap.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
@@ -73,14 +73,6 @@ GPU = Recipe(
 RECIPES = {"cpu": CPU, "gpu": GPU}
 
 
-SHARE = (0.2, 0.8)   # of the time: stage 0, stage 1
-TIMED = 20           # steps by which --minutes is turned into a number of steps
-SAVE_EVERY = 120.0   # seconds
-
-
-# ----- the loop -----------------------------------------------------------------------------------
-
-
 def initialise(model: nn.Module, depth: int) -> None:
     """Normal weights of standard deviation fan_in^-1/2, less on the residual branches; small embeddings."""
     for name, parameter in model.named_parameters():
@@ -94,92 +86,6 @@ def initialise(model: nn.Module, depth: int) -> None:
             nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-
-
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """The mean of the gradients over all processes, in one message."""
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
-
-
-@dataclass
-class Progress:
-    """Where training stands; saved as it goes, so that it continues after an interruption."""
-
-    path: Path
-    settings: dict
-    steps: list[int]                              # of stage 0 and 1
-    minutes: float | None                         # sets the steps by the time that the first ones take
-    stage: int = 0
-    step: int = 0
-    clip: dict = field(default_factory=dict)      # weights of stage 0, once done
-    state: dict = field(default_factory=dict)     # weights and optimizer of the stage under way
-
-    KEPT = ("settings", "steps", "stage", "step", "clip", "state")
-
-    def save(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        torch.save({key: getattr(self, key) for key in self.KEPT}, partial)
-        partial.replace(self.path)
-
-    def load(self) -> None:
-        """Take up where an earlier run stopped, if there is one."""
-        if not self.path.exists():
-            return
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        if saved["settings"] != self.settings:
-            raise NanogapError(f"{self.path} is of a training with other settings ({saved['settings']}); "
-                               "delete it to start anew")
-        for key in self.KEPT:
-            setattr(self, key, saved[key])
-
-    def choose_steps(self, seconds_per_step: float) -> None:
-        """Turn minutes into a number of steps, the same in all processes."""
-        chosen = torch.tensor(int(60 * self.minutes * SHARE[self.stage] / seconds_per_step))
-        if dist.is_initialized():
-            dist.broadcast(chosen, 0)
-        self.steps[self.stage] = max(int(chosen), TIMED + 1)
-
-
-def fit(name: str, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes, rate: float,
-        progress: Progress, workers: int) -> None:
-    """One stage: AdamW with a short warm-up and a long linear decay; reports, and saves as it goes."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    if progress.state:
-        model.load_state_dict(progress.state["model"])
-        optimizer.load_state_dict(progress.state["optimizer"])
-    start, begun, saved, average = progress.step, time.time(), time.time(), None
-    batches = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers,
-                                          sampler=range(start * world + rank, sys.maxsize, world))
-    for step, batch in enumerate(batches, start):
-        if step == TIMED and start == 0 and progress.minutes is not None:
-            progress.choose_steps((time.time() - begun) / TIMED)
-        steps = progress.steps[progress.stage]
-        if step >= steps:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 200, 1.0) * (1 - step / steps)
-        loss = loss_of(batch)
-        loss.backward()
-        if world > 1:
-            average_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if rank == 0 and (step + 1) % 50 == 0:
-            left = (time.time() - begun) / (step + 1 - start) * (steps - step - 1)
-            print(f"{name}  step {step + 1}/{steps}  loss {average:.3f}  {left / 60:.0f} min to go", flush=True)
-        if rank == 0 and time.time() - saved > SAVE_EVERY:
-            progress.step, saved = step + 1, time.time()
-            progress.state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            progress.save()
-    progress.stage, progress.step, progress.state = progress.stage + 1, 0, {}
 
 
 # ----- the two stages -----------------------------------------------------------------------------
@@ -207,7 +113,8 @@ def captions(seed: int) -> list[str]:
 def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
     """Stage 0's model, untrained, and its tokenizer."""
     words = train_clip_tokenizer(captions(seed), 256)
-    clip = CLIP(recipe.vision, replace(recipe.text, vocab_size=words.get_vocab_size()), recipe.projection_dim)
+    text = replace(recipe.text, vocab_size=words.get_vocab_size())
+    clip = CLIP(recipe.vision, text, recipe.projection_dim)
     torch.manual_seed(seed)
     initialise(clip, recipe.vision.num_hidden_layers)
     return clip, words
@@ -262,9 +169,11 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
 
 def command(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m nanogap.train", description="Train the mini model from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; weights/mini is the shipped one")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="folder to write; weights/mini is the shipped one")
     parser.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
-    parser.add_argument("--steps", type=whole_number, nargs=2, metavar=("CLIP", "LLAVA"), help="exactly so many steps")
+    parser.add_argument("--steps", type=whole_number, nargs=2, metavar=("CLIP", "LLAVA"),
+                        help="exactly so many steps")
     parser.add_argument("--recipe", choices=RECIPES, help="default: gpu where there is one, else cpu")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--seed", type=whole_number, default=0)
@@ -272,7 +181,8 @@ def command(argv: Sequence[str] | None) -> None:
                         help="processes that draw scenes beside this one (default: none)")
     args = parser.parse_args(argv)
     if args.minutes is not None and not 0 < args.minutes < 1e6:
-        raise NanogapError(f"--minutes {args.minutes} is no time to train in; leave it out for the recipe's steps")
+        raise NanogapError(f"--minutes {args.minutes} is no time to train in; "
+                           "leave it out for the recipe's steps")
     if args.out.exists() and not args.out.is_dir():
         raise NanogapError(f"--out {args.out} is a file; give a folder to write the weights to")
     device = pick_device(args.device)

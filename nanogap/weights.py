@@ -67,7 +67,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     tensors = read_tensors(folder, shapes, device, dtype)
     if config.text.tie_word_embeddings:
-        tensors.setdefault("language_model.lm_head.weight", tensors.get("language_model.model.embed_tokens.weight"))
+        embeddings = tensors.get("language_model.model.embed_tokens.weight")
+        tensors.setdefault("language_model.lm_head.weight", embeddings)
     missing = [name for name in shapes if tensors.get(name) is None]
     if missing:
         raise NanogapError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}; "
@@ -92,7 +93,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str | None, size: int) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str,
+               size: int) -> torch.dtype:
     """The precision asked for, or the best for this device and number of parameters."""
     if dtype is None:
         if device.type == "cpu":
@@ -136,10 +138,11 @@ def shards(folder: Path) -> list[Path]:
         raise NanogapError(f"{index} has no weight_map; download it again")
     for name in names:
         if Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name:
-            raise NanogapError(f"{index} names {name!r:.200}, which is not a file of this folder; do not trust it")
+            raise NanogapError(f"{index} names {name!r:.200}, which is not a file of this folder; "
+                               "do not trust it")
         if not (folder / name).is_file():
-            raise NanogapError(f"{folder} lacks {spelled(name)}, which its index names; run the download again: "
-                               "it continues where it stopped")
+            raise NanogapError(f"{folder} lacks {spelled(name)}, which its index names; "
+                               "run the download again: it continues where it stopped")
     return [folder / name for name in names]
 
 
@@ -172,7 +175,8 @@ def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.devi
             if UNUSED.search(name):
                 continue
             if ours not in shapes:
-                raise NanogapError(f"{path} holds {spelled(name)}, which is not a part of this model: {others}")
+                raise NanogapError(f"{path} holds {spelled(name)}, which is not a part of this "
+                                   f"model: {others}")
             if ours in tensors:
                 raise NanogapError(f"{path} holds {spelled(name)}, which was there before under another name")
             tensor = opened(path, lambda file: file.get_tensor(name))
@@ -225,7 +229,8 @@ def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer, dtype: torch.dtype
     folder.mkdir(parents=True, exist_ok=True)
     vision, text = clip.vision_model.config, clip.text_model.config
     end = tokenizer.token_to_id("<|endoftext|>")
-    tokens = {"bos_token_id": tokenizer.token_to_id("<|startoftext|>"), "eos_token_id": end, "pad_token_id": end}
+    start = tokenizer.token_to_id("<|startoftext|>")
+    tokens = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
     width = {"projection_dim": clip.visual_projection.out_features, "hidden_act": "quick_gelu"}
     write_json(folder / "config.json", {
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width["projection_dim"],

@@ -1,4 +1,4 @@
-"""Training: what is learned from, that shared prefixes change nothing, and that it continues where it stopped."""
+"""Training: what it learns from, that shared prefixes change nothing, and that it continues."""
 
 import random
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import nanogap
-from nanogap import NanogapError, train
+from nanogap import NanogapError, fit, train
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llava import Llava
 from nanogap.objectives import SINGLES, Scenes, contents, llava_loss, questions_about
@@ -91,7 +91,7 @@ def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path: Path,
                                                                       monkeypatch: pytest.MonkeyPatch):
     whole = run(tmp_path / "whole", [2, 4])
-    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)                             # save after every step
+    monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)                               # save after every step
     steps_left = 2
 
     def interrupted(*args: object) -> torch.Tensor:
