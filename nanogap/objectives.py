@@ -23,6 +23,9 @@ from nanogap.llava import Llava
 from nanogap.prompt import encode, encode_prompt, format_box
 from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene
 
+# ----- data ---------------------------------------------------------------------------------------
+
+
 class Scenes(torch.utils.data.Dataset):
     """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
 
@@ -39,8 +42,8 @@ class Scenes(torch.utils.data.Dataset):
         scenes = []
         for _ in range(self.images):
             cast = deal(rng)[:most] if most < 3 else None                     # None: two to seven things
-            # pictures are drawn larger than the model sees them, as any picture is, or just as large
-            scenes.append(draw_scene(rng, rng.choice((168, 336)), cast))
+            # pictures are drawn just as large as the model sees them, or twice as large
+            scenes.append(draw_scene(rng, rng.choice((1, 2)) * self.image_size, cast))
         pixels = torch.cat([to_pixel_values(scene.image, self.image_size) for scene in scenes])
         return pixels, scenes, rng                                            # pixels (B, 3, S, S)
 
