@@ -22,6 +22,7 @@ LAYERS, WIDTH, HUGE = 1 << 10, 1 << 17, 1 << 22   # far above any model: a broke
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object from a file; NanogapError, on one line, where it is broken or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

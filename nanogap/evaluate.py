@@ -98,6 +98,7 @@ def table(records: Sequence[dict], runs: Sequence[tuple[str, int, str]]) -> str:
 
 
 def command(argv: Sequence[str] | None) -> None:
+    """Answer every expression in every run, and print the table."""
     parser = Parser(prog="python -m nanogap.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--weights", type=Path, default=Path("weights/mini"), metavar="DIR", help="default: %(default)s")
@@ -124,7 +125,8 @@ def command(argv: Sequence[str] | None) -> None:
     try:
         out = args.out.open("x") if args.out else None
     except OSError as error:
-        raise NanogapError(f"--out {args.out} cannot be written ({error.strerror}); give a new file") from None
+        raise NanogapError(f"--out {args.out} cannot be written ({error.strerror}); "
+                           "give a new file") from None
     for record in answers(model, drawn_examples(split or "val"), runs, args.limit, args.seed):
         records.append(record)
         if out:

@@ -132,6 +132,7 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, G, T, D)

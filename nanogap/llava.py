@@ -225,7 +225,8 @@ class Llava(nn.Module):
                 on_token(token)
         text = self.tokenizer.decode(tokens)
         timings = {"vision_ms": look.vision_ms, "prefill_ms": prefilled - start,
-                   "decode_ms": self.clock() - prefilled, "new_tokens": len(tokens), "passes": len(tokens) - 1}
+                   "decode_ms": self.clock() - prefilled, "new_tokens": len(tokens),
+                   "passes": len(tokens) - 1}
         return Result(in_pixels(parse_box(text), look.width, look.height), text, fed.keep,
                       fed.position_ids.cpu(), fed.next_position, tokens, timings, cache.bytes_in_use())
 

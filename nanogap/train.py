@@ -168,6 +168,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
 
 
 def command(argv: Sequence[str] | None) -> None:
+    """Check the arguments, join the other processes under torchrun, and train."""
     parser = Parser(prog="python -m nanogap.train", description="Train the mini model from nothing.")
     parser.add_argument("--out", type=Path, required=True,
                         help="folder to write; weights/mini is the shipped one")

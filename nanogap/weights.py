@@ -110,6 +110,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str,
 
 
 def read_tokenizer(folder: Path, config: LlavaConfig) -> Tokenizer:
+    """tokenizer.json, refused where it is missing, broken, or too large for the embeddings."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise NanogapError(f"{folder} has no tokenizer.json; download it again, whole")
