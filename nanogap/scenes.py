@@ -228,17 +228,6 @@ def draw_scene(rng: Random, size: int = 336, cast: Cast | None = None) -> Scene:
     return Scene(image, tuple(things), told)
 
 
-def draw_twins(rng: Random, size: int = 336) -> tuple[Scene, Scene]:
-    """Draw two scenes of the same kinds, the colours dealt again: their captions differ."""
-    first = draw_scene(rng, size)
-    cast = again = sorted((thing.kind, thing.colour) for thing in first.things)
-    kinds, colours = zip(*cast)
-    free = len(set(kinds)) > 1 and len(set(colours)) > 1  # else an exchange would change nothing
-    while again == cast:
-        again = sorted(zip(kinds, rng.sample(colours if free else [*COLOURS] * 2, len(kinds))))
-    return first, draw_scene(rng, size, rng.sample(again, len(again)))
-
-
 def scene(split: str, index: int, size: int = 336) -> Scene:
     """Draw the scene of a split (any word) and an index, the same at every call."""
     return draw_scene(Random(f"{split}/{index}"), size)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageChops, ImageDraw
 
 from nanogap import scenes
-from nanogap.scenes import COLOURS, KINDS, Thing, caption, draw_scene, draw_twins, scene
+from nanogap.scenes import COLOURS, KINDS, Thing, caption, draw_scene, scene
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -230,13 +230,6 @@ def test_kinds_repeat_so_that_place_is_needed(drawn):
 
 def contents(things: tuple[Thing, ...]) -> list[tuple[str, str]]:
     return sorted((thing.kind, thing.colour) for thing in things)
-
-
-def test_twins_hold_the_same_kinds_in_other_colours():
-    for seed in range(60):
-        first, second = (contents(s.things) for s in draw_twins(Random(seed), 64))
-        assert [kind for kind, _ in first] == [kind for kind, _ in second]
-        assert first != second
 
 
 def test_a_given_cast_is_drawn_in_full():
