@@ -23,7 +23,7 @@ from nanogap.clip import CLIPVisionConfig, CLIPVisionTower
 from nanogap.errors import NanogapError
 from nanogap.image import CLIP_MEAN, CLIP_STD, Box, box_to_pixels, open_image, to_pixel_values, to_rgb
 from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM
-from nanogap.prompt import encode_prompt, parse_box
+from nanogap.prompt import encode_prompt, parse_box, where_is
 from nanogap.prune import Seen
 
 MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
@@ -118,7 +118,7 @@ class Llava(nn.Module):
     def prompt(self, expression: str) -> Tensor:
         """The question about an expression as input_ids (T,) with one image token, on the CPU."""
         c = self.config
-        return torch.tensor(encode_prompt(self.tokenizer, expression, c.bos_token, c.image_token))
+        return torch.tensor(encode_prompt(self.tokenizer, where_is(expression), c.bos_token, c.image_token))
 
     @torch.no_grad()
     def look(self, image: Image.Image | str | Path | Look) -> Look:

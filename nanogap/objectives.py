@@ -11,6 +11,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from nanogap.clip import CLIP
 from nanogap.image import box_to_square, to_pixel_values
 from nanogap.llava import Llava
-from nanogap.prompt import encode, encode_prompt, format_box
+from nanogap.prompt import BEFORE_IMAGE, DESCRIBE, encode, encode_prompt, format_box, where_is
 from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene
 
 # ----- data ---------------------------------------------------------------------------------------
@@ -104,17 +105,55 @@ class SharedPast:
         return k, v
 
 
-def questions_about(model: Llava, scenes: list[Scene], most: int,
-                    rng: random.Random) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Questions about drawn scenes, their answers, and the number of the scene that each is about."""
-    c, prompts, answers, about = model.config, [], [], []
+@dataclass
+class Task:
+    """Questions of one kind about B images: what stands after each image, what is to be said."""
+
+    prompts: list[list[int]]       # Q times the text after the image
+    answers: list[list[int]]       # Q times the answer, with its end token
+    about: list[int]               # which of the images
+
+
+def tasks(model: Llava, scenes: list[Scene], most: int, rng: random.Random) -> list[Task]:
+    """At most so many questions for boxes, and one for a description of each scene."""
+    c, boxes, descriptions = model.config, Task([], [], []), Task([], [], [])
+
+    def add(task: Task, question: str, answer: str, i: int) -> None:
+        prompt = encode_prompt(model.tokenizer, question, c.bos_token, c.image_token)
+        task.prompts.append(prompt[prompt.index(c.image_token) + 1:])
+        task.answers.append(encode(model.tokenizer, answer) + [c.eos_token])
+        task.about.append(i)
+
     asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in scene.expressions]
     for i, expression, thing in rng.sample(asked, min(most, len(asked))):
-        box = format_box(box_to_square(scenes[i].things[thing].box, *scenes[i].image.size))
-        prompts.append(encode_prompt(model.tokenizer, expression, c.bos_token, c.image_token))
-        answers.append(encode(model.tokenizer, box) + [c.eos_token])
-        about.append(i)
-    return prompts, answers, about
+        box = box_to_square(scenes[i].things[thing].box, *scenes[i].image.size)
+        add(boxes, where_is(expression), format_box(box), i)
+    for i, scene in enumerate(scenes):
+        add(descriptions, DESCRIBE, caption(scene.things, rng), i)
+    return [boxes, descriptions]
+
+
+def read_answers(model: Llava, task: Task, past: SharedPast, start: int) -> tuple[Tensor, Tensor]:
+    """The logits (M, V) of all tokens of the answers, and which tokens they should be (M,).
+
+    past: the images, and what stands before them; start: the position ID that comes next
+    """
+    decoder, device = model.language_model.model, model.device
+    shared = len(os.path.commonprefix([prompt[:-1] for prompt in task.prompts]))
+    head = torch.tensor(task.prompts[0][:shared], device=device)
+    below_head = SharedPast(past, torch.arange(len(past.rows[0][0]), device=device))
+    decoder(decoder.embed_tokens(head).expand(len(past.rows[0][0]), -1, -1),
+            start + torch.arange(shared, device=device), below_head)
+
+    rows = [prompt[shared:] + answer for prompt, answer in zip(task.prompts, task.answers)]
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    first = torch.tensor([len(prompt) - shared for prompt in task.prompts], device=device)
+    last = torch.tensor([len(row) for row in rows], device=device)
+    at = torch.arange(1, tokens.shape[1], device=device)
+    in_answer = (at >= first[:, None]) & (at < last[:, None])                 # (Q, T - 1)
+    below_questions = SharedPast(below_head, torch.tensor(task.about, device=device))
+    hidden = decoder(decoder.embed_tokens(tokens[:, :-1]), start + shared + at - 1, below_questions)
+    return model.language_model.lm_head(hidden[in_answer]).float(), tokens[:, 1:][in_answer]
 
 
 def llava_loss(model: Llava, batch: Batch, device: torch.device, questions: int) -> Tensor:
@@ -122,30 +161,19 @@ def llava_loss(model: Llava, batch: Batch, device: torch.device, questions: int)
 
     Every question sees the system sentence, its image and itself only, at the position IDs that it would
     have alone; so the sequences form a tree, and each level of it is run once:
-    [system sentence] -> [image, "Please provide ... describes:"] -> [expression, answer].
+    [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
     """
     pixels, scenes, rng = batch
-    prompts, answers, about = questions_about(model, scenes, questions, rng)
-    decoder, embed = model.language_model.model, model.language_model.model.embed_tokens
-    P, shared = prompts[0].index(model.config.image_token), len(os.path.commonprefix(prompts))
+    decoder = model.language_model.model
     with torch.no_grad():
         features = model.vision_tower(pixels.to(device)).features             # (B, N, C), frozen
-    common = torch.tensor(prompts[0][:shared], device=device)
-    system, head = embed(common[:P]), embed(common[P + 1:])
-    image = torch.cat([model.multi_modal_projector(features), head.expand(len(scenes), -1, -1)], dim=1)
-    ids = torch.arange(P + image.shape[1], device=device)
+    system = torch.tensor(encode(model.tokenizer, BEFORE_IMAGE), device=device)
+    system = torch.cat([system.new_tensor([model.config.bos_token]), system])
+    P, N = len(system), features.shape[1]
     below_system = SharedPast()
-    decoder(system[None], ids[:P], below_system)
+    decoder(decoder.embed_tokens(system)[None], torch.arange(P, device=device), below_system)
     below_image = SharedPast(below_system, torch.zeros(len(scenes), dtype=torch.long, device=device))
-    decoder(image, ids[P:], below_image)
-
-    rows = [prompt[shared:] + answer for prompt, answer in zip(prompts, answers)]
-    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-    first = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
-    last = torch.tensor([len(row) for row in rows], device=device)
-    at = torch.arange(1, tokens.shape[1], device=device)
-    in_answer = (at >= first[:, None]) & (at < last[:, None])                 # (Q, T - 1)
-    below_questions = SharedPast(below_image, torch.tensor(about, device=device))
-    hidden = decoder(embed(tokens[:, :-1]), len(ids) + at - 1, below_questions)
-    logits = model.language_model.lm_head(hidden[in_answer]).float()
-    return F.cross_entropy(logits, tokens[:, 1:][in_answer])
+    decoder(model.multi_modal_projector(features), P + torch.arange(N, device=device), below_image)
+    logits, targets = zip(*(read_answers(model, task, below_image, P + N)
+                            for task in tasks(model, scenes, questions, rng)))
+    return F.cross_entropy(torch.cat(logits), torch.cat(targets))

@@ -16,8 +16,9 @@ from nanogap.errors import NanogapError
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
           "helpful, detailed, and polite answers to the user's questions.")
 QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {}."
+DESCRIBE = "Provide a brief description of the given image."  # as in LLaVA's first stage of training
 BEFORE_IMAGE = f"{SYSTEM} USER: "
-AFTER_IMAGE = f"\n{QUESTION} ASSISTANT:"
+AFTER_IMAGE = "\n{} ASSISTANT:"
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -29,10 +30,9 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         tokenizer.encode_special_tokens = False
 
 
-def encode_prompt(tokenizer: Tokenizer, expression: str, bos: int, image_token: int) -> list[int]:
-    """Token IDs of the whole prompt, BOS first, with one `image_token` where the patches will stand.
+def where_is(expression: str) -> str:
+    """The question that LLaVA answers with a box.
 
-    The text after the image is encoded on its own, as LLaVA does, so it gets a leading "▁" of its own.
     raises: NanogapError where the expression is blank or is not valid text
     """
     if not expression.strip():
@@ -42,7 +42,15 @@ def encode_prompt(tokenizer: Tokenizer, expression: str, bos: int, image_token: 
         expression.encode()
     except UnicodeEncodeError:
         raise NanogapError("the expression is not valid Unicode: type it in UTF-8") from None
-    after = encode(tokenizer, AFTER_IMAGE.format(expression.strip()))
+    return QUESTION.format(expression.strip())
+
+
+def encode_prompt(tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
+    """Token IDs of the whole prompt, BOS first, with one `image_token` where the patches will stand.
+
+    The text after the image is encoded on its own, as LLaVA does, so it gets a leading "▁" of its own.
+    """
+    after = encode(tokenizer, AFTER_IMAGE.format(question))
     return [bos, *encode(tokenizer, BEFORE_IMAGE), image_token, *after]
 
 

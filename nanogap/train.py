@@ -28,7 +28,7 @@ from nanogap.image import box_to_square
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava, LlavaConfig
 from nanogap.objectives import Scenes, clip_loss, llava_loss
-from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, format_box
+from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, DESCRIBE, format_box, where_is
 from nanogap.scenes import caption, draw_scene
 from nanogap.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
 from nanogap.weights import pick_device, save_clip, save_llava
@@ -59,8 +59,8 @@ CPU = Recipe(
     decoder=LlamaConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4,
                         num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=0,
                         rms_norm_eps=1e-5, max_position_embeddings=2048),
-    projection_dim=128, clip_steps=3000, clip_images=16, clip_rate=1e-3,
-    llava_steps=14000, llava_images=8, llava_rate=2.5e-3, questions=32, llava_single=900)
+    projection_dim=128, clip_steps=4500, clip_images=16, clip_rate=1e-3,
+    llava_steps=10500, llava_images=8, llava_rate=2.5e-3, questions=64, llava_single=900)
 # One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
 GPU = Recipe(
     vision=replace(CPU.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
@@ -99,7 +99,8 @@ def sentences(seed: int) -> list[str]:
         drawn = draw_scene(rng, 168)
         for expression, thing in drawn.expressions:
             box = box_to_square(drawn.things[thing].box, *drawn.image.size)
-            said.append(BEFORE_IMAGE + AFTER_IMAGE.format(expression) + " " + format_box(box))
+            said.append(BEFORE_IMAGE + AFTER_IMAGE.format(where_is(expression)) + " " + format_box(box))
+        said.append(BEFORE_IMAGE + AFTER_IMAGE.format(DESCRIBE) + " " + caption(drawn.things, rng))
     return said
 
 

@@ -3,19 +3,19 @@
 import pytest
 
 from nanogap import NanogapError
-from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, encode, encode_prompt, format_box, parse_box
+from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, encode, encode_prompt, format_box, parse_box, where_is
 from tests.tiny import IMAGE_TOKEN, tiny_tokenizer
 
 
 def pieces(expression: str) -> list[str]:
-    ids = encode_prompt(tiny_tokenizer(), expression, bos=1, image_token=IMAGE_TOKEN)
+    ids = encode_prompt(tiny_tokenizer(), where_is(expression), bos=1, image_token=IMAGE_TOKEN)
     return [tiny_tokenizer().id_to_token(i) for i in ids]
 
 
 def test_the_prompt_is_the_vicuna_template_with_the_rec_question():
     assert BEFORE_IMAGE == ("A chat between a curious user and an artificial intelligence assistant. The assistant "
                             "gives helpful, detailed, and polite answers to the user's questions. USER: ")
-    assert AFTER_IMAGE.format("the man on the left") == (
+    assert AFTER_IMAGE.format(where_is("the man on the left")) == (
         "\nPlease provide the bounding box coordinate of the region this sentence describes: the man on the left."
         " ASSISTANT:")
 

@@ -25,7 +25,7 @@ from nanogap.config import read_config
 from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava
-from nanogap.prompt import encode_prompt
+from nanogap.prompt import encode_prompt, where_is
 from nanogap.scenes import scene
 from nanogap.tokenizer import train_clip_tokenizer
 from nanogap.weights import our_name, read_tensors, save_clip
@@ -340,7 +340,7 @@ GOLDEN = [   # "the man on the left", 63 tokens before the image is expanded
 def test_the_published_tokenizer_makes_63_ids_with_a_lone_space_on_both_sides_of_the_image():
     tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
     assert len(GOLDEN) == 63 and GOLDEN[34:37] == [29871, 32000, 29871]
-    assert encode_prompt(tokenizer, "the man on the left", 1, 32000) == GOLDEN
+    assert encode_prompt(tokenizer, where_is("the man on the left"), 1, 32000) == GOLDEN
 
 
 @needs_published

@@ -13,7 +13,7 @@ import nanogap
 from nanogap import NanogapError, fit, train
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llava import Llava
-from nanogap.objectives import SINGLES, Scenes, contents, llava_loss, questions_about
+from nanogap.objectives import SINGLES, Scenes, contents, llava_loss, tasks
 from nanogap.scenes import Thing, scene
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -34,11 +34,15 @@ def model() -> Llava:
 def test_the_loss_on_shared_prefixes_is_the_loss_on_whole_sequences(model: Llava):
     """Each question run alone, as inference does, against all of them hung from one image and one system."""
     pixels, scenes, _ = Scenes("test", 2, 56)[3]
-    prompts, answers, about = questions_about(model, scenes, 6, random.Random(5))
+    before = model.prompt("anything").tolist()
+    before = before[:before.index(model.config.image_token) + 1]
+    boxes, descriptions = tasks(model, scenes, 6, random.Random(5))
+    assert len(boxes.answers) == 6 and len(descriptions.answers) == 2
     losses = []
-    for prompt, answer, i in zip(prompts, answers, about):
-        logits = model(torch.tensor(prompt + answer[:-1]), pixels[i:i + 1])
-        losses.append(F.cross_entropy(logits[-len(answer):], torch.tensor(answer), reduction="none"))
+    for task in (boxes, descriptions):
+        for prompt, answer, i in zip(task.prompts, task.answers, task.about):
+            logits = model(torch.tensor(before + prompt + answer[:-1]), pixels[i:i + 1])
+            losses.append(F.cross_entropy(logits[-len(answer):], torch.tensor(answer), reduction="none"))
     together = llava_loss(model, (pixels, scenes, random.Random(5)), CPU, 6)
     assert together.item() == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
 
