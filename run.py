@@ -43,11 +43,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: weights/llava-1.5-7b-hf where that is present, else weights/mini")
     add("--prune", metavar="NAME", default="random", choices=STRATEGIES,
         help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
-    add("--keep", metavar="N|N%", type=keep_argument, default="50%",
-        help="visual tokens to keep (default: 50%%)")
+    add("--keep", metavar="N|N%%|auto", type=keep_argument, default="50%",
+        help="visual tokens to keep, or auto where the strategy can tell (default: 50%%)")
     add("--mode", nargs="+", choices=MODES, default=["full", "shifted", "gap"], metavar="MODE",
         help="full: nothing pruned; shifted, permuted: kept tokens renumbered; "
              "gap: their own position IDs (default: full shifted gap)")
+    add("--clip", metavar="DIR", type=Path,
+        help="the CLIP that the vision tower comes from, for strategies that read the expression")
+    add("--no-draft", dest="drafts", action="store_false",
+        help="one token in each pass of the decoder; the words are the same")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--seed", type=whole_number, default=0,
@@ -123,7 +127,7 @@ def patience(what: str) -> Iterator[None]:
 def report(args: argparse.Namespace, model: Llava, keep: int, results: dict[str, Result]) -> dict:
     """The JSON document; the table shows the same numbers."""
     full = results.get("full")
-    runs = [{"mode": mode, "visual_tokens": len(r.keep), "box": r.box and list(r.box),
+    runs = [{"mode": mode, "visual_tokens": r.visual_tokens, "box": r.box and list(r.box),
              "text": r.text,
              "iou_with_full": iou(r.box, full.box) if full and r.box and full.box else None,
              "position_ids": [int(r.position_ids[0]), int(r.position_ids[-1])],
@@ -142,14 +146,14 @@ def print_table(document: dict) -> None:
         match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
         first, last = run["position_ids"]
         times = "".join(f"{run['timings'][key]:5.0f} ms" for key in ("prefill_ms", "decode_ms"))
-        print(f"{run['mode']:8} {run['visual_tokens']:6}  {f'{first}..{last}':12} {box:22} "
+        print(f"{run['mode']:8} {run['visual_tokens']:6g}  {f'{first}..{last}':12} {box:22} "
               f"{match:>4}{times} {run['kv_bytes'] / 2 ** 20:6.1f}")
     vision = document["runs"][0]["timings"]["vision_ms"]
     print(f"The image was encoded once ({vision:.0f} ms).  IoU is with the box of the full run.")
 
 
 def label(run: dict) -> str:
-    tokens = f"{run['mode']}, {run['visual_tokens']} tokens"
+    tokens = f"{run['mode']}, {run['visual_tokens']:g} tokens"
     compared = run["mode"] != "full" and run["iou_with_full"] is not None
     return f"{tokens}, IoU {run['iou_with_full']:.2f}" if compared else tokens
 
@@ -165,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
     args.weights = args.weights or Path(os.path.relpath(REAL if REAL.is_dir() else MINI))
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     with patience(f"loading {args.weights}"):
-        model = nanogap.load(args.weights, *asked)
+        model = nanogap.load(args.weights, *asked, args.clip)
     keep = tokens_to_keep(args.keep, model.config.vision.grid ** 2)
     say = print if not args.json else lambda *_: None
     say(f"{args.weights} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
@@ -177,7 +181,8 @@ def run(args: argparse.Namespace) -> None:
     results = {}
     for mode in dict.fromkeys(args.mode):
         with patience(f"answering in mode {mode}"):
-            results[mode] = model.ground(look, args.expression, args.prune, keep, mode, args.seed)
+            results[mode] = model.ground(look, args.expression, args.prune, keep, mode, args.seed,
+                                         drafts=args.drafts)
     document = report(args, model, keep, results)
     kept = min((r.keep.tolist() for r in results.values()), key=len)
     patches = f"{args.prune} keeps {keep} of {len(look.seen.features)} patches"

@@ -21,16 +21,23 @@ def whole_number(text: str) -> int:
 
 
 def keep_argument(text: str) -> str:
-    """Check the form of --keep, "64" or "25%"; its range is checked when the model is known."""
+    """Check the form of --keep, "64" or "25%" or "auto"; its range is checked when the model is known."""
     number = text.removesuffix("%")
+    if text == "auto":
+        return text
     if not (number.isascii() and number.isdigit() and len(number) < 9 and int(number) > 0):
         raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number of visual tokens "
-                                         "such as 64, nor a share such as 25%")
+                                         "such as 64, nor a share such as 25%, nor \"auto\"")
     return text
 
 
-def tokens_to_keep(keep: str, n_visual: int) -> int:
-    """"64" or "25%" as a number of visual tokens; a share is rounded, but never to none."""
+def tokens_to_keep(keep: str, n_visual: int) -> int | None:
+    """"64" or "25%" as a number of visual tokens; a share is rounded, but never to none.
+
+    "auto" is None: the strategy finds its own budget (see ADAPTIVE in prune.py).
+    """
+    if keep == "auto":
+        return None
     number = int(keep.removesuffix("%"))
     if number > (100 if keep.endswith("%") else n_visual):
         raise NanogapError(f"cannot keep {keep} of {n_visual} visual tokens: "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.llama import embedding
@@ -116,11 +117,12 @@ class CLIPVisionEmbeddings(nn.Module):
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """What the vision tower saw in B images; the last three only where they were asked for."""
+    """What the vision tower saw in B images; the last four only where they were asked for."""
 
     features: Tensor                     # (B, N, C)  patches after the feature layer, raster order
     cls: Tensor                          # (B, C)     the CLS token after the feature layer
     cls_attention: Tensor | None = None  # (B, H, N)  the feature layer's attention from CLS to each patch
+    keys: Tensor | None = None           # (B, N, D)  the feature layer's keys of the patches, mean of heads
     last_queries: Tensor | None = None   # (B, 1 + N, C)  W_q LN1(h) of the layer after the feature layer,
     last_keys: Tensor | None = None      # (B, 1 + N, C)  W_k LN1(h): heads not split, nothing scaled
 
@@ -152,9 +154,11 @@ class CLIPVisionTower(nn.Module):
         x = feature_layer(before)                                             # (B, 1 + N, C)
         if not for_pruning:
             return VisionOutput(x[:, 1:], x[:, 0])
-        cls_attention = feature_layer.self_attn.cls_row(feature_layer.layer_norm1(before))
+        normed, attention = feature_layer.layer_norm1(before), feature_layer.self_attn
+        keys = attention.split(attention.k_proj(normed)).mean(1)[:, 1:]       # (B, N, D)
+        cls_attention = attention.cls_row(normed)                             # (B, H, N)
         normed, attention = next_layer.layer_norm1(x), next_layer.self_attn
-        return VisionOutput(x[:, 1:], x[:, 0], cls_attention, attention.q_proj(normed),
+        return VisionOutput(x[:, 1:], x[:, 0], cls_attention, keys, attention.q_proj(normed),
                             attention.k_proj(normed))
 
     def pooled(self, pixel_values: Tensor) -> Tensor:
@@ -223,3 +227,19 @@ class CLIP(nn.Module):
     def text_features(self, input_ids: Tensor) -> Tensor:
         """Texts (M, T) -> unit vectors (M, projection_dim)."""
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
+
+
+@dataclass
+class TextGuide:
+    """Words in the space that CLIP shares with patches, for pruning that reads the expression."""
+
+    clip: CLIP                # its text tower and projections; LLaVA brings the vision tower
+    tokenizer: Tokenizer
+
+    def embed(self, text: str) -> Tensor:
+        """A text (E,), not normalised; what is longer than the text tower reads is cut off."""
+        self.tokenizer.encode_special_tokens = True                           # spelled out, they are words
+        ids, most = self.tokenizer.encode(text).ids, self.clip.text_model.config.max_position_embeddings
+        ids = ids if len(ids) <= most else ids[:most - 1] + ids[-1:]          # the end token stays
+        ids = torch.tensor([ids], device=self.clip.text_projection.weight.device)
+        return self.clip.text_projection(self.clip.text_model(ids))[0]

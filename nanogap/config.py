@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from nanogap.clip import CLIPVisionConfig
+from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.image import CLIP_MEAN, CLIP_STD
 from nanogap.llama import LlamaConfig
@@ -18,6 +18,7 @@ from nanogap.llava import LlavaConfig
 
 # CLIPVisionConfig of transformers is a ViT-B/32; LLaVA's L/14-336 only where vision_config is absent
 VIT_B_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32)
+TEXT_B_32 = CLIPTextConfig(512, 2048, 12, 8)
 LAYERS, WIDTH, HUGE = 1 << 10, 1 << 17, 1 << 22   # far above any model: a broken file hangs nothing
 
 
@@ -115,6 +116,23 @@ def read_vision(config: dict) -> CLIPVisionConfig:
     return read
 
 
+def read_clip_config(folder: Path) -> tuple[CLIPVisionConfig, CLIPTextConfig, int]:
+    """A CLIP's config.json: both towers, and the width of the space that they share."""
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clip":
+        raise NanogapError(f"{folder / 'config.json'} describes a {config.get('model_type')!r:.80} model, "
+                           "not a 'clip'")
+    text = section(config, "text_config")
+    only(text, "hidden_act", "quick_gelu")
+    high = {"num_hidden_layers": LAYERS, "vocab_size": HUGE}
+    sizes = {key: integer(text, key, value, high.get(key, WIDTH))
+             for key, value in asdict(TEXT_B_32).items() if key != "layer_norm_eps"}
+    tower = CLIPTextConfig(**sizes, layer_norm_eps=number(text, "layer_norm_eps", 1e-5))
+    if tower.hidden_size % tower.num_attention_heads:
+        raise NanogapError(f"config.json: text_config makes no sense: {tower}")
+    return read_vision(config), tower, integer(config, "projection_dim", 512)
+
+
 def read_config(folder: Path) -> LlavaConfig:
     """config.json, and what generation_config.json and preprocessor_config.json add to it.
 
@@ -142,8 +160,8 @@ def read_config(folder: Path) -> LlavaConfig:
         text, vision, vision_feature_layer=layer,
         image_token=integer(config, token, 32000, HUGE, 0),
         projector_bias=bool(config.get("multimodal_projector_bias", True)),
-        bos_token=integer(section(config, "text_config"), "bos_token_id", 1, HUGE, 0),
-        eos_token=integer({"eos_token_id": eos}, "eos_token_id", 2, HUGE, 0),
+        bos_token=integer(section(config, "text_config"), "bos_token_id", 1, text.vocab_size - 1, 0),
+        eos_token=integer({"eos_token_id": eos}, "eos_token_id", 2, text.vocab_size - 1, 0),
         image_mean=triple(pixels, "image_mean", CLIP_MEAN), image_std=triple(pixels, "image_std", CLIP_STD),
         dtype=str(config.get("torch_dtype") or config.get("dtype")))
 

@@ -25,33 +25,39 @@ def arrange(keep: Tensor, order: str) -> Tensor:
     return keep.sort().values if order == "raster" else keep
 
 
-def assign_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, ids: str) -> tuple[Tensor, int]:
-    """One position ID per token of [before | kept patches in sequence order | after].
+def assign_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, ids: str,
+               n_added: int = 0) -> tuple[Tensor, int]:
+    """One position ID per token of [before | kept patches in sequence order | added | after].
 
     keep:    (K,) raster indices, 0 <= keep < n_visual
     ids:     "original", the IDs from before pruning, or "compact", consecutive numbers
-    returns: position_ids (n_before + K + n_after,) and the ID of the first generated token
+    n_added: tokens that a method adds to the kept ones, such as the mean of the dropped
+    returns: position_ids (n_before + K + n_added + n_after,) and the ID of the first generated token
+    open:    an added token had no place before pruning, and the paper does not say what it gets; with
+             original IDs it shares the last patch's here
     """
+    added = keep.new_full((n_added,), n_visual - 1)
     if ids == "original":
-        visual, length = n_before + keep, n_visual                            # the two lines of GAP
+        visual, length = torch.cat([keep, added]), n_visual                   # the two lines of GAP
     else:
-        visual, length = n_before + torch.arange(len(keep), device=keep.device), len(keep)
+        visual, length = torch.arange(len(keep) + n_added, device=keep.device), len(keep) + n_added
     before = torch.arange(n_before, device=keep.device)
     after = n_before + length + torch.arange(n_after, device=keep.device)
-    return torch.cat([before, visual, after]), n_before + length + n_after
+    return torch.cat([before, n_before + visual, after]), n_before + length + n_after
 
 
-def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode: str) -> tuple[Tensor, int]:
+def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode: str,
+                 n_added: int = 0) -> tuple[Tensor, int]:
     """Position IDs of the prompt in one of the four MODES, in the order in which that mode feeds it.
 
     keep:    (K,) raster indices of the kept patches, the most important first
-    returns: position_ids (n_before + K + n_after,) and the ID of the first generated token
+    returns: position_ids (n_before + K + n_added + n_after,), and the ID of the first generated token
     raises:  ValueError for an unknown mode, for an index outside the image or given twice, and where
              mode "full" is asked of fewer than all the patches
     """
     check(keep, n_visual, mode)
     order, ids = MODES[mode]
-    return assign_ids(arrange(keep, order), n_before, n_visual, n_after, ids)
+    return assign_ids(arrange(keep, order), n_before, n_visual, n_after, ids, n_added)
 
 
 def check(keep: Tensor, n_visual: int, mode: str) -> None:

@@ -98,6 +98,18 @@ class KVCache:
         self.lengths[layer] = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def copy(self, other: "KVCache") -> int:
+        """Begin with the rows of another cache; returns how many they are."""
+        rows = other.lengths[0]
+        self.keys[..., :rows, :] = other.keys[..., :rows, :]
+        self.values[..., :rows, :] = other.values[..., :rows, :]
+        self.lengths = list(other.lengths)
+        return rows
+
+    def drop(self, rows: int) -> None:
+        """Forget the last rows of every layer; the next ones overwrite them."""
+        self.lengths = [length - rows for length in self.lengths]
+
     def bytes_in_use(self) -> int:
         """Keys and values of the rows in use, over all layers."""
         row = self.keys[0, :, :, :1].numel() * self.keys.element_size()
@@ -178,13 +190,18 @@ class LlamaModel(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, T, C) at position_ids (T,) or (B, T) -> hidden states (B, T, C)."""
+        return self.norm(self.run(x, position_ids, cache))
+
+    def run(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None, start: int = 0,
+            stop: int | None = None) -> Tensor:
+        """The same through the layers from `start` up to but without `stop`, before the last norm."""
         cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         if position_ids.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]                             # (B, 1, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer in self.layers:
+        for layer in self.layers[start:stop]:
             x = layer(x, cos, sin, cache)                                     # (B, T, C)
-        return self.norm(x)
+        return x
 
 
 class LlamaForCausalLM(nn.Module):
@@ -194,7 +211,6 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None,
-                last_only: bool = False) -> Tensor:
-        """Embeddings (B, T, C) -> logits (B, T, V) in float32; (B, 1, V) where only the last is asked."""
-        x = self.model(x, position_ids, cache)
-        return self.lm_head(x[:, -1:] if last_only else x).float()
+                last: int = 0) -> Tensor:
+        """Embeddings (B, T, C) -> logits (B, T, V) in float32; with `last`, of so many last tokens."""
+        return self.lm_head(self.model(x, position_ids, cache)[:, -last:]).float()

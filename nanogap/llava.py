@@ -3,14 +3,16 @@
 In:  a picture and a referring expression.  Out: the words of the model, the box in pixels, and every
 number that pruning touched on the way.
 
-Source: LLaVA-1.5, arXiv 2310.03744.  Pruning stands between the vision tower and the projector.
-Letters: P tokens before the image, N patches, K patches kept, A tokens after; T = P + K + A.
+Source: LLaVA-1.5, arXiv 2310.03744.  Pruning stands between the vision tower and the projector, but for
+FastV's, which waits for the decoder (fastv.py).
+Letters: P tokens before the image, N patches, K patches kept, A tokens after; T = P + K + A, and more
+where a method adds tokens of its own.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,18 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap import gap, prune as pruning
-from nanogap.clip import CLIPVisionConfig, CLIPVisionTower
+from nanogap import gap
+from nanogap.answer import MAX_NEW_TOKENS, Question, Result, answer
+from nanogap.clip import CLIPVisionConfig, CLIPVisionTower, TextGuide
 from nanogap.errors import NanogapError
-from nanogap.image import CLIP_MEAN, CLIP_STD, Box, box_to_pixels, open_image, to_pixel_values, to_rgb
+from nanogap.generate import decode
+from nanogap.image import CLIP_MEAN, CLIP_STD, open_image, to_pixel_values, to_rgb
 from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM
-from nanogap.prompt import encode_prompt, parse_box, where_is
-from nanogap.prune import Seen
+from nanogap.prompt import DESCRIBE, encode_prompt, where_is
+from nanogap.prune import Kept, Seen
 
-MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
+CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json tokenizer.json "
+                 "--local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Sequence:
     embeddings: Tensor        # (1, T, C); the cache row of a token is its place in here
     position_ids: Tensor      # (T,) what RoPE sees
     next_position: int        # ID of the first token to be generated
-    keep: Tensor              # (K,) raster indices of the visual tokens, in sequence order
+    keep: Tensor              # (K,) raster indices of the patches, in sequence order
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,7 @@ class Look:
     height: int
     seen: Seen
     vision_ms: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer, and every number on the way to it."""
-
-    box: Box | None           # pixels of the original image; None where the text holds no box
-    text: str                 # what the model said
-    keep: Tensor              # (K,) raster indices of the patches it saw, in sequence order
-    position_ids: Tensor      # (T,) the prompt as RoPE saw it
-    next_position: int        # ID of the first generated token
-    tokens: list[int]         # what it generated, the end token included
-    timings: dict             # vision_ms, prefill_ms, decode_ms, new_tokens, passes
-    kv_bytes: int             # the cache in the end: keys and values of all rows in use
+    prefixes: dict[tuple, KVCache] | None = None   # of a shared look: what was read up to the image's end
 
 
 class Llava(nn.Module):
@@ -98,6 +90,7 @@ class Llava(nn.Module):
         self.multi_modal_projector = LlavaProjector(config)
         self.language_model = LlamaForCausalLM(config.text)
         self.tokenizer: Tokenizer | None = None
+        self.text_guide: TextGuide | None = None   # for strategies that read the expression
 
     @property
     def device(self) -> torch.device:
@@ -117,19 +110,38 @@ class Llava(nn.Module):
 
     def prompt(self, expression: str) -> Tensor:
         """The question about an expression as input_ids (T,) with one image token, on the CPU."""
+        return self.encode_question(where_is(expression))
+
+    def encode_question(self, question: str) -> Tensor:
         c = self.config
-        return torch.tensor(encode_prompt(self.tokenizer, where_is(expression), c.bos_token, c.image_token))
+        return torch.tensor(encode_prompt(self.tokenizer, question, c.bos_token, c.image_token))
 
     @torch.no_grad()
-    def look(self, image: Image.Image | str | Path | Look) -> Look:
-        """Run the vision tower on a picture, once for all the questions about it."""
+    def look(self, image: Image.Image | str | Path | Look, share: bool = False) -> Look:
+        """Run the vision tower on a picture, once for all the questions about it.
+
+        share: let the questions share the decoder's work on the image as well
+        """
         if isinstance(image, Look):
             return image
         image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
         start = self.clock()
         out = self.vision_tower(self.prepare_image(image), for_pruning=True)
-        seen = Seen(out.features[0], out.cls[0], out.cls_attention[0])
-        return Look(*image.size, seen, self.clock() - start)
+        seen = Seen(out.features[0], out.cls[0], out.cls_attention[0], out.keys[0], out.last_queries[0],
+                    out.last_keys[0], self.multi_modal_projector(out.features[0]))
+        return Look(*image.size, seen, self.clock() - start, {} if share else None)
+
+    def with_text(self, seen: Seen, expression: str) -> Seen:
+        """Add what CLIP makes of the expression, in the space that it shares with the patches.
+
+        open: which words the paper gave to these methods is not known; here it is the expression alone
+        """
+        if self.text_guide is None:
+            raise NanogapError("to compare patches with words takes CLIP's text tower, which LLaVA's "
+                               f"checkpoints do not hold; get it with {CLIP_DOWNLOAD} and give it by --clip")
+        patches = self.vision_tower.post_layernorm(seen.features)             # (N, C)
+        return replace(seen, aligned=self.text_guide.clip.visual_projection(patches),
+                       text=self.text_guide.embed(expression))
 
     def clock(self) -> float:
         """Milliseconds, after all that the device has been asked to do is done."""
@@ -153,15 +165,19 @@ class Llava(nn.Module):
         input_ids = input_ids.to(self.device)
         return torch.cat([embed(input_ids[:P]), visual, embed(input_ids[P + 1:])])[None]
 
-    def sequence(self, input_ids: Tensor, features: Tensor, keep: Tensor, mode: str) -> Sequence:
-        """What the decoder is fed for one prompt: kept patches in order, projected, with their IDs.
+    def sequence(self, input_ids: Tensor, features: Tensor, kept: Kept, mode: str) -> Sequence:
+        """What the decoder is fed for one prompt: visual tokens in order, projected, with their IDs.
 
-        features: (N, C) of the vision tower; keep: (K,) raster indices, the most important first
+        features: (N, C) of the vision tower
         """
         P, A = self.around_image(input_ids)
-        ids, next_position = gap.position_ids(keep, P, len(features), A, mode)
-        keep = gap.arrange(keep, gap.MODES[mode][0])
-        visual = self.multi_modal_projector(features[keep.to(features.device)])  # (K, C)
+        ids, next_position = gap.position_ids(kept.keep, P, len(features), A, mode, kept.n_added)
+        arranged = kept.keep.argsort() if gap.MODES[mode][0] == "raster" else torch.arange(len(kept.keep))
+        keep = kept.keep[arranged]
+        features = features[keep] if kept.features is None else kept.features[arranged]  # (K, C)
+        if kept.added is not None:
+            features = torch.cat([features, kept.added])                      # (K + M, C)
+        visual = self.multi_modal_projector(features)
         return Sequence(self.splice(input_ids, visual), ids.to(self.device), next_position, keep)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, keep: Tensor | None = None,
@@ -169,66 +185,50 @@ class Llava(nn.Module):
         """Logits (P + K + A, V) in float32 of a prompt (T,) with one image token; keep=None keeps all."""
         features = self.vision_tower(pixel_values.to(self.device, self.dtype)).features[0]
         keep = torch.arange(len(features)) if keep is None else keep.cpu()
-        fed = self.sequence(input_ids, features, keep, mode)
+        fed = self.sequence(input_ids, features, Kept(keep), mode)
         return self.language_model(fed.embeddings, fed.position_ids)[0]
 
     # ----- generation -------------------------------------------------------------------------------
 
-    def prefill(self, embeddings: Tensor, position_ids: Tensor, room: int) -> tuple[Tensor, KVCache]:
-        """Read the prompt (1, T, C): logits (V,) of its last token, and the cache with `room` free rows."""
-        cache = KVCache(self.config.text, embeddings.shape[1] + room, embeddings)
-        logits = self.language_model(embeddings, position_ids, cache, last_only=True)
-        return logits[0, -1], cache
+    def prefill(self, embeddings: Tensor, position_ids: Tensor, room: int, last: int = 1,
+                prefix: KVCache | None = None) -> tuple[Tensor, KVCache]:
+        """Read the prompt (1, T, C): logits (last, V) of its last tokens, and the cache.
 
-    def decode(self, logits: Tensor, cache: KVCache, next_position: int,
-               max_new_tokens: int) -> Iterator[int]:
-        """Yield token IDs greedily, up to and including the end token; one pass of the decoder each.
-
-        The position ID counts on from `next_position` and the cache row from the rows in use: under GAP
-        the two are far apart.
+        room:   rows of the cache that stay free; prefix: the first rows, where they were read before
         """
-        for position in range(next_position, next_position + max_new_tokens):
-            token = logits.argmax()
-            yield int(token)
-            if token == self.config.eos_token or position == next_position + max_new_tokens - 1:
-                return
-            embedding = self.language_model.model.embed_tokens(token.view(1, 1))  # (1, 1, C)
-            ids = torch.tensor([position], device=self.device)
-            logits = self.language_model(embedding, ids, cache)[0, -1]        # (V,)
+        cache = KVCache(self.config.text, embeddings.shape[1] + room, embeddings)
+        start = cache.copy(prefix) if prefix else 0
+        logits = self.language_model(embeddings[:, start:], position_ids[start:], cache, last)
+        return logits[0], cache
 
-    @torch.no_grad()
-    def ground(self, image: Image.Image | str | Path | Look, expression: str, prune: str = "cls_attention",
-               keep: int | None = None, mode: str = "gap", seed: int = 0,
-               max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], None] | None = None) -> Result:
+    def generate(self, embeddings: Tensor, position_ids: Tensor, next_position: int,
+                 max_new_tokens: int = MAX_NEW_TOKENS) -> list[int]:
+        """Answer any sequence of embeddings (1, T, C) at any position IDs (T,), greedily."""
+        logits, cache = self.prefill(embeddings, position_ids, max_new_tokens)
+        steps = decode(self.language_model, logits, cache, next_position, max_new_tokens,
+                       self.config.eos_token)
+        return [token for tokens in steps for token in tokens]
+
+    def ground(self, image: Image.Image | str | Path | Look, expression: str,
+               prune: str = "cls_attention", keep: int | None = None, mode: str = "gap",
+               seed: int = 0, **options: Any) -> Result:
         """Find what an expression refers to.
 
-        image:    a Pillow image, the path of one, or a Look, where several questions share one image
-        prune:    name of a strategy, keep: its budget in visual tokens; neither counts in mode "full"
-        mode:     "full", "shifted", "permuted" or "gap" (see gap.py)
-        on_token: called with each token ID as it comes
-        raises:   NanogapError for a mistake in any of these
+        image:   a Pillow image, the path of one, or a Look, where several questions share one image
+        prune:   name of a strategy, keep: its budget in visual tokens; neither counts in mode "full"
+        mode:    "full", "shifted", "permuted" or "gap" (see gap.py)
+        seed:    of the strategies that draw lots
+        options: max_new_tokens, drafts and on_token, as in answer.py
+        raises:  NanogapError for a mistake in any of these
         """
-        if mode not in gap.MODES:
-            raise NanogapError(f"unknown mode {mode!r}: choose from {', '.join(gap.MODES)}")
-        input_ids, look = self.prompt(expression), self.look(image)
-        self.check_length(len(input_ids) - 1 + len(look.seen.features) + max_new_tokens)
-        start = self.clock()
-        everything = torch.arange(len(look.seen.features))
-        chosen = everything if mode == "full" else pruning.select(prune, look.seen, keep, seed)
-        fed = self.sequence(input_ids, look.seen.features, chosen, mode)
-        logits, cache = self.prefill(fed.embeddings, fed.position_ids, max_new_tokens)
-        prefilled = self.clock()
-        tokens = []
-        for token in self.decode(logits, cache, fed.next_position, max_new_tokens):
-            tokens.append(token)
-            if on_token:
-                on_token(token)
-        text = self.tokenizer.decode(tokens)
-        timings = {"vision_ms": look.vision_ms, "prefill_ms": prefilled - start,
-                   "decode_ms": self.clock() - prefilled, "new_tokens": len(tokens),
-                   "passes": len(tokens) - 1}
-        return Result(in_pixels(parse_box(text), look.width, look.height), text, fed.keep,
-                      fed.position_ids.cpu(), fed.next_position, tokens, timings, cache.bytes_in_use())
+        question = Question(where_is(expression), expression, prune, keep, mode, seed)
+        return answer(self, self.look(image), question, **options)
+
+    def describe(self, image: Image.Image | str | Path | Look, prune: str = "cls_attention",
+                 keep: int | None = None, mode: str = "gap", seed: int = 0, **options: Any) -> Result:
+        """Say what is in a picture; the arguments are those of `ground`."""
+        question = Question(DESCRIBE, DESCRIBE, prune, keep, mode, seed)
+        return answer(self, self.look(image), question, **{"max_new_tokens": 2 * MAX_NEW_TOKENS} | options)
 
     def check_length(self, positions: int) -> None:
         """Refuse a question whose position IDs leave the range that the model was made for."""
@@ -236,9 +236,3 @@ class Llava(nn.Module):
             raise NanogapError("the expression is too long: with the image the model would need "
                                f"{positions} positions and has {self.config.text.max_position_embeddings}; "
                                "shorten it")
-
-
-def in_pixels(box: Box | None, width: int, height: int) -> Box | None:
-    """A parsed box in pixels of the image, or None where there is none or it lies in the padding."""
-    box = box and box_to_pixels(box, width, height)
-    return box if box and box[0] < box[2] and box[1] < box[3] else None

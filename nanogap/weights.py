@@ -11,6 +11,8 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap.clip import CLIP
-from nanogap.config import one_line, published_config, read_config, read_json, write_json
+from nanogap.clip import CLIP, TextGuide
+from nanogap.config import (one_line, published_config, read_clip_config, read_config, read_json,
+                            write_json)
 from nanogap.errors import NanogapError
-from nanogap.llava import Llava, LlavaConfig
+from nanogap.llava import CLIP_DOWNLOAD, Llava, LlavaConfig
 
-DOWNLOAD = ("hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf", "14 GB")
+DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 
 # From the names of each published layout to the names of our modules, which are those of layout (b):
 RENAME = (
@@ -44,37 +47,69 @@ def our_name(name: str) -> str:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None) -> Llava:
+         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> Llava:
     """Load a LLaVA-1.5 checkpoint, ready to ground.
 
     folder: config.json, tokenizer.json and model.safetensors, or shards with their index
     device: None takes CUDA where there is one, else the CPU
     dtype:  None takes the checkpoint's own on a GPU; on a CPU float32, or bfloat16 for a model of more
             than two billion parameters; see `model.device` and `model.dtype` for what it came to
+    clip:   folder of the CLIP that the vision tower comes from, for strategies that read the expression;
+            None takes `clip_text` in the folder, if it is there
     raises: NanogapError where anything is missing, broken, unknown or of another shape
     """
     folder = Path(folder)
     if not os.path.isfile(folder / "config.json"):
         what = "has no config.json, so it is not a checkpoint" if os.path.isdir(folder) else "is not a folder"
-        raise NanogapError(f"{folder} {what}; get the published weights with `{DOWNLOAD[0]}` ({DOWNLOAD[1]})")
+        raise NanogapError(f"{folder} {what}; get the published weights with {DOWNLOAD}")
     config = read_config(folder)
     with torch.device("meta"):
         model = Llava(config)
     device = pick_device(device)
     size = sum(p.numel() for p in model.parameters())
     dtype = pick_dtype(dtype, device, config.dtype, size)
-    model.tokenizer = read_tokenizer(folder, config)
+    model.tokenizer = read_tokenizer(folder, config.text.vocab_size)
+    check_image_token(folder, config, model.tokenizer)
+    tied = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+    fill(model, folder, device, dtype, DOWNLOAD, tied if config.text.tie_word_embeddings else {})
+    clip = clip or (folder / "clip_text" if os.path.isdir(folder / "clip_text") else None)
+    model.text_guide = load_text_guide(Path(clip), config, device, dtype) if clip else None
+    return model
+
+
+def load_text_guide(folder: Path, config: LlavaConfig, device: torch.device,
+                    dtype: torch.dtype) -> TextGuide:
+    """The text tower and the projections of a CLIP in the layout of openai/clip-vit-large-patch14-336."""
+    if not os.path.isfile(folder / "config.json"):
+        raise NanogapError(f"{folder} has no config.json, so it is no CLIP; get it with {CLIP_DOWNLOAD}")
+    vision, text, width = read_clip_config(folder)
+    if vision.hidden_size != config.vision.hidden_size:
+        raise NanogapError(f"{folder} is a CLIP of {vision.hidden_size} channels, and the vision tower has "
+                           f"{config.vision.hidden_size}: give the CLIP that it comes from")
+    with torch.device("meta"):
+        clip = CLIP(vision, text, width)
+    del clip.vision_model, clip.logit_scale                                   # LLaVA has its own eyes
+    fill(clip, folder, device, dtype, CLIP_DOWNLOAD, unused=r"^vision_model\.|^logit_scale$")
+    return TextGuide(clip, read_tokenizer(folder, text.vocab_size))
+
+
+def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, download: str,
+         tied: dict[str, str] | None = None, unused: str = "$^") -> None:
+    """Give a model on the meta device the tensors of a checkpoint, all of them and no others.
+
+    tied:   names that may be missing, and the tensors that they share
+    unused: pattern of names on disk that are known and not a part of the model
+    """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    tensors = read_tensors(folder, shapes, device, dtype)
-    if config.text.tie_word_embeddings:
-        embeddings = tensors.get("language_model.model.embed_tokens.weight")
-        tensors.setdefault("language_model.lm_head.weight", embeddings)
+    tensors = read_tensors(folder, shapes, device, dtype, re.compile(unused), download)
+    for name, other in (tied or {}).items():
+        tensors.setdefault(name, tensors.get(other))
     missing = [name for name in shapes if tensors.get(name) is None]
     if missing:
         raise NanogapError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}; "
                            "download it again")
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -109,7 +144,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str,
 # ----- reading ------------------------------------------------------------------------------------
 
 
-def read_tokenizer(folder: Path, config: LlavaConfig) -> Tokenizer:
+def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
     """tokenizer.json, refused where it is missing, broken, or too large for the embeddings."""
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -118,21 +153,30 @@ def read_tokenizer(folder: Path, config: LlavaConfig) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:   # tokenizers raises bare Exceptions
         raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None
-    if max(tokenizer.get_vocab().values(), default=0) >= config.text.vocab_size:
+    if max(tokenizer.get_vocab().values(), default=0) >= rows:
         raise NanogapError(f"{path} has more tokens than the model has embeddings "
-                           f"({config.text.vocab_size}): it belongs to another checkpoint")
+                           f"({rows}): it belongs to another checkpoint")
     return tokenizer
 
 
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or those that its index names."""
+def check_image_token(folder: Path, config: LlavaConfig, tokenizer: Tokenizer) -> None:
+    """Refuse an image token that words could spell: a prompt might hold it twice."""
+    image, taken = config.image_token, tokenizer.id_to_token(config.image_token)
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if image == config.bos_token or taken and image not in special:
+        raise NanogapError(f"config.json: image_token_index is {image}, which stands for {taken!r:.80} in "
+                           f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; download both again")
+
+
+def shards(folder: Path, download: str) -> list[Path]:
+    """The files of a checkpoint's tensors: one, or those that its index names."""
     index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.is_file() and not index.is_file():
-        return [single]
     if not index.is_file():
+        for name in ("model.safetensors", "pytorch_model.bin"):               # OpenAI's CLIP has the latter
+            if (folder / name).is_file():
+                return [folder / name]
         raise NanogapError(f"{folder} holds no model.safetensors and no index of shards; "
-                           f"get the weights with `{DOWNLOAD[0]}` ({DOWNLOAD[1]})")
+                           f"get the weights with {download}")
     names = read_json(index).get("weight_map")
     names = sorted({str(n) for n in names.values()}) if isinstance(names, dict) else []
     if not names:
@@ -141,7 +185,7 @@ def shards(folder: Path) -> list[Path]:
         if Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name:
             raise NanogapError(f"{index} names {name!r:.200}, which is not a file of this folder; "
                                "do not trust it")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):            # False for a name too long for any file
             raise NanogapError(f"{folder} lacks {spelled(name)}, which its index names; "
                                "run the download again: it continues where it stopped")
     return [folder / name for name in names]
@@ -156,13 +200,25 @@ def opened(path: Path, read: Callable) -> Any:
         raise NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again") from None
 
 
+def stored(path: Path) -> list[tuple[str, Callable[[], Tensor]]]:
+    """The tensors of a file: their names, and how to read each."""
+    if path.suffix == ".bin":
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return [(str(name), partial(state.get, name)) for name in state]
+        except Exception as error:   # whatever an unpickler comes upon
+            raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None
+    names = opened(path, lambda file: list(file.keys()))
+    return [(name, partial(opened, path, methodcaller("get_tensor", name))) for name in names]
+
+
 def spelled(name: str) -> str:
     """A name from a file that nobody vouches for: one line, and no more than fits on it."""
     return ascii(name)[1:-1][:200]
 
 
-def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.device,
-                 dtype: torch.dtype) -> dict[str, Tensor]:
+def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype,
+                 unused: re.Pattern, download: str) -> dict[str, Tensor]:
     """All tensors under our names, each of the shape that the model expects.
 
     A tensor that needs no conversion stays memory-mapped.  Every tensor is read through a mapping of its
@@ -170,17 +226,17 @@ def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.devi
     """
     tensors: dict[str, Tensor] = {}
     others = "the file and config.json belong to different checkpoints"
-    for path in shards(folder):
-        for name in opened(path, lambda file: list(file.keys())):
+    for path in shards(folder, download):
+        for name, get in stored(path):
             ours = our_name(name)
-            if UNUSED.search(name):
+            if UNUSED.search(name) or unused.search(name):
                 continue
             if ours not in shapes:
                 raise NanogapError(f"{path} holds {spelled(name)}, which is not a part of this "
                                    f"model: {others}")
             if ours in tensors:
                 raise NanogapError(f"{path} holds {spelled(name)}, which was there before under another name")
-            tensor = opened(path, lambda file: file.get_tensor(name))
+            tensor = get()
             if tensor.shape != shapes[ours] or not tensor.is_floating_point():
                 raise NanogapError(f"{path}: {spelled(name)} is {tensor.dtype} {list(tensor.shape)}, and "
                                    f"config.json makes it {list(shapes[ours])}: {others}")

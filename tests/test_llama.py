@@ -134,7 +134,7 @@ def test_cache_rows_are_dense_whatever_the_ids(decoder: LlamaForCausalLM):
 
 def test_prefill_can_give_the_last_logits_only(decoder: LlamaForCausalLM):
     x, ids = tokens(5), torch.arange(5)
-    last = decoder(x, ids, last_only=True)
+    last = decoder(x, ids, last=1)
     assert last.shape == (1, 1, 50) and last.dtype == torch.float32
     assert torch.allclose(last[:, 0], decoder(x, ids)[:, -1], atol=1e-5)
 

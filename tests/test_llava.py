@@ -11,7 +11,9 @@ import nanogap
 from nanogap import NanogapError
 from nanogap.gap import MODES
 from nanogap.llama import LlamaForCausalLM
-from nanogap.llava import Llava, in_pixels
+from nanogap.answer import in_pixels
+from nanogap.llava import Llava
+from nanogap.prune import Kept
 from tests.tiny import tiny_config, write_checkpoint
 
 
@@ -93,7 +95,7 @@ def test_generation_with_a_cache_says_what_whole_passes_say(model, picture, mode
     """Greedy decoding by feeding everything again at each step, with the IDs counted on from the prompt's."""
     result = model.ground(picture, "the man", "cls_attention", 5, mode, max_new_tokens=6)
     ids, look = model.prompt("the man"), model.look(picture)
-    fed = model.sequence(ids, look.seen.features, result.keep, mode)
+    fed = model.sequence(ids, look.seen.features, Kept(result.keep), mode)
     x, position_ids, said = fed.embeddings, fed.position_ids, []
     for i in range(len(result.tokens)):
         said.append(int(model.language_model(x, position_ids)[0, -1].argmax()))

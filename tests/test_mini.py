@@ -12,6 +12,7 @@ import torch
 import nanogap
 from nanogap.gap import MODES
 from nanogap.llava import Llava
+from nanogap.prune import Kept
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden_mini.json")
@@ -37,7 +38,7 @@ def test_the_golden_answers_in_each_mode(model: Llava):
 def test_cached_generation_says_what_whole_passes_say_under_gap(model: Llava):
     look = model.look(ROOT / "image.jpg")
     result = model.ground(look, EXPRESSION, "random", 36, "gap", seed=2)
-    fed = model.sequence(model.prompt(EXPRESSION), look.seen.features, result.keep, "gap")
+    fed = model.sequence(model.prompt(EXPRESSION), look.seen.features, Kept(result.keep), "gap")
     embed = model.language_model.model.embed_tokens
     x = torch.cat([fed.embeddings, embed(torch.tensor(result.tokens[:-1]))[None]], 1)
     ids = torch.cat([fed.position_ids, result.next_position + torch.arange(len(result.tokens) - 1)])

@@ -1,0 +1,157 @@
+"""One question, from the choice of visual tokens to an answer in pixels.
+
+In:  a model, a look at an image, and a question with the pruning that it is to be asked under.
+Out: the words, the box, and every number that pruning touched on the way.
+
+Letters: P tokens before the image, N patches, K patches kept, A tokens after it; T of the prompt.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nanogap import fastv, gap, prune
+from nanogap.errors import NanogapError
+from nanogap.generate import Decoder, decode, draft, template
+from nanogap.image import Box, box_to_pixels
+from nanogap.llama import KVCache
+from nanogap.prompt import parse_box
+from nanogap.prune import Kept, Seen
+
+if TYPE_CHECKING:
+    from nanogap.llava import Llava, Look, Sequence
+
+MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and under which pruning."""
+
+    text: str                 # the whole question
+    words: str                # those that a strategy may read
+    prune: str
+    keep: int | None
+    mode: str
+    seed: int
+
+    def reads_text(self) -> bool:
+        return self.mode != "full" and self.prune in prune.READ_TEXT
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer, and every number on the way to it."""
+
+    box: Box | None           # pixels of the original image; None where the text holds no box
+    text: str                 # what the model said
+    keep: Tensor              # (K,) raster indices of the patches it saw, in sequence order
+    visual_tokens: float      # patches and added tokens; the mean over layers where these differ
+    position_ids: Tensor      # (T,) the prompt as RoPE saw it (FastV: after its cut)
+    next_position: int        # ID of the first generated token (FastV: after its cut)
+    tokens: list[int]         # what it generated, the end token included
+    timings: dict             # vision_ms, prefill_ms, decode_ms, new_tokens, passes
+    kv_bytes: int             # the cache in the end: keys and values of all rows in use
+
+
+@dataclass
+class Read:
+    """A prompt that was read: what an answer goes on from."""
+
+    logits: Tensor            # (1 + D, V) after the prompt, and after each of D tokens drafted behind it
+    cache: KVCache
+    fed: "Sequence"
+    visual_tokens: float
+    decoder: Decoder          # runs a pass over new tokens
+    next_position: int        # ID of the first of them, in the decoder's first layer
+
+
+def read(model: "Llava", look: "Look", question: Question, drafts: list[int], room: int) -> Read:
+    """Choose the visual tokens, and read the prompt with them and with drafted tokens behind it."""
+    input_ids, seen = model.encode_question(question.text), look.seen
+    N, (P, A) = len(seen.features), model.around_image(input_ids)
+    model.check_length(P + N + A + room)
+    if question.mode == "full":
+        kept = Kept(torch.arange(N))
+    elif question.prune in prune.IN_DECODER:
+        return read_and_cut(model, seen, input_ids, question, room)
+    else:
+        seen = model.with_text(seen, question.words) if question.reads_text() else seen
+        kept = prune.select(question.prune, seen, question.keep, question.seed)
+    fed = model.sequence(input_ids, seen.features, kept, question.mode)
+    behind = model.language_model.model.embed_tokens(torch.tensor(drafts, device=model.device).long())
+    ids = fed.next_position + torch.arange(len(drafts), device=model.device)
+    logits, cache = model.prefill(torch.cat([fed.embeddings, behind[None]], dim=1),
+                                  torch.cat([fed.position_ids, ids]), room, 1 + len(drafts),
+                                  shared_prefix(model, look, question, fed, A))
+    return Read(logits, cache, fed, len(kept.keep) + kept.n_added, model.language_model, fed.next_position)
+
+
+def shared_prefix(model: "Llava", look: "Look", question: Question, fed: "Sequence",
+                  n_after: int) -> KVCache | None:
+    """The cache of a prompt up to the end of its image, which all questions about it share.
+
+    None where the look is not a shared one, or the question has a part in what is kept.  Only the last
+    one is held: ask all questions about an image under one pruning before the next.
+    """
+    if look.prefixes is None or question.reads_text():
+        return None
+    key = (question.prune, question.keep, question.mode, question.seed)
+    if key not in look.prefixes:
+        look.prefixes.clear()
+        end = len(fed.position_ids) - n_after
+        look.prefixes[key] = model.prefill(fed.embeddings[:, :end], fed.position_ids[:end], 0)[1]
+    return look.prefixes[key]
+
+
+def read_and_cut(model: "Llava", seen: Seen, input_ids: Tensor, question: Question, room: int) -> Read:
+    """Read the prompt with all visual tokens, some of which the decoder drops on the way: fastv.py."""
+    N, (P, _), decoder = len(seen.features), model.around_image(input_ids), model.language_model
+    prune.check(question.prune, N, question.keep)
+    whole = model.sequence(input_ids, seen.features, Kept(torch.arange(N)), "full")
+    cache = KVCache(model.config.text, len(whole.position_ids) + room, whole.embeddings)
+
+    def choose(attention: Tensor) -> Kept:
+        return prune.select(question.prune, replace(seen, attention=attention), question.keep, question.seed)
+
+    logits, keep, ids, next_position = fastv.prefill(decoder, whole.embeddings, cache, P, N,
+                                                     question.mode, choose)
+    fed = replace(whole, position_ids=ids, next_position=next_position, keep=keep)
+    return Read(logits, cache, fed, fastv.mean_tokens(model.config.text.num_hidden_layers, N, len(keep)),
+                fastv.decoder(decoder, whole.next_position - next_position), whole.next_position)
+
+
+@torch.no_grad()
+def answer(model: "Llava", look: "Look", question: Question, max_new_tokens: int = MAX_NEW_TOKENS,
+           drafts: bool = True, on_token: Callable[[int], None] | None = None) -> Result:
+    """Ask, and put together what came of it.
+
+    drafts:   whether a pass may be fed several tokens (generate.py); the words are the same
+    on_token: called with each token ID as it comes
+    """
+    if question.mode not in gap.MODES:
+        raise NanogapError(f"unknown mode {question.mode!r}: choose from {', '.join(gap.MODES)}")
+    start = model.clock()
+    foretold = template(model.tokenizer) if drafts else []
+    reading = read(model, look, question, draft(foretold, [], max_new_tokens - 1), max_new_tokens)
+    prefilled, tokens, passes = model.clock(), [], -1                         # the first tokens cost none
+    for new in decode(model.language_model, reading.logits, reading.cache, reading.next_position,
+                      max_new_tokens, model.config.eos_token, foretold, reading.decoder):
+        tokens, passes = tokens + new, passes + 1
+        for token in new if on_token else ():
+            on_token(token)
+    text = model.tokenizer.decode(tokens)
+    timings = {"vision_ms": look.vision_ms, "prefill_ms": prefilled - start,
+               "decode_ms": model.clock() - prefilled, "new_tokens": len(tokens), "passes": passes}
+    return Result(in_pixels(parse_box(text), look.width, look.height), text, reading.fed.keep,
+                  reading.visual_tokens, reading.fed.position_ids.cpu(), reading.fed.next_position,
+                  tokens, timings, reading.cache.bytes_in_use())
+
+
+def in_pixels(box: Box | None, width: int, height: int) -> Box | None:
+    """A parsed box in pixels of the image, or None where there is none or it lies in the padding."""
+    box = box and box_to_pixels(box, width, height)
+    return box if box and box[0] < box[2] and box[1] < box[3] else None
