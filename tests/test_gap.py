@@ -66,6 +66,15 @@ def test_the_largest_id_exceeds_the_number_of_tokens():
     assert len(position) == 6 and int(position.max()) == 20
 
 
+def test_tokens_that_a_method_adds_go_last_and_have_no_place_of_their_own():
+    """Two added tokens: with original IDs both share the last patch's 3 + 15, and nothing else moves."""
+    keep = torch.tensor([2, 5])
+    original, following = assign_ids(keep, 3, 16, 2, "original", n_added=2)
+    assert original.tolist() == [0, 1, 2, 3 + 2, 3 + 5, 18, 18, 19, 20] and following == 21
+    compact, following = assign_ids(keep, 3, 16, 2, "compact", n_added=2)
+    assert compact.tolist() == list(range(9)) and following == 9
+
+
 @pytest.mark.parametrize("keep, mode, message", [
     ([0, 16], "gap", "keep must be a list of raster indices from 0 to 15"),
     ([-1, 2], "gap", "keep must be a list of raster indices from 0 to 15"),

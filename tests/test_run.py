@@ -226,7 +226,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     return err.removeprefix("run.py: ").removesuffix("\n")
 
 
-KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25%; "
+KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25%, nor \"auto\"; "
         "see `python run.py --help`")
 RANGE = "of 16 visual tokens: keep from 1 to 16, or 1% to 100%"
 

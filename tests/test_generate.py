@@ -1,0 +1,140 @@
+"""Several tokens to a pass: the words stay those of plain greedy decoding, whatever is drafted."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanogap
+from nanogap.gap import MODES
+from nanogap.generate import decode, draft, template
+from nanogap.llava import Llava
+from nanogap.prune import STRATEGIES
+from tests.tiny import tiny_config, tiny_tokenizer, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, tiny_config())
+    return nanogap.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def mini() -> Llava:
+    return nanogap.load(ROOT / "weights/mini", device="cpu")
+
+
+# ----- what the format foretells ------------------------------------------------------------------
+
+
+def test_of_a_box_everything_but_eight_digits_is_foretold():
+    pieces = [i and tiny_tokenizer().id_to_token(i) for i in template(tiny_tokenizer())]
+    assert pieces == ["▁[", "0", ".", None, None, *[",", "▁", "0", ".", None, None] * 3, "]"]
+
+
+def test_a_draft_reaches_to_the_next_digit_and_no_further():
+    shape = [7, 8, None, None, 9, 7, None]
+    assert draft(shape, [], 10) == [7, 8]
+    assert draft(shape, [7, 8, 1], 10) == []                      # a second digit comes next
+    assert draft(shape, [7, 8, 1, 2], 10) == [9, 7]
+    assert draft(shape, [7, 8, 1, 2], 1) == [9]
+    assert draft(shape, [7, 8, 1, 2, 9, 7, 3], 10) == []          # nothing is foretold behind the end
+
+
+def test_nothing_is_drafted_once_the_answer_is_no_box():
+    assert draft([7, 8, None, 9], [7, 5, 1], 10) == []
+
+
+# ----- the words stay the same --------------------------------------------------------------------
+
+
+def say(model: Llava, look: nanogap.llava.Look, shape: list[int | None], most: int) -> tuple[list[int], int]:
+    """Tokens, and passes of the decoder, for an answer of which this shape is foretold."""
+    fed = model.sequence(model.prompt("the man"), look.seen.features,
+                         nanogap.prune.Kept(torch.tensor([9, 2, 14])), "gap")
+    drafts = draft(shape, [], most - 1)
+    behind = model.language_model.model.embed_tokens(torch.tensor(drafts).long())
+    ids = torch.cat([fed.position_ids, fed.next_position + torch.arange(len(drafts))])
+    logits, cache = model.prefill(torch.cat([fed.embeddings, behind[None]], 1), ids, most, 1 + len(drafts))
+    passes = list(decode(model.language_model, logits, cache, fed.next_position, most,
+                         model.config.eos_token, shape))
+    said = [token for new in passes for token in new]
+    assert cache.lengths == [len(fed.position_ids) + len(said) - 1] * len(cache.lengths)
+    return said, len(passes) - 1
+
+
+def test_any_template_right_or_wrong_leaves_the_words_as_they_are(model: Llava):
+    """Templates made of the true answer, with tokens left open and tokens made wrong at random."""
+    look, rng = model.look(ROOT / "image.jpg"), random.Random(0)
+    plain, passes = say(model, look, [], 20)
+    assert passes == 19
+    fewest = 20
+    for _ in range(60):
+        right = rng.random()
+        shape = [token if rng.random() < right else rng.choice([None, rng.randrange(600)])
+                 for token in plain[:rng.randrange(21)]]
+        said, passes = say(model, look, shape, 20)
+        assert said == plain and passes <= 19
+        fewest = min(fewest, passes)
+    assert fewest < 8                                             # and some drafts were believed
+    assert say(model, look, plain[:19], 20) == (plain, 0)          # all of it read with the prompt
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prune", ["random", "fastv"])
+def test_drafting_says_the_same_in_every_mode(mini: Llava, mode: str, prune: str):
+    look = mini.look(ROOT / "image.jpg")
+    drafted = mini.ground(look, "the man on the left", prune, 36, mode)
+    plain = mini.ground(look, "the man on the left", prune, 36, mode, drafts=False)
+    assert drafted.tokens == plain.tokens and drafted.kv_bytes == plain.kv_bytes
+    assert plain.timings["passes"] == len(plain.tokens) - 1
+
+
+def test_a_box_takes_at_most_ten_passes_where_one_token_each_takes_24(mini: Llava):
+    look = mini.look(ROOT / "image.jpg")
+    for prune in ("random", "fastv"):
+        drafted = mini.ground(look, "the man on the left", prune, 72, "gap")
+        assert drafted.timings["new_tokens"] == 25 and drafted.timings["passes"] <= 10
+    assert mini.ground(look, "the man on the left", mode="full", drafts=False).timings["passes"] == 24
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 8, 25])
+def test_drafts_never_say_more_than_was_asked_for(mini: Llava, most: int):
+    look = mini.look(ROOT / "image.jpg")
+    whole = mini.ground(look, "the man on the left", mode="full").tokens
+    assert mini.ground(look, "the man on the left", mode="full", max_new_tokens=most).tokens == whole[:most]
+
+
+# ----- what questions share -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prune", STRATEGIES)
+def test_questions_that_share_an_image_get_the_answers_that_they_get_alone(mini: Llava, prune: str):
+    alone, shared = mini.look(ROOT / "image.jpg"), mini.look(ROOT / "image.jpg", share=True)
+    for mode in MODES:
+        for expression in ("the man on the left", "the biggest man", "the man on the right"):
+            one = mini.ground(alone, expression, prune, 36, mode)
+            other = mini.ground(shared, expression, prune, 36, mode)
+            assert one.tokens == other.tokens and torch.equal(one.position_ids, other.position_ids)
+
+
+def test_the_image_is_read_once_for_all_questions_about_it(mini: Llava):
+    """Rows that the decoder is fed: [system, image] once, then the words of each question."""
+    look, fed = mini.look(ROOT / "image.jpg", share=True), []
+    hook = mini.language_model.model.layers[0].register_forward_hook(
+        lambda layer, given, out: fed.append(given[0].shape[1]))
+    for expression in ("the man", "the woman"):
+        mini.ground(look, expression, "random", 36, "gap", max_new_tokens=1)
+    hook.remove()
+    P, A = mini.around_image(mini.prompt("the man"))
+    _, other = mini.around_image(mini.prompt("the woman"))
+    assert fed == [P + 36, A, other]
+
+
+def test_a_picture_can_be_described(mini: Llava):
+    result = mini.describe(ROOT / "image.jpg", "random", 72)
+    assert result.text and result.position_ids[-1] == result.next_position - 1
