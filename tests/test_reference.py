@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 from copy import deepcopy
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,14 @@ from torch import Tensor
 import nanogap
 from nanogap import gap
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
-from nanogap.config import read_config
+from nanogap.config import read_clip_config, read_config
 from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava
 from nanogap.prompt import encode_prompt, where_is
 from nanogap.scenes import scene
 from nanogap.tokenizer import train_clip_tokenizer
-from nanogap.weights import our_name, read_tensors, save_clip
+from nanogap.weights import fill, our_name, save_clip
 from tests.reference.make_reference import (
     CASES, KEEP, NEW_TOKENS, OUTPUTS, POSITIONS, PROMPT, PRUNED, VOCABULARY, expand, load_theirs,
     pixel_values, their_answer, their_features, their_pruned_answer)
@@ -280,16 +279,9 @@ def test_the_processor_that_crops_sees_another_picture(transformers):
 
 def load_clip(folder: Path) -> CLIP:
     """Both towers, as save_clip wrote them."""
-    config = json.loads((folder / "config.json").read_text())
-
-    def part(kind: type, key: str) -> CLIPVisionConfig | CLIPTextConfig:
-        return kind(**{field.name: config[key][field.name] for field in fields(kind)})
-
-    clip = CLIP(part(CLIPVisionConfig, "vision_config"), part(CLIPTextConfig, "text_config"),
-                config["projection_dim"])
-    shapes = {name: value.shape for name, value in clip.state_dict().items()}
-    clip.load_state_dict(read_tensors(folder, shapes, torch.device("cpu"), torch.float32))
-    return clip.eval()
+    clip = CLIP(*read_clip_config(folder))
+    fill(clip, folder, torch.device("cpu"), torch.float32, "nothing")
+    return clip
 
 
 @pytest.fixture(scope="module", params=["tiny", "mini"])
@@ -324,6 +316,20 @@ def test_both_towers_of_clip_give_the_features_of_transformers(transformers, cli
         assert_same(ours.image_features(pixels), out.image_embeds)
         assert_same(ours.text_features(input_ids), out.text_embeds)
         assert float(ours.logit_scale) == float(theirs.logit_scale)
+
+
+@live
+def test_words_and_patches_stand_in_the_space_of_transformers(transformers):
+    """What TRIM compares: text_embeds, and patches through post_layernorm and visual_projection, raw."""
+    model, folder = nanogap.load(MINI, "cpu", "float32"), MINI / "clip_text"
+    seen = model.with_text(model.look(ROOT / "image.jpg").seen, "the man on the left")
+    theirs = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the man on the left").ids])
+    with torch.no_grad():
+        assert_same(seen.text, theirs.text_projection(theirs.text_model(input_ids=ids).pooler_output)[0])
+        hidden = theirs.vision_model(model.prepare_image(Image.open(ROOT / "image.jpg")),
+                                     output_hidden_states=True).hidden_states[-2][0, 1:]
+        assert_same(seen.aligned, theirs.visual_projection(theirs.vision_model.post_layernorm(hidden)))
 
 
 # ----- the published files ------------------------------------------------------------------------
