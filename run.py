@@ -24,7 +24,7 @@ from nanogap.explain import explain
 from nanogap.gap import MODES
 from nanogap.image import Image, iou, open_image
 from nanogap.llava import Llava, Result
-from nanogap.prune import STRATEGIES
+from nanogap.prune import STRATEGIES, check
 from nanogap.weights import DTYPES
 
 ROOT = Path(__file__).resolve().parent
@@ -170,7 +170,9 @@ def run(args: argparse.Namespace) -> None:
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     with patience(f"loading {args.weights}"):
         model = nanogap.load(args.weights, *asked, args.clip)
-    keep = tokens_to_keep(args.keep, model.config.vision.grid ** 2)
+    patches = model.config.vision.grid ** 2
+    keep = tokens_to_keep(args.keep, patches)
+    check(args.prune, patches, keep)
     say = print if not args.json else lambda *_: None
     say(f"{args.weights} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
     if args.weights.resolve() == MINI:
@@ -185,9 +187,9 @@ def run(args: argparse.Namespace) -> None:
                                          drafts=args.drafts)
     document = report(args, model, keep, results)
     kept = min((r.keep.tolist() for r in results.values()), key=len)
-    patches = f"{args.prune} keeps {keep} of {len(look.seen.features)} patches"
-    patches = patches if set(results) != {"full"} else f"all {len(kept)} patches"
-    caption = f"\"{' '.join(args.expression.split())}\"\n{patches}"
+    pruned = f"{args.prune} keeps {len(kept)} of {patches} patches"
+    pruned = pruned if set(results) != {"full"} else f"all {patches} patches"
+    caption = f"\"{' '.join(args.expression.split())}\"\n{pruned}"
     answers = [Answer(r["mode"], label(r), r["box"]) for r in document["runs"]]
     save(draw_answers(image, kept, look.seen.grid, answers, caption), args.out)
     if args.explain and not args.json:

@@ -3,6 +3,13 @@
 In:  a model, a look at an image, and a question with the pruning that it is to be asked under.
 Out: the words, the box, and every number that pruning touched on the way.
 
+    answer                      one Question under one pruning                        -> Result
+        read                    choose what to keep, and read the prompt              -> Read
+            model.sequence      the tokens that the decoder is fed, with their IDs    -> Fed
+            model.prefill       one pass over all of them, into a cache
+            read_and_cut        instead of these two, where the decoder itself drops tokens
+        decode                  the answer, pass by pass (generate.py)
+
 Letters: P tokens before the image, N patches, K patches kept, A tokens after it; T of the prompt.
 """
 
@@ -22,7 +29,7 @@ from nanogap.prompt import parse_box
 from nanogap.prune import Kept, Seen
 
 if TYPE_CHECKING:
-    from nanogap.llava import Llava, Look, Sequence
+    from nanogap.llava import Fed, Llava, Look
 
 MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
 
@@ -63,10 +70,10 @@ class Read:
 
     logits: Tensor            # (1 + D, V) after the prompt, and after each of D tokens drafted behind it
     cache: KVCache
-    fed: "Sequence"
+    fed: "Fed"
     visual_tokens: float
     decoder: Decoder          # runs a pass over new tokens
-    next_position: int        # ID of the first of them, in the decoder's first layer
+    starts_at: int            # ID of the first of them, in the decoder's first layer
 
 
 def read(model: "Llava", look: "Look", question: Question, drafts: list[int], room: int) -> Read:
@@ -87,19 +94,21 @@ def read(model: "Llava", look: "Look", question: Question, drafts: list[int], ro
     logits, cache = model.prefill(torch.cat([fed.embeddings, behind[None]], dim=1),
                                   torch.cat([fed.position_ids, ids]), room, 1 + len(drafts),
                                   shared_prefix(model, look, question, fed, A))
-    return Read(logits, cache, fed, len(kept.keep) + kept.n_added, model.language_model, fed.next_position)
+    return Read(logits, cache, fed, len(kept.keep) + kept.n_added, model.graphed or model.language_model,
+                fed.next_position)
 
 
-def shared_prefix(model: "Llava", look: "Look", question: Question, fed: "Sequence",
+def shared_prefix(model: "Llava", look: "Look", question: Question, fed: "Fed",
                   n_after: int) -> KVCache | None:
     """The cache of a prompt up to the end of its image, which all questions about it share.
 
-    None where the look is not a shared one, or the question has a part in what is kept.  Only the last
-    one is held: ask all questions about an image under one pruning before the next.
+    None where the look is not a shared one, or the strategy reads the question.  Only the last prefix is
+    held, so ask all questions about an image under one pruning before the next.
     """
     if look.prefixes is None or question.reads_text():
         return None
-    key = (question.prune, question.keep, question.mode, question.seed)
+    under = (question.prune, question.keep, question.seed) if question.mode != "full" else ()
+    key = (question.mode, *under)
     if key not in look.prefixes:
         look.prefixes.clear()
         end = len(fed.position_ids) - n_after
@@ -138,7 +147,7 @@ def answer(model: "Llava", look: "Look", question: Question, max_new_tokens: int
     foretold = template(model.tokenizer) if drafts else []
     reading = read(model, look, question, draft(foretold, [], max_new_tokens - 1), max_new_tokens)
     prefilled, tokens, passes = model.clock(), [], -1                         # the first tokens cost none
-    for new in decode(model.language_model, reading.logits, reading.cache, reading.next_position,
+    for new in decode(model.language_model, reading.logits, reading.cache, reading.starts_at,
                       max_new_tokens, model.config.eos_token, foretold, reading.decoder):
         tokens, passes = tokens + new, passes + 1
         for token in new if on_token else ():

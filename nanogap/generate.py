@@ -5,7 +5,11 @@ In:  the logits after a prompt, and its cache.  Out: token IDs, exactly those of
 Of the 25 tokens of "[0.12, 0.34, 0.56, 0.78]" and its end only eight digits are news.  So a pass is fed
 the last new token together with those that the format puts behind it; the logits of all of them come
 out at once, and show how far greedy decoding would have said the same.  What it would not have said is
-dropped from the cache, where the next rows overwrite it.
+dropped from the cache, where the next rows overwrite it.  A pass in the middle of a box:
+
+    fed                  2    ,    ▁    0    .        the last new token, and four drafts
+    greedy behind each   ,    ▁    0    .    3        all drafts agree, and "3" is new
+
 Letters: T tokens fed in a pass, D of them drafted, V vocabulary.
 """
 
@@ -33,7 +37,10 @@ def template(tokenizer: Tokenizer) -> list[int | None]:
 
 
 def draft(template: Sequence[int | None], said: Sequence[int], most: int) -> list[int]:
-    """At most so many tokens that must come next if the answer, so far (said), is such a box."""
+    """What the format puts behind the tokens said so far, up to the next digit: at most so many tokens.
+
+    Nothing where those tokens are not the beginning of such a box.
+    """
     if any(token not in (None, found) for token, found in zip(template, said)):
         return []
     foretold = takewhile(lambda token: token is not None, template[len(said):])

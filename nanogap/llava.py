@@ -24,7 +24,7 @@ from nanogap import gap
 from nanogap.answer import MAX_NEW_TOKENS, Question, Result, answer
 from nanogap.clip import CLIPVisionConfig, CLIPVisionTower, TextGuide
 from nanogap.errors import NanogapError
-from nanogap.generate import decode
+from nanogap.generate import Decoder, decode
 from nanogap.image import CLIP_MEAN, CLIP_STD, open_image, to_pixel_values, to_rgb
 from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM
 from nanogap.prompt import DESCRIBE, encode_prompt, where_is
@@ -62,7 +62,7 @@ class LlavaProjector(nn.Module):
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Fed:
     """A prompt as the decoder is fed it: three numbers for each visual token, three fields."""
 
     embeddings: Tensor        # (1, T, C); the cache row of a token is its place in here
@@ -91,6 +91,7 @@ class Llava(nn.Module):
         self.language_model = LlamaForCausalLM(config.text)
         self.tokenizer: Tokenizer | None = None
         self.text_guide: TextGuide | None = None   # for strategies that read the expression
+        self.graphed: Decoder | None = None        # runs the passes in place of the language model: graph.py
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +166,7 @@ class Llava(nn.Module):
         input_ids = input_ids.to(self.device)
         return torch.cat([embed(input_ids[:P]), visual, embed(input_ids[P + 1:])])[None]
 
-    def sequence(self, input_ids: Tensor, features: Tensor, kept: Kept, mode: str) -> Sequence:
+    def sequence(self, input_ids: Tensor, features: Tensor, kept: Kept, mode: str) -> Fed:
         """What the decoder is fed for one prompt: visual tokens in order, projected, with their IDs.
 
         features: (N, C) of the vision tower
@@ -178,7 +179,7 @@ class Llava(nn.Module):
         if kept.added is not None:
             features = torch.cat([features, kept.added])                      # (K + M, C)
         visual = self.multi_modal_projector(features)
-        return Sequence(self.splice(input_ids, visual), ids.to(self.device), next_position, keep)
+        return Fed(self.splice(input_ids, visual), ids.to(self.device), next_position, keep)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, keep: Tensor | None = None,
                 mode: str = "gap") -> Tensor:

@@ -93,6 +93,8 @@ class SharedPast:
     Sequence i of the new batch continues sequence `parents[i]` of the old one.
     """
 
+    mask = None                                                               # the order says who sees whom
+
     def __init__(self, past: "SharedPast | None" = None, parents: Tensor | None = None) -> None:
         self.past, self.parents = past, parents
         self.rows: list[tuple[Tensor, Tensor]] = []                           # per layer (B, G, R, D)

@@ -21,7 +21,7 @@ import nanogap
 import run
 from nanogap.cli import keep_argument, tokens_to_keep
 from nanogap.clip import CLIPVisionTower
-from nanogap.explain import columns, ranges, wrapped
+from nanogap.explain import columns
 from nanogap.weights import save_llava
 from tests.tiny import write_checkpoint
 
@@ -140,6 +140,38 @@ def test_the_same_seed_keeps_the_same_patches_and_another_seed_others(
     assert shown("0") == shown("0") != shown("1")
 
 
+def test_a_strategy_that_finds_its_own_budget_is_given_none(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "x", "--weights", str(finder), "--json", "--prune", "prumerge",
+                     "--keep", "auto"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["keep"] is None and 1 < document["runs"][1]["visual_tokens"] <= 17
+    assert tokens_to_keep(keep_argument("auto"), 16) is None
+
+
+def test_a_clip_given_by_name_is_what_the_strategy_reads_with(
+        photo: str, capsys: pytest.CaptureFixture):
+    mini = ROOT / "weights/mini"
+    argv = [photo, "x", "--weights", str(mini), "--json", "--prune", "text_similarity"]
+    assert run.main([*argv, "--clip", str(mini / "clip_text")]) == 0
+    given = json.loads(capsys.readouterr().out)["runs"]
+    assert run.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert [r["text"] for r in given] == [r["text"] for r in found]
+
+
+def test_no_draft_means_a_pass_for_each_token_and_the_same_words(
+        photo: str, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(ROOT / "weights/mini"), "--json", "--mode", "full"]
+    words = []
+    for more in ([], ["--no-draft"]):
+        assert run.main(argv + more) == 0
+        words.append(json.loads(capsys.readouterr().out)["runs"][0])
+    assert words[0]["text"] == words[1]["text"]
+    assert words[0]["timings"]["passes"] < words[1]["timings"]["passes"] == (
+        words[1]["timings"]["new_tokens"] - 1)
+
+
 @pytest.mark.parametrize(
     "keep, tokens", [("1", 1), ("16", 16), ("1%", 1), ("25%", 4), ("100%", 16)])
 def test_keep_is_a_number_of_tokens_or_a_share(keep: str, tokens: int):
@@ -179,36 +211,16 @@ def test_explain_shows_the_ids_that_gap_gives_back(
     out = capsys.readouterr().out
     for line in ("   100 x 50 pixels, padded to 100 x 100,",
                  "   resized to pixel_values (1, 3, 56, 56)",
-                 "   features (16, 32), in raster order",
+                 "   features (16, 32), in raster order: row by row",
                  "      . . . .\n      . # . #\n      . . . .\n      . # . #",
                  "   P = 33 tokens before the image, A = 20 after it; decoder width 64",
                  "5  Mode gap: raster order, original position IDs",
-                 "   embeddings (1, 57, 64), cache rows 0..56, always dense",
-                 "   position IDs of the 33 tokens before: 0..32",
-                 "   position IDs of the 4 patches:\n      38 40 46 48",
-                 "   position IDs of the 20 tokens after: 49..68",
-                 f"   in words:\n      {BOX}",
-                 "   as fractions of the square: (0.1, 0.25, 0.5, 0.6)",
-                 "   in pixels of the image: (10.0, 0.0, 50.0, 35.0)"):
+                 "   embeddings (1, 57, 64) at cache rows 0..56: rows have no gaps",
+                 "   position IDs: P = 33 tokens | K = 4 patches | A = 20 tokens",
+                 "      0..32 | 38 40 46 48 | 49..68",
+                 f"      {BOX}\n      (0.1, 0.25, 0.5, 0.6)\n      (10.0, 0.0, 50.0, 35.0)"):
         assert f"\n{line}\n" in out
-    assert re.search(r"\] +69 +57\n +</s> +70 +not fed\n", out)      # position ID, cache row
-
-
-def test_explain_says_that_the_full_run_prunes_nothing(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "x", "--weights", str(finder), "--explain", "--mode", "full"]) == 0
-    assert "\n   not in mode full: all 16 patches stay\n" in capsys.readouterr().out
-
-
-def test_consecutive_numbers_are_shown_as_ranges():
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0..2 5 7..8"
-    assert ranges([9, 2, 14]) == "9 2 14" and ranges([]) == ""
-
-
-def test_a_line_is_broken_at_spaces_and_a_long_word_anywhere():
-    assert wrapped("ab cd ef", indent=2, width=7) == "  ab cd\n  ef"
-    assert wrapped("abcdefgh", indent=2, width=7) == "  abcde\n  fgh"
-    assert wrapped("人人人人", indent=2, width=7) == "  人人\n  人人"
+    assert re.search(r"ID now +69 +70\n +cache row +57 +-\n", out)
 
 
 # ----- mistakes -----------------------------------------------------------------------------------
@@ -229,6 +241,13 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25%, nor \"auto\"; "
         "see `python run.py --help`")
 RANGE = "of 16 visual tokens: keep from 1 to 16, or 1% to 100%"
+
+
+def test_a_strategy_that_cannot_find_a_budget_needs_one(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--keep", "auto"]
+    assert refused(argv, capsys) == (
+        "random needs a budget: keep from 1 to 16 visual tokens, or 1% to 100%")
 
 
 @pytest.mark.parametrize("keep, message", [
