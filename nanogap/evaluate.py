@@ -154,6 +154,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--keep", nargs="+", type=keep_argument, default=["50%"], metavar="N|N%|auto",
         help="default: 50%%; auto: what the strategy finds itself")
     add("--mode", nargs="+", choices=MODES, metavar="MODE", help="default: all four")
+    add("--clip", type=Path, metavar="DIR",
+        help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true", help="instead of modes: every order of tokens and IDs")
     add("--protocol", choices=PROTOCOLS, default="pixels",
         help="how others count: minigpt, lmms-eval (default: %(default)s)")
@@ -195,7 +197,8 @@ def settings(args: argparse.Namespace, model: Llava, data: Data) -> dict:
     digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]
     return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"{args.weights.resolve().name} {digest}",
-            "data": f"{data.name} {data.digest}", "seed": args.seed, "protocol": args.protocol}
+            "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,
+            "protocol": args.protocol}
 
 
 def report(args: argparse.Namespace, made: dict, data: Data, rows: list[dict]) -> None:
@@ -203,8 +206,9 @@ def report(args: argparse.Namespace, made: dict, data: Data, rows: list[dict]) -
     asked = rows[0]["expressions"]
     if args.json:
         print(json.dumps({**made, "weights": str(args.weights), "data": data.name,
-                          "expressions": asked, "of": data.expressions, "missing_images": data.missing,
-                          "runs": rows, "picture": args.plot and str(args.plot)}))
+                          "expressions": asked, "of": data.expressions,
+                          "missing_images": data.missing, "runs": rows,
+                          "picture": args.plot and str(args.plot)}))
     else:
         print(f"{args.weights}, {data.name}, {asked} expressions, seed {args.seed}, "
               f"{made['device']}, {made['dtype']}\n{PROTOCOLS[args.protocol]}")
@@ -230,7 +234,7 @@ def command(argv: Sequence[str] | None) -> None:
     if data.missing and rank == 0:
         print(missing(data), file=sys.stderr)
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
-    model = load(args.weights, *asked)
+    model = load(args.weights, *asked, args.clip)
     made, runs = settings(args, model, data), runs_asked(args, model.config.vision.grid ** 2)
     examples = first(data.examples, args.limit)
     earlier = journal.earlier(args.out, made)

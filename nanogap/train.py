@@ -7,6 +7,7 @@ In:  nothing but a seed.  Out: a folder in the layout of llava-hf/llava-1.5-7b-h
 CLIP in `clip_text/`.  The losses are in objectives.py, the scenes in scenes.py.
 """
 
+import atexit
 import os
 import random
 import sys
@@ -190,6 +191,7 @@ def command(argv: Sequence[str] | None) -> None:
     device = pick_device(args.device)
     if "WORLD_SIZE" in os.environ:                                            # under torchrun
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)                           # its threads end before Python
         torch.set_num_threads(1)
     recipe = RECIPES[args.recipe or ("gpu" if device.type == "cuda" else "cpu")]
     train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers)

@@ -1,68 +1,298 @@
-"""Accuracy: what counts, and how sure it is."""
+"""The evaluator on checkpoints of which the answers are known, and on the mini model."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from nanogap import evaluate
-from nanogap.evaluate import drawn_examples, settings, table, wilson
+from nanogap import ablate, evaluate, journal
+from nanogap.cli import answer_for
+from nanogap.evaluate import drawn_data, first
+from nanogap.refcoco import Example
+from tests.test_run import finder, weights  # noqa: F401
 from tests.tiny import tiny_config, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(path, tiny_config())
+    """Random weights, which say nothing in particular."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny_config())
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    """Four expressions about a picture of 200 x 100, and one about another, which is not there.
+
+    `finder` always says [0.10, 0.25, 0.50, 0.60] of the square of 200 x 200, in which the picture
+    begins 50 pixels down: in its own pixels that is 20..100 x 0..70.
+    """
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg")
+    boxes = [[20, 0, 100, 70], [20, 0, 100, 35], [20, 0, 100, 34], [120, 0, 190, 70]]
+    entries = [{"img_path": "a.jpg", "expression": f"thing {i}", "bbox": box, "width": 200,
+                "height": 100} for i, box in enumerate(boxes)]
+    entries.append(entries[0] | {"img_path": "gone.jpg"})
+    path = tmp_path / "shikra.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
 
 
-def test_wilsons_interval_by_hand():
-    """8 of 10 (z = 1.96): centre 0.7167, half width 0.2266; and none of 20 is not surely none."""
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)
-    low, high = wilson(0, 20)
-    assert low == pytest.approx(0.0) and high == pytest.approx(0.161, abs=1e-3)
+def run(*arguments: object) -> int:
+    argv = [*map(str, arguments), "--device", "cpu"]
+    return answer_for("nanogap.evaluate", evaluate.command, argv)
 
 
-def record(iou: float, box: list | None, mode: str = "gap") -> dict:
-    return {"prune": "random", "keep": 8, "mode": mode, "iou": iou, "box": box}
+def report(capsys) -> dict:
+    return json.loads(capsys.readouterr().out)
 
 
-def test_half_overlap_counts_and_an_answer_without_a_box_is_wrong():
-    line = table([record(0.5, [0, 0, 1, 1]), record(0.49, [0, 0, 1, 1]), record(0.0, None), record(1.0, [0, 0, 1, 1])],
-                 [("random", 8, "gap")]).split("\n")[1].split()
-    assert line[:4] == ["random", "8", "gap", "0.500"]
-    assert line[-2:] == ["0.497", "0.250"]
-
-
-def test_mode_full_comes_once_however_many_strategies():
-    class Args:
-        mode, prune, keep = ["full", "gap"], ["random", "spatial"], ["50%", "4"]
-    assert settings(Args, 16) == [("none", 16, "full"), ("random", 8, "gap"), ("random", 4, "gap"),
-                                  ("spatial", 8, "gap"), ("spatial", 4, "gap")]
+# ----- what is asked ------------------------------------------------------------------------------
 
 
 def test_a_split_is_a_word_that_seeds_the_scenes():
-    first, again, other = (next(drawn_examples(split)) for split in ("val", "val", "test"))
-    assert first.questions == again.questions != other.questions
-    assert first.questions[0][0] == "val/0/0"
+    one, again, other = (drawn_data(split, 1).examples[0] for split in ("val", "val", "test"))
+    assert one.questions == again.questions != other.questions
+    assert one.questions[0][0] == "val/0/0"
+    assert one.image().tobytes() == again.image().tobytes() != other.image().tobytes()
 
 
-def test_a_line_for_each_answer(folder, tmp_path, capsys):
+def test_the_limit_counts_expressions_and_not_images():
+    examples = drawn_data("val", 15).examples
+    assert [len(e.questions) for e in examples] == [8, 7]
+    assert [len(e.questions) for e in first(examples, 9)] == [8, 1]
+    assert first(examples, None) == examples
+
+
+def test_mode_full_comes_once_and_the_same_budget_once():
+    class Args:
+        mode, prune, keep, ablate = ["full", "gap"], ["random", "spatial"], ["50%", "4", "8"], False
+    assert evaluate.runs_asked(Args, 16) == [
+        ("none", 16, "full"), ("random", 8, "gap"), ("random", 4, "gap"), ("spatial", 8, "gap"),
+        ("spatial", 4, "gap")]
+
+
+def test_the_ablation_asks_all_its_cases_in_place_of_modes():
+    class Args:
+        mode, prune, keep, ablate = ["full", "gap"], ["random"], ["4", "8"], True
+    runs = evaluate.runs_asked(Args, 16)
+    assert len(runs) == len(ablate.WHOLE) + 2 * len(ablate.PRUNED)
+    assert runs[0] == ("none", 16, "nothing changed")
+    assert runs[-1] == ("random", 8, "original, text collides")
+
+
+# ----- scores that are known ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol, ious, box", [
+    ("pixels", [1, 35 / 70, 34 / 70, 0], [20, 0, 100, 70]),
+    ("minigpt", [1, 36 / 71, 35 / 71, 0], [20, 0, 100, 70]),
+    ("lmms-eval", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60])])
+def test_boxes_are_mapped_back_and_scored_by_the_protocol(
+        finder, annotations: Path, capsys, protocol: str, ious: list, box: list):
+    out = annotations.with_name("answers.jsonl")
+    assert run("--weights", finder, "--data", annotations, "--mode", "full", "--protocol", protocol,
+               "--out", out, "--json") == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["iou"] for line in lines] == pytest.approx(ious)
+    assert lines[0]["box"] == pytest.approx(box)
+    assert lines[1] | {"box": 0, "iou": 0, "prefill_ms": 0, "decode_ms": 0} == {
+        "id": "2", "expression": "thing 1", "mode": "full", "prune": "none", "keep": 16, "box": 0,
+        "text": "[0.10, 0.25, 0.50, 0.60]", "truth": [20, 0, 100, 35], "iou": 0,
+        "visual_tokens": 16, "prefill_ms": 0, "decode_ms": 0}
+    document = report(capsys)
+    assert document["protocol"] == protocol
+    assert document["runs"][0]["accuracy"] == (0.25 if protocol == "lmms-eval" else 0.5)
+
+
+def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: Path, capsys):
+    assert run("--weights", finder, "--data", annotations, "--keep", "50%", "25%") == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].endswith("shikra.jsonl (Shikra): 5 expressions about 2 images, 4 expressions, "
+                             "seed 0, cpu, float32")
+    assert lines[1] == "boxes in pixels of the original image, continuous areas, IoU >= 0.5"
+    assert lines[2] == "covers 4 of 5 expressions: 1 images are missing, such as gone.jpg"
+    assert [line.split()[:6] for line in lines[4:6]] == [
+        ["none", "16", "16", "full", "0.500", "0.150..0.850"],
+        ["random", "8", "8", "shifted", "0.500", "0.150..0.850"]]
+    assert len(lines) == 4 + 1 + 2 * 3
+    assert said.err == "1 images are missing, such as gone.jpg\n"
+
+
+def test_lmms_evals_report_says_that_the_question_is_not_lmms_evals(finder, annotations, capsys):
+    assert run("--weights", finder, "--data", annotations, "--mode", "full",
+               "--protocol", "lmms-eval") == 0
+    assert "its question has other words, which are not used here" in capsys.readouterr().out
+
+
+def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path, capsys):
+    picture = annotations.with_name("plot.png")
+    assert run("--weights", finder, "--data", annotations, "--json", "--plot", picture) == 0
+    document = report(capsys)
+    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "picture",
+                             "expressions", "of", "missing_images", "runs"}
+    assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
+    assert [row["mode"] for row in document["runs"]] == ["full", "shifted", "permuted", "gap"]
+    assert Image.open(picture).width == 1000
+
+
+# ----- every strategy, budget and mode ------------------------------------------------------------
+
+
+def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
     out = tmp_path / "answers.jsonl"
-    evaluate.command(["--weights", str(folder), "--limit", "3", "--keep", "4", "--out", str(out), "--device", "cpu"])
-    lines = [json.loads(line) for line in out.read_text().split("\n") if line]
-    assert [line["mode"] for line in lines] == ["full", "shifted", "permuted", "gap"] * 3
-    assert set(lines[0]) == {"id", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou"}
-    assert capsys.readouterr().out.count("\n") == 6
+    assert run("--weights", folder, "--limit", 3, "--keep", 4, "--out", out) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["mode"], line["id"]) for line in lines] == [
+        (mode, f"val/0/{i}") for mode in ("full", "shifted", "permuted", "gap") for i in range(3)]
+    assert all(set(line) == journal.KEYS for line in lines)
+
+
+def test_each_image_is_looked_at_once_and_its_prefix_is_read_once(folder, tmp_path, monkeypatch):
+    from nanogap.llava import Llava
+    looks, plain = [], Llava.look
+
+    def look(self, image, share=False):
+        if share:
+            looks.append(image)
+        return plain(self, image, share=share)
+
+    monkeypatch.setattr(Llava, "look", look)
+    assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
+    assert len(looks) == 2                                                     # 8 expressions and 1
+
+
+def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(evaluate, "ask", lambda model, look, expression, run, seed:
+                        seeds.append(seed) or {"text": "", "box": None})
+
+    class Model:
+        look = staticmethod(lambda image, share: Image.new("RGB", (9, 9)))
+
+    todo = [(Example(number, lambda: None, []), ("random", 4, "gap"), ("x", "thing", (0, 0, 1, 1)))
+            for number in (0, 3)]
+    assert len(list(evaluate.answers(Model, todo, 10, "pixels"))) == 2
+    assert seeds == [10, 13]
+
+
+def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, capsys):
+    picture = tmp_path / "plot.png"
+    assert run("--weights", folder, "--limit", 1, "--keep", 4, "--ablate", "--plot", picture,
+               "--json") == 0
+    assert [row["mode"] for row in report(capsys)["runs"]] == [*ablate.WHOLE, *ablate.PRUNED]
+    assert Image.open(picture).height > 14 * 40
+
+
+# ----- long runs ----------------------------------------------------------------------------------
+
+
+def timeless(path: Path) -> list[dict]:
+    return [json.loads(line) | {"prefill_ms": 0, "decode_ms": 0}
+            for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(folder, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    asked = ["--weights", folder, "--limit", 4, "--keep", 4, "--json"]
+    assert run(*asked, "--out", out) == 0
+    whole, told = timeless(out), report(capsys)
+    eleven = out.read_bytes().splitlines(keepends=True)[:11]
+    out.write_bytes(b"".join(eleven)[:-30])
+    assert run(*asked, "--out", out, "--resume") == 0
+    assert timeless(out) == whole and len(whole) == 16
+    again = report(capsys)
+    assert [r["no_box"] for r in again["runs"]] == [r["no_box"] for r in told["runs"]]
+    assert [r["expressions"] for r in again["runs"]] == [4] * 4
+
+
+def test_a_finished_run_can_be_extended_and_reported_on_in_part(folder, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    asked = ["--weights", folder, "--keep", 4, "--json"]
+    assert run(*asked, "--out", out, "--limit", 2, "--mode", "gap") == 0
+    before = out.read_text()
+    assert run(*asked, "--out", out, "--limit", 3, "--mode", "gap", "shifted", "--resume") == 0
+    assert out.read_text().startswith(before) and len(timeless(out)) == 6
+    capsys.readouterr()
+    assert run(*asked, "--out", out, "--limit", 1, "--mode", "shifted", "--resume") == 0
+    assert [r["expressions"] for r in report(capsys)["runs"]] == [1]
+
+
+@pytest.mark.parametrize("other, what", [
+    (["--seed", "1"], "seed, 0 and not 1"),
+    (["--data", "scenes:test"], "data, scenes:val and not scenes:test;"),
+    (["--protocol", "minigpt"], "protocol, pixels and not minigpt"),
+    (["--dtype", "bfloat16"], "dtype, float32 and not bfloat16")])
+def test_other_settings_are_not_mixed_into_a_file(folder, tmp_path, capsys, other, what):
+    out, asked = tmp_path / "answers.jsonl", ["--weights", folder, "--limit", 1, "--mode", "full"]
+    assert run(*asked, "--out", out) == 0
+    before = out.read_bytes()
+    assert run(*asked, "--out", out, "--resume", *other) == 2
+    assert f"was made with another {what}" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder, tmp_path, capsys):
+    out, asked = tmp_path / "answers.jsonl", ["--limit", 1, "--mode", "full"]
+    other = write_checkpoint(tmp_path / folder.name, tiny_config(), seed=1)
+    assert run(*asked, "--weights", folder, "--out", out) == 0
+    assert run(*asked, "--weights", other, "--out", out, "--resume") == 2
+    assert "was made with another weights" in capsys.readouterr().err
+
+
+def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "TELL_EVERY", 0.0)
+    assert run("--weights", folder, "--limit", 2, "--mode", "full") == 0
+    one, two = capsys.readouterr().err.splitlines()
+    assert one.startswith("1 of 2 answers, ") and " a second, " in one
+    assert two.endswith("0.0 min to go")
+
+
+def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
+    asked = ["--weights", str(folder), "--limit", "9", "--keep", "4", "--mode", "full", "gap"]
+    alone, out = tmp_path / "alone.jsonl", tmp_path / "answers.jsonl"
+    assert run(*asked, "--out", alone) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "nanogap.evaluate", *asked, "--out", str(out), "--device", "cpu"],
+        cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    key = journal.name
+    assert sorted(timeless(out), key=key) == sorted(timeless(alone), key=key)
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:]] == [
+        ["prune", "keep"], ["none", "16"], ["random", "4"]]
+    assert sorted(p.name for p in tmp_path.iterdir() if "answers" in p.name) == [
+        "answers.jsonl", "answers.jsonl.settings.json"]
+
+
+# ----- mistakes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "coco.json"], "--data coco.json: only drawn scenes can be evaluated so far"),
+    (["--data", "coco.json"], "--data coco.json cannot be read (No such file or directory); give"),
     (["--keep", "0"], "'0' is not a number of visual tokens such as 64"),
+    (["--keep", "17"], "cannot keep 17 of 16 visual tokens"),
     (["--prune", "best"], "invalid choice: 'best'"),
+    (["--prune", "random", "--keep", "auto"], "random needs a budget"),
+    (["--ablate", "--mode", "gap"], "--ablate has its own modes"),
+    (["--ablate", "--keep", "auto"], "--ablate has its own modes, needs budgets"),
+    (["--ablate", "--prune", "spatial"], "takes the strategies random and cls_attention"),
+    (["--limit", "0"], "--limit 0 asks nothing"),
+    (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),
+    (["--plot", "x.txt"], "--plot x.txt: give a path that ends in .png or .jpg"),
 ])
-def test_a_mistake_is_one_line_and_status_2(folder, capsys, arguments, message):
-    from nanogap.cli import answer_for
-    status = answer_for("nanogap.evaluate", evaluate.command, ["--weights", str(folder), *arguments])
-    heard = capsys.readouterr().err
-    assert status == 2 and heard.count("\n") == 1 and message in heard
+def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
+        folder, tmp_path, capsys, arguments: list, message: str):
+    assert run("--weights", folder, "--out", tmp_path / "answers.jsonl", *arguments) == 2
+    heard = capsys.readouterr()
+    assert heard.err.count("\n") == 1 and message in heard.err and heard.out == ""
+    assert not list(tmp_path.glob("answers*"))
+
+
+def test_resume_needs_a_file(capsys):
+    assert run("--resume") == 2
+    assert "--resume needs the file to go on with: give it with --out" in capsys.readouterr().err
