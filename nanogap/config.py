@@ -19,7 +19,7 @@ from nanogap.llava import LlavaConfig
 # CLIPVisionConfig of transformers is a ViT-B/32; LLaVA's L/14-336 only where vision_config is absent
 VIT_B_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32)
 TEXT_B_32 = CLIPTextConfig(512, 2048, 12, 8)
-LAYERS, WIDTH, HUGE = 1 << 10, 1 << 17, 1 << 22   # far above any model: a broken file hangs nothing
+LAYERS, WIDTH, HUGE = 1 << 8, 1 << 17, 1 << 22   # far above any model: a broken file hangs nothing
 
 
 def read_json(path: Path) -> dict:

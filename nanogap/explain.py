@@ -5,6 +5,9 @@ In:  a model, a look at an image, and the results of some modes.  Out: text on s
 
 import unicodedata
 
+from torch import Tensor
+
+from nanogap.fastv import CUT
 from nanogap.gap import MODES
 from nanogap.llava import Llava, Look, Result
 from nanogap.prompt import parse_box
@@ -54,6 +57,20 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def across(rows: dict[str, list[object]], width: int = 80) -> str:
+    """A table on its side, one column for each token; where the terminal ends it goes on below."""
+    blocks, room = [], 0
+    for column in zip(*rows.values()):
+        size = 1 + max(columns(str(cell)) for cell in column)
+        if size > room:
+            blocks.append([f"   {name:10}" for name in rows])
+            room = width - 13
+        room -= size
+        blocks[-1] = [line + " " * (size - columns(str(cell))) + str(cell)
+                      for line, cell in zip(blocks[-1], column)]
+    return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
+
+
 def piece(model: Llava, token: int) -> str:
     """How the tokenizer spells a token; some models have rows for tokens that it does not know."""
     return visible(model.tokenizer.id_to_token(token) or f"<{token}>")
@@ -71,7 +88,7 @@ def explain(model: Llava, look: Look, expression: str, results: dict[str, Result
     print("\n2  CLIP turns patches into features")
     print(f"   {grid} x {grid} patches of {c.vision.patch_size} pixels and CLS through "
           f"{model.vision_tower.depth} of {c.vision.num_hidden_layers} layers:")
-    print(f"   features {tuple(seen.features.shape)}, in raster order")
+    print(f"   features {tuple(seen.features.shape)}, in raster order: row by row")
     pruned = next((r for mode, r in results.items() if mode != "full"), None)
     print("\n3  Pruning keeps some of them (#) and drops the rest (.)")
     if pruned is None:
@@ -79,33 +96,58 @@ def explain(model: Llava, look: Look, expression: str, results: dict[str, Result
     else:
         print(f"   {len(pruned.keep)} of {N} patches stay:")
         print(kept_grid(pruned.keep.tolist(), grid))
+        print(f"   counted in raster order from 0 to {N - 1} these are (keep):")
+        print(wrapped(ranges(sorted(pruned.keep.tolist()))))
     print("\n4  The prompt: words, and one <image> token where the patches go")
     print(f"   P = {P} tokens before the image, A = {A} after it; "
           f"decoder width {c.text.hidden_size}")
     print(wrapped(" ".join(piece(model, i) for i in input_ids.tolist())))
+    print("   Three numbers must not be confused: keep, the place of a patch in the image;")
+    print("   the position ID, by which RoPE turns a token; and its row in the KV cache.")
     for number, (mode, result) in enumerate(results.items(), 5):
-        explain_mode(model, number, mode, result, P, A)
+        order, kind = MODES[mode]
+        print(f"\n{number}  Mode {mode}: {order} order, {kind} position IDs")
+        explain_prompt(model, result, input_ids, N)
+        explain_answer(model, result)
 
 
-def explain_mode(model: Llava, number: int, mode: str, result: Result, P: int, A: int) -> None:
-    """Print how one mode feeds the tokens, and what the model answers."""
-    K, ids = len(result.keep), result.position_ids.tolist()
-    order, kind = MODES[mode]
-    print(f"\n{number}  Mode {mode}: {order} order, {kind} position IDs")
-    print(f"   embeddings (1, {len(ids)}, {model.config.text.hidden_size}), "
-          f"cache rows 0..{len(ids) - 1}, always dense")
-    print("   raster indices of the patches in the sequence:")
-    print(wrapped(ranges(result.keep.tolist())))
-    print(f"   position IDs of the {P} tokens before: {ranges(ids[:P])}")
-    print(f"   position IDs of the {K} patches:")
-    print(wrapped(ranges(ids[P:P + K])))
-    print(f"   position IDs of the {A} tokens after: {ranges(ids[P + K:])}")
-    print("   the answer, one token a pass:  piece  position ID  cache row")
-    for i, token in enumerate(result.tokens):
-        row = len(ids) + i if i + 1 < len(result.tokens) else "not fed"
-        print(f"      {piece(model, token):>32}  {result.next_position + i:11}  {row:>9}")
-    print("   in words:")
+def explain_prompt(model: Llava, result: Result, input_ids: Tensor, N: int) -> None:
+    """Print what one mode feeds: all position IDs, and the tokens at either end of each part."""
+    keep, ids = result.keep.tolist(), result.position_ids.tolist()
+    P, A = model.around_image(input_ids)
+    K, M = len(keep), len(ids) - P - len(keep) - A                            # M were added
+    shape = f"(1, {len(ids)}, {model.config.text.hidden_size})"
+    if result.visual_tokens == K + M:
+        print(f"   embeddings {shape} at cache rows 0..{len(ids) - 1}: rows have no gaps")
+    else:
+        print(f"   {CUT} layers read the whole sequence, all {N} patches; behind FastV's cut it is")
+        print(f"   {shape} at cache rows 0..{len(ids) - 1}, and all below is about that part")
+    added = f" + M = {M} added" if M else ""
+    print(f"   position IDs: P = {P} tokens | K = {K} patches{added} | A = {A} tokens")
+    parts = ids[:P], ids[P:P + K + M], ids[P + K + M:]
+    print(wrapped(" | ".join(ranges(part) for part in parts)))
+    words = [(piece(model, i)[:20], i, "") for i in input_ids.tolist()]
+    before = [(*word, at) for at, word in enumerate(words[:P])]
+    patches = [("patch", "", k, P + k) for k in keep] + [("added", "", "", "")] * M
+    after = [(*word, P + N + at) for at, word in enumerate(words[P + 1:])]
+    table = [(*token, ids[row], row) for row, token in enumerate(before + patches + after)]
+    ends = {0, 1, P - 1, P, P + 1, P + 2, P + K - 1, P + K + M - 1, P + K + M, len(ids) - 1}
+    shown = []
+    for row in sorted(ends):
+        shown += [("..",) * 6] * (row > 0 and row - 1 not in ends) + [table[row]]
+    names = ("token", "token ID", "keep", "ID before", "ID now", "cache row")
+    print(across(dict(zip(names, map(list, zip(*shown))))))
+
+
+def explain_answer(model: Llava, result: Result) -> None:
+    """Print what the model answers, token by token, and the box in it."""
+    tokens, rows = result.tokens, len(result.position_ids)
+    ids = list(range(result.next_position, result.next_position + len(tokens)))
+    print(f"   the answer: {len(tokens)} tokens in {result.timings['passes']} more passes "
+          "of the decoder, the last never fed")
+    print(across({"token": [piece(model, i)[:20] for i in tokens], "token ID": tokens,
+                  "ID now": ids, "cache row": [*range(rows, rows + len(tokens) - 1), "-"]}))
+    print("   in words, in fractions of the square, in pixels of the image:")
     print(wrapped(visible(result.text)))
-    print(f"   as fractions of the square: {parse_box(result.text) or 'no box'}")
-    pixels = result.box and tuple(round(v, 1) for v in result.box)
-    print(f"   in pixels of the image: {pixels or 'no box'}")
+    print(f"      {parse_box(result.text) or 'no box'}")
+    print(f"      {result.box and tuple(round(v, 1) for v in result.box) or 'no box'}")

@@ -10,6 +10,7 @@ A form is told by what is in the file, never by its name: JSON and lines of JSON
 
 import hashlib
 import json
+import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -244,7 +245,7 @@ def read_data(path: Path, images: Path | None, split: str | None = None) -> Data
         groups.setdefault(e.image, []).append(e)
     folder, examples, missing = images or path.parent, [], []
     for number, (name, group) in enumerate(groups.items()):
-        file = next((f for f in (folder / name, folder / Path(name).name) if f.is_file()), None)
+        file = next((f for f in (folder / name, folder / Path(name).name) if os.path.isfile(f)), None)
         if file is None:
             missing.append(name)
         else:

@@ -205,6 +205,8 @@ def stored(path: Path) -> list[tuple[str, Callable[[], Tensor]]]:
     if path.suffix == ".bin":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not all(map(torch.is_tensor, state.values())):
+                raise ValueError("it holds more than tensors")
             return [(str(name), partial(state.get, name)) for name in state]
         except Exception as error:   # whatever an unpickler comes upon
             raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None

@@ -1,0 +1,281 @@
+"""Ten thousand broken inputs, each answered by a value or by one line that says what is wrong.
+
+In:  good files and words, and mutators that break them; draws are seeded, so a failure comes again.
+Out: no traceback, no second of computing, no gigabyte.  What was found this way has a test of its own.
+"""
+
+import json
+import random
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import nanogap
+from nanogap import NanogapError
+from nanogap.config import read_clip_config, read_config
+from nanogap.gap import MODES
+from nanogap.llava import Llava
+from nanogap.prompt import format_box, parse_box
+from nanogap.weights import DOWNLOAD, fill, shards
+from tests.tiny import write_checkpoint, write_shards, write_tensors
+from tests.test_weights import CPU, refusal, set_header, set_key
+
+PICTURE = Image.new("RGB", (40, 30), "orange")
+
+# JSON that a file may hold in the place of something good: wrong, extreme, deep, or no JSON at all
+NASTY = [
+    "null", "true", "[]", "{}", "[[]]", '{"a": null}', "NaN", "-Infinity", "1e999", "-1", "0", "0.5",
+    "1", "7", "1024", "131072", "4194304", str(2 ** 63), "9" * 400, "9" * 5000, "[0, 0]",
+    "[4294967296, 4294967296]", '""', '"\\u0000"', '"\\ud800"', '"..\\n"', '"config.json"', '"F4"',
+    '"F8_E8M0"', '"I64"', '"' + "x" * 5000 + '"', "[" * 200 + "]" * 200, '{"a":' * 900 + "1" + "}" * 900,
+    "[" * 5000]
+
+
+# ----- mutators -----------------------------------------------------------------------------------
+
+
+def places(value: dict | list) -> Iterator[tuple[dict | list, str | int]]:
+    """Every place in a JSON document, as a container and a key."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], (dict, list)):
+            yield from places(value[key])
+
+
+def swapped(draw: random.Random, data: bytes) -> bytes:
+    """One or two places of a JSON document get a nasty value, or a nasty name, or are left out."""
+    value = json.loads(data)
+    for _ in range(draw.choice([1, 1, 2])):
+        container, key = draw.choice(list(places(value)) or [(value, "x")])
+        how = draw.choice(["value"] * 8 + ["name", "nothing"])
+        if how == "value" or isinstance(container, list):
+            container[key] = "VALUE"
+        else:
+            old = container.pop(key, None)
+            container |= {"NAME": old} if how == "name" else {}
+    words = [text for text in NASTY if text.startswith('"')]
+    text = json.dumps(value).replace('"NAME"', draw.choice(words))
+    return text.replace('"VALUE"', draw.choice(NASTY)).encode()
+
+
+def damaged(draw: random.Random, data: bytes) -> bytes:
+    """Some bytes are changed, doubled, dropped, replaced, or all the rest is cut off."""
+    for _ in range(draw.choice([1, 1, 2, 5])):
+        start = draw.randrange(len(data) + 1)
+        end = start + draw.choice([1, 8, len(data)])
+        middle = draw.choice([draw.randbytes(1), data[start:end] * 2, b"", draw.choice(NASTY).encode()])
+        data = data[:start] + middle + data[end:]
+    return data
+
+
+def broken(draw: random.Random, data: bytes) -> bytes:
+    return (swapped if draw.random() < 0.7 else damaged)(draw, data)
+
+
+def answered(ask: Callable, given: object) -> str:
+    """"value", or "error" for the project's own on one line; all else fails and names what was given."""
+    start, kind = time.process_time(), "value"
+    try:
+        ask()
+    except NanogapError as error:
+        kind = "error"
+        assert "\n" not in str(error) and len(str(error)) < 700, repr(given)[:2000]
+    except Exception as error:
+        raise AssertionError(f"{error!r:.200} came of {given!r:.2000}") from error
+    assert time.process_time() - start < 3, f"slow: {given!r:.2000}"
+    return kind
+
+
+def most_memory() -> int:
+    """The most bytes that this process ever had mapped, touched or not; 0 where /proc does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak:"))
+
+
+# ----- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("whole") / "tiny")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy to be broken."""
+    return shutil.copytree(whole, tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("name, count", [
+    ("config.json", 2500), ("generation_config.json", 250), ("preprocessor_config.json", 750)])
+def test_a_broken_config_gives_a_config_or_one_line(name: str, count: int, folder: Path):
+    draw, path = random.Random(name), folder / name
+    good, kinds = path.read_bytes(), []
+    for _ in range(count):
+        path.write_bytes(data := broken(draw, good))
+        kinds.append(answered(lambda: read_config(folder), data))
+    assert min(kinds.count("value"), kinds.count("error")) > count / 10   # neither all good nor all bad
+
+
+def test_a_broken_config_of_clip_gives_a_config_or_one_line(tmp_path: Path):
+    draw, kinds = random.Random("clip"), []
+    good = (Path(nanogap.__file__).parents[1] / "weights/mini/clip_text/config.json").read_bytes()
+    for _ in range(500):
+        (tmp_path / "config.json").write_bytes(data := broken(draw, good))
+        kinds.append(answered(lambda: read_clip_config(tmp_path), data))
+    assert set(kinds) == {"value", "error"}
+
+
+def test_a_config_that_still_reads_gives_a_model_that_answers_or_one_line(folder: Path):
+    draw, path = random.Random("load"), folder / "config.json"
+    good, kinds = path.read_bytes(), []
+    while len(kinds) < 30:
+        path.write_bytes(data := swapped(draw, good))
+        if answered(lambda: read_config(folder), data) == "value":
+            kinds.append(answered(lambda: nanogap.load(folder, "cpu").ground(
+                PICTURE, "the man", "random", 4, max_new_tokens=2), data))
+    assert set(kinds) == {"value", "error"}
+
+
+def test_a_broken_index_names_its_shards_or_one_line(tmp_path: Path):
+    write_shards(tmp_path, {f"tensor.{i}": torch.ones(2) for i in range(6)}, 3)
+    draw, path = random.Random("index"), tmp_path / "model.safetensors.index.json"
+    good, kinds = path.read_bytes(), []
+    for _ in range(1500):
+        path.write_bytes(data := broken(draw, good))
+        kinds.append(answered(lambda: shards(tmp_path, DOWNLOAD), data))
+    assert set(kinds) == {"value", "error"}
+
+
+def test_a_broken_header_gives_tensors_or_one_line_and_never_takes_a_gigabyte(tmp_path: Path):
+    model, path = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), tmp_path / "model.safetensors"
+    write_tensors(path, dict(model.state_dict()))
+    good, draw, kinds, before = path.read_bytes(), random.Random("header"), [], most_memory()
+    size, = struct.unpack("<Q", good[:8])
+    for i in range(1500):
+        if i % 3:
+            set_header(path, broken(draw, good[8:8 + size]), good[8 + size:])
+        else:
+            path.write_bytes(damaged(draw, good))
+        kinds.append(answered(lambda: fill(model, tmp_path, CPU, torch.float32, DOWNLOAD), path.read_bytes()))
+    assert set(kinds) == {"value", "error"}
+    assert most_memory() - before < 1 << 30
+
+
+def test_a_broken_pickle_of_tensors_gives_tensors_or_one_line(tmp_path: Path):
+    model, path = nn.Linear(3, 2), tmp_path / "pytorch_model.bin"
+    draw, kinds = random.Random("pickle"), []
+
+    def ask() -> None:
+        fill(model, tmp_path, CPU, torch.float32, DOWNLOAD)
+
+    for value in (None, [], "x", torch.ones(2), {"bias": None}, {"bias": [1.0]}, {7: torch.ones(2)}):
+        torch.save(value, path)
+        assert answered(ask, value) == "error"
+    torch.save(model.state_dict(), path)
+    good = path.read_bytes()
+    for _ in range(300):
+        path.write_bytes(data := damaged(draw, good))
+        kinds.append(answered(ask, data))
+    assert set(kinds) == {"value", "error"}
+
+
+# ----- words --------------------------------------------------------------------------------------
+
+
+def test_any_answer_holds_a_box_within_the_square_or_none():
+    draw = random.Random("box")
+    pieces = ["[", "]", ", ", ",", " ", ".", "-", "0", "1", "9" * 400, "0.", ".5", "1e999", "nan", "٣", "½",
+              "\0", "\ud800", "<0x0A>", "0" * 5000, "[0.1, 0.2, 0.3, 0.4]", "\n"]
+    for _ in range(3000):
+        corners = tuple(draw.choice([0, 0.5, 1, 1.01, 1e9, draw.random()]) for _ in range(4))
+        text = draw.choice([format_box(corners), "".join(draw.choices(pieces, k=draw.randrange(40)))])
+        for _ in range(draw.choice([0, 1, 3])):
+            at = draw.randrange(len(text) + 1)
+            text = text[:at] + draw.choice(pieces) + text[at + draw.choice([0, 1]):]
+        assert answered(lambda: parse_box(text), text) == "value"
+        x1, y1, x2, y2 = parse_box(text) or (0, 0, 1, 1)
+        assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1, text
+
+
+@pytest.mark.parametrize("text", ["[" * 30_000, "[0" * 30_000, "[" + "0" * 30_000, "[0." + "0" * 30_000,
+                                  "[" + " " * 30_000, "[0.1, 0.2, 0.3," + " 0" * 30_000])
+def test_a_long_answer_without_a_box_is_read_once_and_not_again_from_every_place(text: str):
+    assert answered(lambda: parse_box(text), text) == "value" and parse_box(text) is None
+
+
+@pytest.fixture(scope="module")
+def model(whole: Path) -> Llava:
+    return nanogap.load(whole, "cpu")
+
+
+def test_any_expression_gives_a_prompt_with_one_image_token_or_one_line(model: Llava):
+    draw = random.Random("prompt")
+    pieces = ["the man", " ", "\n", "\0", "<image>", "<s>", "</s>", "<unk>", "{}", "{0}", "%s", "▁",
+              "<0x0A>", "\ud800", "\u202e", "人", "👩‍👩‍👧", "e\u0301", "ASSISTANT:", "x" * 5000]
+    for _ in range(300):
+        words = "".join(draw.choices(pieces, k=draw.randrange(5)))
+        if answered(lambda: model.prompt(words), words) == "value":
+            assert model.prompt(words).tolist().count(model.config.image_token) == 1
+        else:
+            assert not words.strip() or "\ud800" in words
+
+
+@pytest.mark.parametrize("keep", [None, 0, -1, 17, 2 ** 63, True, 1.5, float("nan"), "4", [], {}, [4]])
+def test_a_budget_that_is_none_of_1_to_16_is_one_line(keep: object, model: Llava):
+    for mode in ("shifted", "permuted", "gap"):
+        assert answered(lambda: model.ground(PICTURE, "x", "random", keep, mode), keep) == "error"
+
+
+@pytest.mark.parametrize("keep", [[], [0], [15, 0], [16], [-1], [1, 1], 3, [[1]], list(range(16))])
+def test_indices_to_keep_give_logits_or_the_reason_why_not(keep: object, model: Llava):
+    for mode in MODES:
+        try:
+            logits = model(torch.tensor([1, 560, 9]), torch.zeros(1, 3, 56, 56),
+                           torch.tensor(keep, dtype=torch.long), mode)
+            assert logits.shape == (2 + len(keep), 640) and logits.isfinite().all()
+        except ValueError as error:
+            assert str(error).startswith(("keep ", "mode 'full' keeps all 16"))
+
+
+# ----- what was found -----------------------------------------------------------------------------
+
+
+def test_an_index_that_names_a_shard_too_long_for_any_file_is_refused(folder: Path):
+    index = {"weight_map": {"x": "x" * 5000}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refusal(folder) == (f"{folder} lacks {'x' * 200}, which its index names; "
+                               "run the download again: it continues where it stopped")
+
+
+@pytest.mark.parametrize("key, token", [("bos_token_id", 640), ("eos_token_id", 4_194_304)])
+def test_a_token_without_an_embedding_is_refused(key: str, token: int, folder: Path):
+    (folder / "generation_config.json").unlink()
+    set_key(folder, "text", key, token)
+    assert refusal(folder) == f"config.json: {key} is {token}, not a whole number from 0 to 639"
+
+
+@pytest.mark.parametrize("part, key, image, taken", [
+    (None, "image_token_index", 1, "'<s>'"), (None, "image_token_index", 300, "'I'"),
+    ("text", "bos_token_id", 560, "'<image>'")])
+def test_an_image_token_that_a_prompt_could_hold_twice_is_refused(
+        part: str | None, key: str, image: int, taken: str, folder: Path):
+    set_key(folder, part, key, image if part is None else 560)
+    assert refusal(folder) == (
+        f"config.json: image_token_index is {image}, which stands for {taken} in "
+        f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; download both again")
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_refused(folder: Path):
+    (folder / "model.safetensors").unlink()
+    torch.save({"epoch": 7}, folder / "pytorch_model.bin")
+    assert refusal(folder) == (f"{folder / 'pytorch_model.bin'} cannot be read "
+                               "(it holds more than tensors); download it again")

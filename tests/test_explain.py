@@ -1,0 +1,128 @@
+"""--explain: what it says of the mini model, word for word, and that its numbers are those of gap.py.
+
+The golden text is made again by `python -m tests.test_explain`.
+"""
+
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanogap
+from nanogap import gap
+from nanogap.explain import across, columns, explain, kept_grid, ranges, wrapped
+from nanogap.llava import Llava
+from nanogap.prune import STRATEGIES
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).with_name("golden_explain.txt")
+EXPRESSION = "the man on the left"
+BEST_FIRST = torch.randperm(144, generator=torch.Generator().manual_seed(0))[:72]   # `random` keeps these
+ADDS = ("prumerge", "prumerge_plus", "trim", "visionzip")   # tokens of their own, such as a mean
+
+
+@pytest.fixture(scope="module")
+def model() -> Llava:
+    return nanogap.load(ROOT / "weights" / "mini", device="cpu", dtype="float32")
+
+
+def told(model: Llava, *modes: str, prune: str = "random") -> str:
+    """What `run.py image.jpg "the man on the left" --explain` prints before its table."""
+    look = model.look(ROOT / "image.jpg")
+    results = {mode: model.ground(look, EXPRESSION, prune, 72, mode) for mode in modes}
+    with redirect_stdout(io.StringIO()) as out:
+        explain(model, look, EXPRESSION, results)
+    return out.getvalue()
+
+
+def test_the_golden_walk_through_one_query(model: Llava):
+    assert told(model, "full", "shifted", "gap") == GOLDEN.read_text(encoding="utf-8")
+
+
+# ----- the numbers --------------------------------------------------------------------------------
+
+
+def cells(text: str, name: str) -> list[str]:
+    """All cells of the rows with a name, from left to right: those of the prompt, then of the answer."""
+    return " ".join(re.findall(rf"^   {name}  +(.*)$", text, re.MULTILINE)).split()
+
+
+def spelled_out(text: str) -> list[int]:
+    """The numbers that stand behind "0..2 5 | 7..8": 0 1 2 5 7 8."""
+    runs = [[int(n) for n in run.split("..")] for run in text.replace("|", " ").split()]
+    return [n for run in runs for n in range(run[0], run[-1] + 1)]
+
+
+@pytest.mark.parametrize("mode", gap.MODES)
+def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: str, model: Llava):
+    text = told(model, mode)
+    P, A = model.around_image(model.prompt(EXPRESSION))
+    keep = torch.arange(144) if mode == "full" else BEST_FIRST
+    ids, next_position = gap.position_ids(keep, P, 144, A, mode)
+    every = text.partition("position IDs: P")[2].partition("\n")[2].partition("   token ")[0]
+    assert spelled_out(every) == ids.tolist()
+    known = dict(enumerate([*ids.tolist(), *range(next_position, next_position + 40)]))
+    rows = [(row, id_) for row, id_ in zip(cells(text, "cache row"), cells(text, "ID now"))
+            if row not in ("..", "-")]
+    assert len(rows) > 25 and all(known[int(row)] == int(id_) for row, id_ in rows)
+    assert [int(row) for row, _ in rows][-10:] == list(range(int(rows[-1][0]) - 9, int(rows[-1][0]) + 1))
+
+
+@pytest.mark.parametrize("mode", ["shifted", "permuted", "gap"])
+def test_the_id_before_pruning_is_the_number_of_tokens_before_the_image_and_the_raster_index(
+        mode: str, model: Llava):
+    text = told(model, mode)
+    before = dict(zip(cells(text, "cache row"), cells(text, "ID before")))
+    keep = [int(k) for k in cells(text, "keep") if k != ".."]                 # three, and the last
+    fed = gap.arrange(BEST_FIRST, gap.MODES[mode][0]).tolist()
+    assert keep == [*fed[:3], fed[-1]]
+    assert [int(before[row]) for row in ("33", "34", "35", "104")] == [33 + k for k in keep]
+    assert [before[row] for row in ("0", "1", "32", "105", "127")] == ["0", "1", "32", "177", "199"]
+
+
+@pytest.mark.parametrize("prune", STRATEGIES)
+def test_whatever_prunes_is_told_in_80_columns(prune: str, model: Llava):
+    text = told(model, "shifted", "permuted", "gap", prune=prune)
+    assert max(map(columns, text.split("\n"))) <= 80
+    assert ("behind FastV's cut it is" in text) == (prune == "fastv")
+    assert (" added | A = " in text) == ("added" in cells(text, "token")) == (prune in ADDS)
+
+
+def test_in_mode_full_nothing_is_pruned(model: Llava):
+    assert "\n   not in mode full: all 144 patches stay\n" in told(model, "full")
+
+
+# ----- how it is set ------------------------------------------------------------------------------
+
+
+def test_kept_patches_are_a_grid_of_marks():
+    assert kept_grid([1, 2, 8], 3) == "      . # #\n      . . .\n      . . #"
+
+
+def test_a_table_lies_on_its_side_and_goes_on_below_where_the_terminal_ends():
+    rows = {"token": ["the", "人", "x"], "ID": [7, 8, 9]}
+    assert across(rows) == ("   token      the 人 x\n"
+                            "   ID           7  8 9")
+    assert across(rows, width=20) == ("   token      the 人\n"
+                                      "   ID           7  8\n\n"
+                                      "   token      x\n"
+                                      "   ID         9")
+
+
+def test_consecutive_numbers_are_shown_as_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0..2 5 7..8"
+    assert ranges([9, 2, 14]) == "9 2 14" and ranges([]) == ""
+
+
+def test_a_line_is_broken_at_spaces_and_a_long_word_anywhere():
+    assert wrapped("ab cd ef", indent=2, width=7) == "  ab cd\n  ef"
+    assert wrapped("abcdefgh", indent=2, width=7) == "  abcde\n  fgh"
+    assert wrapped("人人人人", indent=2, width=7) == "  人人\n  人人"
+
+
+if __name__ == "__main__":
+    mini = nanogap.load(ROOT / "weights" / "mini", "cpu", "float32")
+    GOLDEN.write_text(told(mini, "full", "shifted", "gap"), encoding="utf-8")
