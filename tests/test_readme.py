@@ -8,6 +8,7 @@ from pathlib import Path
 
 import run
 from nanogap import evaluate, prune, train
+from tests.markdown import broken_links, commands, is_the_evaluators, what_is_wrong_with
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,8 +34,7 @@ def test_every_source_file_is_in_the_reading_order_and_every_link_leads_somewher
     named = set(re.findall(r"`(nanogap/\w+\.py|run\.py)`", README))
     there = {f"nanogap/{p.name}" for p in (ROOT / "nanogap").glob("*.py")} - {"nanogap/__init__.py"}
     assert named == there | {"run.py"}
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).is_file(), link
+    assert [f"README.md:{line}: {link}" for line, link in broken_links(README)] == []
 
 
 def test_the_printed_output_is_what_the_command_prints(capsys, tmp_path, monkeypatch):
@@ -65,6 +65,21 @@ def test_the_other_commands_take_the_arguments_that_are_given_here(tmp_path, mon
     evaluate.command(words)
     assert "torchrun --nproc-per-node 2 -m nanogap.train --out weights/mini --steps" in README
     assert train.RECIPES and "STRATEGIES" in README and prune.STRATEGIES
+
+
+def test_every_command_is_real():
+    """Its program, module, files and flags are there, and the strategies and modes that it names."""
+    wrong = [f"README.md:{line}: {command}: {what_is_wrong_with(command)}"
+             for line, command in commands(README) if what_is_wrong_with(command)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_measured_table_looks_like_the_evaluators():
+    assert any(text.startswith("weights/mini, ") and is_the_evaluators(text) for _, text in BLOCKS)
+
+
+def test_the_tutorial_is_linked():
+    assert "(tutorial.md)" in README
 
 
 def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path):

@@ -1,0 +1,126 @@
+"""What README.md and tutorial.md are made of, for the tests that hold them to what they say."""
+
+import contextlib
+import functools
+import io
+import re
+import runpy
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from nanogap.gap import MODES
+from nanogap.prune import STRATEGIES
+from nanogap.score import PROTOCOLS, summary, table
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ("python", "torchrun", "pip", "hf", "bash")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the words behind its fence, its text, and where its first line is (from 1)."""
+
+    info: str
+    text: str
+    line: int
+
+    @property
+    def end(self) -> int:
+        """The line of the closing fence."""
+        return self.line + self.text.count("\n")
+
+
+def blocks(markdown: str) -> list[Block]:
+    found = re.finditer(r"^```([^\n`]*)\n(.*?)^```$", markdown, re.DOTALL | re.MULTILINE)
+    return [Block(m[1].strip(), m[2], markdown.count("\n", 0, m.start(2)) + 1) for m in found]
+
+
+def commands(markdown: str) -> list[tuple[int, str]]:
+    """Every command with its line: of blocks that are not Python or output, and in backticks."""
+    found = [(block.line + i, line) for block in blocks(markdown) if block.info in ("", "sh")
+             for i, line in enumerate(block.text.replace("\\\n", "  ").split("\n"))]
+    without = re.sub(r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), markdown,
+                     flags=re.DOTALL | re.MULTILINE)
+    found += [(without.count("\n", 0, m.start()) + 1, " ".join(m[1].split()))
+              for m in re.finditer(r"`([^`]+)`", without)]
+    return [(line, part.strip()) for line, text in sorted(found) for part in text.split("&&")
+            if part.split() and part.split()[0] in PROGRAMS and len(part.split()) > 1]
+
+
+@functools.cache
+def help_of(target: str) -> str:
+    """What a script, or `-m module`, prints for --help."""
+    said = io.StringIO()
+    with patch.object(sys, "argv", [target, "--help"]), contextlib.redirect_stdout(said), \
+            contextlib.suppress(SystemExit), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")                       # that it was imported before
+        if target.endswith(".py"):
+            runpy.run_path(str(ROOT / target), run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+    return said.getvalue()
+
+
+def what_is_wrong_with(command: str) -> str | None:
+    """Why a command cannot be meant: no such program, module, file, flag, strategy or mode."""
+    program, *words = shlex.split(command)
+    if program in ("pip", "bash"):
+        files = [word for word in words if re.search(r"\.txt$|^\.ci/", word)]
+        return None if files and all((ROOT / file).is_file() for file in files) else "no such file"
+    if program == "hf":
+        return None if find_spec("huggingface_hub") else "hf does not come with the requirements"
+    if "-m" in words:
+        target, words = words[words.index("-m") + 1], words[words.index("-m") + 2:]
+    elif words and words[0].endswith(".py"):
+        target, words = words[0], words[1:]
+    else:
+        return "neither a script nor a module"
+    if target == "pytest":
+        missing = [word for word in words if "/" in word and not (ROOT / word).exists()]
+        return f"no {missing[0]}" if missing else None
+    if not ((ROOT / target).is_file() or (ROOT / f"{target.replace('.', '/')}.py").is_file()):
+        return f"there is no {target}"
+    if target.startswith("tests."):
+        return None
+    flags = set(re.findall(r"--[\w-]+", help_of(target)))
+    flag, choices = None, {"--prune": STRATEGIES, "--mode": MODES}
+    for word in words:
+        flag = word if word.startswith("--") else flag
+        if word.startswith("--") and word not in flags:
+            return f"{target} has no {word}"
+        if word != flag and word not in choices.get(flag, [word]):
+            return f"{flag} has no {word}"
+    return None
+
+
+def anchors(markdown: str) -> set[str]:
+    """The names under which the headings can be linked to."""
+    titles = re.findall(r"^#+ (.*)$", markdown, re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(markdown: str) -> list[tuple[int, str]]:
+    """Relative links that lead nowhere, with their lines."""
+    found = [(markdown.count("\n", 0, m.start()) + 1, m[1])
+             for m in re.finditer(r"\]\((?!https?:)([^)\s]+)\)", markdown)]
+    there = anchors(markdown)
+    return [(line, link) for line, link in found
+            if link not in there and (link[0] == "#" or not (ROOT / link.split("#")[0]).exists())]
+
+
+def is_the_evaluators(text: str) -> bool:
+    """Whether output begins as `nanogap.evaluate` does: on what, how counted, which columns."""
+    nothing = summary([], ("none", 0, "full"), "pixels") | {"visual_tokens": 0, "mean_iou": 0, "no_box": 0}
+    columns = table([nothing]).split("\n")[0].split()
+    expected = (r"weights/\S+, .+, \d+ expressions, seed \d+, \w+, \w+",
+                "|".join(map(re.escape, PROTOCOLS.values())),
+                " +".join(map(re.escape, columns)) + "( +prefill +decode)?")
+    lines = text.rstrip().split("\n")
+    return all(re.fullmatch(pattern, line) for pattern, line in zip(expected, lines))
