@@ -89,6 +89,7 @@ class KVCache:
         self.keys = like.new_empty(shape)                                     # (layers, B, G, rows, D)
         self.values = like.new_empty(shape)
         self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
+        self.mask: Tensor | None = None   # (T, R) who sees whom, where the order of rows does not say it
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
@@ -119,18 +120,17 @@ class KVCache:
 # ----- the decoder --------------------------------------------------------------------------------
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
-    The order of the rows decides who sees whom; position IDs play no part in the mask.
+    The order of the rows decides who sees whom, or a mask (T, R); position IDs play no part in it.
     """
     T, R = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    if T == 1 or T == R:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
-    mask = torch.ones(T, R, dtype=torch.bool, device=q.device).tril(diagonal=R - T)  # (T, R)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    if mask is None and 1 < T < R:
+        mask = torch.ones(T, R, dtype=torch.bool, device=q.device).tril(diagonal=R - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 class LlamaAttention(nn.Module):
@@ -143,17 +143,21 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None,
+                last: int = 0) -> Tensor:
+        """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far.
+
+        last: only so many of them look, and come back; 0 means all, here and everywhere below
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, G, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, G, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin)[:, :, -last:], rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
-        y = causal_attention(q, k, v)                                         # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))               # (B, T, C)
+        y = causal_attention(q, k, v, cache.mask if cache else None)          # (B, H, last, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, last, C)
 
 
 class LlamaMLP(nn.Module):
@@ -175,9 +179,10 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)      # (B, T, C)
-        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, T, C)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None,
+                last: int = 0) -> Tensor:
+        x = x[:, -last:] + self.self_attn(self.input_layernorm(x), cos, sin, cache, last)  # (B, last, C)
+        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, last, C)
 
 
 class LlamaModel(nn.Module):
@@ -188,19 +193,24 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embeddings (B, T, C) at position_ids (T,) or (B, T) -> hidden states (B, T, C)."""
-        return self.norm(self.run(x, position_ids, cache))
+    def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None,
+                last: int = 0) -> Tensor:
+        """Embeddings (B, T, C) at position_ids (T,) or (B, T) -> hidden states (B, last, C)."""
+        return self.norm(self.run(x, position_ids, cache, last=last))
 
     def run(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None, start: int = 0,
-            stop: int | None = None) -> Tensor:
-        """The same through the layers from `start` up to but without `stop`, before the last norm."""
+            stop: int | None = None, last: int = 0) -> Tensor:
+        """The same through the layers from `start` up to but without `stop`, before the last norm.
+
+        last: what comes out of the last of them; its keys and values are those of all tokens
+        """
         cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         if position_ids.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]                             # (B, 1, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer in self.layers[start:stop]:
-            x = layer(x, cos, sin, cache)                                     # (B, T, C)
+        layers = self.layers[start:stop]
+        for layer in layers:
+            x = layer(x, cos, sin, cache, last if layer is layers[-1] else 0)  # (B, T, C)
         return x
 
 
@@ -213,4 +223,4 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None,
                 last: int = 0) -> Tensor:
         """Embeddings (B, T, C) -> logits (B, T, V) in float32; with `last`, of so many last tokens."""
-        return self.lm_head(self.model(x, position_ids, cache)[:, -last:]).float()
+        return self.lm_head(self.model(x, position_ids, cache, last)).float()

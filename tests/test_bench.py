@@ -1,0 +1,229 @@
+"""What nanogap.bench reports: keys and arithmetic, never times.  And what it measures with: random
+weights in every size, decoding by graphs, a last layer that works for the asked tokens alone.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanogap
+from nanogap import NanogapError, bench, sizes
+from nanogap.cli import answer_for
+from nanogap.graph import GraphedDecoder
+from nanogap.llama import KVCache, LlamaConfig
+from nanogap.llava import LlavaConfig
+from nanogap.sizes import random_llava, save_random
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+MINI = Path(__file__).resolve().parent.parent / "weights" / "mini"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with 4 x 4 patches, as `--random tiny --save DIR` writes them."""
+    folder = tmp_path_factory.mktemp("random") / "tiny"
+    save_random("tiny", folder, CPU, torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine's takes seconds, and says nothing about this code."""
+    monkeypatch.setattr(bench, "limits", lambda *_: {"copy_gb_s": 20.0, "matmul_tflop_s": 0.2})
+
+
+def document(capsys: pytest.CaptureFixture, *argv: str) -> tuple[dict, str]:
+    """The JSON on the last line of what the command says, and what stands before it."""
+    bench.command([*argv, "--device", "cpu", "--rounds", "2", "--new", "3"])
+    before, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+    return json.loads(last), before
+
+
+# ----- the document -------------------------------------------------------------------------------
+
+
+def test_a_run_for_all_tokens_and_for_every_budget(capsys, tiny):
+    said, before = document(capsys, "--weights", str(tiny), "--keep", "8", "25%", "--json")
+    assert before == ""
+    assert [(r["prune"], r["visual_tokens"]) for r in said["runs"]] == [
+        ("none", 16), ("cls_attention", 8), ("cls_attention", 4)]
+    assert said["dtype"] == "float32" and said["new_tokens"] == 3 and said["theirs"] is None
+    assert said["runs"][0]["prompt_tokens"] - said["runs"][2]["prompt_tokens"] == 12
+
+
+def test_the_cache_holds_keys_and_values_of_prompt_and_passes(capsys, tiny):
+    """3 layers of 64 channels in float32; of 3 new tokens the last is never fed."""
+    for run in document(capsys, "--weights", str(tiny), "--json")[0]["runs"]:
+        assert run["kv_bytes"] == (run["prompt_tokens"] + 2) * 2 * 3 * 64 * 4
+
+
+def test_ratios_are_quotients_of_the_medians_beside_them(capsys, tiny):
+    said, _ = document(capsys, "--weights", str(tiny), "--json")
+    full = said["runs"][0]
+    for run in said["runs"]:
+        assert run["full_over_this"] == {key: full[key] / run[key] for key in bench.BOUGHT}
+        flop = bench.prefill_flop(nanogap.load(tiny).config.text, run["prompt_tokens"])
+        assert run["prefill_tflop_s"] == pytest.approx(flop / (run["prefill_ms"] / 1e3) / 1e12)
+        assert run["prefill_share"] == pytest.approx(run["prefill_tflop_s"] / said["matmul_tflop_s"])
+        assert run["decode_share"] == pytest.approx(run["decode_gb_s"] / said["copy_gb_s"])
+    assert said["ours"]["load_over_read"] == said["ours"]["load_s"] / said["read_s"]
+    assert said["ours"]["weight_bytes"] == said["parameters"] * 4
+
+
+def test_the_table_says_what_pruning_buys_and_the_json_comes_last(capsys):
+    said, before = document(capsys, "--random", "tiny", "--keep", "4", "--prune", "random")
+    assert said["weights"] == "random tiny" and said["read_s"] is None
+    assert "Pruning to 4 tokens makes prefill" in before and "which reads all weights." in before
+
+
+def test_the_work_of_a_prefill_by_hand():
+    """T = 3 tokens, 2 layers, C = 8, 2 heads and 1 key-value head of 4 channels, 16 inside the MLP.
+
+    Weights of k and v: 2 * 8 * 4 = 64, for 3 tokens in both layers.  Of q, o and the MLP: 2 * 64 + 3 * 128
+    = 512, for 3 tokens and then for 1.  The head: 80.  Looks: 1 + 2 + 3, then 3; each 2 * 2 * 8.
+    """
+    config = LlamaConfig(8, 16, 2, 2, 1, head_dim=4, vocab_size=10)
+    assert bench.prefill_flop(config, 3) == 2 * (64 * 6 + 512 * 4 + 80) + 32 * 9
+
+
+def test_a_pass_reads_all_weights_but_the_embeddings_and_the_cache():
+    """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; another norm, and the head 640 x 64."""
+    model = random_llava("tiny", CPU, torch.bfloat16)
+    weights = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
+    assert bench.pass_bytes(model, 1000) == 2 * weights + 1000
+
+
+# ----- against transformers -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
+    pytest.importorskip("transformers")
+    said, before = document(capsys, "--weights", str(tiny), "--against", "transformers")
+    assert said["theirs"]["same_tokens"] and said["theirs"]["library"].startswith("transformers ")
+    for run in said["runs"]:
+        assert run["theirs_over_this"]["pass_ms"] == said["theirs"]["pass_ms"] / run["pass_ms"]
+        assert run["theirs_over_this"]["drafted_box_ms"] == said["theirs"]["box_ms"] / run["drafted_box_ms"]
+    assert "times faster than transformers" in before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_agreement_one_after_the_other(capsys, tiny):
+    pytest.importorskip("transformers")
+    said, _ = document(capsys, "--weights", str(tiny), "--agree")
+    assert said["same_argmax"] == said["logits"] > 16 and said["same_tokens"]
+    assert said["largest_difference"] <= 2e-5 * said["largest_logit"]
+
+
+def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(NanogapError, match="not installed here; get it with `pip install transformers"):
+        bench.command(["--against", "transformers"])
+
+
+# ----- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--random", "tiny", "--weights", "w"], "give --weights DIR, or --random SIZE"),
+    (["--save", "w"], "--save DIR only with the latter"),
+    (["--random", "tiny", "--agree"], "add --save DIR"),
+    (["--random", "8b"], "invalid choice: '8b'"),
+    (["--new", "1"], "nothing would be measured"),
+    (["--rounds", "0"], "nothing would be measured"),
+    (["--keep", "0"], "is not a number of visual tokens"),
+    (["--random", "tiny", "--keep", "17"], "cannot keep 17 of 16 visual tokens"),
+    (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
+])
+def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
+    assert answer_for("nanogap.bench", bench.command, [*argv, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeypatch):
+    with pytest.raises(NanogapError, match="is there already; give a new folder, or measure what is in it"):
+        save_random("tiny", tiny, CPU, torch.bfloat16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 13 * 10 ** 9))
+    with pytest.raises(NanogapError, match="7b takes 14.1 GB and 13.0 GB are free"):
+        save_random("7b", tmp_path / "7b", CPU, torch.bfloat16)
+
+
+# ----- random weights -----------------------------------------------------------------------------
+
+
+def test_random_weights_come_back_from_disk_as_they_were_drawn(tiny):
+    drawn, loaded = random_llava("tiny", CPU, torch.bfloat16), nanogap.load(tiny, "cpu", "bfloat16")
+    assert loaded.config == drawn.config
+    for name, value in drawn.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("size, parameters", [("7b", 7.06e9), ("13b", 13.35e9), ("350m", 0.35e9)])
+def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
+    vision, text = sizes.SIZES[size]
+    model = sizes.empty_llava(LlavaConfig(text, vision))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+    assert vision.grid ** 2 == 576
+
+
+def test_signals_neither_explode_nor_vanish_in_random_weights():
+    model = random_llava("tiny", CPU, torch.float32)
+    logits = model(model.prompt("the man"), model.prepare_image(bench.IMAGE))
+    assert 0.3 < float(logits.std()) < 3
+    assert len(logits.argmax(-1).unique()) > 20
+
+
+# ----- what makes it fast -------------------------------------------------------------------------
+
+
+def test_the_last_layer_works_for_the_last_tokens_alone():
+    """The same logits as of the whole sequence, and the same cache."""
+    model = random_llava("tiny", CPU, torch.float32)
+    x, ids = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0)), torch.arange(9) * 3
+    caches = [KVCache(model.config.text, 9, x) for _ in range(2)]
+    whole = model.language_model(x, ids, caches[0])
+    for last in (1, 4, 9):
+        caches[1].lengths = [0, 0, 0]
+        some = model.language_model(x, ids, caches[1], last)
+        assert some.shape == (1, last, 640)
+        assert torch.allclose(some, whole[:, -last:], atol=1e-5)
+        assert torch.allclose(caches[1].keys, caches[0].keys, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
+    """On a CPU the same code runs unrecorded: a cache of a fixed number of rows, and a mask."""
+    model = nanogap.load(MINI, device, "float32")
+    look, questions = model.look(bench.IMAGE), [("full", None, 25), ("gap", 36, 25), ("full", None, 9)]
+
+    def said(drafts: bool) -> list:
+        return [model.ground(look, bench.EXPRESSION, "random", keep, mode, max_new_tokens=most, drafts=drafts)
+                for mode, keep, most in questions]
+
+    plain = said(False) + said(True)
+    model.graphed = GraphedDecoder(model.language_model)
+    graphed = said(False) + said(True)
+    assert [r.tokens for r in graphed] == [r.tokens for r in plain]
+    assert [r.kv_bytes for r in graphed] == [r.kv_bytes for r in plain]
+    assert [r.timings["passes"] for r in graphed] == [r.timings["passes"] for r in plain]
+    assert {rows % 64 for rows, _ in model.graphed.recordings} == {0}
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pass_never_waits_for_the_gpu(dtype: torch.dtype):
+    model = random_llava("tiny", torch.device("cuda"), dtype)
+    x, ids = torch.randn(1, 9, 64, device="cuda", dtype=dtype), torch.arange(9, device="cuda")
+    pixels = model.prepare_image(bench.IMAGE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.vision_tower(pixels, for_pruning=True)
+        model.language_model(x, ids, KVCache(model.config.text, 12, x), 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
