@@ -59,8 +59,8 @@ def prefill(model: LlamaForCausalLM, x: Tensor, cache: KVCache, before: int, n_v
     position_ids, next_position = gap.position_ids(kept.keep, before, n_visual, after, mode)
     keep = gap.arrange(kept.keep, gap.MODES[mode][0])
     stays = torch.cat([ids[:before], before + keep.to(ids.device), ids[before + n_visual:]])
-    x = decoder.run(x[:, stays], position_ids.to(x.device), cache, cut)       # (1, P + K + A, C)
-    return model.lm_head(decoder.norm(x)[0, -1:]).float(), keep, position_ids, next_position
+    x = decoder.run(x[:, stays], position_ids.to(x.device), cache, cut, last=1)  # (1, 1, C)
+    return model.lm_head(decoder.norm(x)[0]).float(), keep, position_ids, next_position
 
 
 def decoder(model: LlamaForCausalLM, shift: int) -> Decoder:
@@ -69,8 +69,8 @@ def decoder(model: LlamaForCausalLM, shift: int) -> Decoder:
 
     def run(x: Tensor, position_ids: Tensor, cache: KVCache, last: int) -> Tensor:
         x = model.model.run(x, position_ids, cache, 0, cut)
-        x = model.model.run(x, position_ids - shift, cache, cut)
-        return model.lm_head(model.model.norm(x)[:, -last:]).float()
+        x = model.model.run(x, position_ids - shift, cache, cut, last=last)
+        return model.lm_head(model.model.norm(x)).float()
     return run
 
 

@@ -25,6 +25,7 @@ from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava
 from nanogap.prompt import encode_prompt, where_is
+from nanogap.prune import Kept
 from nanogap.scenes import scene
 from nanogap.tokenizer import train_clip_tokenizer
 from nanogap.weights import fill, our_name, save_clip
@@ -60,9 +61,8 @@ def our_answer(model: Llava, prompt: list[int], pixels: Tensor, keep: list[int] 
     logits = model(input_ids, pixels, keep, mode)
     features = model.vision_tower(pixels).features[0]
     keep = torch.arange(len(features)) if keep is None else keep
-    fed = model.sequence(input_ids, features, keep, mode)
-    last, cache = model.prefill(fed.embeddings, fed.position_ids, new_tokens)
-    return logits, list(model.decode(last, cache, fed.next_position, new_tokens))
+    fed = model.sequence(input_ids, features, Kept(keep), mode)
+    return logits, model.generate(fed.embeddings, fed.position_ids, fed.next_position, new_tokens)
 
 
 # ----- stored numbers -----------------------------------------------------------------------------
