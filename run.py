@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: weights/llava-1.5-7b-hf where that is present, else weights/mini")
     add("--prune", metavar="NAME", default="random", choices=STRATEGIES,
         help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
-    add("--keep", metavar="N|N%%|auto", type=keep_argument, default="50%",
+    add("--keep", metavar="N|N%|auto", type=keep_argument, default="50%",
         help="visual tokens to keep, or auto where the strategy can tell (default: 50%%)")
     add("--mode", nargs="+", choices=MODES, default=["full", "shifted", "gap"], metavar="MODE",
         help="full: nothing pruned; shifted, permuted: kept tokens renumbered; "

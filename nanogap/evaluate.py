@@ -217,7 +217,7 @@ def report(args: argparse.Namespace, made: dict, data: Data, rows: list[dict]) -
                   f"expressions: {missing(data)}")
         print(table(rows))
     if args.plot:
-        plot.save(plot.draw_rows(rows) if args.ablate else plot.draw_lines(rows), args.plot)
+        plot.save(plot.draw_rows(rows) if args.ablate else plot.draw_panels(rows), args.plot)
         print(f"picture: {args.plot}", file=sys.stderr if args.json else sys.stdout)
 
 

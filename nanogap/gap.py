@@ -3,7 +3,7 @@
 In:  which patches were kept, and how many tokens stand before, in and after the image.
 Out: one position ID per remaining token, and the ID of the first token to be generated.
 
-Pruning methods feed the kept tokens as if they were a shorter text: IDs 0, 1, 2, ... with no gaps
+Most pruning methods feed the kept tokens as if they were a shorter text: IDs 0, 1, 2, ... with no gaps
 ("shifted"), some of them in order of score as well ("permuted").  The model then reads places off IDs
 that belong to other patches.  GAP gives every token the ID that it had before pruning, the text after
 the image included.  Source: Grounding-Aware Token Pruning, arXiv 2506.21873.

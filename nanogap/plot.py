@@ -15,6 +15,7 @@ from nanogap.errors import NanogapError
 
 WIDTH, HEIGHT, ROW, FONT_SIZE = 1000, 560, 40, 24
 LEFT, RIGHT, TOP, BOTTOM = 90, 960, 60, 480   # of the axes, pixels
+COLUMNS = 3                                   # of panels
 GRID = "#4a4a4a"
 MARKERS = ((32, 0), (4, 0), (4, 45), (3, 0), (3, 180))   # corners and turn; filled, then hollow
 Point = tuple[float, float]
@@ -75,7 +76,7 @@ def dashed(pen: ImageDraw.ImageDraw, points: Sequence[Point], mode: str) -> None
 
 
 def axes(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, tokens: Sequence[float],
-         top: float) -> None:
+         top: float, most: float, title: str) -> None:
     """Axes with marks of accuracy, and of each number of tokens for which there is room."""
     for share in ticks(top):
         y = BOTTOM - (BOTTOM - TOP) * share / top
@@ -83,28 +84,49 @@ def axes(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, tokens: Sequenc
         pen.text((LEFT - 12, y), f"{share:.1f}", PAPER, font, "rm")
     free = RIGHT + 60
     for count in sorted(set(tokens), reverse=True):
-        x = LEFT + (RIGHT - LEFT) * count / max(tokens)
+        x = LEFT + (RIGHT - LEFT) * count / most
         pen.line((x, BOTTOM, x, BOTTOM + 8), PAPER, 2)
         if x + 30 < free:
             pen.text((x, BOTTOM + 14), f"{count:.4g}", PAPER, font, "mt")
             free = x - 30
     pen.line((LEFT, BOTTOM, RIGHT, BOTTOM), PAPER, 2)
-    pen.text((LEFT - 70, 14), "share found, with 95 % intervals", PAPER, font, "lt")
+    pen.text((LEFT - 70, 14), title, PAPER, font, "lt")
     pen.text(((LEFT + RIGHT) / 2, BOTTOM + 46), "visual tokens", PAPER, font, "mt")
 
 
-def draw_lines(rows: Sequence[dict]) -> Image.Image:
-    """A line for each mode and strategy; rows whose mode has a style in draw.py."""
+def draw_panels(rows: Sequence[dict]) -> Image.Image:
+    """`draw_lines` for each strategy, all to one scale, with one legend."""
+    prunes = [prune for prune in dict.fromkeys(row["prune"] for row in rows) if prune != "none"]
+    if len(prunes) < 2:
+        return draw_lines(rows)
+    width, height, legend = WIDTH // 2, HEIGHT // 2, ROW * len({row["mode"] for row in rows})
+    whole = Image.new("RGB", (width * COLUMNS, height * -(-len(prunes) // COLUMNS) + legend), PAGE)
+    for index, prune in enumerate(prunes):
+        mine = [row for row in rows if row["prune"] in (prune, "none")]
+        panel = draw_lines(mine, top_of(rows), max(row["visual_tokens"] for row in rows), prune)
+        at = (width * (index % COLUMNS), height * (index // COLUMNS))
+        whole.paste(panel.crop((0, 0, WIDTH, HEIGHT)).resize((width, height), Image.LANCZOS), at)
+    whole.paste(panel.crop((0, HEIGHT, WIDTH, panel.height)), (0, whole.height - legend))
+    return whole
+
+
+def draw_lines(rows: Sequence[dict], top: float | None = None, most: float | None = None,
+               title: str = "share found, with 95 % intervals") -> Image.Image:
+    """A line for each mode and strategy; rows whose mode has a style in draw.py.
+
+    top, most: where the axes of accuracy and of tokens end, if not at what the rows need
+    """
     lines: dict[tuple[str, str], list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["visual_tokens"]):
         lines.setdefault((row["mode"], row["prune"]), []).append(row)
     picture, pen, font = page(HEIGHT + ROW * len(lines))
-    top, tokens = top_of(rows), [row["visual_tokens"] for row in rows]
-    axes(pen, font, tokens, top)
+    top, tokens = top or top_of(rows), [row["visual_tokens"] for row in rows]
+    most = most or max(tokens)
+    axes(pen, font, tokens, top, most, title)
 
     def place(row: dict, key: str, index: int) -> Point:
         apart = 0 if row["mode"] == "full" else 5 * (index - (len(lines) - 1) / 2)
-        return (LEFT + (RIGHT - LEFT) * row["visual_tokens"] / max(tokens) + apart,
+        return (LEFT + (RIGHT - LEFT) * row["visual_tokens"] / most + apart,
                 BOTTOM - (BOTTOM - TOP) * row[key] / top)
 
     for index, ((mode, prune), line) in enumerate(lines.items()):
@@ -116,7 +138,8 @@ def draw_lines(rows: Sequence[dict]) -> Image.Image:
         dashed(pen, [(LEFT, y), (LEFT + 120, y)], mode)
         for at in [*points, (LEFT + 60, y)]:
             marker(pen, at, index, colour)
-        name = "full: all tokens" if mode == "full" else f"{mode}, {prune}"
+        alone = len({row["prune"] for row in rows} - {"none"}) < 2
+        name = "full: all tokens" if mode == "full" else mode if alone else f"{mode}, {prune}"
         pen.text((LEFT + 150, y), name, PAPER, font, "lm")
     return picture
 

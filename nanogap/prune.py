@@ -245,7 +245,8 @@ def divprune(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
 
 
 def vispruner(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
-    """Half by the attention of CLS, and half with duplicates out: VisPruner, arXiv 2412.01818.
+    """Half by the attention of CLS, and half with duplicates out: VisPruner, arXiv 2412.01818 (FasterVLM's
+    paper under a later title).
 
     The rest, best first, is dealt into two hands; of the first, up to 8 go that are most like any
     of the second; what is left of the first, most alike on top, goes on the second, and all is
@@ -297,8 +298,12 @@ def select(name: str, seen: Seen, budget: int | None, seed: int = 0) -> Kept:
 
     raises: NanogapError for an unknown name, or a budget that is not between 1 and N
     """
-    check(name, len(seen.features), budget)
+    N = len(seen.features)
+    check(name, N, budget)
     kept = STRATEGIES[name](seen, budget, torch.Generator().manual_seed(seed))
+    if not isinstance(kept, Kept) or not 1 <= len(kept.keep.unique()) == len(kept.keep) <= (budget or N):
+        raise NanogapError(f"the strategy {name} must return Kept(keep) with at most {budget or N} raster "
+                           "indices, each once; mend it in prune.py")
     return Kept(kept.keep.cpu(), kept.features, kept.added)
 
 

@@ -84,3 +84,13 @@ def test_the_picture_is_written_whole(tmp_path: Path):
     plot.save(plot.draw_lines(ROWS), tmp_path / "x.png")
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
     assert Image.open(tmp_path / "x.png").size == (1000, 720)
+
+
+def test_several_strategies_have_a_panel_each_to_one_scale_and_one_legend():
+    rows = [row("full", 144, 0.55, "none")]
+    rows += [row(mode, 72, 0.4, prune) for prune in ("random", "trim") for mode in ("gap", "shifted")]
+    picture = plot.draw_panels(rows)
+    assert picture.size == (1500, 280 + 3 * plot.ROW)
+    first, second = (picture.crop((x, 30, x + 500, 240)) for x in (0, 500))
+    assert first.tobytes() == second.tobytes()                                 # but for the title
+    assert plot.draw_panels(rows[:3]).size == plot.draw_lines(rows[:3]).size
