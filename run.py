@@ -21,6 +21,7 @@ from nanogap import NanogapError
 from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
 from nanogap.draw import Answer, draw_answers
 from nanogap.explain import explain
+from nanogap.fastv import CUT
 from nanogap.gap import MODES
 from nanogap.image import Image, iou, open_image
 from nanogap.llava import Llava, Result
@@ -48,6 +49,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mode", nargs="+", choices=MODES, default=["full", "shifted", "gap"], metavar="MODE",
         help="full: nothing pruned; shifted, permuted: kept tokens renumbered; "
              "gap: their own position IDs (default: full shifted gap)")
+    add("--layer", metavar="K", type=whole_number, default=CUT,
+        help="of fastv: the decoder's layer, from 1 on, before which it prunes (default: %(default)s)")
     add("--clip", metavar="DIR", type=Path,
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--no-draft", dest="drafts", action="store_false",
@@ -170,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     with patience(f"loading {args.weights}"):
         model = nanogap.load(args.weights, *asked, args.clip)
-    patches = model.config.vision.grid ** 2
+    patches, model.fastv_layer = model.config.vision.grid ** 2, args.layer
     keep = tokens_to_keep(args.keep, patches)
     check(args.prune, patches, keep)
     say = print if not args.json else lambda *_: None

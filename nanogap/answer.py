@@ -120,6 +120,10 @@ def read_and_cut(model: "Llava", seen: Seen, input_ids: Tensor, question: Questi
     """Read the prompt with all visual tokens, some of which the decoder drops on the way: fastv.py."""
     N, (P, _), decoder = len(seen.features), model.around_image(input_ids), model.language_model
     prune.check(question.prune, N, question.keep)
+    layers, cut = model.config.text.num_hidden_layers, model.fastv_layer
+    if not 0 < cut < layers:
+        raise NanogapError(f"{question.prune} cannot cut before layer {cut} of {layers}: "
+                           f"choose one from 1 to {layers - 1}")
     whole = model.sequence(input_ids, seen.features, Kept(torch.arange(N)), "full")
     cache = KVCache(model.config.text, len(whole.position_ids) + room, whole.embeddings)
 
@@ -127,10 +131,10 @@ def read_and_cut(model: "Llava", seen: Seen, input_ids: Tensor, question: Questi
         return prune.select(question.prune, replace(seen, attention=attention), question.keep, question.seed)
 
     logits, keep, ids, next_position = fastv.prefill(decoder, whole.embeddings, cache, P, N,
-                                                     question.mode, choose)
+                                                     question.mode, choose, cut)
     fed = replace(whole, position_ids=ids, next_position=next_position, keep=keep)
-    return Read(logits, cache, fed, fastv.mean_tokens(model.config.text.num_hidden_layers, N, len(keep)),
-                fastv.decoder(decoder, whole.next_position - next_position), whole.next_position)
+    return Read(logits, cache, fed, fastv.mean_tokens(layers, N, len(keep), cut),
+                fastv.decoder(decoder, whole.next_position - next_position, cut), whole.next_position)
 
 
 @torch.no_grad()

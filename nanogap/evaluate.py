@@ -25,6 +25,7 @@ from PIL import Image
 from nanogap import ablate, journal, plot
 from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
 from nanogap.errors import NanogapError
+from nanogap.fastv import CUT
 from nanogap.gap import MODES
 from nanogap.image import Box
 from nanogap.llava import Llava, Look
@@ -154,6 +155,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--keep", nargs="+", type=keep_argument, default=["50%"], metavar="N|N%|auto",
         help="default: 50%%; auto: what the strategy finds itself")
     add("--mode", nargs="+", choices=MODES, metavar="MODE", help="default: all four")
+    add("--layer", type=whole_number, metavar="K", default=CUT,
+        help="of fastv: the decoder's layer before which it prunes (default: %(default)s)")
     add("--clip", type=Path, metavar="DIR",
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true", help="instead of modes: every order of tokens and IDs")
@@ -198,7 +201,7 @@ def settings(args: argparse.Namespace, model: Llava, data: Data) -> dict:
     return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"{args.weights.resolve().name} {digest}",
             "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,
-            "protocol": args.protocol}
+            "protocol": args.protocol, "layer": args.layer}
 
 
 def report(args: argparse.Namespace, made: dict, data: Data, rows: list[dict]) -> None:
@@ -235,6 +238,7 @@ def command(argv: Sequence[str] | None) -> None:
         print(missing(data), file=sys.stderr)
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     model = load(args.weights, *asked, args.clip)
+    model.fastv_layer = args.layer
     made, runs = settings(args, model, data), runs_asked(args, model.config.vision.grid ** 2)
     examples = first(data.examples, args.limit)
     earlier = journal.earlier(args.out, made)

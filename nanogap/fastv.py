@@ -19,7 +19,7 @@ from nanogap.generate import Decoder
 from nanogap.llama import KVCache, LlamaForCausalLM, rope_angles, rotate
 from nanogap.prune import Kept
 
-CUT = 2   # FastV's K: how many layers see all tokens
+CUT = 2   # FastV's K: how many layers see all tokens, where nothing else is asked for
 
 
 def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position: Tensor,
@@ -40,15 +40,14 @@ def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position
 
 
 def prefill(model: LlamaForCausalLM, x: Tensor, cache: KVCache, before: int, n_visual: int, mode: str,
-            choose: Callable[[Tensor], Kept]) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Read a prompt (1, T, C), and cut it before layer CUT.
+            choose: Callable[[Tensor], Kept], cut: int = CUT) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Read a prompt (1, T, C), and cut it before layer `cut`, counted from 0.
 
     choose:  from attention weights (H, N) of the last token to the patches to those that stay
     returns: logits (1, V) of the last token; what stays, in sequence order (K,); the position IDs after
              the cut (P + K + A,); and the ID of the first generated token there
     """
-    decoder, cut = model.model, min(CUT, len(model.model.layers) - 1)
-    T = x.shape[1]
+    decoder, T = model.model, x.shape[1]
     ids = torch.arange(T, device=x.device)
     x = decoder.run(x, ids, cache, 0, cut - 1)
     last = x[:, -1:]
@@ -63,10 +62,8 @@ def prefill(model: LlamaForCausalLM, x: Tensor, cache: KVCache, before: int, n_v
     return model.lm_head(decoder.norm(x)[0]).float(), keep, position_ids, next_position
 
 
-def decoder(model: LlamaForCausalLM, shift: int) -> Decoder:
+def decoder(model: LlamaForCausalLM, shift: int, cut: int = CUT) -> Decoder:
     """A pass of the decoder in which the layers after the cut see position IDs that are `shift` lower."""
-    cut = min(CUT, len(model.model.layers) - 1)
-
     def run(x: Tensor, position_ids: Tensor, cache: KVCache, last: int) -> Tensor:
         x = model.model.run(x, position_ids, cache, 0, cut)
         x = model.model.run(x, position_ids - shift, cache, cut, last=last)
@@ -74,7 +71,6 @@ def decoder(model: LlamaForCausalLM, shift: int) -> Decoder:
     return run
 
 
-def mean_tokens(layers: int, n_visual: int, kept: int) -> float:
+def mean_tokens(layers: int, n_visual: int, kept: int, cut: int = CUT) -> float:
     """Visual tokens in the decoder, the mean over its layers."""
-    cut = min(CUT, layers - 1)
     return (cut * n_visual + (layers - cut) * kept) / layers

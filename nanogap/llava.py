@@ -20,7 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap import gap
+from nanogap import fastv, gap
 from nanogap.answer import MAX_NEW_TOKENS, Question, Result, answer
 from nanogap.clip import CLIPVisionConfig, CLIPVisionTower, TextGuide
 from nanogap.errors import NanogapError
@@ -91,6 +91,7 @@ class Llava(nn.Module):
         self.language_model = LlamaForCausalLM(config.text)
         self.tokenizer: Tokenizer | None = None
         self.text_guide: TextGuide | None = None   # for strategies that read the expression
+        self.fastv_layer = fastv.CUT               # for "fastv": the decoder's layer before which it prunes
         self.graphed: Decoder | None = None        # runs the passes in place of the language model: graph.py
 
     @property

@@ -133,7 +133,7 @@ def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path
     picture = annotations.with_name("plot.png")
     assert run("--weights", finder, "--data", annotations, "--json", "--plot", picture) == 0
     document = report(capsys)
-    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "picture",
+    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "layer", "picture",
                              "expressions", "of", "missing_images", "runs"}
     assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
     assert [row["mode"] for row in document["runs"]] == ["full", "shifted", "permuted", "gap"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nanogap
-from nanogap import fastv
+from nanogap import NanogapError, fastv
 from nanogap.gap import MODES
 from nanogap.llama import rope_angles, rotate
 from nanogap.llava import Llava
@@ -98,6 +98,30 @@ def test_later_layers_hold_fewer_rows(model: Llava):
     result = model.ground(ROOT / "image.jpg", WORDS, "fastv", 4, "gap", max_new_tokens=1)
     assert result.kv_bytes == (2 * (P + 16 + A) + P + 4 + A) * 2 * 64 * 4     # k and v, channels, bytes
     assert result.visual_tokens == (16 + 16 + 4) / 3
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_the_layer_of_the_cut_can_be_chosen(model: Llava, cut: int):
+    """Papers call it K.  Cut before layer 1 of three, two layers hold the few rows."""
+    P, A = model.around_image(model.prompt(WORDS))
+    model.fastv_layer = cut
+    try:
+        result = model.ground(ROOT / "image.jpg", WORDS, "fastv", 4, "shifted", max_new_tokens=1)
+    finally:
+        model.fastv_layer = fastv.CUT
+    rows = cut * (P + 16 + A) + (3 - cut) * (P + 4 + A)
+    assert result.kv_bytes == rows * 2 * 64 * 4 and result.visual_tokens == (16 * cut + 4 * (3 - cut)) / 3
+
+
+@pytest.mark.parametrize("cut", [0, 3])
+def test_a_cut_needs_a_layer_before_it_and_one_behind(model: Llava, cut: int):
+    model.fastv_layer = cut
+    try:
+        with pytest.raises(NanogapError, match=f"fastv cannot cut before layer {cut} of 3: "
+                                               "choose one from 1 to 2"):
+            model.ground(ROOT / "image.jpg", WORDS, "fastv", 4)
+    finally:
+        model.fastv_layer = fastv.CUT
 
 
 def test_the_mean_number_of_tokens_is_the_one_that_papers_give():

@@ -520,3 +520,13 @@ def test_a_published_method_is_what_it_is_in_plain_python(name: str, n: int, bud
         for ours, theirs in ((result.features, features), (result.added, added and [added])):
             assert (ours is None) == (theirs is None)
             assert ours is None or torch.allclose(ours, torch.tensor(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [lambda *_: torch.arange(2), lambda *_: Kept(torch.arange(3)),
+                                   lambda *_: Kept(torch.tensor([1, 1])),
+                                   lambda *_: Kept(torch.tensor([], dtype=torch.long))],
+                         ids=["a tensor", "too many", "one twice", "none"])
+def test_a_strategy_of_your_own_that_returns_something_else_is_named(monkeypatch, wrong):
+    monkeypatch.setitem(prune.STRATEGIES, "mine", wrong)
+    with pytest.raises(NanogapError, match="the strategy mine must return Kept.keep. with at most 2"):
+        prune.select("mine", seen(), 2)

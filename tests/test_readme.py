@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import run
-from nanogap import evaluate, prune, train
+from nanogap import evaluate, gap, prune, train
 from tests.markdown import broken_links, commands, is_the_evaluators, what_is_wrong_with
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,3 +92,11 @@ def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path):
     shipped, drawn = Image.open(ROOT / "image.jpg"), Image.open(tmp_path / "image.jpg")
     assert shipped.size == drawn.size
     assert max(high for _, high in ImageChops.difference(shipped, drawn).getextrema()) <= 8
+
+
+def test_the_recipe_for_other_code_gives_the_ids_of_gap():
+    line = next(line for line in README.splitlines() if line.startswith("position_ids = torch.cat"))
+    names = {"torch": torch, "P": 3, "N": 16, "A": 2, "keep": torch.tensor([2, 5, 9])}
+    exec(line, names)
+    expected, following = gap.position_ids(names["keep"], 3, 16, 2, "gap")
+    assert names["position_ids"].tolist() == [expected.tolist()] and following == 3 + 16 + 2
