@@ -16,7 +16,7 @@ from nanogap.image import Box
 
 WIDTH, MAX_HEIGHT = 960, 1200                # of the image on the page, pixels
 MIN_WIDTH, MIN_HEIGHT, MARGIN = 640, 160, 14
-ROW, FONT_SIZE = 46, 30
+ROW, FONT_SIZE, TAG_SIZE = 46, 30, 24
 PAGE, INK, PAPER = "#1b1b1b", "#101010", "#f4f4f4"
 STYLES = {             # colour, line width, dash and gap in pixels
     "full":     ("#ffffff", 18, None),
@@ -29,7 +29,7 @@ STYLES = {             # colour, line width, dash and gap in pixels
 @dataclass(frozen=True)
 class Answer:
     mode: str
-    label: str               # in the legend, such as "gap, 72 tokens, IoU 0.91"
+    label: str               # at its box and in the legend, such as "gap, 72 tokens, IoU 0.91"
     box: Box | None          # pixels of the image
 
 
@@ -105,18 +105,19 @@ def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int], ta
     return min(((x, y, x + width, y + height) for x, y in places), key=cost)
 
 
-def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], canvas: tuple[int, int],
-               font: ImageFont.FreeTypeFont) -> None:
-    """Each box in the style of its mode, and the mode's name on a tag beside it."""
+def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], labels: dict[str, str],
+               canvas: tuple[int, int]) -> None:
+    """Each box in the style of its mode, and its label on a tag beside it."""
+    font = ImageFont.load_default(TAG_SIZE)
     for mode in (mode for mode in STYLES if mode in boxes):
         stroke(pen, sides(boxes[mode]), mode)
     tags: list[Box] = []
     for mode, box in boxes.items():
-        width = pen.textlength(mode, font) + 20
-        tags.append(place_tag(width, 40, box, canvas, tags, list(boxes.values())))
+        width = pen.textlength(labels[mode], font) + 20
+        tags.append(place_tag(width, 36, box, canvas, tags, list(boxes.values())))
         x1, y1, x2, y2 = tags[-1]
         pen.rounded_rectangle(tags[-1], 8, fill=STYLES[mode][0], outline=INK, width=2)
-        pen.text(((x1 + x2) / 2, (y1 + y2) / 2 - 1), mode, font=font, fill=INK, anchor="mm")
+        pen.text(((x1 + x2) / 2, (y1 + y2) / 2 - 1), labels[mode], font=font, fill=INK, anchor="mm")
 
 
 # ----- the page -----------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def draw_answers(image: Image.Image, keep: Sequence[int], grid: int, answers: Se
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
     boxes = {a.mode: tuple(v * scale + (left, top)[k % 2] for k, v in enumerate(a.box))
              for a in answers if a.box is not None}
-    draw_boxes(pen, boxes, (width, height), font)
+    draw_boxes(pen, boxes, {a.mode: a.label for a in answers}, (width, height))
     for row, line in enumerate(lines):
         line = shortened(line, pen, font, width - 2 * MARGIN)
         pen.text((MARGIN, height + ROW * (row + 0.5)), line, font=font, fill=PAPER, anchor="lm")
