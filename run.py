@@ -6,14 +6,12 @@ In:  an image and a referring expression.  Out: a table, and one picture of all 
 """
 
 import argparse
-import errno
-import io
 import json
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import nanogap
@@ -23,8 +21,9 @@ from nanogap.draw import Answer, draw_answers
 from nanogap.explain import explain
 from nanogap.fastv import CUT
 from nanogap.gap import MODES
-from nanogap.image import Image, iou, open_image
+from nanogap.image import iou, open_image
 from nanogap.llava import Llava, Result
+from nanogap.picture import check_picture, save_picture
 from nanogap.prune import STRATEGIES, check
 from nanogap.weights import DTYPES
 
@@ -66,52 +65,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ----- the picture --------------------------------------------------------------------------------
-
-
-def check_out(path: Path, image: str) -> None:
-    """Refuse a picture that could not be written, before any work is done."""
-    try:
-        Image.init()
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.EXTENSION[path.suffix.lower()])
-    except Exception:   # Pillow only reads that kind, or has no colours in it
-        raise NanogapError(f"--out {path}: a picture cannot be written with that ending; "
-                           "use .png or .jpg") from None
-    folder = path.absolute().parent
-    try:
-        if path.is_dir():
-            raise NanogapError(f"--out {path} is a folder; give the path of a picture to write")
-        if not folder.is_dir():
-            raise NanogapError(f"--out {path} would be in a folder that does not exist; "
-                               f"make it with `mkdir -p {folder}`")
-        if path.exists() and path.samefile(image):
-            raise NanogapError(f"--out {path} is the image itself; give another path")
-        for there in (folder, path):
-            if there.exists() and not os.access(there, os.W_OK):
-                raise PermissionError(errno.EACCES, "permission denied")
-    except OSError as error:
-        raise unwritable(path, error) from None
-
-
-def unwritable(path: Path, error: OSError) -> NanogapError:
-    why = error.strerror or error
-    return NanogapError(f"--out {path} cannot be written ({why}); give another path")
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Write the whole picture or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        data = io.BytesIO()
-        picture.save(data, Image.EXTENSION[path.suffix.lower()])
-        partial.write_bytes(data.getvalue())
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise unwritable(path, error) from None
-
-
 # ----- what is said -------------------------------------------------------------------------------
 
 
@@ -127,7 +80,7 @@ def patience(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def report(args: argparse.Namespace, model: Llava, keep: int, results: dict[str, Result]) -> dict:
+def report(args: argparse.Namespace, model: Llava, keep: int | None, results: dict[str, Result]) -> dict:
     """The JSON document; the table shows the same numbers."""
     full = results.get("full")
     runs = [{"mode": mode, "visual_tokens": r.visual_tokens, "box": r.box and list(r.box),
@@ -168,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.expression.strip():
         raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
     image = open_image(args.image)
-    check_out(args.out, args.image)
+    check_picture("--out", args.out, args.image)
     args.weights = args.weights or Path(os.path.relpath(REAL if REAL.is_dir() else MINI))
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     with patience(f"loading {args.weights}"):
@@ -194,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
     pruned = pruned if set(results) != {"full"} else f"all {patches} patches"
     caption = f"\"{' '.join(args.expression.split())}\"\n{pruned}"
     answers = [Answer(r["mode"], label(r), r["box"]) for r in document["runs"]]
-    save(draw_answers(image, kept, look.seen.grid, answers, caption), args.out)
+    save_picture("--out", args.out, draw_answers(image, kept, look.seen.grid, answers, caption))
     if args.explain and not args.json:
         explain(model, look, args.expression, results)
     if args.json:

@@ -43,6 +43,7 @@ COMPARED = ("vision_ms", "first_token_ms", "pass_ms", "box_ms", "drafted_box_ms"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.bench", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--weights", type=Path, metavar="DIR", help="default: weights/mini")

@@ -29,6 +29,7 @@ from nanogap.fastv import CUT
 from nanogap.gap import MODES
 from nanogap.image import Box
 from nanogap.llava import Llava, Look
+from nanogap.picture import check_picture, save_picture
 from nanogap.prune import STRATEGIES
 from nanogap.refcoco import Data, Example, read_data
 from nanogap.scenes import scene
@@ -141,6 +142,7 @@ def with_progress(records: Iterator[dict], total: int, rank: int, world: int) ->
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--weights", type=Path, default=Path("weights/mini"), metavar="DIR",
@@ -186,7 +188,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         raise NanogapError("--split and --images are for annotations of RefCOCO; for drawn scenes "
                            "give --data scenes:SPLIT")
     if args.plot:
-        plot.check_picture(args.plot)
+        check_picture("--plot", args.plot)
     if args.out:
         journal.check_out(args.out, args.resume)
     args.mode = args.mode or list(MODES)
@@ -220,7 +222,8 @@ def report(args: argparse.Namespace, made: dict, data: Data, rows: list[dict]) -
                   f"expressions: {missing(data)}")
         print(table(rows))
     if args.plot:
-        plot.save(plot.draw_rows(rows) if args.ablate else plot.draw_panels(rows), args.plot)
+        draw = plot.draw_rows if args.ablate else plot.draw_panels
+        save_picture("--plot", args.plot, draw(rows))
         print(f"picture: {args.plot}", file=sys.stderr if args.json else sys.stdout)
 
 

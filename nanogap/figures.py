@@ -152,6 +152,7 @@ def make(names: Sequence[str], model: Llava, out: Path) -> list[Path]:
 
 
 def command(argv: Sequence[str] | None) -> None:
+    """Draw the pictures that were asked for."""
     parser = Parser(prog="python -m nanogap.figures",
                     description="Draw the pictures of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",

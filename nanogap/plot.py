@@ -6,12 +6,10 @@ stand a little apart, so that those which coincide can all be seen.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from nanogap.draw import PAGE, PAPER, STYLES, dashes
-from nanogap.errors import NanogapError
 
 WIDTH, HEIGHT, ROW, FONT_SIZE = 1000, 560, 40, 24
 LEFT, RIGHT, TOP, BOTTOM = 90, 960, 60, 480   # of the axes, pixels
@@ -19,26 +17,6 @@ COLUMNS = 3                                   # of panels
 GRID = "#4a4a4a"
 MARKERS = ((32, 0), (4, 0), (4, 45), (3, 0), (3, 180))   # corners and turn; filled, then hollow
 Point = tuple[float, float]
-
-
-def check_picture(path: Path) -> None:
-    """Refuse a picture that could not be written, before any work is done."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise NanogapError(f"--plot {path}: give a path that ends in .png or .jpg")
-    if path.is_dir() or not path.parent.is_dir():
-        raise NanogapError(f"--plot {path} cannot be written: it is a folder, or in one that is "
-                           "not there; give another path")
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Write the whole picture or nothing."""
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
-        picture.save(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise NanogapError(f"--plot {path} cannot be written ({error.strerror}); "
-                           "give another path") from None
 
 
 def page(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw, ImageFont.FreeTypeFont]:

@@ -283,7 +283,7 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     (["--ablate", "--prune", "spatial"], "takes the strategies random and cls_attention"),
     (["--limit", "0"], "--limit 0 asks nothing"),
     (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),
-    (["--plot", "x.txt"], "--plot x.txt: give a path that ends in .png or .jpg"),
+    (["--plot", "x.txt"], "--plot x.txt: a picture cannot be written with that ending; use .png or .jpg"),
 ])
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
         folder, tmp_path, capsys, arguments: list, message: str):

@@ -8,6 +8,7 @@ from PIL import Image, ImageColor
 from nanogap import plot
 from nanogap.draw import STYLES
 from nanogap.errors import NanogapError
+from nanogap.picture import check_picture, save_picture
 
 
 def row(mode: str, tokens: float, accuracy: float, prune: str = "random") -> dict:
@@ -72,16 +73,18 @@ def test_a_row_for_each_case_is_longer_the_surer_it_is_not():
 
 
 @pytest.mark.parametrize("name, message", [
-    ("x.jsonl", "give a path that ends in .png or .jpg"), ("x", "ends in .png"),
-    ("no/x.png", "is a folder, or in one that is not there"), ("folder.png", "is a folder")])
+    ("x.jsonl", "a picture cannot be written with that ending; use .png or .jpg"),
+    ("x", "a picture cannot be written with that ending"),
+    ("no/x.png", "would be in a folder that does not exist; make it with `mkdir -p "),
+    ("folder.png", "is a folder; give the path of a picture to write")])
 def test_a_picture_that_cannot_be_written_is_refused_at_once(tmp_path, name: str, message: str):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(NanogapError, match=message):
-        plot.check_picture(tmp_path / name)
+        check_picture("--plot", tmp_path / name)
 
 
 def test_the_picture_is_written_whole(tmp_path: Path):
-    plot.save(plot.draw_lines(ROWS), tmp_path / "x.png")
+    save_picture("--plot", tmp_path / "x.png", plot.draw_lines(ROWS))
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
     assert Image.open(tmp_path / "x.png").size == (1000, 720)
 

@@ -22,6 +22,7 @@ import run
 from nanogap.cli import keep_argument, tokens_to_keep
 from nanogap.clip import CLIPVisionTower
 from nanogap.explain import columns
+from nanogap.picture import save_picture
 from nanogap.weights import save_llava
 from tests.tiny import write_checkpoint
 
@@ -333,7 +334,7 @@ def test_a_picture_that_fails_at_the_last_moment_leaves_nothing_behind(
 def test_a_partial_picture_is_taken_away(photo: str):
     Path("a.png").mkdir()                                     # came into being during the run
     with pytest.raises(nanogap.NanogapError, match="--out a.png cannot be written"):
-        run.save(Image.new("RGB", (8, 8)), Path("a.png"))
+        save_picture("--out", Path("a.png"), Image.new("RGB", (8, 8)))
     assert sorted(path.name for path in Path().iterdir()) == ["a.png", "photo.png"]
 
 
