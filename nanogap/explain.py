@@ -119,7 +119,8 @@ def explain_prompt(model: Llava, result: Result, input_ids: Tensor, N: int) -> N
     if result.visual_tokens == K + M:
         print(f"   embeddings {shape} at cache rows 0..{len(ids) - 1}: rows have no gaps")
     else:
-        print(f"   {model.fastv_layer} layers read the whole sequence, all {N} patches; behind FastV's cut it is")
+        print(f"   {model.fastv_layer} layers read the whole sequence, all {N} patches; "
+              "behind FastV's cut it is")
         print(f"   {shape} at cache rows 0..{len(ids) - 1}, and all below is about that part")
     added = f" + M = {M} added" if M else ""
     print(f"   position IDs: P = {P} tokens | K = {K} patches{added} | A = {A} tokens")

@@ -31,7 +31,7 @@ def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position
     block, rows = model.model.layers[layer], cache.lengths[layer]
     attention, config = block.self_attn, model.model.config
     cos, sin = rope_angles(position, config.head_dim, config.rope_theta)
-    q = attention.q_proj(block.input_layernorm(x)).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+    q = attention.split(attention.q_proj(block.input_layernorm(x)))           # (1, H, 1, D)
     q = rotate(q, cos.to(x.dtype), sin.to(x.dtype))                           # (1, H, 1, D)
     k = cache.keys[layer, :, :, :rows]                                        # (1, G, R, D), turned before
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)                  # (1, H, R, D)

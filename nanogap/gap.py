@@ -64,7 +64,8 @@ def check(keep: Tensor, n_visual: int, mode: str) -> None:
     """Refuse what no model could be fed: see `position_ids`."""
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
-    if keep.dim() != 1 or keep.dtype != torch.long or len(keep) and not 0 <= int(keep.min()) <= int(keep.max()) < n_visual:
+    inside = keep.numel() == 0 or 0 <= int(keep.min()) <= int(keep.max()) < n_visual
+    if keep.dim() != 1 or keep.dtype != torch.long or not inside:
         raise ValueError(f"keep must be a list of raster indices from 0 to {n_visual - 1}")
     if len(keep.unique()) != len(keep):
         raise ValueError("keep names a patch twice")

@@ -48,7 +48,8 @@ def draft(template: Sequence[int | None], said: Sequence[int], most: int) -> lis
 
 
 def decode(model: LlamaForCausalLM, logits: Tensor, cache: KVCache, next_position: int, most: int,
-           end: int, template: Sequence[int | None] = (), decoder: Decoder | None = None) -> Iterator[list[int]]:
+           end: int, template: Sequence[int | None] = (),
+           decoder: Decoder | None = None) -> Iterator[list[int]]:
     """Yield the new tokens of each pass, up to `most` of them or the end token; the first cost no pass.
 
     logits:        (1 + D, V) after the prompt, and after each of the tokens that were drafted behind it

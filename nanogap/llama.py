@@ -143,16 +143,17 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)           # (B, heads, T, D)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None,
                 last: int = 0) -> Tensor:
         """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far.
 
         last: only so many of them look, and come back; 0 means all, here and everywhere below
         """
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, G, T, D)
+        q = self.split(self.q_proj(x))                                        # (B, H, T, D)
+        k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))         # (B, G, T, D)
         q, k = rotate(q, cos, sin)[:, :, -last:], rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)

@@ -30,8 +30,8 @@ from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM
 from nanogap.prompt import DESCRIBE, encode_prompt, where_is
 from nanogap.prune import Kept, Seen
 
-CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json tokenizer.json "
-                 "--local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
+CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
+                 "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
 
 
 @dataclass(frozen=True)

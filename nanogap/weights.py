@@ -165,7 +165,8 @@ def check_image_token(folder: Path, config: LlavaConfig, tokenizer: Tokenizer) -
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     if image == config.bos_token or taken and image not in special:
         raise NanogapError(f"config.json: image_token_index is {image}, which stands for {taken!r:.80} in "
-                           f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; download both again")
+                           f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; "
+                           "download both again")
 
 
 def shards(folder: Path, download: str) -> list[Path]:
