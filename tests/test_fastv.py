@@ -33,12 +33,13 @@ def whole(model: Llava) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(model: Llava, x: Tensor, ids: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-    """Layers up to `stop` with attention written out: hidden states, and the last layer's weights (H, T, T)."""
+    """Layers up to `stop`, attention written out: hidden states, and the last layer's weights (H, T, T)."""
     c = model.config.text
     cos, sin = rope_angles(ids, c.head_dim, c.rope_theta)
     for layer in model.language_model.model.layers[:stop]:
         a, h = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (p(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = (project(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+                   for project in (a.q_proj, a.k_proj, a.v_proj))
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         scores = rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(2, 3) / c.head_dim ** 0.5
         weights = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), -torch.inf).softmax(-1)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM, RMSNorm, causal_attention, rope_angles, rotate
+from nanogap.llama import (KVCache, LlamaConfig, LlamaForCausalLM, RMSNorm, causal_attention, rope_angles,
+                           rotate)
 
 CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8, vocab_size=50, rms_norm_eps=1e-5)

@@ -82,7 +82,8 @@ def run_with_mask(decoder: LlamaForCausalLM, x: torch.Tensor, position_ids: torc
     cos, sin = rope_angles(position_ids, decoder.model.config.head_dim, decoder.model.config.rope_theta)
     for layer in decoder.model.layers:
         a, h = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (p(h).unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = (project(h).unflatten(-1, (-1, a.head_dim)).transpose(1, 2)
+                   for project in (a.q_proj, a.k_proj, a.v_proj))
         scores = rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(2, 3) / a.head_dim ** 0.5
         y = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
         x = x + a.o_proj(y.transpose(1, 2).flatten(2))
@@ -172,7 +173,8 @@ def test_a_prompt_without_exactly_one_image_is_refused(model, picture, ids: list
 
 
 def test_an_expression_beyond_the_models_positions_is_refused(model, picture):
-    with pytest.raises(NanogapError, match="the expression is too long: .* positions and has 512; shorten it"):
+    with pytest.raises(NanogapError,
+                       match="the expression is too long: .* positions and has 512; shorten it"):
         model.ground(picture, "man " * 600, mode="full")
 
 

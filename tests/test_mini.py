@@ -50,16 +50,19 @@ def test_the_checkpoint_has_the_published_layout(model: Llava):
     from safetensors import safe_open
     with safe_open(ROOT / "weights" / "mini" / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
-    assert {name.split(".")[0] for name in names} == {"vision_tower", "multi_modal_projector", "language_model"}
+    parts = {name.split(".")[0] for name in names}
+    assert parts == {"vision_tower", "multi_modal_projector", "language_model"}
     assert "vision_tower.vision_model.pre_layrnorm.weight" in names
     assert "language_model.lm_head.weight" in names
 
 
 def test_with_ids_permuted_but_nothing_removed_the_answer_changes(model: Llava):
     look = model.look(ROOT / "image.jpg")
-    full, permuted = (model.ground(look, EXPRESSION, "random", 144, mode).text for mode in ("full", "permuted"))
+    full, permuted = (model.ground(look, EXPRESSION, "random", 144, mode).text
+                      for mode in ("full", "permuted"))
     assert full != permuted
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps(said(nanogap.load(ROOT / "weights" / "mini", "cpu", "float32")), indent=2) + "\n")
+    shipped = nanogap.load(ROOT / "weights" / "mini", "cpu", "float32")
+    GOLDEN.write_text(json.dumps(said(shipped), indent=2) + "\n")

@@ -324,7 +324,8 @@ def test_words_and_patches_stand_in_the_space_of_transformers(transformers):
     model, folder = nanogap.load(MINI, "cpu", "float32"), MINI / "clip_text"
     seen = model.with_text(model.look(ROOT / "image.jpg").seen, "the man on the left")
     theirs = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.tensor([Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the man on the left").ids])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = torch.tensor([tokenizer.encode("the man on the left").ids])
     with torch.no_grad():
         assert_same(seen.text, theirs.text_projection(theirs.text_model(input_ids=ids).pooler_output)[0])
         hidden = theirs.vision_model(model.prepare_image(Image.open(ROOT / "image.jpg")),
