@@ -137,7 +137,6 @@ def read_and_cut(model: "Llava", seen: Seen, input_ids: Tensor, question: Questi
                 fastv.decoder(decoder, whole.next_position - next_position, cut), whole.next_position)
 
 
-@torch.no_grad()
 def answer(model: "Llava", look: "Look", question: Question, max_new_tokens: int = MAX_NEW_TOKENS,
            drafts: bool = True, on_token: Callable[[int], None] | None = None) -> Result:
     """Ask, and put together what came of it.
@@ -147,21 +146,23 @@ def answer(model: "Llava", look: "Look", question: Question, max_new_tokens: int
     """
     if question.mode not in gap.MODES:
         raise NanogapError(f"unknown mode {question.mode!r}: choose from {', '.join(gap.MODES)}")
-    start = model.clock()
-    foretold = template(model.tokenizer) if drafts else []
-    reading = read(model, look, question, draft(foretold, [], max_new_tokens - 1), max_new_tokens)
-    prefilled, tokens, passes = model.clock(), [], -1                         # the first tokens cost none
-    for new in decode(model.language_model, reading.logits, reading.cache, reading.starts_at,
-                      max_new_tokens, model.config.eos_token, foretold, reading.decoder):
-        tokens, passes = tokens + new, passes + 1
-        for token in new if on_token else ():
-            on_token(token)
+    with torch.inference_mode():                                              # no_grad, but faster
+        start = model.clock()
+        foretold = template(model.tokenizer) if drafts else []
+        reading = read(model, look, question, draft(foretold, [], max_new_tokens - 1), max_new_tokens)
+        prefilled, tokens, passes = model.clock(), [], -1                     # the first tokens cost none
+        for new in decode(model.language_model, reading.logits, reading.cache, reading.starts_at,
+                          max_new_tokens, model.config.eos_token, foretold, reading.decoder):
+            tokens, passes = tokens + new, passes + 1
+            for token in new if on_token else ():
+                on_token(token)
     text = model.tokenizer.decode(tokens)
     timings = {"vision_ms": look.vision_ms, "prefill_ms": prefilled - start,
                "decode_ms": model.clock() - prefilled, "new_tokens": len(tokens), "passes": passes}
-    return Result(in_pixels(parse_box(text), look.width, look.height), text, reading.fed.keep,
-                  reading.visual_tokens, reading.fed.position_ids.cpu(), reading.fed.next_position,
-                  tokens, timings, reading.cache.bytes_in_use())
+    fed = reading.fed                                     # copied below: autograd takes no inference tensor
+    return Result(in_pixels(parse_box(text), look.width, look.height), text, fed.keep.clone(),
+                  reading.visual_tokens, fed.position_ids.cpu().clone(), fed.next_position, tokens, timings,
+                  reading.cache.bytes_in_use())
 
 
 def in_pixels(box: Box | None, width: int, height: int) -> Box | None:

@@ -123,6 +123,15 @@ def test_the_result_holds_every_number(model, picture):
     assert gap.kv_bytes == rows * 2 * 3 * 64 * 4                        # k and v, layers, channels, bytes
 
 
+def test_a_result_and_a_look_can_be_used_where_gradients_flow(model, picture):
+    look = model.look(picture)
+    result = model.ground(look, "the man", "random", 4, "gap")
+    weights = torch.ones(len(look.seen.features), requires_grad=True)
+    (weights[result.keep, None] * look.seen.features[result.keep]).sum().backward()
+    assert weights.grad.count_nonzero() == 4
+    assert not result.keep.is_inference() and not result.position_ids.is_inference()
+
+
 def test_the_image_is_encoded_once_for_any_number_of_questions(model, picture):
     calls = []
     hook = model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
