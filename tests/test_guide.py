@@ -52,7 +52,8 @@ def test_a_text_is_compared_with_the_captions_that_training_saw():
     """The tower tells colours and kinds apart: a paraphrase is nearer than another thing."""
     guide = nanogap.load(MINI, "cpu").text_guide
     red, also, other = (torch.nn.functional.normalize(guide.embed(words), dim=0)
-                        for words in ("a red car and a blue ball", "a blue ball and a red car", "a green tree"))
+                        for words in ("a red car and a blue ball", "a blue ball and a red car",
+                                      "a green tree"))
     assert red @ also > 0.9 > red @ other
 
 

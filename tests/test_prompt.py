@@ -13,15 +13,16 @@ def pieces(expression: str) -> list[str]:
 
 
 def test_the_prompt_is_the_vicuna_template_with_the_rec_question():
-    assert BEFORE_IMAGE == ("A chat between a curious user and an artificial intelligence assistant. The assistant "
-                            "gives helpful, detailed, and polite answers to the user's questions. USER: ")
+    assert BEFORE_IMAGE == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. USER: ")
     assert AFTER_IMAGE.format(where_is("the man on the left")) == (
-        "\nPlease provide the bounding box coordinate of the region this sentence describes: the man on the left."
-        " ASSISTANT:")
+        "\nPlease provide the bounding box coordinate of the region this sentence describes: "
+        "the man on the left. ASSISTANT:")
 
 
 def test_one_image_token_stands_between_two_lone_spaces():
-    """The text before ends in a space and the text after is encoded on its own: a lone "▁" on both sides."""
+    """The text before ends in a space, the text after is encoded on its own: "▁" alone on both sides."""
     said = pieces("the man on the left")
     at = said.index("<image>")
     assert said[0] == "<s>" and said[at - 2: at + 4] == [":", "▁", "<image>", "▁", "\n", "Please"]
@@ -78,9 +79,11 @@ def test_a_box_is_read_from_what_models_really_say(text: str, box: tuple[float, 
 
 
 @pytest.mark.parametrize("text", [
-    "", "no box", "[0.12, 0.34, 0.56", "[0.12, 0.34, 0.56]", "[0.1, 0.2, 0.3, 0.4, 0.5]", "0.1, 0.2, 0.3, 0.4",
+    "", "no box", "[0.12, 0.34, 0.56", "[0.12, 0.34, 0.56]", "[0.1, 0.2, 0.3, 0.4, 0.5]",
+    "0.1, 0.2, 0.3, 0.4",
     "[0.5, 0.2, 0.3, 0.4]", "[0.1, 0.4, 0.3, 0.4]", "[0.1, 0.2, 0.3, 1.4]", "[-0.1, 0.2, 0.3, 0.4]",
-    "[nan, 0.2, 0.3, 0.4]", "[0.1, inf, 0.3, 0.4]", "[0.1, 0.2, 0.3, 1e9]", "[12, 34, 56, 78]", "[0.1 0.2 0.3 0.4]",
+    "[nan, 0.2, 0.3, 0.4]", "[0.1, inf, 0.3, 0.4]", "[0.1, 0.2, 0.3, 1e9]", "[12, 34, 56, 78]",
+    "[0.1 0.2 0.3 0.4]",
     "[٠.١, 0.2, 0.3, 0.4]", "[0.1.2, 0.2, 0.3, 0.4]", "[,,,]",
 ])
 def test_what_is_no_box_in_the_square_is_refused(text: str):

@@ -8,7 +8,8 @@ from tests.tiny import tiny_tokenizer
 
 def test_bytes_stand_after_the_special_tokens_and_image_and_pad_come_last():
     tokenizer = tiny_tokenizer()
-    assert [tokenizer.id_to_token(i) for i in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    named = [tokenizer.id_to_token(i) for i in (0, 1, 2, 3, 258)]
+    assert named == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
     size = tokenizer.get_vocab_size()
     assert [tokenizer.id_to_token(i) for i in (size - 2, size - 1)] == ["<image>", "<pad>"]
 
@@ -23,8 +24,8 @@ def test_digits_stand_alone_and_no_piece_spans_two_words():
 def test_the_file_is_built_like_llamas():
     """Prepend and replace, no pre-tokenizer, bytes for the unknown, BOS by template."""
     form = json.loads(tiny_tokenizer().to_str())
-    assert form["normalizer"]["normalizers"] == [{"type": "Prepend", "prepend": "▁"},
-                                                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    assert form["normalizer"]["normalizers"] == [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     assert form["pre_tokenizer"] is None
     assert form["model"]["byte_fallback"] and form["model"]["unk_token"] == "<unk>"
     assert [d["type"] for d in form["decoder"]["decoders"]] == ["Replace", "ByteFallback", "Fuse", "Strip"]

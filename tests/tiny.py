@@ -62,8 +62,8 @@ def tiny_tokenizer() -> Tokenizer:
     things = ("the man on the left", "a red car behind the tall tree", "woman with a blue umbrella",
               "small brown dog next to the bench", "the second cup from the right",
               "yellow house above")
-    sentences = [f"{prompt.BEFORE_IMAGE}{prompt.AFTER_IMAGE.format(prompt.where_is(thing))} [0.12, 0.34, 0.56, 0.78]"
-                 for thing in things]
+    questions = [prompt.AFTER_IMAGE.format(prompt.where_is(thing)) for thing in things]
+    sentences = [f"{prompt.BEFORE_IMAGE}{question} [0.12, 0.34, 0.56, 0.78]" for question in questions]
     tokenizer = train_llama_tokenizer(sentences, vocab_size=IMAGE_TOKEN)
     assert tokenizer.token_to_id(IMAGE) == IMAGE_TOKEN
     return tokenizer
