@@ -6,23 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import nanogap
 from nanogap import NanogapError, fastv
 from nanogap.gap import MODES
 from nanogap.llama import rope_angles, rotate
 from nanogap.llava import Llava
 from nanogap.prune import Kept
-from tests.tiny import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the man"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(folder, tiny_config())
-    return nanogap.load(folder, device="cpu")
 
 
 def whole(model: Llava) -> tuple[Tensor, Tensor]:

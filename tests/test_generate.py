@@ -11,16 +11,9 @@ from nanogap.gap import MODES
 from nanogap.generate import decode, draft, template
 from nanogap.llava import Llava
 from nanogap.prune import STRATEGIES
-from tests.tiny import tiny_config, tiny_tokenizer, write_checkpoint
+from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(folder, tiny_config())
-    return nanogap.load(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -7,21 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import nanogap
 from nanogap import NanogapError
-from nanogap.gap import MODES
-from nanogap.llama import LlamaForCausalLM
 from nanogap.answer import in_pixels
-from nanogap.llava import Llava
+from nanogap.gap import MODES
+from nanogap.llama import LlamaForCausalLM, rope_angles, rotate
 from nanogap.prune import Kept
-from tests.tiny import tiny_config, write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(folder, tiny_config())
-    return nanogap.load(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +68,6 @@ def test_gap_equals_the_unpruned_sequence_with_the_dropped_tokens_masked_out(mod
 def run_with_mask(decoder: LlamaForCausalLM, x: torch.Tensor, position_ids: torch.Tensor,
                   mask: torch.Tensor) -> torch.Tensor:
     """The decoder with attention written out and a mask of one's own."""
-    from nanogap.llama import rope_angles, rotate
     cos, sin = rope_angles(position_ids, decoder.model.config.head_dim, decoder.model.config.rope_theta)
     for layer in decoder.model.layers:
         a, h = layer.self_attn, layer.input_layernorm(x)

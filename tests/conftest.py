@@ -1,0 +1,15 @@
+"""What several test files ask."""
+
+import pytest
+
+import nanogap
+from nanogap.llava import Llava
+from tests.tiny import tiny_config, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
+    """A random LLaVA with 4 x 4 patches, written as a checkpoint and loaded from it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, tiny_config())
+    return nanogap.load(folder, device="cpu")
