@@ -1,4 +1,4 @@
-"""The training loop that both stages share, and where it takes up again after an interruption.
+"""The training loop that all courses share, and where it takes up again after an interruption.
 
 In:  a model, a loss, data.  Out: the model, trained; on the way a line of progress and a saved state.
 Run under torchrun, every process takes its own batches and the gradients are averaged.
@@ -15,11 +15,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogap.errors import NanogapError
-from nanogap.objectives import Batch, Scenes
+from nanogap.objectives import Asked, Batch, Scenes
 
-SHARE = (0.2, 0.8)   # of the time: stage 0, stage 1
 TIMED = 20           # steps by which --minutes is turned into a number of steps
 SAVE_EVERY = 120.0   # seconds
+
+
+@dataclass(frozen=True)
+class Course:
+    """A part of the training, with a warm-up and a decay of its own; figures are per process and step."""
+
+    name: str
+    minutes: float            # two CPU cores; also its share of --minutes
+    steps: int
+    images: int
+    rate: float               # AdamW's
+    asked: Asked | None = None
+    muon_rate: float | None = None
+    single: int = 0           # first steps with one thing to a scene; as many again with two
+    pairs: int = 0            # first steps in which two of three scenes are pairs
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
@@ -37,14 +51,14 @@ class Progress:
 
     path: Path
     settings: dict
-    steps: list[int]                              # of stage 0 and 1
-    minutes: float | None                         # sets the steps by the time that the first ones take
-    stage: int = 0
+    steps: list[int]                              # of each course
+    minutes: list[float] | None                   # of each course: sets the steps by how long the first take
+    course: int = 0
     step: int = 0
-    clip: dict = field(default_factory=dict)      # weights of stage 0, once done
-    state: dict = field(default_factory=dict)     # weights and optimizer of the stage under way
+    done: dict = field(default_factory=dict)      # weights that the course before ended with
+    state: dict = field(default_factory=dict)     # weights and optimizers of the course under way
 
-    KEPT = ("settings", "steps", "stage", "step", "clip", "state")
+    KEPT = ("settings", "steps", "course", "step", "done", "state")
 
     def save(self) -> None:
         partial = self.path.with_suffix(".partial")
@@ -64,46 +78,68 @@ class Progress:
 
     def choose_steps(self, seconds_per_step: float) -> None:
         """Turn minutes into a number of steps, the same in all processes."""
-        chosen = torch.tensor(int(60 * self.minutes * SHARE[self.stage] / seconds_per_step))
+        chosen = torch.tensor(int(60 * self.minutes[self.course] / seconds_per_step))
         if dist.is_initialized():
             dist.broadcast(chosen, 0)
-        self.steps[self.stage] = max(int(chosen), TIMED + 1)
+        self.steps[self.course] = max(int(chosen), TIMED + 1)
 
 
-def fit(name: str, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes, rate: float,
+def optimizers(model: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
+    """AdamW; where the course has a rate for it, Muon for the matrices between the words and the answer.
+
+    Muon (kellerjordan.github.io/posts/muon) takes a step of one size in every direction of a matrix, so
+    that what few examples teach is learned along with what many do.
+    """
+    inner, outer = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            between = p.dim() == 2 and "embed" not in name and "lm_head" not in name
+            (inner if course.muon_rate and between else outer).append(p)
+    adamw = torch.optim.AdamW(outer, lr=course.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    return [adamw, torch.optim.Muon(inner, lr=course.muon_rate, weight_decay=0.01)] if inner else [adamw]
+
+
+def fit(course: Course, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes,
         progress: Progress, workers: int) -> None:
-    """One stage: AdamW with a short warm-up and a long linear decay; reports, and saves as it goes."""
+    """One course: a short warm-up and a long linear decay of the rates; reports, and saves as it goes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    steppers = optimizers(model, course)
     if progress.state:
         model.load_state_dict(progress.state["model"])
-        optimizer.load_state_dict(progress.state["optimizer"])
+        for stepper, state in zip(steppers, progress.state["optimizers"]):
+            stepper.load_state_dict(state)
     start, begun, saved, average = progress.step, time.time(), time.time(), None
     batches = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers,
                                           sampler=range(start * world + rank, sys.maxsize, world))
     for step, batch in enumerate(batches, start):
         if step == TIMED and start == 0 and progress.minutes is not None:
             progress.choose_steps((time.time() - begun) / TIMED)
-        steps = progress.steps[progress.stage]
+        steps = progress.steps[progress.course]
         if step >= steps:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 200, 1.0) * (1 - step / steps)
+        for stepper in steppers:
+            for group in stepper.param_groups:
+                group["lr"] = stepper.defaults["lr"] * min((step + 1) / 200, 1.0) * (1 - step / steps)
         loss = loss_of(batch)
         loss.backward()
         if world > 1:
             average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if rank == 0 and (step + 1) % 50 == 0:
             left = (time.time() - begun) / (step + 1 - start) * (steps - step - 1)
-            print(f"{name}  step {step + 1}/{steps}  loss {average:.3f}  {left / 60:.0f} min to go",
+            print(f"{course.name:5}  step {step + 1}/{steps}  loss {average:.3f}  {left / 60:.0f} min to go",
                   flush=True)
         if rank == 0 and time.time() - saved > SAVE_EVERY:
             progress.step, saved = step + 1, time.time()
-            progress.state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            progress.state = {"model": model.state_dict(),
+                              "optimizers": [stepper.state_dict() for stepper in steppers]}
             progress.save()
-    progress.stage, progress.step, progress.state = progress.stage + 1, 0, {}
+    progress.course, progress.step, progress.state = progress.course + 1, 0, {}
+    progress.done = model.state_dict()
+    if rank == 0:
+        progress.save()

@@ -10,8 +10,9 @@ dropped and no position ID changed in training.
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from nanogap.clip import CLIP
 from nanogap.image import box_to_square, to_pixel_values
 from nanogap.llava import Llava
 from nanogap.prompt import BEFORE_IMAGE, DESCRIBE, encode, encode_prompt, format_box, where_is
-from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene
+from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
 
 # ----- data ---------------------------------------------------------------------------------------
 
@@ -33,20 +34,37 @@ class Scenes(torch.utils.data.Dataset):
     A split of `nanogap.scenes` is one word, so these seeds, of several, are never a split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int, single: int = 0) -> None:
-        """single: how many of the first batches show one thing only; as many again show two."""
-        self.seed, self.images, self.image_size, self.single = seed, images, image_size, single
+    def __init__(self, seed: str, images: int, image_size: int, single: int = 0, pairs: int = 0) -> None:
+        """single: how many of the first batches show one thing only; as many again show two
+        pairs:  in how many of the first two of three scenes are pairs
+        """
+        self.seed, self.images, self.image_size = seed, images, image_size
+        self.single, self.pairs = single, pairs
+
+    def draw(self, index: int, rng: random.Random) -> Scene:
+        # pictures are drawn just as large as the model sees them, or twice as large
+        size = rng.choice((1, 2)) * self.image_size
+        if index < 2 * self.single:
+            return draw_scene(rng, size, deal(rng)[:1 + index // self.single])
+        if index < self.pairs and rng.random() < 2 / 3:
+            return draw_pair(rng, size)
+        return draw_scene(rng, size)                                          # two to seven things
 
     def __getitem__(self, index: int) -> "Batch":
         rng = random.Random(f"train {self.seed} {index}")
-        most = 1 + index // self.single if self.single else 3
-        scenes = []
-        for _ in range(self.images):
-            cast = deal(rng)[:most] if most < 3 else None                     # None: two to seven things
-            # pictures are drawn just as large as the model sees them, or twice as large
-            scenes.append(draw_scene(rng, rng.choice((1, 2)) * self.image_size, cast))
+        scenes = [self.draw(index, rng) for _ in range(self.images)]
         pixels = torch.cat([to_pixel_values(scene.image, self.image_size) for scene in scenes])
         return pixels, scenes, rng                                            # pixels (B, 3, S, S)
+
+
+def draw_pair(rng: random.Random, size: int) -> Scene:
+    """Draw two things that their colour alone tells apart, or their kind alone, and name both."""
+    kinds, colours = rng.sample(list(KINDS), 2), rng.sample(list(COLOURS), 2)
+    alike = rng.choice((kinds, colours))
+    alike[1] = alike[0]
+    drawn = draw_scene(rng, size, list(zip(kinds, colours)))
+    names = [(f"the {named(thing.kind, thing.colour)}", i) for i, thing in enumerate(drawn.things)]
+    return replace(drawn, expressions=tuple(names))
 
 
 Batch = tuple[Tensor, list[Scene], random.Random]
@@ -107,18 +125,50 @@ class SharedPast:
         return k, v
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How many questions a step asks, and what tokens of the answers weigh in the loss; others weigh 1."""
+
+    boxes: int                     # at most so many questions where something is
+    words: int = 0                 # at most so many that a word answers
+    hundredths: float = 1.0        # mostly noise, where the tenths find the thing
+    word: float = 1.0              # one token tells as much here as 25 of a box
+
+
 @dataclass
 class Task:
     """Questions of one kind about B images: what stands after each image, what is to be said."""
 
-    prompts: list[list[int]]       # Q times the text after the image
-    answers: list[list[int]]       # Q times the answer, with its end token
-    about: list[int]               # which of the images
+    weights: tuple[float, ...]     # of an answer's tokens in the loss, from the first and over again
+    prompts: list[list[int]] = field(default_factory=list)       # Q times the text after the image
+    answers: list[list[int]] = field(default_factory=list)       # Q times the answer, with its end token
+    about: list[int] = field(default_factory=list)               # which of the images
+
+    def token_weights(self) -> Tensor:
+        """Of all tokens of the answers (M,)."""
+        return torch.tensor([weight for answer in self.answers
+                             for weight, _ in zip(cycle(self.weights), answer)])
 
 
-def tasks(model: Llava, scenes: list[Scene], most: int, rng: random.Random) -> list[Task]:
-    """At most so many questions for boxes, and one for a description of each scene."""
-    c, boxes, descriptions = model.config, Task([], [], []), Task([], [], [])
+def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield questions that a word answers, such as LLaVA-1.5's mixture has them (VQAv2, GQA)."""
+    for expression, thing in scene.expressions:
+        if not {*COLOURS} & {*expression.split()}:
+            yield f"What colour is the {expression.removeprefix('the ')}?", scene.things[thing].colour
+    there = [(thing.kind, thing.colour) for thing in scene.things]
+    for kind, colour in there:
+        if [c for _, c in there].count(colour) == 1:
+            yield f"What is {colour}?", kind
+        other_colour, other_kind = (kind, rng.choice([*COLOURS])), (rng.choice([*KINDS]), colour)
+        asked = rng.choice([(kind, colour), (kind, colour), other_colour, other_kind])
+        one = caption([Thing(*asked, (0.0, 0.0, 1.0, 1.0))], rng)                 # "a red car"
+        yield f"Is there {one}?", "yes" if asked in there else "no"
+
+
+def tasks(model: Llava, scenes: list[Scene], asked: Asked, rng: random.Random) -> list[Task]:
+    """Questions for boxes and for words, and one for a description of each scene."""
+    c, words, descriptions = model.config, Task((asked.word,)), Task((1.0,))
+    boxes = Task((1.0, 1.0, 1.0, 1.0, asked.hundredths, 1.0))                 # "[0.12, 0.34, 0.56, 0.78]"
 
     def add(task: Task, question: str, answer: str, i: int) -> None:
         prompt = encode_prompt(model.tokenizer, question, c.bos_token, c.image_token)
@@ -126,13 +176,16 @@ def tasks(model: Llava, scenes: list[Scene], most: int, rng: random.Random) -> l
         task.answers.append(encode(model.tokenizer, answer) + [c.eos_token])
         task.about.append(i)
 
-    asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in scene.expressions]
-    for i, expression, thing in rng.sample(asked, min(most, len(asked))):
+    every = [(i, *told) for i, scene in enumerate(scenes) for told in scene.expressions]
+    for i, expression, thing in rng.sample(every, min(asked.boxes, len(every))):
         box = box_to_square(scenes[i].things[thing].box, *scenes[i].image.size)
         add(boxes, where_is(expression), format_box(box), i)
+    every = [(i, *told) for i, scene in enumerate(scenes) for told in short_questions(scene, rng)]
+    for i, question, word in rng.sample(every, min(asked.words, len(every))):
+        add(words, question, word, i)
     for i, scene in enumerate(scenes):
         add(descriptions, DESCRIBE, caption(scene.things, rng), i)
-    return [boxes, descriptions]
+    return [task for task in (boxes, words, descriptions) if task.about]
 
 
 def read_answers(model: Llava, task: Task, past: SharedPast, start: int) -> tuple[Tensor, Tensor]:
@@ -158,8 +211,8 @@ def read_answers(model: Llava, task: Task, past: SharedPast, start: int) -> tupl
     return model.language_model.lm_head(hidden[in_answer]).float(), tokens[:, 1:][in_answer]
 
 
-def llava_loss(model: Llava, batch: Batch, device: torch.device, questions: int) -> Tensor:
-    """Next-token cross-entropy on the answers, the mean over all their tokens.
+def llava_loss(model: Llava, batch: Batch, device: torch.device, asked: Asked) -> Tensor:
+    """Next-token cross-entropy on the answers, the weighted mean over all their tokens.
 
     Every question sees the system sentence, its image and itself only, at the position IDs that it would
     have alone; so the sequences form a tree, and each level of it is run once:
@@ -176,6 +229,8 @@ def llava_loss(model: Llava, batch: Batch, device: torch.device, questions: int)
     decoder(decoder.embed_tokens(system)[None], torch.arange(P, device=device), below_system)
     below_image = SharedPast(below_system, torch.zeros(len(scenes), dtype=torch.long, device=device))
     decoder(model.multi_modal_projector(features), P + torch.arange(N, device=device), below_image)
-    logits, targets = zip(*(read_answers(model, task, below_image, P + N)
-                            for task in tasks(model, scenes, questions, rng)))
-    return F.cross_entropy(torch.cat(logits), torch.cat(targets))
+    questions = tasks(model, scenes, asked, rng)
+    logits, targets = zip(*(read_answers(model, task, below_image, P + N) for task in questions))
+    weights = torch.cat([task.token_weights() for task in questions]).to(device)
+    losses = F.cross_entropy(torch.cat(logits), torch.cat(targets), reduction="none")
+    return (losses * weights).sum() / weights.sum()

@@ -24,11 +24,11 @@ from torch import nn
 from nanogap.cli import Parser, answer_for, whole_number
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
-from nanogap.fit import Progress, fit
+from nanogap.fit import Course, Progress, fit
 from nanogap.image import box_to_square
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava, LlavaConfig
-from nanogap.objectives import Scenes, clip_loss, llava_loss
+from nanogap.objectives import Asked, Scenes, clip_loss, llava_loss, short_questions
 from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, DESCRIBE, format_box, where_is
 from nanogap.scenes import caption, draw_scene
 from nanogap.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
@@ -41,17 +41,17 @@ class Recipe:
     text: CLIPTextConfig
     decoder: LlamaConfig
     projection_dim: int
-    clip_steps: int
-    clip_images: int          # per process and step
-    clip_rate: float
-    llava_steps: int
-    llava_images: int         # per process and step
-    llava_rate: float
-    questions: int            # at most, per process and step
-    llava_single: int         # first steps with one thing to a scene; as many again with two
+    courses: tuple[Course, ...]   # the first is CLIP's, the others are LLaVA's
 
 
-# Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
+# Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.  Where things are is learned at high
+# rates, what they are at low ones: with 0.01 for Muon, "both" forgets what "what" has taught.
+COURSES = (
+    Course("CLIP", 20, 4500, 16, 1e-3),
+    Course("where", 62, 6300, 8, 2.5e-3, Asked(boxes=64), single=900),
+    Course("what", 8, 700, 8, 2e-3, Asked(boxes=12, words=72, hundredths=0.25, word=3.0), muon_rate=0.01),
+    Course("both", 30, 3500, 8, 1.5e-3, Asked(boxes=44, words=20, hundredths=0.25, word=3.0),
+           muon_rate=0.006, pairs=2600))
 CPU = Recipe(
     vision=CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4,
                             num_attention_heads=4, image_size=168, patch_size=14),
@@ -60,8 +60,7 @@ CPU = Recipe(
     decoder=LlamaConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4,
                         num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=0,
                         rms_norm_eps=1e-5, max_position_embeddings=2048),
-    projection_dim=128, clip_steps=4500, clip_images=16, clip_rate=1e-3,
-    llava_steps=10500, llava_images=8, llava_rate=2.5e-3, questions=64, llava_single=900)
+    projection_dim=128, courses=COURSES)
 # One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
 GPU = Recipe(
     vision=replace(CPU.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
@@ -69,8 +68,13 @@ GPU = Recipe(
     text=CPU.text,
     decoder=replace(CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
                     num_attention_heads=10, num_key_value_heads=10),
-    projection_dim=128, clip_steps=6000, clip_images=128, clip_rate=1e-3,
-    llava_steps=20000, llava_images=16, llava_rate=1.5e-3, questions=128, llava_single=900)
+    projection_dim=128, courses=(
+        Course("CLIP", 20, 6000, 128, 1e-3),
+        Course("where", 62, 13000, 16, 1.5e-3, Asked(boxes=128), single=900),
+        Course("what", 8, 1500, 16, 1.5e-3, Asked(boxes=24, words=144, hundredths=0.25, word=3.0),
+               muon_rate=0.01),
+        Course("both", 30, 7000, 16, 1e-3, Asked(boxes=88, words=40, hundredths=0.25, word=3.0),
+               muon_rate=0.006, pairs=5200)))
 RECIPES = {"cpu": CPU, "gpu": GPU}
 
 
@@ -101,7 +105,8 @@ def sentences(seed: int) -> list[str]:
         for expression, thing in drawn.expressions:
             box = box_to_square(drawn.things[thing].box, *drawn.image.size)
             said.append(BEFORE_IMAGE + AFTER_IMAGE.format(where_is(expression)) + " " + format_box(box))
-        said.append(BEFORE_IMAGE + AFTER_IMAGE.format(DESCRIBE) + " " + caption(drawn.things, rng))
+        said += [BEFORE_IMAGE + AFTER_IMAGE.format(question) + " " + answer for question, answer in
+                 [(DESCRIBE, caption(drawn.things, rng)), *short_questions(drawn, rng)]]
     return said
 
 
@@ -138,35 +143,40 @@ def new_llava(recipe: Recipe, seed: int, clip: CLIP) -> Llava:
 
 def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps: list[int] | None = None,
           minutes: float | None = None, workers: int = 0) -> None:
-    """Both stages, from nothing to a folder that `nanogap.load` and transformers read.
+    """All courses, from nothing to a folder that `nanogap.load` and transformers read.
 
-    steps:   of stage 0 and 1; minutes: as many steps as fit into so much time; neither: the recipe's
+    steps:   of each course; minutes: as many steps as fit into so much time; neither: the recipe's
     workers: processes that draw scenes beside this one
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    progress = Progress(out / "training.pt", {"seed": seed, "size": recipe.vision.image_size},
-                        list(steps or (recipe.clip_steps, recipe.llava_steps)), minutes)
+    size, courses = recipe.vision.image_size, recipe.courses
+    planned = sum(course.minutes for course in courses)
+    progress = Progress(out / "training.pt",
+                        {"seed": seed, "size": size, "courses": [course.name for course in courses]},
+                        list(steps or (course.steps for course in courses)),
+                        minutes and [minutes * course.minutes / planned for course in courses])
     progress.load()
     out.mkdir(parents=True, exist_ok=True)
-    size = recipe.vision.image_size
     clip, words = new_clip(recipe, seed)
     clip.to(device)
-    if progress.stage == 0:
-        fit("CLIP ", clip, lambda batch: clip_loss(clip, words, batch, device),
-            Scenes(f"{seed} clip", recipe.clip_images, size), recipe.clip_rate, progress, workers)
-        progress.clip = clip.state_dict()
+    if progress.course == 0:
+        fit(courses[0], clip, lambda batch: clip_loss(clip, words, batch, device),
+            Scenes(f"{seed} clip", courses[0].images, size), progress, workers)
+    if progress.course == 1:
+        clip.load_state_dict(progress.done)
         if rank == 0:
             save_clip(out / "clip_text", clip, words)
-            progress.save()
-    clip.load_state_dict(progress.clip)
     model = new_llava(recipe, seed, clip).to(device)
-    fit("LLaVA", model, lambda batch: llava_loss(model, batch, device, recipe.questions),
-        Scenes(f"{seed} llava", recipe.llava_images, size, recipe.llava_single * world),
-        recipe.llava_rate, progress, workers)
+    if progress.course > 1:
+        model.load_state_dict(progress.done)
+    for course in courses[progress.course:]:
+        fit(course, model, lambda batch: llava_loss(model, batch, device, course.asked),
+            Scenes(f"{seed} {course.name}", course.images, size, course.single * world, course.pairs * world),
+            progress, workers)
     if rank == 0:
         save_llava(out, model)
         progress.path.unlink(missing_ok=True)
-        print(f"{out} is done: seed {seed}, --steps {progress.steps[0]} {progress.steps[1]}")
+        print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, progress.steps))}")
 
 
 def command(argv: Sequence[str] | None) -> None:
@@ -175,8 +185,8 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--out", type=Path, required=True,
                         help="folder to write; weights/mini is the shipped one")
     parser.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
-    parser.add_argument("--steps", type=whole_number, nargs=2, metavar=("CLIP", "LLAVA"),
-                        help="exactly so many steps")
+    parser.add_argument("--steps", type=whole_number, nargs=len(COURSES), help="exactly so many steps",
+                        metavar=tuple(course.name.upper() for course in COURSES))
     parser.add_argument("--recipe", choices=RECIPES, help="default: gpu where there is one, else cpu")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--seed", type=whole_number, default=0)

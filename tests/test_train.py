@@ -13,12 +13,15 @@ import nanogap
 from nanogap import NanogapError, fit, train
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llava import Llava
-from nanogap.objectives import SINGLES, Scenes, contents, llava_loss, tasks
+from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_pair, llava_loss, short_questions,
+                                tasks)
 from nanogap.scenes import Thing, scene
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                           image_size=56, patch_size=14)
-TINY = replace(train.CPU, vision=VISION, projection_dim=8, clip_images=2, llava_images=2, questions=6,
+ASKED = Asked(boxes=6, words=5, hundredths=0.25, word=3.0)
+TINY = replace(train.CPU, vision=VISION, projection_dim=8,
+               courses=tuple(replace(course, images=2, asked=course.asked and ASKED) for course in train.COURSES),
                text=replace(train.CPU.text, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                             num_attention_heads=2),
                decoder=replace(train.CPU.decoder, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -36,19 +39,65 @@ def test_the_loss_on_shared_prefixes_is_the_loss_on_whole_sequences(model: Llava
     pixels, scenes, _ = Scenes("test", 2, 56)[3]
     before = model.prompt("anything").tolist()
     before = before[:before.index(model.config.image_token) + 1]
-    boxes, descriptions = tasks(model, scenes, 6, random.Random(5))
-    assert len(boxes.answers) == 6 and len(descriptions.answers) == 2
+    asked = tasks(model, scenes, ASKED, random.Random(5))
+    assert [len(task.answers) for task in asked] == [6, 5, 2]                 # boxes, words, descriptions
     losses = []
-    for task in (boxes, descriptions):
+    for task in asked:
         for prompt, answer, i in zip(task.prompts, task.answers, task.about):
             logits = model(torch.tensor(before + prompt + answer[:-1]), pixels[i:i + 1])
             losses.append(F.cross_entropy(logits[-len(answer):], torch.tensor(answer), reduction="none"))
-    together = llava_loss(model, (pixels, scenes, random.Random(5)), CPU, 6)
-    assert together.item() == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+    weights = torch.cat([task.token_weights() for task in asked])
+    alone = (torch.cat(losses) * weights).sum() / weights.sum()
+    together = llava_loss(model, (pixels, scenes, random.Random(5)), CPU, ASKED)
+    assert together.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: Llava):
+    boxes, words, descriptions = tasks(model, Scenes("test", 2, 56)[3][1], ASKED, random.Random(5))
+    tokens = [model.tokenizer.id_to_token(i) for i in boxes.answers[0]]
+    light = [at for at, weight in enumerate(boxes.token_weights()[:25]) if weight == 0.25]
+    assert len(tokens) == 25 and light == [4, 10, 16, 22] and all(tokens[at - 2] == "." for at in light)
+    assert words.token_weights().unique().tolist() == [3.0]
+    assert descriptions.token_weights().unique().tolist() == [1.0]
+    assert tasks(model, Scenes("test", 2, 56)[3][1], Asked(boxes=6), random.Random(5))[0].token_weights().min() == 1
+
+
+def test_short_questions_have_one_true_answer():
+    """Asked of scenes from the generator, answered again from what is in them."""
+    rng, answers = random.Random(1), Counter()
+    for index in range(60):
+        drawn = scene("short", index, 64)
+        there = [(thing.kind, thing.colour) for thing in drawn.things]
+        for question, word in short_questions(drawn, rng):
+            if question.startswith("What colour is the "):
+                said = question.removeprefix("What colour is the ").removesuffix("?")
+                told = {thing for expression, thing in drawn.expressions
+                        if expression.removeprefix("the ") == said}
+                assert {drawn.things[thing].colour for thing in told} == {word}
+            elif question.startswith("What is "):
+                assert [kind for kind, colour in there if f"What is {colour}?" == question] == [word]
+            else:
+                words = question.removesuffix("?").split()
+                assert word == ("yes" if any(k in words and c in words for k, c in there) else "no")
+                answers[word] += 1
+    assert min(answers["yes"], answers["no"]) > 50
+
+
+def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(model: Llava):
+    names = {id(p): name for name, p in model.named_parameters()}
+    _, where, what, _ = TINY.courses
+    adamw, muon = ({names[id(p)] for group in stepper.param_groups for p in group["params"]}
+                   for stepper in fit.optimizers(model, what))
+    assert {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"} <= adamw
+    layer = "language_model.model.layers.0."
+    assert {"multi_modal_projector.linear_1.weight", layer + "mlp.up_proj.weight"} <= muon
+    assert adamw | muon == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not adamw & muon and all("norm" not in name for name in muon)
+    assert len(fit.optimizers(model, where)) == 1
 
 
 def test_training_never_touches_the_vision_tower_in_stage_one(model: Llava):
-    llava_loss(model, Scenes("test", 2, 56)[0], CPU, 6).backward()
+    llava_loss(model, Scenes("test", 2, 56)[0], CPU, ASKED).backward()
     assert all(p.grad is None for p in model.vision_tower.parameters())
     assert all(p.grad is not None for p in model.multi_modal_projector.parameters())
     model.zero_grad()
@@ -59,6 +108,21 @@ def test_the_curriculum_starts_with_one_thing_then_two():
     counts = [{len(s.things) for s in data[i][1]} for i in (0, 9, 10, 19)]
     assert counts == [{1}, {1}, {2}, {2}]
     assert max(len(s.things) for i in range(20, 24) for s in data[i][1]) > 2
+
+
+def test_a_pair_is_told_apart_by_kind_alone_or_by_colour_alone():
+    for seed in range(20):
+        pair = draw_pair(random.Random(seed), 56)
+        a, b = pair.things
+        assert (a.kind == b.kind) != (a.colour == b.colour)
+        assert all({pair.things[i].kind, pair.things[i].colour} < {*e.split()} for e, i in pair.expressions)
+
+
+def test_two_of_three_early_scenes_can_be_pairs():
+    data = Scenes("test", 4, 56, pairs=12)
+    twos, later = ([s for i in range(start, start + 12) for s in data[i][1] if len(s.things) == 2]
+                   for start in (0, 12))
+    assert 26 <= len(twos) <= 40 and len(later) <= 16                         # of 48
 
 
 def test_batches_follow_from_the_seed_and_belong_to_no_split():
@@ -83,7 +147,7 @@ def run(out: Path, steps: list[int], **options: object) -> dict[str, bytes]:
 
 
 def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_path: Path):
-    first, second, other = (run(tmp_path / name, [2, 2], seed=seed) for name, seed in
+    first, second, other = (run(tmp_path / name, [2, 1, 1, 2], seed=seed) for name, seed in
                             (("a", 0), ("b", 0), ("c", 1)))
     assert list(first) == ["clip_text/config.json", "clip_text/model.safetensors", "clip_text/tokenizer.json",
                            "config.json", "generation_config.json", "model.safetensors",
@@ -95,7 +159,7 @@ def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_
 
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path: Path,
                                                                       monkeypatch: pytest.MonkeyPatch):
-    whole = run(tmp_path / "whole", [2, 4])
+    whole = run(tmp_path / "whole", [2, 4, 1, 1])
     monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)                               # save after every step
     steps_left = 2
 
@@ -108,13 +172,13 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path: 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "llava_loss", interrupted)
-        run(tmp_path / "broken", [2, 4])
+        run(tmp_path / "broken", [2, 4, 1, 1])
     assert (tmp_path / "broken" / "training.pt").exists()
-    assert run(tmp_path / "broken", [2, 4]) == whole
+    assert run(tmp_path / "broken", [2, 4, 1, 1]) == whole
     assert not (tmp_path / "broken" / "training.pt").exists()
 
 
 def test_a_training_with_other_settings_is_not_continued(tmp_path: Path):
     torch.save({"settings": {"seed": 7}}, tmp_path / "training.pt")
     with pytest.raises(NanogapError, match="is of a training with other settings .* delete it to start anew"):
-        train.train(tmp_path, TINY, CPU, steps=[1, 1])
+        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
