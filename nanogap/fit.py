@@ -55,10 +55,10 @@ class Progress:
     minutes: list[float] | None                   # of each course: sets the steps by how long the first take
     course: int = 0
     step: int = 0
-    done: dict = field(default_factory=dict)      # weights that the course before ended with
+    clip: dict = field(default_factory=dict)      # weights of CLIP, once trained
     state: dict = field(default_factory=dict)     # weights and optimizers of the course under way
 
-    KEPT = ("settings", "steps", "course", "step", "done", "state")
+    KEPT = ("settings", "steps", "course", "step", "clip", "state")
 
     def save(self) -> None:
         partial = self.path.with_suffix(".partial")
@@ -87,8 +87,7 @@ class Progress:
 def optimizers(model: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
     """AdamW; where the course has a rate for it, Muon for the matrices between the words and the answer.
 
-    Muon (kellerjordan.github.io/posts/muon) takes a step of one size in every direction of a matrix, so
-    that what few examples teach is learned along with what many do.
+    Muon takes a step of one size in every direction of a matrix (kellerjordan.github.io/posts/muon).
     """
     inner, outer = [], []
     for name, p in model.named_parameters():
@@ -139,7 +138,5 @@ def fit(course: Course, model: nn.Module, loss_of: Callable[[Batch], Tensor], da
             progress.state = {"model": model.state_dict(),
                               "optimizers": [stepper.state_dict() for stepper in steppers]}
             progress.save()
-    progress.course, progress.step, progress.state = progress.course + 1, 0, {}
-    progress.done = model.state_dict()
-    if rank == 0:
-        progress.save()
+    progress.course, progress.step = progress.course + 1, 0
+    progress.state = {"model": model.state_dict(), "optimizers": []}          # the next begins with new ones

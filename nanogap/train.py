@@ -44,8 +44,7 @@ class Recipe:
     courses: tuple[Course, ...]   # the first is CLIP's, the others are LLaVA's
 
 
-# Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.  Where things are is learned at high
-# rates, what they are at low ones: with 0.01 for Muon, "both" forgets what "what" has taught.
+# Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
 COURSES = (
     Course("CLIP", 20, 4500, 16, 1e-3),
     Course("where", 62, 6300, 8, 2.5e-3, Asked(boxes=64), single=900),
@@ -162,13 +161,12 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
     if progress.course == 0:
         fit(courses[0], clip, lambda batch: clip_loss(clip, words, batch, device),
             Scenes(f"{seed} clip", courses[0].images, size), progress, workers)
-    if progress.course == 1:
-        clip.load_state_dict(progress.done)
+        progress.clip, progress.state = clip.state_dict(), {}
         if rank == 0:
             save_clip(out / "clip_text", clip, words)
+            progress.save()
+    clip.load_state_dict(progress.clip)
     model = new_llava(recipe, seed, clip).to(device)
-    if progress.course > 1:
-        model.load_state_dict(progress.done)
     for course in courses[progress.course:]:
         fit(course, model, lambda batch: llava_loss(model, batch, device, course.asked),
             Scenes(f"{seed} {course.name}", course.images, size, course.single * world, course.pairs * world),
