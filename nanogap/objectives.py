@@ -42,7 +42,7 @@ class Scenes(torch.utils.data.Dataset):
         self.single, self.pairs = single, pairs
 
     def draw(self, index: int, rng: random.Random) -> Scene:
-        # pictures are drawn just as large as the model sees them, or twice as large
+        """A scene for this batch, drawn just as large as the model sees it, or twice as large."""
         size = rng.choice((1, 2)) * self.image_size
         if index < 2 * self.single:
             return draw_scene(rng, size, deal(rng)[:1 + index // self.single])
@@ -132,7 +132,7 @@ class Asked:
     boxes: int                     # at most so many questions where something is
     words: int = 0                 # at most so many that a word answers
     hundredths: float = 1.0        # mostly noise, where the tenths find the thing
-    word: float = 1.0              # one token tells as much here as 25 of a box
+    word: float = 1.0              # short answers have few tokens beside those of the boxes
 
 
 @dataclass

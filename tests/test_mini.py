@@ -84,7 +84,7 @@ def share_found(model: Llava, cast: Callable[[Random], Cast],
 
 
 def test_what_it_goes_by(model: Llava):
-    """README says so: by place it finds nearly all, by kind alone two of three, by colour alone it guesses."""
+    """README says so: by place it finds nearly all, by kind two of three, and by colour it guesses."""
     def alike(rng: Random) -> Cast:
         kind = rng.choice([*KINDS])
         return [(kind, colour) for colour in rng.sample([*COLOURS], 2)]
