@@ -83,6 +83,8 @@ def read(model: "Llava", look: "Look", question: Question, drafts: list[int], ro
     model.check_length(P + N + A + room)
     if question.mode == "full":
         kept = Kept(torch.arange(N))
+    elif seen.keys is None:
+        raise ValueError("this look noted nothing for pruning: take it with for_pruning=True")
     elif question.prune in prune.IN_DECODER:
         return read_and_cut(model, seen, input_ids, question, room)
     else:

@@ -10,6 +10,7 @@ Letters: B batch, T new tokens, R rows in the cache, C channels, H heads, G key-
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,13 @@ class KVCache:
 # ----- the decoder --------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)                                                         # one for all layers of a pass
+@torch.inference_mode(False)                                                  # and for those with gradients
+def causal_mask(T: int, R: int, device: torch.device) -> Tensor:
+    """Which of R rows each of the T last ones sees: (T, R)."""
+    return torch.ones(T, R, dtype=torch.bool, device=device).tril(diagonal=R - T)
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
@@ -128,7 +136,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     """
     T, R = q.shape[2], k.shape[2]
     if mask is None and 1 < T < R:
-        mask = torch.ones(T, R, dtype=torch.bool, device=q.device).tril(diagonal=R - T)
+        mask = causal_mask(T, R, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                           enable_gqa=q.shape[1] != k.shape[1])
 

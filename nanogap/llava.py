@@ -119,18 +119,20 @@ class Llava(nn.Module):
         return torch.tensor(encode_prompt(self.tokenizer, question, c.bos_token, c.image_token))
 
     @torch.no_grad()
-    def look(self, image: Image.Image | str | Path | Look, share: bool = False) -> Look:
+    def look(self, image: Image.Image | str | Path | Look, share: bool = False,
+             for_pruning: bool = True) -> Look:
         """Run the vision tower on a picture, once for all the questions about it.
 
-        share: let the questions share the decoder's work on the image as well
+        share:       let the questions share the decoder's work on the image as well
+        for_pruning: note what strategies look at; mode "full" does without
         """
         if isinstance(image, Look):
             return image
         image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
         start = self.clock()
-        out = self.vision_tower(self.prepare_image(image), for_pruning=True)
-        seen = Seen(out.features[0], out.cls[0], out.cls_attention[0], out.keys[0], out.last_queries[0],
-                    out.last_keys[0], self.multi_modal_projector(out.features[0]))
+        out = vars(self.vision_tower(self.prepare_image(image), for_pruning))
+        seen = Seen(**{name: of_batch[0] for name, of_batch in out.items() if of_batch is not None},
+                    projected=self.multi_modal_projector(out["features"][0]) if for_pruning else None)
         return Look(*image.size, seen, self.clock() - start, {} if share else None)
 
     def with_text(self, seen: Seen, expression: str) -> Seen:
@@ -224,13 +226,14 @@ class Llava(nn.Module):
         raises:  NanogapError for a mistake in any of these
         """
         question = Question(where_is(expression), expression, prune, keep, mode, seed)
-        return answer(self, self.look(image), question, **options)
+        return answer(self, self.look(image, for_pruning=mode != "full"), question, **options)
 
     def describe(self, image: Image.Image | str | Path | Look, prune: str = "cls_attention",
                  keep: int | None = None, mode: str = "gap", seed: int = 0, **options: Any) -> Result:
         """Say what is in a picture; the arguments are those of `ground`."""
         question = Question(DESCRIBE, DESCRIBE, prune, keep, mode, seed)
-        return answer(self, self.look(image), question, **{"max_new_tokens": 2 * MAX_NEW_TOKENS} | options)
+        look = self.look(image, for_pruning=mode != "full")
+        return answer(self, look, question, **{"max_new_tokens": 2 * MAX_NEW_TOKENS} | options)
 
     def check_length(self, positions: int) -> None:
         """Refuse a question whose position IDs leave the range that the model was made for."""

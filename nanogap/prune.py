@@ -25,16 +25,16 @@ from nanogap.errors import NanogapError
 class Seen:
     """What a strategy may look at: an image in the vision tower, and more where one needs it."""
 
-    features: Tensor                  # (N, C)      patches after the feature layer, raster order
-    cls: Tensor                       # (C,)        the CLS token after the feature layer
-    cls_attention: Tensor             # (H, N)      how much CLS attends to each patch there
-    keys: Tensor                      # (N, D)      that layer's keys, the mean over heads
-    last_queries: Tensor              # (1 + N, C)  the next layer's, CLS first: heads not split
-    last_keys: Tensor                 # (1 + N, C)  and its keys
-    projected: Tensor                 # (N, C')     patches as the decoder is fed them
-    aligned: Tensor | None = None     # (N, E)      patches in CLIP's space of images and texts, and
-    text: Tensor | None = None        # (E,)        the expression in it: for those in READ_TEXT
-    attention: Tensor | None = None   # (H, N)      a decoder's, last token to patches
+    features: Tensor                      # (N, C)      patches after the feature layer, raster order
+    cls: Tensor                           # (C,)        the CLS token after the feature layer
+    cls_attention: Tensor | None = None   # (H, N)      how much CLS attends to each patch there
+    keys: Tensor | None = None            # (N, D)      that layer's keys, the mean over heads
+    last_queries: Tensor | None = None    # (1 + N, C)  the next layer's, CLS first: heads not split
+    last_keys: Tensor | None = None       # (1 + N, C)  and its keys
+    projected: Tensor | None = None       # (N, C')     patches as the decoder is fed them
+    aligned: Tensor | None = None         # (N, E)      patches in CLIP's space of images and texts, and
+    text: Tensor | None = None            # (E,)        the expression in it: for those in READ_TEXT
+    attention: Tensor | None = None       # (H, N)      a decoder's, last token to patches
 
     @property
     def grid(self) -> int:

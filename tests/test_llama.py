@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogap.llama import (KVCache, LlamaConfig, LlamaForCausalLM, RMSNorm, causal_attention, rope_angles,
-                           rotate)
+from nanogap.llama import (KVCache, LlamaConfig, LlamaForCausalLM, RMSNorm, causal_attention, causal_mask,
+                           rope_angles, rotate)
 
 CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8, vocab_size=50, rms_norm_eps=1e-5)
@@ -84,6 +84,15 @@ def test_attention_equals_softmax_written_out(T: int, R: int, groups: int):
     torch.manual_seed(T * R)
     q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, groups, R, 8), torch.randn(2, groups, R, 8)
     assert torch.allclose(causal_attention(q, k, v), written_out(q, k, v), atol=1e-5)
+
+
+def test_a_mask_made_without_gradients_serves_where_they_flow():
+    q, k = torch.ones(1, 1, 2, 8, requires_grad=True), torch.ones(1, 1, 5, 8)
+    causal_mask.cache_clear()
+    with torch.inference_mode():
+        causal_attention(q, k, k)
+    causal_attention(q, k, k).sum().backward()
+    assert causal_mask.cache_info().hits == 1
 
 
 def test_a_token_sees_the_order_of_the_sequence_not_the_order_of_the_ids(decoder: LlamaForCausalLM):

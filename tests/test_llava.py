@@ -131,6 +131,19 @@ def test_the_image_is_encoded_once_for_any_number_of_questions(model, picture):
     assert len(calls) == 1
 
 
+def test_mode_full_does_not_wait_for_what_only_strategies_look_at(model, picture):
+    asked = []
+    hook = model.vision_tower.register_forward_hook(lambda _, __, out: asked.append(out.keys is not None))
+    whole = model.ground(picture, "the man", mode="full", max_new_tokens=4)
+    model.ground(picture, "the man", "random", 4, "gap", max_new_tokens=4)
+    hook.remove()
+    assert asked == [False, True]
+    look = model.look(picture, for_pruning=False)
+    assert model.ground(look, "the man", mode="full", max_new_tokens=4).tokens == whole.tokens
+    with pytest.raises(ValueError, match="take it with for_pruning=True"):
+        model.ground(look, "the man", "random", 4, "gap")
+
+
 def test_generation_stops_at_the_end_token(model, picture):
     """Whatever the model says third is declared the end: it is said, and nothing after it."""
     said = model.ground(picture, "the man", mode="full", max_new_tokens=6).tokens
