@@ -33,7 +33,7 @@ class Course:
     asked: Asked | None = None
     muon_rate: float | None = None
     single: int = 0           # first steps with one thing to a scene; as many again with two
-    pairs: int = 0            # first steps in which two of three scenes are pairs
+    alike: int = 0            # first steps in which two of three scenes show things that are much alike
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

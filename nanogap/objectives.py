@@ -34,20 +34,20 @@ class Scenes(torch.utils.data.Dataset):
     A split of `nanogap.scenes` is one word, so these seeds, of several, are never a split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int, single: int = 0, pairs: int = 0) -> None:
+    def __init__(self, seed: str, images: int, image_size: int, single: int = 0, alike: int = 0) -> None:
         """single: how many of the first batches show one thing only; as many again show two
-        pairs:  in how many of the first two of three scenes are pairs
+        alike:  in how many of the first two of three scenes show things alike in kind or in colour
         """
         self.seed, self.images, self.image_size = seed, images, image_size
-        self.single, self.pairs = single, pairs
+        self.single, self.alike = single, alike
 
     def draw(self, index: int, rng: random.Random) -> Scene:
         """A scene for this batch, drawn just as large as the model sees it, or twice as large."""
         size = rng.choice((1, 2)) * self.image_size
         if index < 2 * self.single:
             return draw_scene(rng, size, deal(rng)[:1 + index // self.single])
-        if index < self.pairs and rng.random() < 2 / 3:
-            return draw_pair(rng, size)
+        if index < self.alike and rng.random() < 2 / 3:
+            return draw_alike(rng, size)
         return draw_scene(rng, size)                                          # two to seven things
 
     def __getitem__(self, index: int) -> "Batch":
@@ -57,11 +57,12 @@ class Scenes(torch.utils.data.Dataset):
         return pixels, scenes, rng                                            # pixels (B, 3, S, S)
 
 
-def draw_pair(rng: random.Random, size: int) -> Scene:
-    """Draw two things that their colour alone tells apart, or their kind alone, and name both."""
-    kinds, colours = rng.sample(list(KINDS), 2), rng.sample(list(COLOURS), 2)
-    alike = rng.choice((kinds, colours))
-    alike[1] = alike[0]
+def draw_alike(rng: random.Random, size: int) -> Scene:
+    """Draw two to four things that their colours alone tell apart, or their kinds alone, and name all."""
+    count = rng.randint(2, 4)
+    kinds, colours = rng.sample(list(KINDS), count), rng.sample(list(COLOURS), count)
+    alike = rng.choice((kinds, kinds, colours))                               # colours are harder to learn
+    alike[1:] = alike[:1] * (count - 1)
     drawn = draw_scene(rng, size, list(zip(kinds, colours)))
     names = [(f"the {named(thing.kind, thing.colour)}", i) for i, thing in enumerate(drawn.things)]
     return replace(drawn, expressions=tuple(names))
@@ -130,9 +131,11 @@ class Asked:
     """How many questions a step asks, and what tokens of the answers weigh in the loss; others weigh 1."""
 
     boxes: int                     # at most so many questions where something is
+    finds: int = 0                 # at most so many more, whose answers stop at "[0.1": which thing it is
     words: int = 0                 # at most so many that a word answers
     hundredths: float = 1.0        # mostly noise, where the tenths find the thing
-    word: float = 1.0              # short answers have few tokens beside those of the boxes
+    descriptions: int = 8          # at most so many of the images are described
+    word: float = 1.0              # what a word or a find weighs: one token, beside many of boxes
 
 
 @dataclass
@@ -168,24 +171,26 @@ def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str
 def tasks(model: Llava, scenes: list[Scene], asked: Asked, rng: random.Random) -> list[Task]:
     """Questions for boxes and for words, and one for a description of each scene."""
     c, words, descriptions = model.config, Task((asked.word,)), Task((1.0,))
+    finds = Task((1.0, 1.0, 1.0, asked.word))                                 # "[0.1"
     boxes = Task((1.0, 1.0, 1.0, 1.0, asked.hundredths, 1.0))                 # "[0.12, 0.34, 0.56, 0.78]"
 
-    def add(task: Task, question: str, answer: str, i: int) -> None:
+    def add(task: Task, question: str, answer: str, i: int, tokens: int | None = None) -> None:
         prompt = encode_prompt(model.tokenizer, question, c.bos_token, c.image_token)
         task.prompts.append(prompt[prompt.index(c.image_token) + 1:])
-        task.answers.append(encode(model.tokenizer, answer) + [c.eos_token])
+        task.answers.append((encode(model.tokenizer, answer) + [c.eos_token])[:tokens])
         task.about.append(i)
 
     every = [(i, *told) for i, scene in enumerate(scenes) for told in scene.expressions]
-    for i, expression, thing in rng.sample(every, min(asked.boxes, len(every))):
-        box = box_to_square(scenes[i].things[thing].box, *scenes[i].image.size)
-        add(boxes, where_is(expression), format_box(box), i)
+    for task, count, tokens in ((boxes, asked.boxes, None), (finds, asked.finds, 4)):
+        for i, expression, thing in rng.sample(every, min(count, len(every))):
+            box = box_to_square(scenes[i].things[thing].box, *scenes[i].image.size)
+            add(task, where_is(expression), format_box(box), i, tokens)
     every = [(i, *told) for i, scene in enumerate(scenes) for told in short_questions(scene, rng)]
     for i, question, word in rng.sample(every, min(asked.words, len(every))):
         add(words, question, word, i)
-    for i, scene in enumerate(scenes):
+    for i, scene in enumerate(scenes[:asked.descriptions]):
         add(descriptions, DESCRIBE, caption(scene.things, rng), i)
-    return [task for task in (boxes, words, descriptions) if task.about]
+    return [task for task in (boxes, finds, words, descriptions) if task.about]
 
 
 def read_answers(model: Llava, task: Task, past: SharedPast, start: int) -> tuple[Tensor, Tensor]:

@@ -47,10 +47,10 @@ class Recipe:
 # Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
 COURSES = (
     Course("CLIP", 20, 4500, 16, 1e-3),
-    Course("where", 62, 6300, 8, 2.5e-3, Asked(boxes=64), single=900),
-    Course("what", 8, 700, 8, 2e-3, Asked(boxes=12, words=72, hundredths=0.25, word=3.0), muon_rate=0.01),
-    Course("both", 30, 3500, 8, 1.5e-3, Asked(boxes=44, words=20, hundredths=0.25, word=3.0),
-           muon_rate=0.006, pairs=2600))
+    Course("read", 7, 1000, 8, 2.5e-3, Asked(boxes=64), single=1000),
+    Course("find", 93, 5700, 12, 1.5e-3,
+           Asked(boxes=24, finds=60, words=16, descriptions=4, hundredths=0.25, word=3.0),
+           muon_rate=0.006, alike=3800))
 CPU = Recipe(
     vision=CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4,
                             num_attention_heads=4, image_size=168, patch_size=14),
@@ -69,11 +69,10 @@ GPU = Recipe(
                     num_attention_heads=10, num_key_value_heads=10),
     projection_dim=128, courses=(
         Course("CLIP", 20, 6000, 128, 1e-3),
-        Course("where", 62, 13000, 16, 1.5e-3, Asked(boxes=128), single=900),
-        Course("what", 8, 1500, 16, 1.5e-3, Asked(boxes=24, words=144, hundredths=0.25, word=3.0),
-               muon_rate=0.01),
-        Course("both", 30, 7000, 16, 1e-3, Asked(boxes=88, words=40, hundredths=0.25, word=3.0),
-               muon_rate=0.006, pairs=5200)))
+        Course("read", 7, 2000, 16, 1.5e-3, Asked(boxes=128), single=2000),
+        Course("find", 93, 12000, 24, 1e-3,
+               Asked(boxes=48, finds=120, words=32, descriptions=8, hundredths=0.25, word=3.0),
+               muon_rate=0.006, alike=8000)))
 RECIPES = {"cpu": CPU, "gpu": GPU}
 
 
@@ -169,7 +168,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
     model = new_llava(recipe, seed, clip).to(device)
     for course in courses[progress.course:]:
         fit(course, model, lambda batch: llava_loss(model, batch, device, course.asked),
-            Scenes(f"{seed} {course.name}", course.images, size, course.single * world, course.pairs * world),
+            Scenes(f"{seed} {course.name}", course.images, size, course.single * world, course.alike * world),
             progress, workers)
     if rank == 0:
         save_llava(out, model)

@@ -13,13 +13,13 @@ import nanogap
 from nanogap import NanogapError, fit, train
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llava import Llava
-from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_pair, llava_loss, short_questions,
+from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_alike, llava_loss, short_questions,
                                 tasks)
-from nanogap.scenes import Thing, scene
+from nanogap.scenes import Scene, Thing, named, scene
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                           image_size=56, patch_size=14)
-ASKED = Asked(boxes=6, words=5, hundredths=0.25, word=3.0)
+ASKED = Asked(boxes=6, finds=4, words=5, hundredths=0.25, word=3.0)
 TINY = replace(train.CPU, vision=VISION, projection_dim=8,
                courses=tuple(replace(course, images=2, asked=course.asked and ASKED)
                              for course in train.COURSES),
@@ -41,7 +41,7 @@ def test_the_loss_on_shared_prefixes_is_the_loss_on_whole_sequences(model: Llava
     before = model.prompt("anything").tolist()
     before = before[:before.index(model.config.image_token) + 1]
     asked = tasks(model, scenes, ASKED, random.Random(5))
-    assert [len(task.answers) for task in asked] == [6, 5, 2]                 # boxes, words, descriptions
+    assert [len(task.answers) for task in asked] == [6, 4, 5, 2]              # boxes, finds, words, captions
     losses = []
     for task in asked:
         for prompt, answer, i in zip(task.prompts, task.answers, task.about):
@@ -54,11 +54,14 @@ def test_the_loss_on_shared_prefixes_is_the_loss_on_whole_sequences(model: Llava
 
 
 def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: Llava):
-    boxes, words, descriptions = tasks(model, Scenes("test", 2, 56)[3][1], ASKED, random.Random(5))
+    boxes, finds, words, descriptions = tasks(model, Scenes("test", 2, 56)[3][1], ASKED, random.Random(5))
     tokens = [model.tokenizer.id_to_token(i) for i in boxes.answers[0]]
     light = [at for at, weight in enumerate(boxes.token_weights()[:25]) if weight == 0.25]
     assert len(tokens) == 25 and light == [4, 10, 16, 22] and all(tokens[at - 2] == "." for at in light)
     assert words.token_weights().unique().tolist() == [3.0]
+    *start, tenth = (model.tokenizer.id_to_token(i) for i in finds.answers[0])
+    assert start == tokens[:3] and tenth.isdigit()
+    assert finds.token_weights()[:4].tolist() == [1.0, 1.0, 1.0, 3.0]
     assert descriptions.token_weights().unique().tolist() == [1.0]
     plain = tasks(model, Scenes("test", 2, 56)[3][1], Asked(boxes=6), random.Random(5))
     assert [task.token_weights().unique().tolist() for task in plain] == [[1.0], [1.0]]
@@ -87,15 +90,15 @@ def test_short_questions_have_one_true_answer():
 
 def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(model: Llava):
     names = {id(p): name for name, p in model.named_parameters()}
-    _, where, what, _ = TINY.courses
+    _, read, find = TINY.courses
     adamw, muon = ({names[id(p)] for group in stepper.param_groups for p in group["params"]}
-                   for stepper in fit.optimizers(model, what))
+                   for stepper in fit.optimizers(model, find))
     assert {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"} <= adamw
     layer = "language_model.model.layers.0."
     assert {"multi_modal_projector.linear_1.weight", layer + "mlp.up_proj.weight"} <= muon
     assert adamw | muon == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not adamw & muon and all("norm" not in name for name in muon)
-    assert len(fit.optimizers(model, where)) == 1
+    assert len(fit.optimizers(model, read)) == 1
 
 
 def test_training_never_touches_the_vision_tower_in_stage_one(model: Llava):
@@ -112,19 +115,27 @@ def test_the_curriculum_starts_with_one_thing_then_two():
     assert max(len(s.things) for i in range(20, 24) for s in data[i][1]) > 2
 
 
-def test_a_pair_is_told_apart_by_kind_alone_or_by_colour_alone():
-    for seed in range(20):
-        pair = draw_pair(random.Random(seed), 56)
-        a, b = pair.things
-        assert (a.kind == b.kind) != (a.colour == b.colour)
-        assert all({pair.things[i].kind, pair.things[i].colour} < {*e.split()} for e, i in pair.expressions)
+def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone():
+    counts = Counter()
+    for seed in range(30):
+        drawn = draw_alike(random.Random(seed), 56)
+        kinds, colours = ({getattr(thing, what) for thing in drawn.things} for what in ("kind", "colour"))
+        assert sorted((len(kinds), len(colours))) == [1, len(drawn.things)]
+        assert [i for _, i in drawn.expressions] == list(range(len(drawn.things)))
+        assert all({drawn.things[i].kind, drawn.things[i].colour} < {*e.split()} for e, i in drawn.expressions)
+        counts[len(kinds) == 1, len(drawn.things)] += 1
+    assert set(counts) == {(by_colour, n) for by_colour in (True, False) for n in (2, 3, 4)}
 
 
-def test_two_of_three_early_scenes_can_be_pairs():
-    data = Scenes("test", 4, 56, pairs=12)
-    twos, later = ([s for i in range(start, start + 12) for s in data[i][1] if len(s.things) == 2]
-                   for start in (0, 12))
-    assert 26 <= len(twos) <= 40 and len(later) <= 16                         # of 48
+def test_two_of_three_early_scenes_can_show_things_alike():
+    data = Scenes("test", 4, 56, alike=12)
+
+    def alike(drawn: Scene) -> bool:
+        return [e for e, _ in drawn.expressions] == [f"the {named(t.kind, t.colour)}" for t in drawn.things]
+
+    early, later = (sum(alike(drawn) for i in range(start, start + 12) for drawn in data[i][1])
+                    for start in (0, 12))
+    assert 26 <= early <= 40 and later == 0                                   # of 48
 
 
 def test_batches_follow_from_the_seed_and_belong_to_no_split():
@@ -149,7 +160,7 @@ def run(out: Path, steps: list[int], **options: object) -> dict[str, bytes]:
 
 
 def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_path: Path):
-    first, second, other = (run(tmp_path / name, [2, 1, 1, 2], seed=seed) for name, seed in
+    first, second, other = (run(tmp_path / name, [2, 1, 2], seed=seed) for name, seed in
                             (("a", 0), ("b", 0), ("c", 1)))
     assert list(first) == ["clip_text/config.json", "clip_text/model.safetensors", "clip_text/tokenizer.json",
                            "config.json", "generation_config.json", "model.safetensors",
@@ -159,10 +170,10 @@ def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_
     assert model.ground(scene("test", 0).image, "the man", "random", 8, "gap").timings["new_tokens"] >= 1
 
 
-@pytest.mark.parametrize("steps_left", [2, 7])                                # within "where", within "both"
+@pytest.mark.parametrize("steps_left", [2, 6])                                # within "read", within "find"
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_left: int):
-    whole = run(tmp_path / "whole", [2, 4, 1, 3])
+    whole = run(tmp_path / "whole", [2, 4, 3])
     monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)                               # save after every step
 
     def interrupted(*args: object) -> torch.Tensor:
@@ -174,13 +185,13 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "llava_loss", interrupted)
-        run(tmp_path / "broken", [2, 4, 1, 3])
+        run(tmp_path / "broken", [2, 4, 3])
     assert (tmp_path / "broken" / "training.pt").exists()
-    assert run(tmp_path / "broken", [2, 4, 1, 3]) == whole
+    assert run(tmp_path / "broken", [2, 4, 3]) == whole
     assert not (tmp_path / "broken" / "training.pt").exists()
 
 
 def test_a_training_with_other_settings_is_not_continued(tmp_path: Path):
     torch.save({"settings": {"seed": 7}}, tmp_path / "training.pt")
     with pytest.raises(NanogapError, match="is of a training with other settings .* delete it to start anew"):
-        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
+        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1])
