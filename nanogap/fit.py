@@ -33,6 +33,7 @@ class Course:
     asked: Asked | None = None
     muon_rate: float | None = None
     single: int = 0           # first steps with one thing to a scene; as many again with two
+    rate_left: float = 0.0    # share of the rates to which they decay
     alike: int = 0            # first steps in which two of three scenes show things that are much alike
 
 
@@ -98,9 +99,14 @@ def optimizers(model: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
     return [adamw, torch.optim.Muon(inner, lr=course.muon_rate, weight_decay=0.01)] if inner else [adamw]
 
 
+def rate_share(step: int, steps: int, left: float) -> float:
+    """How much of its rate a course goes at: it warms up over 200 steps, and decays to what is left."""
+    return min((step + 1) / 200, 1 - (1 - left) * step / steps)
+
+
 def fit(course: Course, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes,
         progress: Progress, workers: int) -> None:
-    """One course: a short warm-up and a long linear decay of the rates; reports, and saves as it goes."""
+    """One course, from the first step or from where it was interrupted; reports, and saves as it goes."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
     steppers = optimizers(model, course)
@@ -119,7 +125,7 @@ def fit(course: Course, model: nn.Module, loss_of: Callable[[Batch], Tensor], da
             break
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = stepper.defaults["lr"] * min((step + 1) / 200, 1.0) * (1 - step / steps)
+                group["lr"] = stepper.defaults["lr"] * rate_share(step, steps, course.rate_left)
         loss = loss_of(batch)
         loss.backward()
         if world > 1:

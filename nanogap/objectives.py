@@ -58,10 +58,10 @@ class Scenes(torch.utils.data.Dataset):
 
 
 def draw_alike(rng: random.Random, size: int) -> Scene:
-    """Draw two to four things that their colours alone tell apart, or their kinds alone, and name all."""
+    """Draw two to four things, four times in five of one kind, else of one colour, and name all in full."""
     count = rng.randint(2, 4)
     kinds, colours = rng.sample(list(KINDS), count), rng.sample(list(COLOURS), count)
-    alike = rng.choice((kinds, kinds, colours))                               # colours are harder to learn
+    alike = kinds if rng.random() < 0.8 else colours                          # colours are harder to learn
     alike[1:] = alike[:1] * (count - 1)
     drawn = draw_scene(rng, size, list(zip(kinds, colours)))
     names = [(f"the {named(thing.kind, thing.colour)}", i) for i, thing in enumerate(drawn.things)]
@@ -128,14 +128,15 @@ class SharedPast:
 
 @dataclass(frozen=True)
 class Asked:
-    """How many questions a step asks, and what tokens of the answers weigh in the loss; others weigh 1."""
+    """How many questions a step asks at most, and what tokens of the answers weigh in the loss."""
 
-    boxes: int                     # at most so many questions where something is
-    finds: int = 0                 # at most so many more, whose answers stop at "[0.1": which thing it is
-    words: int = 0                 # at most so many that a word answers
-    hundredths: float = 1.0        # mostly noise, where the tenths find the thing
-    descriptions: int = 8          # at most so many of the images are described
-    word: float = 1.0              # what a word or a find weighs: one token, beside many of boxes
+    boxes: int                     # where something is
+    finds: int = 0                 # the same, but the answer stops at "[0.1": which thing it is
+    words: int = 0                 # that a word answers
+    descriptions: int = 8          # of an image
+    hundredths: float = 1.0        # of boxes; mostly noise, where the tenths find the thing
+    find: float = 1.0              # the last token of a find; those before it weigh nothing
+    word: float = 1.0              # tokens of short answers; all others weigh 1
 
 
 @dataclass
@@ -171,7 +172,7 @@ def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str
 def tasks(model: Llava, scenes: list[Scene], asked: Asked, rng: random.Random) -> list[Task]:
     """Questions for boxes and for words, and one for a description of each scene."""
     c, words, descriptions = model.config, Task((asked.word,)), Task((1.0,))
-    finds = Task((1.0, 1.0, 1.0, asked.word))                                 # "[0.1"
+    finds = Task((0.0, 0.0, 0.0, asked.find))                                 # "[0.1"
     boxes = Task((1.0, 1.0, 1.0, 1.0, asked.hundredths, 1.0))                 # "[0.12, 0.34, 0.56, 0.78]"
 
     def add(task: Task, question: str, answer: str, i: int, tokens: int | None = None) -> None:

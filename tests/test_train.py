@@ -19,7 +19,7 @@ from nanogap.scenes import Scene, Thing, named, scene
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                           image_size=56, patch_size=14)
-ASKED = Asked(boxes=6, finds=4, words=5, hundredths=0.25, word=3.0)
+ASKED = Asked(boxes=6, finds=4, words=5, hundredths=0.25, find=20.0, word=3.0)
 TINY = replace(train.CPU, vision=VISION, projection_dim=8,
                courses=tuple(replace(course, images=2, asked=course.asked and ASKED)
                              for course in train.COURSES),
@@ -61,7 +61,7 @@ def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: L
     assert words.token_weights().unique().tolist() == [3.0]
     *start, tenth = (model.tokenizer.id_to_token(i) for i in finds.answers[0])
     assert start == tokens[:3] and tenth.isdigit()
-    assert finds.token_weights()[:4].tolist() == [1.0, 1.0, 1.0, 3.0]
+    assert finds.token_weights()[:4].tolist() == [0.0, 0.0, 0.0, 20.0]
     assert descriptions.token_weights().unique().tolist() == [1.0]
     plain = tasks(model, Scenes("test", 2, 56)[3][1], Asked(boxes=6), random.Random(5))
     assert [task.token_weights().unique().tolist() for task in plain] == [[1.0], [1.0]]
@@ -90,7 +90,7 @@ def test_short_questions_have_one_true_answer():
 
 def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(model: Llava):
     names = {id(p): name for name, p in model.named_parameters()}
-    _, read, find = TINY.courses
+    _, read, find, _ = TINY.courses
     adamw, muon = ({names[id(p)] for group in stepper.param_groups for p in group["params"]}
                    for stepper in fit.optimizers(model, find))
     assert {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"} <= adamw
@@ -99,6 +99,11 @@ def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(mod
     assert adamw | muon == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not adamw & muon and all("norm" not in name for name in muon)
     assert len(fit.optimizers(model, read)) == 1
+
+
+def test_a_rate_warms_up_and_decays_to_what_the_course_leaves():
+    assert [fit.rate_share(step, 1000, 0.0) for step in (0, 99, 500, 999)] == pytest.approx([0.005, 0.5, 0.5, 0.001])
+    assert [fit.rate_share(step, 1000, 0.5) for step in (0, 500, 1000)] == pytest.approx([0.005, 0.75, 0.5])
 
 
 def test_training_never_touches_the_vision_tower_in_stage_one(model: Llava):
@@ -160,7 +165,7 @@ def run(out: Path, steps: list[int], **options: object) -> dict[str, bytes]:
 
 
 def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_path: Path):
-    first, second, other = (run(tmp_path / name, [2, 1, 2], seed=seed) for name, seed in
+    first, second, other = (run(tmp_path / name, [2, 1, 1, 2], seed=seed) for name, seed in
                             (("a", 0), ("b", 0), ("c", 1)))
     assert list(first) == ["clip_text/config.json", "clip_text/model.safetensors", "clip_text/tokenizer.json",
                            "config.json", "generation_config.json", "model.safetensors",
@@ -170,10 +175,10 @@ def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_
     assert model.ground(scene("test", 0).image, "the man", "random", 8, "gap").timings["new_tokens"] >= 1
 
 
-@pytest.mark.parametrize("steps_left", [2, 6])                                # within "read", within "find"
+@pytest.mark.parametrize("steps_left", [2, 7])                                # within "read", within "box"
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_left: int):
-    whole = run(tmp_path / "whole", [2, 4, 3])
+    whole = run(tmp_path / "whole", [2, 4, 1, 3])
     monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)                               # save after every step
 
     def interrupted(*args: object) -> torch.Tensor:
@@ -185,13 +190,13 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "llava_loss", interrupted)
-        run(tmp_path / "broken", [2, 4, 3])
+        run(tmp_path / "broken", [2, 4, 1, 3])
     assert (tmp_path / "broken" / "training.pt").exists()
-    assert run(tmp_path / "broken", [2, 4, 3]) == whole
+    assert run(tmp_path / "broken", [2, 4, 1, 3]) == whole
     assert not (tmp_path / "broken" / "training.pt").exists()
 
 
 def test_a_training_with_other_settings_is_not_continued(tmp_path: Path):
     torch.save({"settings": {"seed": 7}}, tmp_path / "training.pt")
     with pytest.raises(NanogapError, match="is of a training with other settings .* delete it to start anew"):
-        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1])
+        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
