@@ -46,13 +46,13 @@ class Recipe:
 
 # Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
 COURSES = (
-    Course("CLIP", 20, 4500, 16, 1e-3),
+    Course("CLIP", 28, 4500, 16, 1e-3),
     Course("read", 7, 1000, 8, 2.5e-3, Asked(boxes=64), single=1000),
-    Course("find", 53, 3100, 12, 1.5e-3,
+    Course("find", 44, 3100, 12, 1.5e-3,
            Asked(boxes=24, finds=60, words=16, descriptions=4, hundredths=0.25, find=20.0, word=3.0),
            muon_rate=0.006, rate_left=0.5, alike=3100),
-    Course("box", 40, 2700, 8, 1.5e-3,
-           Asked(boxes=60, finds=24, words=8, descriptions=4, hundredths=0.5, find=10.0, word=3.0),
+    Course("box", 62, 4450, 8, 1.5e-3,
+           Asked(boxes=60, finds=24, words=8, descriptions=4, find=6.0, word=3.0),
            muon_rate=0.004))
 CPU = Recipe(
     vision=CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4,
@@ -73,11 +73,11 @@ GPU = Recipe(
     projection_dim=128, courses=(
         Course("CLIP", 20, 6000, 128, 1e-3),
         Course("read", 7, 2000, 16, 1.5e-3, Asked(boxes=128), single=2000),
-        Course("find", 53, 7000, 24, 1e-3,
+        Course("find", 52, 7000, 24, 1e-3,
                Asked(boxes=48, finds=120, words=32, descriptions=8, hundredths=0.25, find=20.0, word=3.0),
                muon_rate=0.006, rate_left=0.5, alike=7000),
-        Course("box", 40, 7000, 16, 1e-3,
-               Asked(boxes=120, finds=48, words=16, descriptions=8, hundredths=0.5, find=10.0, word=3.0),
+        Course("box", 41, 7000, 16, 1e-3,
+               Asked(boxes=120, finds=48, words=16, descriptions=8, find=6.0, word=3.0),
                muon_rate=0.004)))
 RECIPES = {"cpu": CPU, "gpu": GPU}
 

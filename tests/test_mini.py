@@ -84,7 +84,7 @@ def share_found(model: Llava, cast: Callable[[Random], Cast],
 
 
 def test_what_it_goes_by(model: Llava):
-    """README says so: by place it finds nearly all, by kind two of three, and by colour it guesses."""
+    """README says so: about nine of ten, whether two things differ in place, in kind or in colour alone."""
     def alike(rng: Random) -> Cast:
         kind = rng.choice([*KINDS])
         return [(kind, colour) for colour in rng.sample([*COLOURS], 2)]
@@ -100,9 +100,9 @@ def test_what_it_goes_by(model: Llava):
     def colour(drawn: Scene, meant: int) -> str:
         return named(drawn.things[meant].kind, drawn.things[meant].colour)
 
-    assert share_found(model, alike, place) > 0.9
-    assert 0.55 < share_found(model, unlike, lambda drawn, meant: drawn.things[meant].kind) < 0.8
-    assert 0.4 < share_found(model, alike, colour) < 0.6
+    assert share_found(model, alike, place) > 0.88
+    assert share_found(model, unlike, lambda drawn, meant: drawn.things[meant].kind) > 0.88
+    assert share_found(model, alike, colour) > 0.88
 
 
 if __name__ == "__main__":
