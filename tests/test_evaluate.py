@@ -156,10 +156,10 @@ def test_each_image_is_looked_at_once_and_its_prefix_is_read_once(folder, tmp_pa
     from nanogap.llava import Llava
     looks, plain = [], Llava.look
 
-    def look(self, image, share=False):
+    def look(self, image, share=False, **options):
         if share:
             looks.append(image)
-        return plain(self, image, share=share)
+        return plain(self, image, share, **options)
 
     monkeypatch.setattr(Llava, "look", look)
     assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
