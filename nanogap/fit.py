@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogap.errors import NanogapError
-from nanogap.objectives import Asked, Batch, Scenes
+from nanogap.objectives import Asked, Batch, Draw, Scenes
+from nanogap.scenes import draw_scene
 
 TIMED = 20           # steps by which --minutes is turned into a number of steps
 SAVE_EVERY = 120.0   # seconds
@@ -32,9 +33,8 @@ class Course:
     rate: float               # AdamW's
     asked: Asked | None = None
     muon_rate: float | None = None
-    single: int = 0           # first steps with one thing to a scene; as many again with two
     rate_left: float = 0.0    # share of the rates to which they decay
-    alike: int = 0            # first steps in which two of three scenes show things that are much alike
+    draw: Draw = draw_scene
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ dropped and no position ID changed in training.
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 
@@ -27,6 +27,29 @@ from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_sce
 
 # ----- data ---------------------------------------------------------------------------------------
 
+Draw = Callable[[random.Random, int], Scene]
+
+
+def draw_single(rng: random.Random, size: int) -> Scene:
+    """Draw one thing."""
+    return draw_scene(rng, size, deal(rng)[:1])
+
+
+def draw_alike(rng: random.Random, size: int) -> Scene:
+    """Draw two to four things, four times in five of one kind, else of one colour, and name all in full."""
+    count = rng.randint(2, 4)
+    kinds, colours = rng.sample(list(KINDS), count), rng.sample(list(COLOURS), count)
+    alike = kinds if rng.random() < 0.8 else colours
+    alike[1:] = alike[:1] * (count - 1)
+    drawn = draw_scene(rng, size, list(zip(kinds, colours)))
+    names = [(f"the {named(thing.kind, thing.colour)}", i) for i, thing in enumerate(drawn.things)]
+    return replace(drawn, expressions=tuple(names))
+
+
+def draw_often_alike(rng: random.Random, size: int) -> Scene:
+    """Draw things that are alike two times in three, else two to seven of any kind and colour."""
+    return draw_alike(rng, size) if rng.random() < 2 / 3 else draw_scene(rng, size)
+
 
 class Scenes(torch.utils.data.Dataset):
     """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
@@ -34,38 +57,15 @@ class Scenes(torch.utils.data.Dataset):
     A split of `nanogap.scenes` is one word, so these seeds, of several, are never a split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int, single: int = 0, alike: int = 0) -> None:
-        """single: how many of the first batches show one thing only; as many again show two
-        alike:  in how many of the first two of three scenes show things alike in kind or in colour
-        """
-        self.seed, self.images, self.image_size = seed, images, image_size
-        self.single, self.alike = single, alike
-
-    def draw(self, index: int, rng: random.Random) -> Scene:
-        """A scene for this batch, drawn just as large as the model sees it, or twice as large."""
-        size = rng.choice((1, 2)) * self.image_size
-        if index < 2 * self.single:
-            return draw_scene(rng, size, deal(rng)[:1 + index // self.single])
-        if index < self.alike and rng.random() < 2 / 3:
-            return draw_alike(rng, size)
-        return draw_scene(rng, size)                                          # two to seven things
+    def __init__(self, seed: str, images: int, image_size: int, draw: Draw = draw_scene) -> None:
+        self.seed, self.images, self.image_size, self.draw = seed, images, image_size, draw
 
     def __getitem__(self, index: int) -> "Batch":
         rng = random.Random(f"train {self.seed} {index}")
-        scenes = [self.draw(index, rng) for _ in range(self.images)]
+        # pictures are drawn just as large as the model sees them, or twice as large
+        scenes = [self.draw(rng, rng.choice((1, 2)) * self.image_size) for _ in range(self.images)]
         pixels = torch.cat([to_pixel_values(scene.image, self.image_size) for scene in scenes])
         return pixels, scenes, rng                                            # pixels (B, 3, S, S)
-
-
-def draw_alike(rng: random.Random, size: int) -> Scene:
-    """Draw two to four things, four times in five of one kind, else of one colour, and name all in full."""
-    count = rng.randint(2, 4)
-    kinds, colours = rng.sample(list(KINDS), count), rng.sample(list(COLOURS), count)
-    alike = kinds if rng.random() < 0.8 else colours                          # colours are harder to learn
-    alike[1:] = alike[:1] * (count - 1)
-    drawn = draw_scene(rng, size, list(zip(kinds, colours)))
-    names = [(f"the {named(thing.kind, thing.colour)}", i) for i, thing in enumerate(drawn.things)]
-    return replace(drawn, expressions=tuple(names))
 
 
 Batch = tuple[Tensor, list[Scene], random.Random]
@@ -134,7 +134,7 @@ class Asked:
     finds: int = 0                 # the same, but the answer stops at "[0.1": which thing it is
     words: int = 0                 # that a word answers
     descriptions: int = 8          # of an image
-    hundredths: float = 1.0        # of boxes; mostly noise, where the tenths find the thing
+    hundredths: float = 1.0        # of boxes
     find: float = 1.0              # the last token of a find; those before it weigh nothing
     word: float = 1.0              # tokens of short answers; all others weigh 1
 
@@ -145,7 +145,7 @@ class Task:
 
     weights: tuple[float, ...]     # of an answer's tokens in the loss, from the first and over again
     prompts: list[list[int]] = field(default_factory=list)       # Q times the text after the image
-    answers: list[list[int]] = field(default_factory=list)       # Q times the answer, with its end token
+    answers: list[list[int]] = field(default_factory=list)       # Q times the answer; if whole, with its end
     about: list[int] = field(default_factory=list)               # which of the images
 
     def token_weights(self) -> Tensor:
@@ -170,7 +170,7 @@ def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str
 
 
 def tasks(model: Llava, scenes: list[Scene], asked: Asked, rng: random.Random) -> list[Task]:
-    """Questions for boxes and for words, and one for a description of each scene."""
+    """Questions for boxes, for their first tenths, for words, and for descriptions of the first scenes."""
     c, words, descriptions = model.config, Task((asked.word,)), Task((1.0,))
     finds = Task((0.0, 0.0, 0.0, asked.find))                                 # "[0.1"
     boxes = Task((1.0, 1.0, 1.0, 1.0, asked.hundredths, 1.0))                 # "[0.12, 0.34, 0.56, 0.78]"

@@ -28,7 +28,8 @@ from nanogap.fit import Course, Progress, fit
 from nanogap.image import box_to_square
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava, LlavaConfig
-from nanogap.objectives import Asked, Scenes, clip_loss, llava_loss, short_questions
+from nanogap.objectives import (Asked, Scenes, clip_loss, draw_often_alike, draw_single, llava_loss,
+                                short_questions)
 from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, DESCRIBE, format_box, where_is
 from nanogap.scenes import caption, draw_scene
 from nanogap.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
@@ -47,10 +48,10 @@ class Recipe:
 # Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
 COURSES = (
     Course("CLIP", 28, 4500, 16, 1e-3),
-    Course("read", 7, 1000, 8, 2.5e-3, Asked(boxes=64), single=1000),
+    Course("read", 7, 1000, 8, 2.5e-3, Asked(boxes=64), draw=draw_single),
     Course("find", 44, 3100, 12, 1.5e-3,
            Asked(boxes=24, finds=60, words=16, descriptions=4, hundredths=0.25, find=20.0, word=3.0),
-           muon_rate=0.006, rate_left=0.5, alike=3100),
+           muon_rate=0.006, rate_left=0.5, draw=draw_often_alike),
     Course("box", 62, 4450, 8, 1.5e-3,
            Asked(boxes=60, finds=24, words=8, descriptions=4, find=6.0, word=3.0),
            muon_rate=0.004))
@@ -72,10 +73,10 @@ GPU = Recipe(
                     num_attention_heads=10, num_key_value_heads=10),
     projection_dim=128, courses=(
         Course("CLIP", 20, 6000, 128, 1e-3),
-        Course("read", 7, 2000, 16, 1.5e-3, Asked(boxes=128), single=2000),
+        Course("read", 7, 2000, 16, 1.5e-3, Asked(boxes=128), draw=draw_single),
         Course("find", 52, 7000, 24, 1e-3,
                Asked(boxes=48, finds=120, words=32, descriptions=8, hundredths=0.25, find=20.0, word=3.0),
-               muon_rate=0.006, rate_left=0.5, alike=7000),
+               muon_rate=0.006, rate_left=0.5, draw=draw_often_alike),
         Course("box", 41, 7000, 16, 1e-3,
                Asked(boxes=120, finds=48, words=16, descriptions=8, find=6.0, word=3.0),
                muon_rate=0.004)))
@@ -152,7 +153,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
     steps:   of each course; minutes: as many steps as fit into so much time; neither: the recipe's
     workers: processes that draw scenes beside this one
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
     size, courses = recipe.vision.image_size, recipe.courses
     planned = sum(course.minutes for course in courses)
     progress = Progress(out / "training.pt",
@@ -174,8 +175,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
     model = new_llava(recipe, seed, clip).to(device)
     for course in courses[progress.course:]:
         fit(course, model, lambda batch: llava_loss(model, batch, device, course.asked),
-            Scenes(f"{seed} {course.name}", course.images, size, course.single * world, course.alike * world),
-            progress, workers)
+            Scenes(f"{seed} {course.name}", course.images, size, course.draw), progress, workers)
     if rank == 0:
         save_llava(out, model)
         progress.path.unlink(missing_ok=True)

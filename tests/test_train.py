@@ -13,9 +13,9 @@ import nanogap
 from nanogap import NanogapError, fit, train
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llava import Llava
-from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_alike, llava_loss, short_questions,
-                                tasks)
-from nanogap.scenes import Scene, Thing, named, scene
+from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_alike, draw_often_alike,
+                                llava_loss, short_questions, tasks)
+from nanogap.scenes import Scene, Thing, draw_scene, named, scene
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                           image_size=56, patch_size=14)
@@ -113,16 +113,17 @@ def test_training_never_touches_the_vision_tower_in_stage_one(model: Llava):
     model.zero_grad()
 
 
-def test_the_curriculum_starts_with_one_thing_then_two():
-    data = Scenes("test", 4, 56, single=10)
-    counts = [{len(s.things) for s in data[i][1]} for i in (0, 9, 10, 19)]
-    assert counts == [{1}, {1}, {2}, {2}]
-    assert max(len(s.things) for i in range(20, 24) for s in data[i][1]) > 2
+def test_each_course_draws_its_own_scenes():
+    counts = [{len(drawn.things) for i in range(9) for drawn in Scenes("test", 4, 56, course.draw)[i][1]}
+              for course in train.COURSES]
+    assert [course.name for course in train.COURSES] == ["CLIP", "read", "find", "box"]
+    assert counts.pop(1) == {1}
+    assert all(min(count) == 2 and max(count) > 4 for count in counts)
 
 
 def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone():
     counts = Counter()
-    for seed in range(30):
+    for seed in range(200):
         drawn = draw_alike(random.Random(seed), 56)
         kinds, colours = ({getattr(thing, what) for thing in drawn.things} for what in ("kind", "colour"))
         assert sorted((len(kinds), len(colours))) == [1, len(drawn.things)]
@@ -130,18 +131,17 @@ def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone()
         assert all({drawn.things[i].kind, drawn.things[i].colour} < {*words.split()}
                    for words, i in drawn.expressions)
         counts[len(kinds) == 1, len(drawn.things)] += 1
-    assert set(counts) == {(by_colour, n) for by_colour in (True, False) for n in (2, 3, 4)}
+    assert set(counts) == {(one_kind, n) for one_kind in (True, False) for n in (2, 3, 4)}
+    assert 145 <= sum(counts[True, n] for n in (2, 3, 4)) <= 175              # four in five
 
 
-def test_two_of_three_early_scenes_can_show_things_alike():
-    data = Scenes("test", 4, 56, alike=12)
-
+def test_two_of_three_scenes_can_show_things_alike():
     def alike(drawn: Scene) -> bool:
         return [e for e, _ in drawn.expressions] == [f"the {named(t.kind, t.colour)}" for t in drawn.things]
 
-    early, later = (sum(alike(drawn) for i in range(start, start + 12) for drawn in data[i][1])
-                    for start in (0, 12))
-    assert 26 <= early <= 40 and later == 0                                   # of 48
+    often, any_scene = (sum(alike(drawn) for i in range(12) for drawn in Scenes("test", 4, 56, draw)[i][1])
+                        for draw in (draw_often_alike, draw_scene))
+    assert 26 <= often <= 40 and any_scene == 0                               # of 48
 
 
 def test_batches_follow_from_the_seed_and_belong_to_no_split():
