@@ -194,6 +194,7 @@ def test_an_expression_beyond_the_models_positions_is_refused(model, picture):
     ({"prune": "best", "keep": 3}, "unknown strategy 'best': choose from "),
     ({"prune": "random", "keep": 17}, "cannot keep 17 of 16 visual tokens"),
     ({"prune": "random"}, "random needs a budget"),
+    ({"prune": "random", "keep": "50%"}, "keep is '50%' here: give a whole number from 1 to 16"),
 ])
 def test_a_mistake_in_an_option_is_answered_with_the_choices(model, picture, options: dict, message: str):
     with pytest.raises(NanogapError, match=message):
