@@ -34,6 +34,15 @@ CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.b
                  "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, after all that the device has been asked to do is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
 @dataclass(frozen=True)
 class LlavaConfig:
     text: LlamaConfig
@@ -148,10 +157,8 @@ class Llava(nn.Module):
                        text=self.text_guide.embed(expression))
 
     def clock(self) -> float:
-        """Milliseconds, after all that the device has been asked to do is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1000
+        """Milliseconds, after all that its device has been asked to do is done."""
+        return 1000 * clock(self.device)
 
     # ----- the sequence -----------------------------------------------------------------------------
 

@@ -13,14 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nanogap.llava import clock
 from nanogap.weights import DOWNLOAD, shards
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after all that the device has been asked to do is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
