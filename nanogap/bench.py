@@ -32,7 +32,7 @@ from nanogap.machine import first_use, limits, read_files
 from nanogap.peer import agree, generate, load_peer, peer_times, their_class
 from nanogap.prune import STRATEGIES
 from nanogap.scenes import scene
-from nanogap.sizes import SIZES, random_llava, save_random
+from nanogap.sizes import SIZES, count_parameters, random_llava, save_random
 
 SCENE = scene("bench", 0)
 IMAGE, EXPRESSION = SCENE.image, SCENE.expressions[0][0]
@@ -146,7 +146,8 @@ def get_model(args: argparse.Namespace, folder: Path | None, device: torch.devic
     if folder:
         model = weights.load(folder, device, dtype)
     else:
-        model = random_llava(args.random, device, weights.pick_dtype(dtype, device, "bfloat16", 0))
+        dtype = weights.pick_dtype(dtype, device, "bfloat16", count_parameters(args.random))
+        model = random_llava(args.random, device, dtype)
     model.config = replace(model.config, eos_token=-1)
     model.graphed = GraphedDecoder(model.language_model) if args.graph else None
     return model

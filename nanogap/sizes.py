@@ -44,6 +44,12 @@ def empty_llava(config: LlavaConfig) -> Llava:
         return Llava(config)
 
 
+def count_parameters(size: str) -> int:
+    """Of a model of a size."""
+    vision, text = SIZES[size]
+    return sum(p.numel() for p in empty_llava(LlavaConfig(text, vision)).parameters())
+
+
 @torch.no_grad()
 def random_llava(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Llava:
     """A model of a size, drawn in place: it never takes more memory than its weights."""
@@ -73,8 +79,7 @@ def save_random(size: str, folder: Path, device: torch.device, dtype: torch.dtyp
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what is in it "
                            f"with --weights {folder}")
-    vision, text = SIZES[size]
-    needed = dtype.itemsize * sum(p.numel() for p in empty_llava(LlavaConfig(text, vision)).parameters())
+    needed = dtype.itemsize * count_parameters(size)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
