@@ -301,7 +301,8 @@ def select(name: str, seen: Seen, budget: int | None, seed: int = 0) -> Kept:
     N = len(seen.features)
     check(name, N, budget)
     kept = STRATEGIES[name](seen, budget, torch.Generator().manual_seed(seed))
-    if not isinstance(kept, Kept) or not 1 <= len(kept.keep.unique()) == len(kept.keep) <= (budget or N):
+    if not isinstance(kept, Kept) or kept.keep.dtype != torch.long or \
+            not 1 <= len({*kept.keep.tolist()} & {*range(N)}) == len(kept.keep) <= (budget or N):
         raise NanogapError(f"the strategy {name} must return Kept(keep) with at most {budget or N} raster "
                            "indices, each once; mend it in prune.py")
     return Kept(kept.keep.cpu(), kept.features, kept.added)
