@@ -197,7 +197,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace, model: Llava, data: Data) -> dict:
     """Everything on which answers depend, besides what stands in their own line."""
-    parts = (model.vision_tower, model.multi_modal_projector, model.language_model)
+    parts = [model.vision_tower, model.multi_modal_projector, model.language_model]
+    parts += [model.text_guide.clip] if model.text_guide else []
     numbers = [p.flatten()[:64].tolist() for part in parts for p in part.parameters()]
     digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]
     return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import nanogap
 from nanogap import ablate, evaluate, journal
 from nanogap.cli import answer_for
 from nanogap.evaluate import drawn_data, first
@@ -242,6 +243,15 @@ def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder,
     assert run(*asked, "--weights", folder, "--out", out) == 0
     assert run(*asked, "--weights", other, "--out", out, "--resume") == 2
     assert "was made with another weights" in capsys.readouterr().err
+
+
+def test_the_clip_that_reads_the_expression_is_a_setting():
+    args = evaluate.parse(["--weights", str(ROOT / "weights" / "mini")])
+    model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
+    before = evaluate.settings(args, model, data)
+    assert before == evaluate.settings(args, model, data)
+    model.text_guide.clip.text_projection.weight.mul_(2)
+    assert before["weights"] != evaluate.settings(args, model, data)["weights"]
 
 
 def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
