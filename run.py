@@ -7,7 +7,6 @@ In:  an image and a referring expression.  Out: a table, and one picture of all 
 
 import argparse
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -63,6 +62,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON document instead of the table")
     add("--explain", action="store_true", help="print every shape and every ID on the way")
     return parser.parse_args(argv)
+
+
+def default_weights() -> Path:
+    """The real ones where they are present, else those that ship; relative where that is short."""
+    weights = REAL if REAL.is_dir() else MINI
+    return weights.relative_to(Path.cwd()) if weights.is_relative_to(Path.cwd()) else weights
 
 
 # ----- what is said -------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
     image = open_image(args.image)
     check_picture("--out", args.out, args.image)
-    args.weights = args.weights or Path(os.path.relpath(REAL if REAL.is_dir() else MINI))
+    args.weights = args.weights or default_weights()
     asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
     with patience(f"loading {args.weights}"):
         model = nanogap.load(args.weights, *asked, args.clip)
@@ -136,6 +141,8 @@ def run(args: argparse.Namespace) -> None:
             "for photographs see \"Real weights\" in README.md.")
     with patience("looking at the image"):
         look = model.look(image)
+    with patience("warming up"):                                              # else the first mode pays for it
+        model.ground(look, "warm up", "random", 1, "gap", max_new_tokens=1)
     results = {}
     for mode in dict.fromkeys(args.mode):
         with patience(f"answering in mode {mode}"):
