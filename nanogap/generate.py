@@ -5,7 +5,9 @@ In:  the logits after a prompt, and its cache.  Out: token IDs, exactly those of
 Of the 25 tokens of "[0.12, 0.34, 0.56, 0.78]" and its end only eight digits are news.  So a pass is fed
 the last new token together with those that the format puts behind it; the logits of all of them come
 out at once, and show how far greedy decoding would have said the same.  What it would not have said is
-dropped from the cache, where the next rows overwrite it.  A pass in the middle of a box:
+dropped from the cache, where the next rows overwrite it.  (In half precision a pass over several tokens
+rounds differently from passes over one, and of two words that are as good as equal the other may win.)
+A pass in the middle of a box:
 
     fed                  2    ,    ▁    0    .        the last new token, and four drafts
     greedy behind each   ,    ▁    0    .    3        all drafts agree, and "3" is new
