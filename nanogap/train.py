@@ -7,8 +7,6 @@ In:  nothing but a seed.  Out: a folder in the layout of llava-hf/llava-1.5-7b-h
 CLIP in `clip_text/`.  The losses are in objectives.py, the scenes in scenes.py.
 """
 
-import atexit
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.fit import Course, Progress, fit
 from nanogap.image import box_to_square
+from nanogap.journal import join
 from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava, LlavaConfig
 from nanogap.objectives import (Asked, Scenes, clip_loss, draw_often_alike, draw_single, llava_loss,
@@ -49,10 +48,10 @@ class Recipe:
 COURSES = (
     Course("CLIP", 28, 4500, 16, 1e-3),
     Course("read", 7, 1000, 8, 2.5e-3, Asked(boxes=64), draw=draw_single),
-    Course("find", 44, 3100, 12, 1.5e-3,
+    Course("find", 36, 2600, 12, 1.5e-3,
            Asked(boxes=24, finds=60, words=16, descriptions=4, hundredths=0.25, find=20.0, word=3.0),
            muon_rate=0.006, rate_left=0.5, draw=draw_often_alike),
-    Course("box", 62, 4450, 8, 1.5e-3,
+    Course("box", 46, 3250, 8, 1.5e-3,
            Asked(boxes=60, finds=24, words=8, descriptions=4, find=6.0, word=3.0),
            muon_rate=0.004))
 CPU = Recipe(
@@ -161,6 +160,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
                         list(steps or (course.steps for course in courses)),
                         minutes and [minutes * course.minutes / planned for course in courses])
     progress.load()
+    progress.steps = list(steps or progress.steps)                            # these count, not the saved ones
     out.mkdir(parents=True, exist_ok=True)
     clip, words = new_clip(recipe, seed)
     clip.to(device)
@@ -187,8 +187,9 @@ def command(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m nanogap.train", description="Train the mini model from nothing.")
     parser.add_argument("--out", type=Path, required=True,
                         help="folder to write; weights/mini is the shipped one")
-    parser.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
-    parser.add_argument("--steps", type=whole_number, nargs=len(COURSES), help="exactly so many steps",
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
+    length.add_argument("--steps", type=whole_number, nargs=len(COURSES), help="exactly so many steps",
                         metavar=tuple(course.name.upper() for course in COURSES))
     parser.add_argument("--recipe", choices=RECIPES, help="default: gpu where there is one, else cpu")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -202,9 +203,7 @@ def command(argv: Sequence[str] | None) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise NanogapError(f"--out {args.out} is a file; give a folder to write the weights to")
     device = pick_device(args.device)
-    if "WORLD_SIZE" in os.environ:                                            # under torchrun
-        dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)                           # its threads end before Python
+    if join()[1] > 1:                                                         # under torchrun
         torch.set_num_threads(1)
     recipe = RECIPES[args.recipe or ("gpu" if device.type == "cuda" else "cpu")]
     train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import nanogap
 from nanogap import NanogapError, fit, train
+from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llava import Llava
 from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_alike, draw_often_alike,
@@ -195,6 +196,21 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
     assert (tmp_path / "broken" / "training.pt").exists()
     assert run(tmp_path / "broken", [2, 4, 1, 3]) == whole
     assert not (tmp_path / "broken" / "training.pt").exists()
+
+
+def test_steps_that_are_given_count_and_not_those_that_were_saved(tmp_path: Path, capsys):
+    model = train.new_clip(TINY, 0)[0]
+    torch.save({"settings": {"seed": 0, "size": 56, "courses": ["CLIP", "read", "find", "box"]},
+                "steps": [9, 9, 9, 9], "course": 1, "step": 0, "clip": model.state_dict(), "state": {}},
+               tmp_path / "training.pt")
+    run(tmp_path, [9, 1, 2, 1])
+    assert capsys.readouterr().out.endswith("--steps 9 1 2 1\n")
+
+
+def test_a_training_takes_steps_or_minutes(tmp_path: Path, capsys):
+    assert answer_for("train", train.command,
+                          ["--out", str(tmp_path), "--minutes", "1", "--steps", *"1111"]) == 2
+    assert "not allowed with argument --minutes" in capsys.readouterr().err
 
 
 def test_a_training_with_other_settings_is_not_continued(tmp_path: Path):
