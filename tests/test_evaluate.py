@@ -63,8 +63,8 @@ def test_a_split_is_a_word_that_seeds_the_scenes():
 
 def test_the_limit_counts_expressions_and_not_images():
     examples = drawn_data("val", 15).examples
-    assert [len(e.questions) for e in examples] == [8, 7]
-    assert [len(e.questions) for e in first(examples, 9)] == [8, 1]
+    assert [len(e.questions) for e in examples] == [7, 4, 4]
+    assert [len(e.questions) for e in first(examples, 9)] == [7, 2]
     assert first(examples, None) == examples
 
 
