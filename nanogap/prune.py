@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanogap import gap
 from nanogap.errors import NanogapError
 
 
@@ -301,8 +302,12 @@ def select(name: str, seen: Seen, budget: int | None, seed: int = 0) -> Kept:
     N = len(seen.features)
     check(name, N, budget)
     kept = STRATEGIES[name](seen, budget, torch.Generator().manual_seed(seed))
-    if not isinstance(kept, Kept) or kept.keep.dtype != torch.long or \
-            not 1 <= len({*kept.keep.tolist()} & {*range(N)}) == len(kept.keep) <= (budget or N):
+    try:
+        gap.check(kept.keep, N, "gap")
+        fits = isinstance(kept, Kept) and 1 <= len(kept.keep) <= (budget or N)
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
         raise NanogapError(f"the strategy {name} must return Kept(keep) with at most {budget or N} raster "
                            "indices, each once; mend it in prune.py")
     return Kept(kept.keep.cpu(), kept.features, kept.added)

@@ -530,11 +530,13 @@ def test_a_published_method_is_what_it_is_in_plain_python(name: str, n: int, bud
 
 @pytest.mark.parametrize("wrong", [lambda *_: torch.arange(2), lambda *_: Kept(torch.arange(3)),
                                    lambda *_: Kept(torch.tensor([1, 1])),
-                                   lambda *_: Kept(torch.tensor([3, 16])), lambda *_: Kept(torch.tensor([-1])),
+                                   lambda *_: Kept(torch.tensor([3, 16])),
+                                   lambda *_: Kept(torch.tensor([-1])),
                                    lambda *_: Kept(torch.tensor([1.0, 2.0])),
+                                   lambda *_: Kept(torch.tensor([[1, 2]])), lambda *_: Kept([1, 2]),
                                    lambda *_: Kept(torch.tensor([], dtype=torch.long))],
-                         ids=["a tensor", "too many", "one twice", "beyond the image", "before it", "no integers",
-                              "none"])
+                         ids=["a tensor", "too many", "one twice", "beyond the image", "before it",
+                              "no integers", "a table", "a list", "none"])
 def test_a_strategy_of_your_own_that_returns_something_else_is_named(monkeypatch, wrong):
     monkeypatch.setitem(prune.STRATEGIES, "mine", wrong)
     with pytest.raises(NanogapError, match="the strategy mine must return Kept.keep. with at most 2"):
