@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
             "for photographs see \"Real weights\" in README.md.")
     with patience("looking at the image"):
         look = model.look(image)
-    with patience("warming up"):                                              # else the first mode pays for it
+    with patience("warming up"):                                              # or the first mode pays
         model.ground(look, "warm up", "random", 1, "gap", max_new_tokens=1)
     results = {}
     for mode in dict.fromkeys(args.mode):

@@ -160,7 +160,8 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0, steps:
                         list(steps or (course.steps for course in courses)),
                         minutes and [minutes * course.minutes / planned for course in courses])
     progress.load()
-    progress.steps = list(steps or progress.steps)                            # these count, not the saved ones
+    if steps:
+        progress.steps = steps                                                # and not those that were saved
     out.mkdir(parents=True, exist_ok=True)
     clip, words = new_clip(recipe, seed)
     clip.to(device)

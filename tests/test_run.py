@@ -251,6 +251,14 @@ def test_a_strategy_that_cannot_find_a_budget_needs_one(
         "random needs a budget: keep from 1 to 16 visual tokens, or 1% to 100%")
 
 
+def test_the_default_weights_are_named_as_seen_from_here(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(run, "REAL", tmp_path / "none")
+    monkeypatch.chdir(run.ROOT)
+    assert run.default_weights() == Path("weights/mini")
+    monkeypatch.chdir(tmp_path)
+    assert run.default_weights() == run.MINI
+
+
 @pytest.mark.parametrize("keep, message", [
     *((keep, f"argument --keep: {keep!r} {KEEP}") for keep in (
         "0", "-3", "abc", "", "1.5", "0%", "%", "nan", "1e3", "٣", "²", "1_0", " 5", "+5")),

@@ -208,8 +208,8 @@ def test_steps_that_are_given_count_and_not_those_that_were_saved(tmp_path: Path
 
 
 def test_a_training_takes_steps_or_minutes(tmp_path: Path, capsys):
-    assert answer_for("train", train.command,
-                          ["--out", str(tmp_path), "--minutes", "1", "--steps", *"1111"]) == 2
+    asked = ["--out", str(tmp_path), "--minutes", "1", "--steps", *"1111"]
+    assert answer_for("train", train.command, asked) == 2
     assert "not allowed with argument --minutes" in capsys.readouterr().err
 
 
