@@ -168,8 +168,9 @@ def caption(things: Sequence[Thing], rng: Random) -> str:
 def lay_out(cast: Cast, width: int, height: int, rng: Random) -> list[Thing]:
     """Give a box to each thing that finds room in the image; the nearest to the viewer is last.
 
-    The long side of a box is a third to five eighths of the image's, of four or more things to a half: the
-    boxes are about as large as those of RefCOCO val, whose median is 0.15 of the image.
+    The long side of a box is a third to five eighths of the image's (the height of the flattest image), of
+    four or more things to a half: so the boxes are about as large as those of RefCOCO val, of which the
+    median is 0.15 of the image.
     """
     placed: list[Thing] = []
     for kind, colour in cast:

@@ -84,7 +84,7 @@ def share_found(model: Llava, cast: Callable[[Random], Cast],
 
 
 def test_what_it_goes_by(model: Llava):
-    """README says so: more than nine of ten, whether two things differ in place, in kind or in colour alone."""
+    """README says so: more than nine of ten, whether two things differ in place, kind or colour alone."""
     def alike(rng: Random) -> Cast:
         kind = rng.choice([*KINDS])
         return [(kind, colour) for colour in rng.sample([*COLOURS], 2)]
