@@ -10,6 +10,7 @@ Letters: B batch, N patches, C channels, H heads, D head dim; sequences have 1 +
 """
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +219,7 @@ class CLIP(nn.Module):
         self.text_model = CLIPTextTower(text)
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
