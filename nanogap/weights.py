@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,7 @@ def shards(folder: Path, download: str) -> list[Path]:
 
 
 def opened(path: Path, read: Callable) -> Any:
-    """read(file) on an open safetensors file, whose mapping ends with the last tensor taken from it."""
+    """read(file) on an open safetensors file; its mapping lasts as long as any tensor taken from it."""
     try:
         with safe_open(path, framework="pt") as file:
             return read(file)
@@ -201,18 +200,32 @@ def opened(path: Path, read: Callable) -> Any:
         raise NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again") from None
 
 
-def stored(path: Path) -> list[tuple[str, Callable[[], Tensor]]]:
-    """The tensors of a file: their names, and how to read each."""
+def mapped(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, memory-mapped: nothing is read before it is used."""
     if path.suffix == ".bin":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if not all(map(torch.is_tensor, state.values())):
                 raise ValueError("it holds more than tensors")
-            return [(str(name), partial(state.get, name)) for name in state]
+            return {str(name): tensor for name, tensor in state.items()}
         except Exception as error:   # whatever an unpickler comes upon
             raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None
-    names = opened(path, lambda file: list(file.keys()))
-    return [(name, partial(opened, path, methodcaller("get_tensor", name))) for name in names]
+    return opened(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
+
+
+def converted(path: Path, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of `mapped` on a device and in a dtype; it stays mapped where it is so already.
+
+    Else it is read through a mapping of its own, which ends here and gives the pages back: there is one
+    copy in memory, never two.
+    """
+    if (tensor.device, tensor.dtype) != (device, dtype) and path.suffix != ".bin":
+        tensor = opened(path, methodcaller("get_tensor", name))
+    try:
+        return tensor.to(device, dtype)
+    except RuntimeError as error:   # torch.OutOfMemoryError is one
+        raise NanogapError(f"{device} has no room for the model in {dtype} ({one_line(error)}); "
+                           "choose another device or dtype") from None
 
 
 def spelled(name: str) -> str:
@@ -222,15 +235,11 @@ def spelled(name: str) -> str:
 
 def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype,
                  unused: re.Pattern, download: str) -> dict[str, Tensor]:
-    """All tensors under our names, each of the shape that the model expects.
-
-    A tensor that needs no conversion stays memory-mapped.  Every tensor is read through a mapping of its
-    own, so that the pages of one that is converted are given back at once: there is one copy, never two.
-    """
+    """All tensors under our names, each of the shape that the model expects."""
     tensors: dict[str, Tensor] = {}
     others = "the file and config.json belong to different checkpoints"
     for path in shards(folder, download):
-        for name, get in stored(path):
+        for name, tensor in mapped(path).items():
             ours = our_name(name)
             if UNUSED.search(name) or unused.search(name):
                 continue
@@ -239,15 +248,10 @@ def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.devi
                                    f"model: {others}")
             if ours in tensors:
                 raise NanogapError(f"{path} holds {spelled(name)}, which was there before under another name")
-            tensor = get()
             if tensor.shape != shapes[ours] or not tensor.is_floating_point():
                 raise NanogapError(f"{path}: {spelled(name)} is {tensor.dtype} {list(tensor.shape)}, and "
                                    f"config.json makes it {list(shapes[ours])}: {others}")
-            try:
-                tensors[ours] = tensor.to(device, dtype)
-            except RuntimeError as error:   # torch.OutOfMemoryError is one
-                raise NanogapError(f"{device} has no room for the model in {dtype} ({one_line(error)}); "
-                                   "choose another device or dtype") from None
+            tensors[ours] = converted(path, name, tensor, device, dtype)
     return tensors
 
 
