@@ -31,7 +31,8 @@ class StaticCache(KVCache):
     def point(self, rows: Tensor) -> None:
         """Write the next tokens to these rows (T,); each sees the rows up to its own."""
         self.rows = rows
-        self.mask = torch.arange(self.keys.shape[3], device=rows.device) <= rows[:, None]  # (T, R)
+        unseen = torch.arange(self.keys.shape[3], device=rows.device) > rows[:, None]      # (T, R)
+        self.mask = self.keys.new_zeros(unseen.shape).masked_fill(unseen, float("-inf"))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer].index_copy_(2, self.rows, k)

@@ -65,8 +65,8 @@ def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
     pairs = torch.arange(0, head_dim, 2, device=position_ids.device).float()  # (D/2,)
     frequencies = 1.0 / theta ** (pairs / head_dim)                           # (D/2,)
     angles = position_ids[..., None].float() * frequencies                    # (..., T, D/2)
-    angles = torch.cat([angles, angles], dim=-1)                              # (..., T, D)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)       # (..., T, D)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -90,15 +90,16 @@ class KVCache:
         self.keys = like.new_empty(shape)                                     # (layers, B, G, rows, D)
         self.values = like.new_empty(shape)
         self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
-        self.mask: Tensor | None = None   # (T, R) who sees whom, where the order of rows does not say it
+        self.mask: Tensor | None = None   # (T, R) as causal_mask, where the order of rows does not say it
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
         start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
-        self.keys[layer, :, :, start:end] = k
-        self.values[layer, :, :, start:end] = v
+        keys, values = self.keys[layer], self.values[layer]                   # (B, G, rows, D)
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = v
         self.lengths[layer] = end
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
     def copy(self, other: "KVCache") -> int:
         """Begin with the rows of another cache; returns how many they are."""
@@ -123,20 +124,20 @@ class KVCache:
 
 @lru_cache(maxsize=1)                                                         # one for all layers of a pass
 @torch.inference_mode(False)                                                  # and for those with gradients
-def causal_mask(T: int, R: int, device: torch.device) -> Tensor:
-    """Which of R rows each of the T last ones sees: (T, R)."""
-    return torch.ones(T, R, dtype=torch.bool, device=device).tril(diagonal=R - T)
+def causal_mask(T: int, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which of R rows each of the T last ones sees: (T, R), 0 where it does and -inf where it does not."""
+    return torch.full((T, R), float("-inf"), dtype=dtype, device=device).triu(diagonal=R - T + 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
-    The order of the rows decides who sees whom, or a mask (T, R); position IDs play no part in it.
+    The order of the rows decides who sees whom, or a mask (T, R) does; position IDs play no part in it.
     """
     T, R = q.shape[2], k.shape[2]
     if mask is None and 1 < T < R:
-        mask = causal_mask(T, R, q.device)
+        mask = causal_mask(T, R, q.dtype, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
@@ -146,6 +147,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, D
+        self.heads = [config.num_attention_heads, config.num_key_value_heads]
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
@@ -162,10 +164,10 @@ class LlamaAttention(nn.Module):
         """
         q = self.split(self.q_proj(x))                                        # (B, H, T, D)
         k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))         # (B, G, T, D)
-        q, k = rotate(q, cos, sin)[:, :, -last:], rotate(k, cos, sin)
+        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split(self.heads, dim=1)  # both turn alike
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
-        y = causal_attention(q, k, v, cache.mask if cache else None)          # (B, H, last, D)
+        y = causal_attention(q[:, :, -last:], k, v, cache.mask if cache else None)  # (B, H, last, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, last, C)
 
 
@@ -217,7 +219,7 @@ class LlamaModel(nn.Module):
         if position_ids.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]                             # (B, 1, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        layers = self.layers[start:stop]
+        layers = list(self.layers)[start:stop]
         for layer in layers:
             x = layer(x, cos, sin, cache, last if layer is layers[-1] else 0)  # (B, T, C)
         return x
