@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -200,32 +201,27 @@ def opened(path: Path, read: Callable) -> Any:
         raise NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again") from None
 
 
-def mapped(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped: nothing is read before it is used."""
+def stored(path: Path, device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[], Tensor]]]:
+    """The tensors of a file: their names, and how to map each into memory.
+
+    Those that will stay as they are share one mapping.  One that will be converted gets its own, which
+    ends with it and gives its pages back: there is one copy in memory, never two.
+    """
     if path.suffix == ".bin":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if not all(map(torch.is_tensor, state.values())):
                 raise ValueError("it holds more than tensors")
-            return {str(name): tensor for name, tensor in state.items()}
+            return [(str(name), partial(state.get, name)) for name in state]
         except Exception as error:   # whatever an unpickler comes upon
             raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None
-    return opened(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
-
-
-def converted(path: Path, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of `mapped` on a device and in a dtype; it stays mapped where it is so already.
-
-    Else it is read through a mapping of its own, which ends here and gives the pages back: there is one
-    copy in memory, never two.
-    """
-    if (tensor.device, tensor.dtype) != (device, dtype) and path.suffix != ".bin":
-        tensor = opened(path, methodcaller("get_tensor", name))
-    try:
-        return tensor.to(device, dtype)
-    except RuntimeError as error:   # torch.OutOfMemoryError is one
-        raise NanogapError(f"{device} has no room for the model in {dtype} ({one_line(error)}); "
-                           "choose another device or dtype") from None
+    names = opened(path, lambda file: list(file.keys()))
+    alone = [partial(opened, path, methodcaller("get_tensor", name)) for name in names]
+    first = alone[0]() if names else None                                     # speaks for all
+    if names and (first.device, first.dtype) == (device, dtype):
+        together = opened(path, lambda file: {name: file.get_tensor(name) for name in names})
+        return [(name, partial(together.get, name)) for name in names]
+    return list(zip(names, alone))
 
 
 def spelled(name: str) -> str:
@@ -239,7 +235,7 @@ def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.devi
     tensors: dict[str, Tensor] = {}
     others = "the file and config.json belong to different checkpoints"
     for path in shards(folder, download):
-        for name, tensor in mapped(path).items():
+        for name, get in stored(path, device, dtype):
             ours = our_name(name)
             if UNUSED.search(name) or unused.search(name):
                 continue
@@ -248,10 +244,15 @@ def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.devi
                                    f"model: {others}")
             if ours in tensors:
                 raise NanogapError(f"{path} holds {spelled(name)}, which was there before under another name")
+            tensor = get()
             if tensor.shape != shapes[ours] or not tensor.is_floating_point():
                 raise NanogapError(f"{path}: {spelled(name)} is {tensor.dtype} {list(tensor.shape)}, and "
                                    f"config.json makes it {list(shapes[ours])}: {others}")
-            tensors[ours] = converted(path, name, tensor, device, dtype)
+            try:
+                tensors[ours] = tensor.to(device, dtype)
+            except RuntimeError as error:   # torch.OutOfMemoryError is one
+                raise NanogapError(f"{device} has no room for the model in {dtype} ({one_line(error)}); "
+                                   "choose another device or dtype") from None
     return tensors
 
 
