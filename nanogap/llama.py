@@ -125,7 +125,10 @@ class KVCache:
 @lru_cache(maxsize=1)                                                         # one for all layers of a pass
 @torch.inference_mode(False)                                                  # and for those with gradients
 def causal_mask(T: int, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which of R rows each of the T last ones sees: (T, R), 0 where it does and -inf where it does not."""
+    """Which of R rows each of the T last ones sees: (T, R), 0 where it does and -inf where it does not.
+
+    It is added to the scores, so it has their dtype; of booleans every layer would make this anew.
+    """
     return torch.full((T, R), float("-inf"), dtype=dtype, device=device).triu(diagonal=R - T + 1)
 
 
@@ -133,7 +136,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
-    The order of the rows decides who sees whom, or a mask (T, R) does; position IDs play no part in it.
+    The order of the rows decides who sees whom, or a mask like causal_mask's; position IDs play no part.
     """
     T, R = q.shape[2], k.shape[2]
     if mask is None and 1 < T < R:
@@ -147,7 +150,7 @@ class LlamaAttention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, D
-        self.heads = [config.num_attention_heads, config.num_key_value_heads]
+        self.head_counts = [config.num_attention_heads, config.num_key_value_heads]
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
@@ -164,7 +167,8 @@ class LlamaAttention(nn.Module):
         """
         q = self.split(self.q_proj(x))                                        # (B, H, T, D)
         k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))         # (B, G, T, D)
-        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split(self.heads, dim=1)  # both turn alike
+        q_and_k = rotate(torch.cat([q, k], dim=1), cos, sin)                  # (B, H + G, T, D)
+        q, k = q_and_k.split(self.head_counts, dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
         y = causal_attention(q[:, :, -last:], k, v, cache.mask if cache else None)  # (B, H, last, D)
@@ -219,7 +223,7 @@ class LlamaModel(nn.Module):
         if position_ids.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]                             # (B, 1, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        layers = list(self.layers)[start:stop]
+        layers = list(self.layers)[start:stop]                                # a slice would be a new module
         for layer in layers:
             x = layer(x, cos, sin, cache, last if layer is layers[-1] else 0)  # (B, T, C)
         return x

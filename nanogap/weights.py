@@ -202,11 +202,7 @@ def opened(path: Path, read: Callable) -> Any:
 
 
 def stored(path: Path, device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[[], Tensor]]]:
-    """The tensors of a file: their names, and how to map each into memory.
-
-    Those that will stay as they are share one mapping.  One that will be converted gets its own, which
-    ends with it and gives its pages back: there is one copy in memory, never two.
-    """
+    """The tensors of a file: their names, and how to map each into memory."""
     if path.suffix == ".bin":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -215,13 +211,16 @@ def stored(path: Path, device: torch.device, dtype: torch.dtype) -> list[tuple[s
             return [(str(name), partial(state.get, name)) for name in state]
         except Exception as error:   # whatever an unpickler comes upon
             raise NanogapError(f"{path} cannot be read ({one_line(error)}); download it again") from None
-    names = opened(path, lambda file: list(file.keys()))
-    alone = [partial(opened, path, methodcaller("get_tensor", name)) for name in names]
-    first = alone[0]() if names else None                                     # speaks for all
-    if names and (first.device, first.dtype) == (device, dtype):
-        together = opened(path, lambda file: {name: file.get_tensor(name) for name in names})
-        return [(name, partial(together.get, name)) for name in names]
-    return list(zip(names, alone))
+    # Those that will stay as they are share one mapping.  One that will be converted gets its own, which
+    # ends with it and gives its pages back: there is one copy in memory, never two.
+    tensors = opened(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})
+    staying = {name: tensor for name, tensor in tensors.items()
+               if (tensor.device, tensor.dtype) == (device, dtype)}
+
+    def get(name: str) -> Tensor:
+        return staying[name] if name in staying else opened(path, methodcaller("get_tensor", name))
+
+    return [(name, partial(get, name)) for name in tensors]
 
 
 def spelled(name: str) -> str:

@@ -80,10 +80,14 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 @pytest.mark.parametrize("T, R", [(1, 1), (1, 7), (7, 7), (3, 7)])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_attention_equals_softmax_written_out(T: int, R: int, groups: int):
+@pytest.mark.parametrize("dtype, atol", [
+    (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_attention_equals_softmax_written_out(T: int, R: int, groups: int, dtype: torch.dtype, atol: float):
     torch.manual_seed(T * R)
-    q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, groups, R, 8), torch.randn(2, groups, R, 8)
-    assert torch.allclose(causal_attention(q, k, v), written_out(q, k, v), atol=1e-5)
+    q, k, v = (torch.randn(2, heads, rows, 8).to(dtype) for heads, rows in ((4, T), (groups, R), (groups, R)))
+    y = causal_attention(q, k, v)
+    assert y.dtype == dtype
+    assert torch.allclose(y.float(), written_out(q.float(), k.float(), v.float()), atol=atol)
 
 
 def test_a_mask_made_without_gradients_serves_where_they_flow():

@@ -25,7 +25,8 @@ def test_the_file_is_built_like_llamas():
     """Prepend and replace, no pre-tokenizer, bytes for the unknown, BOS by template."""
     form = json.loads(tiny_tokenizer().to_str())
     assert form["normalizer"]["normalizers"] == [
-        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     assert form["pre_tokenizer"] is None
     assert form["model"]["byte_fallback"] and form["model"]["unk_token"] == "<unk>"
     assert [d["type"] for d in form["decoder"]["decoders"]] == ["Replace", "ByteFallback", "Fuse", "Strip"]
