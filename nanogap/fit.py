@@ -18,7 +18,7 @@ from nanogap.errors import NanogapError
 from nanogap.objectives import Asked, Batch, Draw, Scenes
 from nanogap.scenes import draw_scene
 
-TIMED = 20           # steps by which --minutes is turned into a number of steps
+TIMED = 20           # steps by which --minutes is turned into a number of steps, again and again
 SAVE_EVERY = 120.0   # seconds
 
 
@@ -77,12 +77,14 @@ class Progress:
         for key in self.KEPT:
             setattr(self, key, saved[key])
 
-    def choose_steps(self, seconds_per_step: float) -> None:
-        """Turn minutes into a number of steps, the same in all processes."""
-        chosen = torch.tensor(int(60 * self.minutes[self.course] / seconds_per_step))
+    def choose_steps(self, done: int, seconds: float, seconds_per_step: float) -> int:
+        """Turn what is left of a course's minutes into steps, the same number in all processes."""
+        left = (60 * self.minutes[self.course] - seconds) / seconds_per_step
+        chosen = torch.tensor(done + max(int(left), 1))
         if dist.is_initialized():
             dist.broadcast(chosen, 0)
-        self.steps[self.course] = max(int(chosen), TIMED + 1)
+        self.steps[self.course] = int(chosen)
+        return int(chosen)
 
 
 def optimizers(model: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
@@ -114,13 +116,16 @@ def fit(course: Course, model: nn.Module, loss_of: Callable[[Batch], Tensor], da
         model.load_state_dict(progress.state["model"])
         for stepper, state in zip(steppers, progress.state["optimizers"]):
             stepper.load_state_dict(state)
-    start, begun, saved, average = progress.step, time.time(), time.time(), None
+    start, average = progress.step, None
+    planned = progress.minutes is not None and start == 0
+    begun = saved = timed = time.time()
     batches = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers,
                                           sampler=range(start * world + rank, sys.maxsize, world))
     for step, batch in enumerate(batches, start):
-        if step == TIMED and start == 0 and progress.minutes is not None:
-            progress.choose_steps((time.time() - begun) / TIMED)
         steps = progress.steps[progress.course]
+        if planned and step and step % TIMED == 0 and step <= max(TIMED, steps / 2):
+            before, timed = timed, time.time()      # the first steps are slow, above all on a GPU
+            steps = progress.choose_steps(step, timed - begun, (timed - before) / TIMED)
         if step >= steps:
             break
         for stepper in steppers:

@@ -16,6 +16,7 @@ from itertools import cycle
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -65,6 +66,8 @@ class Scenes(torch.utils.data.Dataset):
         # pictures are drawn just as large as the model sees them, or twice as large
         scenes = [self.draw(rng, rng.choice((1, 2)) * self.image_size) for _ in range(self.images)]
         pixels = torch.cat([to_pixel_values(scene.image, self.image_size) for scene in scenes])
+        # of the pictures only the size is asked from here on: workers need not send them
+        scenes = [replace(scene, image=Image.new("1", scene.image.size)) for scene in scenes]
         return pixels, scenes, rng                                            # pixels (B, 3, S, S)
 
 
@@ -90,8 +93,9 @@ def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.devi
     pixels, scenes, rng = batch
     wholes = [caption(scene.things, rng) for scene in scenes]
     singles = [caption([thing], rng) for thing in SINGLES]
-    claims = [contents(scene.things) for scene in scenes] + [contents([thing]) for thing in SINGLES]
-    truth = torch.tensor([[float(claim <= contents(scene.things)) for claim in claims] for scene in scenes])
+    held = [contents(scene.things) for scene in scenes]
+    claims = held + [contents([thing]) for thing in SINGLES]
+    truth = torch.tensor([[float(claim <= have) for claim in claims] for have in held])
     truth = truth.to(device)                                                  # (B, M)
     texts = torch.cat([clip.text_features(torch.tensor([e.ids for e in tokenizer.encode_batch(some)],
                                                        device=device)) for some in (wholes, singles)])

@@ -206,6 +206,8 @@ def command(argv: Sequence[str] | None) -> None:
     device = pick_device(args.device)
     if join()[1] > 1:                                                         # under torchrun
         torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")                            # products in TF32
     recipe = RECIPES[args.recipe or ("gpu" if device.type == "cuda" else "cpu")]
     train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers)
 

@@ -1,5 +1,6 @@
 """Training: what it learns from, that shared prefixes change nothing, and that it continues."""
 
+import pickle
 import random
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ import nanogap
 from nanogap import NanogapError, fit, train
 from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
+from nanogap.fit import Progress
 from nanogap.llava import Llava
 from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_alike, draw_often_alike,
                                 llava_loss, short_questions, tasks)
@@ -205,6 +207,20 @@ def test_steps_that_are_given_count_and_not_those_that_were_saved(tmp_path: Path
                tmp_path / "training.pt")
     run(tmp_path, [9, 1, 2, 1])
     assert capsys.readouterr().out.endswith("--steps 9 1 2 1\n")
+
+
+def test_minutes_become_steps_by_what_the_last_ones_took(tmp_path: Path):
+    progress = Progress(tmp_path / "training.pt", {}, steps=[7, 7], minutes=[9.0, 1.0], course=1)
+    assert progress.choose_steps(20, seconds=10.0, seconds_per_step=0.5) == 20 + 50 / 0.5
+    assert progress.steps == [7, 120]
+    assert progress.choose_steps(120, seconds=70.0, seconds_per_step=0.5) == 121   # over time: the last
+
+
+def test_workers_send_no_pictures():
+    """Which would be most of what goes through their pipe; of a picture, training asks the size."""
+    drawn = Scenes("test", 2, 56)[3][1]
+    assert [s.image.mode for s in drawn] == ["1", "1"] and {s.image.width for s in drawn} <= {56, 112}
+    assert len(pickle.dumps(drawn)) < 10_000
 
 
 def test_a_training_takes_steps_or_minutes(tmp_path: Path, capsys):
