@@ -184,8 +184,9 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
     return {"weights": str(folder or f"random {args.random}"), "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in model.parameters()), "new_tokens": args.new,
-            "rounds": args.rounds, "graph": args.graph, **rates, "read_s": read_s, "ours": ours,
-            "theirs": theirs, "runs": rows}
+            "rounds": args.rounds, "graph": args.graph, "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, **rates,
+            "read_s": read_s, "ours": ours, "theirs": theirs, "runs": rows}
 
 
 # ----- what is said -------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
 
 def print_table(d: dict) -> None:
     """The same for people, and in two sentences what pruning buys."""
-    print(f"{d['weights']} on {d['device']}, {d['dtype']}, {d['threads']} threads, "
+    print(f"{d['weights']} on {d['gpu'] or d['device']}, {d['dtype']}, {d['threads']} threads, "
           f"{d['parameters'] / 1e6:.0f} million parameters, {d['new_tokens']} new tokens; "
           f"medians of {d['rounds']} rounds")
     print(f"the limits here: {d['copy_gb_s']:.3g} GB/s copied, {d['matmul_tflop_s']:.3g} TFLOP/s in products")

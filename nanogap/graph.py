@@ -59,7 +59,9 @@ class GraphedDecoder:
         self.caches: dict[int, StaticCache] = {}                              # by R
         self.recordings: dict[tuple[int, int], Recording] = {}                # by R and T
         self.read: KVCache | None = None                                      # the one copied last
+        self.side: Any = None                                                 # the stream that records
 
+    @torch.inference_mode()                                                   # as what it fills in was made
     def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, last: int = 0) -> Tensor:
         """A pass over embeddings (1, T, C); the logits (1, last, V) hold until the next one.
 
@@ -91,13 +93,14 @@ class GraphedDecoder:
         if recording.x.device.type != "cuda":
             return run()
         if recording.graph is None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side = self.side or torch.cuda.Stream()                      # one: each has a workspace
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 run()                                                         # libraries set themselves up
                 run()
-            torch.cuda.current_stream().wait_stream(side)
-            recording.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(recording.graph):
+            torch.cuda.current_stream().wait_stream(self.side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.side):
                 run()
+            recording.graph = graph
         recording.graph.replay()
