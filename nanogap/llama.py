@@ -150,7 +150,6 @@ class LlamaAttention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, D
-        self.head_counts = [config.num_attention_heads, config.num_key_value_heads]
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
@@ -168,7 +167,7 @@ class LlamaAttention(nn.Module):
         q = self.split(self.q_proj(x))                                        # (B, H, T, D)
         k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))         # (B, G, T, D)
         q_and_k = rotate(torch.cat([q, k], dim=1), cos, sin)                  # (B, H + G, T, D)
-        q, k = q_and_k.split(self.head_counts, dim=1)
+        q, k = q_and_k.split([q.shape[1], k.shape[1]], dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
         y = causal_attention(q[:, :, -last:], k, v, cache.mask if cache else None)  # (B, H, last, D)
