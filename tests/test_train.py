@@ -5,13 +5,14 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import nanogap
-from nanogap import NanogapError, fit, train
+from nanogap import NanogapError, fit, objectives, train
 from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.fit import Progress
@@ -214,6 +215,19 @@ def test_minutes_become_steps_by_what_the_last_ones_took(tmp_path: Path):
     assert progress.choose_steps(20, seconds=10.0, seconds_per_step=0.5) == 20 + 50 / 0.5
     assert progress.steps == [7, 120]
     assert progress.choose_steps(120, seconds=70.0, seconds_per_step=0.5) == 121   # over time: the last
+
+
+def test_a_slow_start_does_not_shorten_a_training(tmp_path: Path, monkeypatch, capsys):
+    """By a clock that goes on by a second when it is read, and by ten before the first step."""
+    told = [0, *range(10, 10_000)]
+    monkeypatch.setattr(fit, "TIMED", 2)
+    monkeypatch.setattr(fit, "time", SimpleNamespace(time=lambda: told.pop(0)))
+    course = replace(TINY.courses[0], steps=9)
+    progress = Progress(tmp_path / "training.pt", {}, [course.steps], [1.0])
+    clip, words = train.new_clip(TINY, 0)
+    fit.fit(course, clip, lambda batch: objectives.clip_loss(clip, words, batch, CPU),
+            Scenes("test", 2, 56), progress, 0)
+    assert progress.steps[0] >= 30 and told[0] <= 60          # by the first two steps alone about ten
 
 
 def test_workers_send_no_pictures():
