@@ -61,7 +61,7 @@ class GraphedDecoder:
         self.read: KVCache | None = None                                      # the one copied last
         self.side: Any = None                                                 # the stream that records
 
-    @torch.inference_mode()                                                   # as what it fills in was made
+    @torch.inference_mode()                                                   # what it fills in was made so
     def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, last: int = 0) -> Tensor:
         """A pass over embeddings (1, T, C); the logits (1, last, V) hold until the next one.
 
