@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanogap import fastv, gap, prune
 from nanogap.errors import NanogapError
-from nanogap.generate import Decoder, decode, draft, template
+from nanogap.generate import Decoder, Draft, decode, draft, template
 from nanogap.image import Box, box_to_pixels
 from nanogap.llama import KVCache
 from nanogap.prompt import parse_box
@@ -69,6 +69,7 @@ class Read:
     """A prompt that was read: what an answer goes on from."""
 
     logits: Tensor            # (1 + D, V) after the prompt, and after each of D tokens drafted behind it
+    drafted: Draft            # these tokens
     cache: KVCache
     fed: "Fed"
     visual_tokens: float
@@ -76,7 +77,7 @@ class Read:
     starts_at: int            # ID of the first of them, in the decoder's first layer
 
 
-def read(model: "Llava", look: "Look", question: Question, drafts: list[int], room: int) -> Read:
+def read(model: "Llava", look: "Look", question: Question, drafted: Draft, room: int) -> Read:
     """Choose the visual tokens, and read the prompt with them and with drafted tokens behind it."""
     input_ids, seen = model.encode_question(question.text), look.seen
     N, (P, A) = len(seen.features), model.around_image(input_ids)
@@ -86,18 +87,19 @@ def read(model: "Llava", look: "Look", question: Question, drafts: list[int], ro
     elif seen.keys is None:
         raise ValueError("this look noted nothing for pruning: take it with for_pruning=True")
     elif question.prune in prune.IN_DECODER:
-        return read_and_cut(model, seen, input_ids, question, room)
+        return read_and_cut(model, seen, input_ids, question, room + len(drafted.choice))
     else:
         seen = model.with_text(seen, question.words) if question.reads_text() else seen
         kept = prune.select(question.prune, seen, question.keep, question.seed)
     fed = model.sequence(input_ids, seen.features, kept, question.mode)
-    behind = model.language_model.model.embed_tokens(torch.tensor(drafts, device=model.device).long())
-    ids = fed.next_position + torch.arange(len(drafts), device=model.device)
+    tokens, places = torch.tensor([drafted.tokens, drafted.places(0)], device=model.device).long()
+    behind = model.language_model.model.embed_tokens(tokens)
     logits, cache = model.prefill(torch.cat([fed.embeddings, behind[None]], dim=1),
-                                  torch.cat([fed.position_ids, ids]), room, 1 + len(drafts),
-                                  shared_prefix(model, look, question, fed, A))
-    return Read(logits, cache, fed, len(kept.keep) + kept.n_added, model.graphed or model.language_model,
-                fed.next_position)
+                                  torch.cat([fed.position_ids, fed.next_position + places]), room,
+                                  1 + len(tokens), shared_prefix(model, look, question, fed, A),
+                                  drafted.siblings)
+    return Read(logits, drafted, cache, fed, len(kept.keep) + kept.n_added,
+                model.graphed or model.language_model, fed.next_position)
 
 
 def shared_prefix(model: "Llava", look: "Look", question: Question, fed: "Fed",
@@ -135,7 +137,7 @@ def read_and_cut(model: "Llava", seen: Seen, input_ids: Tensor, question: Questi
     logits, keep, ids, next_position = fastv.prefill(decoder, whole.embeddings, cache, P, N,
                                                      question.mode, choose, cut)
     fed = replace(whole, position_ids=ids, next_position=next_position, keep=keep)
-    return Read(logits, cache, fed, fastv.mean_tokens(layers, N, len(keep), cut),
+    return Read(logits, Draft(), cache, fed, fastv.mean_tokens(layers, N, len(keep), cut),
                 fastv.decoder(decoder, whole.next_position - next_position, cut), whole.next_position)
 
 
@@ -154,7 +156,8 @@ def answer(model: "Llava", look: "Look", question: Question, max_new_tokens: int
         reading = read(model, look, question, draft(foretold, [], max_new_tokens - 1), max_new_tokens)
         prefilled, tokens, passes = model.clock(), [], -1                     # the first tokens cost none
         for new in decode(model.language_model, reading.logits, reading.cache, reading.starts_at,
-                          max_new_tokens, model.config.eos_token, foretold, reading.decoder):
+                          max_new_tokens, model.config.eos_token, foretold, reading.drafted,
+                          reading.decoder):
             tokens, passes = tokens + new, passes + 1
             for token in new if on_token else ():
                 on_token(token)

@@ -3,19 +3,22 @@
 In:  the logits after a prompt, and its cache.  Out: token IDs, exactly those of plain greedy decoding.
 
 Of the 25 tokens of "[0.12, 0.34, 0.56, 0.78]" and its end only eight digits are news.  So a pass is fed
-the last new token together with those that the format puts behind it; the logits of all of them come
-out at once, and show how far greedy decoding would have said the same.  What it would not have said is
-dropped from the cache, where the next rows overwrite it.  (In half precision a pass over several tokens
-rounds differently from passes over one, and of two words that are as good as equal the other may win.)
-A pass in the middle of a box:
+the last new tokens together with those that the format puts behind them, and where it leaves a choice,
+with all ten digits side by side: alternatives, which do not see one another and have one position ID.
+The logits of all of them come out at once, and show how far greedy decoding would have said the same,
+and what it would say next.  What it would not have said is dropped from the cache, where the next rows
+overwrite it.  (In half precision a pass over several tokens rounds differently from passes over one, and
+of two words that are as good as equal the other may win.)  A pass in the middle of a box:
 
-    fed                  2    ,    ▁    0    .        the last new token, and four drafts
-    greedy behind each   ,    ▁    0    .    3        all drafts agree, and "3" is new
+    fed             1   2   ,   ▁   0   .   0 1 2 3 4 5 6 7 8 9     said before, a chain, and a choice
+    position IDs    81  82  83  84  85  86  87 ...           87
+    greedy behind       ,   ▁   0   .   3         4                 the chain agrees; "3", and "4" behind it
 
 Letters: T tokens fed in a pass, D of them drafted, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -29,28 +32,51 @@ from nanogap.prompt import encode, format_box
 Decoder = Callable[[Tensor, Tensor, KVCache, int], Tensor]
 
 
-def template(tokenizer: Tokenizer) -> list[int | None]:
-    """The tokens of a box as LLaVA says it; None for the digits, which nothing foretells.
+@dataclass(frozen=True)
+class Draft:
+    """What may come next: tokens one behind the other, and then all those among which there is a choice."""
+
+    chain: tuple[int, ...] = ()
+    choice: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.chain + self.choice
+
+    @property
+    def siblings(self) -> int:
+        """How many tokens share the last place."""
+        return max(len(self.choice), 1)
+
+    def places(self, start: int) -> list[int]:
+        """Where the tokens stand if the first does at `start`; those of the choice are at one place."""
+        return [start + min(i, len(self.chain)) for i in range(len(self.tokens))]
+
+
+def template(tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The tokens that may stand at each place of a box as LLaVA says it: the one, or any of ten digits.
 
     Empty where the tokenizer does not split numbers into digits.
     """
-    one, other = (encode(tokenizer, format_box((share,) * 4)) for share in (0.00, 0.11))
-    return [a if a == b else None for a, b in zip(one, other)] if len(one) == len(other) else []
+    boxes = [encode(tokenizer, format_box((digit * 0.11,) * 4)) for digit in range(10)]
+    alike = len({len(box) for box in boxes}) == 1
+    return [tuple(dict.fromkeys(tokens)) for tokens in zip(*boxes)] if alike else []
 
 
-def draft(template: Sequence[int | None], said: Sequence[int], most: int) -> list[int]:
-    """What the format puts behind the tokens said so far, up to the next digit: at most so many tokens.
+def draft(template: Sequence[tuple[int, ...]], said: Sequence[int], most: int) -> Draft:
+    """What the format puts behind the tokens said so far, up to the next choice: at most so many places.
 
     Nothing where those tokens are not the beginning of such a box.
     """
-    if any(token not in (None, found) for token, found in zip(template, said)):
-        return []
-    foretold = takewhile(lambda token: token is not None, template[len(said):])
-    return list(foretold)[:max(most, 0)]
+    if any(token not in allowed for allowed, token in zip(template, said)):
+        return Draft()
+    ahead = template[len(said):][:max(most, 0)]
+    chain = tuple(one for one, in takewhile(lambda allowed: len(allowed) == 1, ahead))
+    return Draft(chain, ahead[len(chain)] if len(chain) < len(ahead) else ())
 
 
 def decode(model: LlamaForCausalLM, logits: Tensor, cache: KVCache, next_position: int, most: int,
-           end: int, template: Sequence[int | None] = (),
+           end: int, template: Sequence[tuple[int, ...]] = (), drafted: Draft = Draft(),
            decoder: Decoder | None = None) -> Iterator[list[int]]:
     """Yield the new tokens of each pass, up to `most` of them or the end token; the first cost no pass.
 
@@ -59,18 +85,22 @@ def decode(model: LlamaForCausalLM, logits: Tensor, cache: KVCache, next_positio
                    use: under GAP the two are far apart, and a draft that is dropped moves only the row.
     decoder:       what runs a pass; None: the model itself
     """
-    drafts, said = draft(template, [], len(logits) - 1), []
+    said, prompt = [], cache.lengths[0] - len(drafted.tokens)
     while True:
         greedy = logits.argmax(-1).tolist()                                   # 1 + D tokens
-        agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(greedy, drafts)))
-        cache.drop(len(drafts) - agreed)
+        agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(greedy, drafted.chain)))
+        cache.drop(len(drafted.tokens) - agreed)
         new = greedy[:agreed + 1]
+        if agreed == len(drafted.chain) and new[-1] in drafted.choice:
+            new.append(greedy[agreed + 1 + drafted.choice.index(new[-1])])
         new = new[:new.index(end) + 1] if end in new else new
         said += new
         yield new
         if new[-1] == end or len(said) >= most:
             return
-        drafts = draft(template, said, most - len(said) - 1)
-        fed = torch.tensor([said[-1], *drafts], device=logits.device)         # (T,), T = 1 + D
-        ids = next_position + len(said) - 1 + torch.arange(len(fed), device=logits.device)
-        logits = (decoder or model)(model.model.embed_tokens(fed)[None], ids, cache, len(fed))[0]
+        drafted, rows = draft(template, said, most - len(said) - 1), cache.lengths[0] - prompt
+        cache.siblings = drafted.siblings
+        fed = [*said[rows:], *drafted.tokens], [*range(rows, len(said)), *drafted.places(len(said))]
+        tokens, places = torch.tensor(fed, device=logits.device)              # (T,) each
+        x = model.model.embed_tokens(tokens)[None]                            # (1, T, C)
+        logits = (decoder or model)(x, next_position + places, cache, 1 + len(drafted.tokens))[0]

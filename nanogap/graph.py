@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogap.llama import KVCache, LlamaForCausalLM
+from nanogap.llama import KVCache, LlamaForCausalLM, mask_of
 
 STEP = 64   # numbers of rows are rounded up to this, so that few graphs serve many prompts
 
@@ -29,10 +29,9 @@ class StaticCache(KVCache):
         self.values.zero_()   # whatever memory held is multiplied by 0, and 0 x NaN would be NaN
 
     def point(self, rows: Tensor) -> None:
-        """Write the next tokens to these rows (T,); each sees the rows up to its own."""
+        """Write the next tokens to these rows (T,)."""
         self.rows = rows
-        unseen = torch.arange(self.keys.shape[3], device=rows.device) > rows[:, None]      # (T, R)
-        self.mask = self.keys.new_zeros(unseen.shape).masked_fill(unseen, float("-inf"))
+        self.mask = mask_of(rows, self.keys.shape[3], self.siblings, self.keys.dtype)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys[layer].index_copy_(2, self.rows, k)
@@ -42,7 +41,7 @@ class StaticCache(KVCache):
 
 @dataclass
 class Recording:
-    """A pass over T tokens: fill in the inputs, replay, read the logits (1, T, V)."""
+    """A pass over T tokens, S of them siblings: fill in the inputs, replay, read the logits (1, T, V)."""
 
     x: Tensor                 # (1, T, C)
     position_ids: Tensor      # (T,)
@@ -57,7 +56,7 @@ class GraphedDecoder:
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
         self.caches: dict[int, StaticCache] = {}                              # by R
-        self.recordings: dict[tuple[int, int], Recording] = {}                # by R and T
+        self.recordings: dict[tuple[int, int, int], Recording] = {}           # by R, T and S
         self.read: KVCache | None = None                                      # the one copied last
         self.side: Any = None                                                 # the stream that records
 
@@ -74,9 +73,10 @@ class GraphedDecoder:
             self.caches[R].copy(cache)
             self.read = cache
         rows = torch.arange(T, device=x.device) + cache.lengths[0]
-        if (R, T) not in self.recordings:
-            self.recordings[R, T] = Recording(x.clone(), position_ids.clone(), rows)
-        recording = self.recordings[R, T]
+        key = R, T, cache.siblings
+        if key not in self.recordings:
+            self.recordings[key] = Recording(x.clone(), position_ids.clone(), rows)
+        recording, self.caches[R].siblings = self.recordings[key], cache.siblings
         recording.x.copy_(x)
         recording.position_ids.copy_(position_ids)
         recording.rows.copy_(rows)

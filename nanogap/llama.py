@@ -90,6 +90,7 @@ class KVCache:
         self.keys = like.new_empty(shape)                                     # (layers, B, G, rows, D)
         self.values = like.new_empty(shape)
         self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
+        self.siblings = 1                 # so many of the last tokens to come are alternatives: causal_mask
         self.mask: Tensor | None = None   # (T, R) as causal_mask, where the order of rows does not say it
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,25 +123,35 @@ class KVCache:
 # ----- the decoder --------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)                                                         # one for all layers of a pass
-@torch.inference_mode(False)                                                  # and for those with gradients
-def causal_mask(T: int, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Which of R rows each of the T last ones sees: (T, R), 0 where it does and -inf where it does not.
+def mask_of(rows: Tensor, R: int, siblings: int, dtype: torch.dtype) -> Tensor:
+    """Which of R rows the tokens in these rows (T,) see: (T, R), 0 where they do and -inf where not.
 
     It is added to the scores, so it has their dtype; of booleans every layer would make this anew.
+    siblings: so many of the last tokens stand in each other's place: each sees the rows before all of
+              them and its own.  1: every token sees all rows up to its own.
     """
-    return torch.full((T, R), float("-inf"), dtype=dtype, device=device).triu(diagonal=R - T + 1)
+    own, seen = rows[:, None], torch.arange(R, device=rows.device)
+    unseen = (seen >= own.clamp(max=rows[-siblings])) & (seen != own)         # (T, R)
+    return torch.zeros(unseen.shape, dtype=dtype, device=rows.device).masked_fill_(unseen, float("-inf"))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+@lru_cache(maxsize=1)                                                         # one for all layers of a pass
+@torch.inference_mode(False)                                                  # and for those with gradients
+def causal_mask(T: int, R: int, siblings: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask of tokens that stand in the last T of R rows."""
+    return mask_of(torch.arange(R - T, R, device=device), R, siblings, dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, siblings: int = 1,
+                     mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
     The order of the rows decides who sees whom, or a mask like causal_mask's; position IDs play no part.
     """
     T, R = q.shape[2], k.shape[2]
-    if mask is None and 1 < T < R:
-        mask = causal_mask(T, R, q.dtype, q.device)
+    if mask is None and (siblings > 1 or 1 < T < R):
+        mask = causal_mask(T, R, siblings, q.dtype, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
@@ -170,7 +181,8 @@ class LlamaAttention(nn.Module):
         q, k = q_and_k.split([q.shape[1], k.shape[1]], dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
-        y = causal_attention(q[:, :, -last:], k, v, cache.mask if cache else None)  # (B, H, last, D)
+        order = (cache.siblings, cache.mask) if cache else ()
+        y = causal_attention(q[:, :, -last:], k, v, *order)                   # (B, H, last, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, last, C)
 
 

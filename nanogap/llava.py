@@ -202,12 +202,14 @@ class Llava(nn.Module):
     # ----- generation -------------------------------------------------------------------------------
 
     def prefill(self, embeddings: Tensor, position_ids: Tensor, room: int, last: int = 1,
-                prefix: KVCache | None = None) -> tuple[Tensor, KVCache]:
+                prefix: KVCache | None = None, siblings: int = 1) -> tuple[Tensor, KVCache]:
         """Read the prompt (1, T, C): logits (last, V) of its last tokens, and the cache.
 
-        room:   rows of the cache that stay free; prefix: the first rows, where they were read before
+        room:     rows of the cache that stay free; prefix: the first rows, where they were read before
+        siblings: so many of the last tokens are alternatives to one another
         """
         cache = KVCache(self.config.text, embeddings.shape[1] + room, embeddings)
+        cache.siblings = siblings
         start = cache.copy(prefix) if prefix else 0
         logits = self.language_model(embeddings[:, start:], position_ids[start:], cache, last)
         return logits[0], cache

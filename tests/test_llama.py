@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogap.llama import (KVCache, LlamaConfig, LlamaForCausalLM, RMSNorm, causal_attention, causal_mask,
-                           rope_angles, rotate)
+                           mask_of, rope_angles, rotate)
 
 CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8, vocab_size=50, rms_norm_eps=1e-5)
@@ -97,6 +97,29 @@ def test_a_mask_made_without_gradients_serves_where_they_flow():
         causal_attention(q, k, k)
     causal_attention(q, k, k).sum().backward()
     assert causal_mask.cache_info().hits == 1
+
+
+def test_a_mask_by_hand_with_two_siblings_behind_a_token():
+    """Rows 2, 3 and 4 of 6 are written, the last two in each other's place."""
+    sees = mask_of(torch.tensor([2, 3, 4]), 6, 2, torch.float32) == 0
+    assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0],
+                                   [1, 1, 1, 1, 0, 0],
+                                   [1, 1, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("cached", [0, 3])
+def test_siblings_get_the_logits_that_each_gets_alone_in_their_place(decoder: LlamaForCausalLM, cached: int):
+    """Five tokens of which `cached` were read before, and four siblings with one ID behind them."""
+    x, siblings, ids = tokens(5), tokens(4, seed=2), torch.tensor([0, 1, 4, 5, 9])
+    cache = KVCache(CONFIG, 9, x)
+    if cached:
+        decoder(x[:, :cached], ids[:cached], cache)
+    cache.siblings = 4
+    together = decoder(torch.cat([x[:, cached:], siblings], 1), torch.cat([ids[cached:], ids.new_full((4,), 20)]),
+                       cache, 5)
+    for i in range(4):
+        alone = decoder(torch.cat([x, siblings[:, i:i + 1]], 1), torch.cat([ids, ids.new_tensor([20])]))
+        assert torch.allclose(together[:, [0, 1 + i]], alone[:, -2:], atol=1e-4)
 
 
 def test_a_token_sees_the_order_of_the_sequence_not_the_order_of_the_ids(decoder: LlamaForCausalLM):
