@@ -19,6 +19,7 @@ Letters: T tokens fed in a pass, D of them drafted, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 
 import torch
@@ -53,6 +54,7 @@ class Draft:
         return [start + min(i, len(self.chain)) for i in range(len(self.tokens))]
 
 
+@lru_cache(maxsize=1)
 def template(tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The tokens that may stand at each place of a box as LLaVA says it: the one, or any of ten digits.
 

@@ -224,6 +224,9 @@ def test_a_pass_never_waits_for_the_gpu(dtype: torch.dtype):
     torch.cuda.set_sync_debug_mode("error")
     try:
         model.vision_tower(pixels, for_pruning=True)
-        model.language_model(x, ids, KVCache(model.config.text, 12, x), 1)
+        cache = KVCache(model.config.text, 16, x)
+        model.language_model(x, ids, cache, 1)
+        cache.siblings = 3
+        model.language_model(x[:, :5], 9 + ids[:5], cache, 5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
