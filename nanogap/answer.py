@@ -87,6 +87,7 @@ def read(model: "Llava", look: "Look", question: Question, drafted: Draft, room:
     elif seen.keys is None:
         raise ValueError("this look noted nothing for pruning: take it with for_pruning=True")
     elif question.prune in prune.IN_DECODER:
+        # a draft behind the prompt leaves its rows to the next ones; here there is none
         return read_and_cut(model, seen, input_ids, question, room + len(drafted.choice))
     else:
         seen = model.with_text(seen, question.words) if question.reads_text() else seen

@@ -6,7 +6,7 @@ A pass over one token launches some thousand small kernels, and on a fast GPU th
 than the work.  A CUDA graph replays all of them at once, but always on the same addresses and shapes.
 So the cache is one of a fixed number of rows, new rows are written where a tensor says, and all rows
 are looked at through a mask that lets through those in use.  Elsewhere the same is run without a graph.
-Letters: T new tokens, R rows in the cache, C channels.
+Letters: T new tokens, S of them siblings (1: none), R rows in the cache, C channels.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class StaticCache(KVCache):
 
 @dataclass
 class Recording:
-    """A pass over T tokens, S of them siblings: fill in the inputs, replay, read the logits (1, T, V)."""
+    """A pass over T tokens: fill in the inputs, replay, read the logits (1, T, V)."""
 
     x: Tensor                 # (1, T, C)
     position_ids: Tensor      # (T,)

@@ -90,8 +90,8 @@ class KVCache:
         self.keys = like.new_empty(shape)                                     # (layers, B, G, rows, D)
         self.values = like.new_empty(shape)
         self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
-        self.siblings = 1                 # so many of the last tokens to come are alternatives: causal_mask
-        self.mask: Tensor | None = None   # (T, R) as causal_mask, where the order of rows does not say it
+        self.siblings = 1                 # so many of the next pass's last tokens are alternatives: mask_of
+        self.mask: Tensor | None = None   # (T, R) where not the last rows are the ones to write: graph.py
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
@@ -130,9 +130,9 @@ def mask_of(rows: Tensor, R: int, siblings: int, dtype: torch.dtype) -> Tensor:
     siblings: so many of the last tokens stand in each other's place: each sees the rows before all of
               them and its own.  1: every token sees all rows up to its own.
     """
-    own, seen = rows[:, None], torch.arange(R, device=rows.device)
-    unseen = (seen >= own.clamp(max=rows[-siblings])) & (seen != own)         # (T, R)
-    return torch.zeros(unseen.shape, dtype=dtype, device=rows.device).masked_fill_(unseen, float("-inf"))
+    own, other = rows[:, None], torch.arange(R, device=rows.device)
+    sees = (other < own.clamp(max=rows[-siblings])) | (other == own)          # (T, R)
+    return torch.zeros(sees.shape, dtype=dtype, device=rows.device).masked_fill_(~sees, float("-inf"))
 
 
 @lru_cache(maxsize=1)                                                         # one for all layers of a pass
@@ -147,7 +147,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, siblings: int = 1,
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
-    The order of the rows decides who sees whom, or a mask like causal_mask's; position IDs play no part.
+    The order of the rows decides who sees whom, but for the last `siblings`, which do not see one another
+    (mask_of); or a mask does.  Position IDs play no part.
     """
     T, R = q.shape[2], k.shape[2]
     if mask is None and (siblings > 1 or 1 < T < R):

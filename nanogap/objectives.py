@@ -116,7 +116,7 @@ class SharedPast:
     Sequence i of the new batch continues sequence `parents[i]` of the old one.
     """
 
-    mask = None                                                               # the order says who sees whom
+    siblings, mask = 1, None                                                  # the order says who sees whom
 
     def __init__(self, past: "SharedPast | None" = None, parents: Tensor | None = None) -> None:
         self.past, self.parents = past, parents

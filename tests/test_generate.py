@@ -1,15 +1,20 @@
 """Several tokens to a pass: the words stay those of plain greedy decoding, whatever is drafted."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 import nanogap
 from nanogap.gap import MODES
 from nanogap.generate import Draft, decode, draft, template
 from nanogap.llava import Llava
+from nanogap.prompt import encode, format_box
 from nanogap.prune import STRATEGIES
 from tests.tiny import tiny_tokenizer
 
@@ -28,6 +33,16 @@ def test_of_a_box_everything_but_eight_digits_is_foretold():
     pieces = ["".join(map(tiny_tokenizer().id_to_token, allowed)) for allowed in template(tiny_tokenizer())]
     digits = ["0123456789"] * 2
     assert pieces == ["▁[", "0", ".", *digits, *[",", "▁", "0", ".", *digits] * 3, "]"]
+
+
+@pytest.mark.parametrize("pieces", [r"\d\d|.", r"0\.\d\d|."])
+def test_a_tokenizer_that_does_not_split_digits_has_no_template(pieces: str):
+    """One token for "12", or for "0.12"."""
+    texts = [format_box((share / 100,) * 4) for share in range(100)]
+    vocabulary = sorted({piece for text in texts for piece in re.findall(pieces, text)})
+    tokenizer = Tokenizer(WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token="["))
+    tokenizer.pre_tokenizer = Split(Regex(pieces), "isolated")
+    assert len(encode(tokenizer, texts[12])) in (12, 20) and template(tokenizer) == ()
 
 
 SHAPE = [(7,), (8,), (1, 2, 3), (1, 2, 3), (9,), (7,), (1, 2, 3), (5,)]
