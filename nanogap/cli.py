@@ -10,7 +10,8 @@ from nanogap.errors import NanogapError
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise NanogapError(f"{message}; see `{self.prog} --help`")
+        quotes = " (several words want quotes around them)" if message.startswith("unrecognized") else ""
+        raise NanogapError(f"{message}{quotes}; see `{self.prog} --help`")
 
 
 def whole_number(text: str) -> int:

@@ -320,8 +320,8 @@ def check(name: str, n_visual: int, budget: int | None) -> None:
     if budget is None and name in ADAPTIVE:
         return
     if budget is None:
-        raise NanogapError(f"{name} needs a budget: keep from 1 to {n_visual} visual tokens, "
-                           "or 1% to 100%")
+        raise NanogapError(f"{name} needs a budget: keep from 1 to {n_visual} visual tokens, or 1% to 100% "
+                           f"(those that find one themselves are {', '.join(ADAPTIVE)})")
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise NanogapError(f"keep is {budget!r} here: give a whole number from 1 to {n_visual}")
     if not 1 <= budget <= n_visual:

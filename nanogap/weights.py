@@ -122,7 +122,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
             return torch.device(device)
     except RuntimeError:
         pass
-    raise NanogapError(f"device {str(device):.80} is not to be had here; choose from {', '.join(there)}")
+    raise NanogapError(f"device {str(device):.80} is not available here; choose from {', '.join(there)}")
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

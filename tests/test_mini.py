@@ -50,6 +50,10 @@ def test_cached_generation_says_what_whole_passes_say_under_gap(model: Llava):
     assert logits.argmax(-1).tolist() == result.tokens
 
 
+def test_a_thing_that_it_does_not_know_gets_a_box_as_well(model: Llava):
+    assert model.ground(ROOT / "image.jpg", "the zebra", mode="full").box
+
+
 def test_the_checkpoint_has_the_published_layout(model: Llava):
     from safetensors import safe_open
     with safe_open(ROOT / "weights" / "mini" / "model.safetensors", framework="pt") as file:

@@ -248,7 +248,8 @@ def test_a_strategy_that_cannot_find_a_budget_needs_one(
         photo: str, finder: Path, capsys: pytest.CaptureFixture):
     argv = [photo, "x", "--weights", str(finder), "--keep", "auto"]
     assert refused(argv, capsys) == (
-        "random needs a budget: keep from 1 to 16 visual tokens, or 1% to 100%")
+        "random needs a budget: keep from 1 to 16 visual tokens, or 1% to 100%"
+        " (those that find one themselves are prumerge, prumerge_plus, trim)")
 
 
 def test_the_default_weights_are_named_as_seen_from_here(tmp_path: Path, monkeypatch):
@@ -297,7 +298,8 @@ def test_keep_out_of_range_is_refused_in_every_mode(
     (["photo.png", "x", "--weights", "."],
      ". has no config.json, so it is not a checkpoint; get the published weights with `hf "),
     (["photo.png"], "the following arguments are required: EXPRESSION; see `python run.py --help`"),
-    (["photo.png", "x", "y"], "unrecognized arguments: y; see `python run.py --help`"),
+    (["photo.png", "x", "y"], "unrecognized arguments: y (several words want quotes around them); "
+     "see `python run.py --help`"),
 ])
 def test_a_mistake_is_one_line_and_status_2(
         argv: list[str], message: str, photo: str, capsys: pytest.CaptureFixture):

@@ -169,7 +169,7 @@ def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
     assert refusal(folder, dtype="int8") == f"unknown dtype int8; {choices}"
     assert refusal(folder, dtype=torch.int8) == f"unknown dtype torch.int8; {choices}"
     assert refusal(folder, device="abacus").startswith(
-        "device abacus is not to be had here; choose from cpu")
+        "device abacus is not available here; choose from cpu")
     assert pick_device("cpu") == torch.device("cpu")
 
 
