@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from PIL import Image, ImageChops, ImageStat
 
 import nanogap
@@ -60,11 +61,12 @@ class Session:
 
 @contextlib.contextmanager
 def reading() -> Iterator[Session]:
-    """A session in the folder of README.md."""
+    """A session in the folder of README.md; what it makes of gradients ends with it."""
     folder = Path.cwd()
     os.chdir(ROOT)
     try:
-        yield Session()
+        with torch.enable_grad():
+            yield Session()
     finally:
         os.chdir(folder)
 
