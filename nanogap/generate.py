@@ -103,7 +103,7 @@ def decode(model: LlamaForCausalLM, logits: Tensor, cache: KVCache, next_positio
         yield new
         if new[-1] == end or len(said) >= most:
             return
-        rows = cache.lengths[0] - prompt                  # of what was said: the last, or two, have none yet
+        rows = cache.lengths[0] - prompt                  # of the tokens said; the last one or two have none
         drafted = draft(form, said, most - len(said) - 1)
         cache.siblings = drafted.siblings
         fed = [*said[rows:], *drafted.tokens], [*range(rows, len(said)), *drafted.places(len(said))]

@@ -91,7 +91,7 @@ class KVCache:
         self.values = like.new_empty(shape)
         self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
         self.siblings = 1                 # so many of the next pass's last tokens are alternatives: mask_of
-        self.mask: Tensor | None = None   # (T, R) where not the last rows are the ones to write: graph.py
+        self.mask: Tensor | None = None   # (T, R) where the rows to write are not the last ones: graph.py
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
@@ -147,8 +147,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, siblings: int = 1,
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
-    The order of the rows decides who sees whom, but for the last `siblings`, which do not see one another
-    (mask_of); or a mask does.  Position IDs play no part.
+    siblings, mask: who sees whom otherwise, as in mask_of.  Position IDs play no part.
     """
     T, R = q.shape[2], k.shape[2]
     if mask is None and (siblings > 1 or 1 < T < R):

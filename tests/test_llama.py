@@ -115,8 +115,8 @@ def test_siblings_get_the_logits_that_each_gets_alone_in_their_place(decoder: Ll
     if cached:
         decoder(x[:, :cached], ids[:cached], cache)
     cache.siblings = 4
-    together = decoder(torch.cat([x[:, cached:], siblings], 1), torch.cat([ids[cached:], ids.new_full((4,), 20)]),
-                       cache, 5)
+    together = decoder(torch.cat([x[:, cached:], siblings], 1),
+                       torch.cat([ids[cached:], ids.new_full((4,), 20)]), cache, 5)
     for i in range(4):
         alone = decoder(torch.cat([x, siblings[:, i:i + 1]], 1), torch.cat([ids, ids.new_tensor([20])]))
         assert torch.allclose(together[:, [0, 1 + i]], alone[:, -2:], atol=1e-4)
