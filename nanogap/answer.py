@@ -97,28 +97,26 @@ def read(model: "Llava", look: "Look", question: Question, drafted: Draft, room:
     behind = model.language_model.model.embed_tokens(tokens)
     logits, cache = model.prefill(torch.cat([fed.embeddings, behind[None]], dim=1),
                                   torch.cat([fed.position_ids, fed.next_position + places]), room,
-                                  1 + len(tokens), shared_prefix(model, look, question, fed, A),
+                                  1 + len(tokens), shared_prefix(model, look, fed, A),
                                   drafted.siblings)
     return Read(logits, drafted, cache, fed, len(kept.keep) + kept.n_added,
                 model.graphed or model.language_model, fed.next_position)
 
 
-def shared_prefix(model: "Llava", look: "Look", question: Question, fed: "Fed",
-                  n_after: int) -> KVCache | None:
-    """The cache of a prompt up to the end of its image, which all questions about it share.
+def shared_prefix(model: "Llava", look: "Look", fed: "Fed", n_after: int) -> KVCache | None:
+    """The cache of a prompt up to the end of its image, which all questions that feed the same share.
 
-    None where the look is not a shared one, or the strategy reads the question.  Only the last prefix is
-    held, so ask all questions about an image under one pruning before the next.
+    None where the look is not a shared one.  Only the last prefix is held, so ask all questions about an
+    image under one pruning before the next.  What is fed decides, and not what the strategy is called.
     """
-    if look.prefixes is None or question.reads_text():
+    if look.prefixes is None:
         return None
-    under = (question.prune, question.keep, question.seed) if question.mode != "full" else ()
-    key = (question.mode, *under)
-    if key not in look.prefixes:
-        look.prefixes.clear()
-        end = len(fed.position_ids) - n_after
-        look.prefixes[key] = model.prefill(fed.embeddings[:, :end], fed.position_ids[:end], 0)[1]
-    return look.prefixes[key]
+    end = len(fed.position_ids) - n_after
+    x, ids = fed.embeddings[:, :end], fed.position_ids[:end]
+    held = look.prefixes.get("held")
+    if held is None or not (torch.equal(held[0], x) and torch.equal(held[1], ids)):
+        held = look.prefixes["held"] = (x, ids, model.prefill(x, ids, 0)[1])
+    return held[2]
 
 
 def read_and_cut(model: "Llava", seen: Seen, input_ids: Tensor, question: Question, room: int) -> Read:

@@ -88,7 +88,7 @@ class Look:
     height: int
     seen: Seen
     vision_ms: float
-    prefixes: dict[tuple, KVCache] | None = None   # of a shared look: what was read up to the image's end
+    prefixes: dict[str, tuple[Tensor, Tensor, KVCache]] | None = None   # shared: read up to the image's end
 
 
 class Llava(nn.Module):

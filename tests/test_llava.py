@@ -11,7 +11,7 @@ from nanogap import NanogapError
 from nanogap.answer import in_pixels
 from nanogap.gap import MODES
 from nanogap.llama import LlamaForCausalLM, rope_angles, rotate
-from nanogap.prune import Kept
+from nanogap.prune import STRATEGIES, Kept
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,15 @@ def test_a_box_is_mapped_to_pixels_of_the_image_and_a_box_in_the_padding_is_none
     assert in_pixels((0.5, 0.5, 1.0, 1.0), 60, 40) == (30.0, 20.0, 60.0, 40.0)
     assert in_pixels((0.0, 0.0, 1.0, 0.1), 60, 40) is None
     assert in_pixels(None, 60, 40) is None
+
+
+def test_a_strategy_that_was_edited_is_not_answered_from_the_old_ones_prefix(model, picture, monkeypatch):
+    """The same name, another choice: a shared look must notice what is fed, not what it is called."""
+    look, fresh = model.look(picture, share=True), model.look(picture)
+    for keep in ([0, 1, 2, 3], [9, 12, 14, 15]):
+        monkeypatch.setitem(STRATEGIES, "mine", lambda *_, keep=keep: Kept(torch.tensor(keep)))
+        said = [model.ground(a, "the man", "mine", 4, "gap", max_new_tokens=6) for a in (look, fresh)]
+        assert said[0].keep.tolist() == keep and said[0].tokens == said[1].tokens
 
 
 @pytest.mark.parametrize("ids, message", [
