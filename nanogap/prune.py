@@ -299,7 +299,7 @@ def select(name: str, seen: Seen, budget: int | None, seed: int = 0) -> Kept:
 
     raises: NanogapError for an unknown name, or a budget that is not between 1 and N
     """
-    N = len(seen.features)
+    N, C = seen.features.shape
     check(name, N, budget)
     kept = STRATEGIES[name](seen, budget, torch.Generator().manual_seed(seed))
     try:
@@ -309,8 +309,21 @@ def select(name: str, seen: Seen, budget: int | None, seed: int = 0) -> Kept:
         fits = False
     if not fits:
         raise NanogapError(f"the strategy {name} must return Kept(keep) with at most {budget or N} raster "
-                           "indices, each once; mend it in prune.py")
+                           f"indices, each once; mend it in {file_of(name)}")
+    for what, rows, given in (("features", f"(K, C) = ({len(kept.keep)}, {C}), a row for each of keep", kept.features),
+                              ("added", f"(M, C) = (any, {C}), a row for each token", kept.added)):
+        wrong = given is not None and (given.dim() != 2 or given.shape[1] != C
+                                       or what == "features" and len(given) != len(kept.keep))
+        if wrong:
+            raise NanogapError(f"the strategy {name}: {what} must be {rows}; they are {tuple(given.shape)}; "
+                               f"mend it in {file_of(name)}")
     return Kept(kept.keep.cpu(), kept.features, kept.added)
+
+
+def file_of(name: str) -> str:
+    """Where a strategy is defined, for whoever has to mend it."""
+    code = getattr(STRATEGIES[name], "__code__", None)
+    return f"{code.co_filename}, line {code.co_firstlineno}" if code else "the file that it comes from"
 
 
 def check(name: str, n_visual: int, budget: int | None) -> None:

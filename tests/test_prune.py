@@ -139,6 +139,21 @@ def test_an_unknown_strategy_is_answered_with_the_known_ones():
         select("best", seen(), 3)
 
 
+@pytest.mark.parametrize("made, message", [
+    ({"features": torch.ones(16, 8)},
+     r"features must be \(K, C\) = \(2, 8\), a row for each of keep; they are \(16, 8\)"),
+    ({"features": torch.ones(2, 7)}, r"features must be \(K, C\) = \(2, 8\), .* they are \(2, 7\)"),
+    ({"features": torch.ones(2)}, r".* they are \(2,\)"),
+    ({"added": torch.ones(8)}, r"added must be \(M, C\) = \(any, 8\), a row for each token; they are \(8,\)"),
+    ({"added": torch.ones(1, 7)}, r".* they are \(1, 7\)"),
+])
+def test_merged_features_of_the_wrong_shape_are_refused_and_the_strategys_own_file_is_named(
+        monkeypatch, made: dict, message: str):
+    monkeypatch.setitem(STRATEGIES, "mine", lambda *_: Kept(torch.tensor([3, 5]), **made))
+    with pytest.raises(NanogapError, match=f"the strategy mine: {message}; mend it in .*test_prune.py, line"):
+        select("mine", seen(), 2)
+
+
 # ----- what they share ----------------------------------------------------------------------------
 
 
@@ -316,7 +331,8 @@ def test_visionzip_of_thirteen_is_ten_patches_two_gathered_and_cls_last():
     """Of the patches left over, 0 .. 5, every third gathers: 0 and 3.  Keys count by angle."""
     keys = torch.ones(16, 2)
     keys[:6] = torch.tensor([[1.0, 0], [5, 1], [0.1, 3], [0, 10], [9, 1], [2, 1]])
-    image = seen(features=torch.eye(16), keys=keys, cls_attention=first_best().flip(1))
+    image = seen(features=torch.eye(16), cls=torch.ones(16), keys=keys,
+                 cls_attention=first_best().flip(1))
     result = select("visionzip", image, 13)
     assert result.keep.tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 3]
     expected = torch.eye(16)[result.keep]              # the ten are as they were
@@ -328,7 +344,8 @@ def test_visionzip_of_thirteen_is_ten_patches_two_gathered_and_cls_last():
 
 def test_visionzip_leaves_a_gathering_patch_alone_where_none_is_like_it():
     """All others are as like the first as the second, and go to the first."""
-    image = seen(features=torch.eye(16), keys=torch.ones(16, 2), cls_attention=first_best())
+    image = seen(features=torch.eye(16), cls=torch.ones(16), keys=torch.ones(16, 2),
+                 cls_attention=first_best())
     result = select("visionzip", image, 13)
     assert result.keep[10:].tolist() == [10, 13]
     assert torch.equal(result.features[11], torch.eye(16)[13])
