@@ -18,10 +18,10 @@ from nanogap import NanogapError
 from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
 from nanogap.draw import Answer, draw_answers
 from nanogap.explain import explain
-from nanogap.fastv import CUT
+from nanogap.in_decoder import CUT
 from nanogap.gap import MODES
 from nanogap.image import iou, open_image
-from nanogap.llava import Llava, Result
+from nanogap.models.llava import Llava, Result
 from nanogap.picture import check_picture, save_picture
 from nanogap.prune import STRATEGIES, check
 from nanogap.weights import DTYPES

@@ -14,7 +14,7 @@ from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.image import CLIP_MEAN, CLIP_STD
 from nanogap.llama import LlamaConfig
-from nanogap.llava import LlavaConfig
+from nanogap.models.llava import LlavaConfig
 
 # CLIPVisionConfig of transformers is a ViT-B/32; LLaVA's L/14-336 only where vision_config is absent
 VIT_B_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32)

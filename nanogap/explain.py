@@ -8,7 +8,7 @@ import unicodedata
 from torch import Tensor
 
 from nanogap.gap import MODES
-from nanogap.llava import Llava, Look, Result
+from nanogap.models.llava import Llava, Look, Result
 from nanogap.prompt import parse_box
 
 

@@ -20,7 +20,7 @@ from nanogap.cli import Parser, answer_for
 from nanogap.draw import MARGIN, PAGE, PAPER, dim_dropped
 from nanogap.errors import NanogapError
 from nanogap.image import open_image, pad_to_square
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.prune import STRATEGIES
 from nanogap.weights import load
 

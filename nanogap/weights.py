@@ -25,7 +25,7 @@ from nanogap.clip import CLIP, TextGuide
 from nanogap.config import (one_line, published_config, read_clip_config, read_config, read_json,
                             write_json)
 from nanogap.errors import NanogapError
-from nanogap.llava import CLIP_DOWNLOAD, Llava, LlavaConfig
+from nanogap.models.llava import CLIP_DOWNLOAD, Llava, LlavaConfig
 
 DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 

@@ -3,7 +3,7 @@
 import pytest
 
 import nanogap
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from tests.tiny import tiny_config, write_checkpoint
 
 

@@ -17,7 +17,7 @@ import torch
 
 from nanogap.gap import MODES
 from nanogap.prune import STRATEGIES
-from nanogap.score import PROTOCOLS, summary, table
+from nanogap.evaluate.score import PROTOCOLS, summary, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("python", "torchrun", "pip", "hf", "bash")
@@ -85,7 +85,8 @@ def what_is_wrong_with(command: str) -> str | None:
     if target == "pytest":
         missing = [word for word in words if "/" in word and not (ROOT / word).exists()]
         return f"no {missing[0]}" if missing else None
-    if not ((ROOT / target).is_file() or (ROOT / f"{target.replace('.', '/')}.py").is_file()):
+    module = ROOT / target.replace(".", "/")
+    if not any(p.is_file() for p in (ROOT / target, module.with_suffix(".py"), module / "__main__.py")):
         return f"there is no {target}"
     if target.startswith("tests."):
         return None

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import nanogap
-from nanogap import ablate, gap
-from nanogap.llava import Llava
+from nanogap import gap
+from nanogap.evaluate import ablate
+from nanogap.models.llava import Llava
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = torch.tensor([5, 1, 6])                    # as ranked

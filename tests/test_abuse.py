@@ -21,7 +21,7 @@ import nanogap
 from nanogap import NanogapError
 from nanogap.config import read_clip_config, read_config
 from nanogap.gap import MODES
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.prompt import format_box, parse_box
 from nanogap.weights import DOWNLOAD, fill, shards
 from tests.tiny import write_checkpoint, write_shards, write_tensors

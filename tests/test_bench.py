@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import nanogap
-from nanogap import NanogapError, bench, sizes
+from nanogap import NanogapError
+from nanogap.bench import __main__ as bench
+from nanogap.bench import sizes
 from nanogap.cli import answer_for
-from nanogap.graph import GraphedDecoder
+from nanogap.bench.graph import GraphedDecoder
 from nanogap.llama import KVCache, LlamaConfig
-from nanogap.llava import LlavaConfig
-from nanogap.sizes import random_llava, save_random
+from nanogap.models.llava import LlavaConfig
+from nanogap.bench.sizes import random_llava, save_random
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 import nanogap
-from nanogap import ablate, evaluate, journal
+from nanogap.evaluate import ablate
+from nanogap.evaluate import __main__ as evaluate
+from nanogap.evaluate import journal
 from nanogap.cli import answer_for
-from nanogap.evaluate import drawn_data, first
-from nanogap.refcoco import Example
+from nanogap.evaluate.__main__ import drawn_data, first
+from nanogap.evaluate.refcoco import Example
 from tests.test_run import finder, weights  # noqa: F401
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -154,7 +156,7 @@ def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
 
 
 def test_each_image_is_looked_at_once_and_its_prefix_is_read_once(folder, tmp_path, monkeypatch):
-    from nanogap.llava import Llava
+    from nanogap.models.llava import Llava
     looks, plain = [], Llava.look
 
     def look(self, image, share=False, **options):

@@ -14,7 +14,7 @@ import torch
 import nanogap
 from nanogap import gap
 from nanogap.explain import across, columns, explain, kept_grid, ranges, wrapped
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.prune import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogap import journal
+from nanogap.evaluate import journal
 from nanogap.errors import NanogapError
 
 SETTINGS = {"weights": "mini 1234", "seed": 0}

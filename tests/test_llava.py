@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from nanogap import NanogapError
-from nanogap.answer import in_pixels
+from nanogap.ground import in_pixels
 from nanogap.gap import MODES
 from nanogap.llama import LlamaForCausalLM, rope_angles, rotate
 from nanogap.prune import STRATEGIES, Kept

@@ -14,7 +14,7 @@ import torch
 import nanogap
 from nanogap.gap import MODES
 from nanogap.image import iou
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.prune import Kept
 from nanogap.scenes import COLOURS, KINDS, Cast, Scene, draw_scene, named
 

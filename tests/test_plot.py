@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
-from nanogap import plot
+from nanogap.evaluate import plot
 from nanogap.draw import STYLES
 from nanogap.errors import NanogapError
 from nanogap.picture import check_picture, save_picture

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 import run
-from nanogap import evaluate, gap, prune, train
+from nanogap import gap, prune
+from nanogap.evaluate import __main__ as evaluate
+from nanogap.train import __main__ as train
 from tests.markdown import broken_links, commands, is_the_evaluators, what_is_wrong_with
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nanogap.errors import NanogapError
-from nanogap.refcoco import Data, read_data
+from nanogap.evaluate.refcoco import Data, read_data
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(os.environ.get("NANOGAP_REFCOCO", ROOT / "../shared/published/refcoco"))

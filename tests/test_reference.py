@@ -23,11 +23,11 @@ from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.config import read_clip_config, read_config
 from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaConfig
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.prompt import encode_prompt, where_is
 from nanogap.prune import Kept
 from nanogap.scenes import scene
-from nanogap.tokenizer import train_clip_tokenizer
+from nanogap.train.tokenizer import train_clip_tokenizer
 from nanogap.weights import fill, our_name, save_clip
 from tests.reference.make_reference import (
     CASES, KEEP, NEW_TOKENS, OUTPUTS, POSITIONS, PROMPT, PRUNED, VOCABULARY, expand, load_theirs,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanogap.score import is_hit, score, summary, table, wilson
+from nanogap.evaluate.score import is_hit, score, summary, table, wilson
 
 TRUTH = (20.0, 0.0, 100.0, 70.0)   # in a picture of 200 x 100
 

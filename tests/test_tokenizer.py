@@ -2,7 +2,7 @@
 
 import json
 
-from nanogap.tokenizer import train_clip_tokenizer, train_llama_tokenizer
+from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
 from tests.tiny import tiny_tokenizer
 
 

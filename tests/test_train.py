@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import nanogap
-from nanogap import NanogapError, fit, objectives, train
+from nanogap import NanogapError
+from nanogap.train import fit
+from nanogap.train import objectives
+from nanogap.train import __main__ as train
 from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
-from nanogap.fit import Progress
-from nanogap.llava import Llava
-from nanogap.objectives import (SINGLES, Asked, Scenes, contents, draw_alike, draw_often_alike,
+from nanogap.train.fit import Progress
+from nanogap.models.llava import Llava
+from nanogap.train.objectives import (SINGLES, Asked, Scenes, contents, draw_alike, draw_often_alike,
                                 llava_loss, short_questions, tasks)
 from nanogap.scenes import Scene, Thing, draw_scene, named, scene
 

@@ -18,7 +18,7 @@ from nanogap import NanogapError
 from nanogap.clip import CLIPVisionConfig
 from nanogap.config import read_config
 from nanogap.llama import LlamaConfig
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.weights import our_name, pick_device, pick_dtype, save_llava
 from tests.tiny import (
     LAYOUTS, published_name, tiny_config, tiny_tensors, write_checkpoint, write_tensors)

@@ -23,8 +23,8 @@ from torch import Tensor
 from nanogap import prompt
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.llava import Llava, LlavaConfig
-from nanogap.tokenizer import IMAGE, train_llama_tokenizer
+from nanogap.models.llava import Llava, LlavaConfig
+from nanogap.train.tokenizer import IMAGE, train_llama_tokenizer
 from nanogap.weights import save_llava
 
 LAYOUTS = ("a", "b", "c", "d")

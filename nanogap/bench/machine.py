@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanogap.llava import clock
+from nanogap.models.llava import clock
 from nanogap.weights import DOWNLOAD, shards
 
 

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nanogap import fastv, gap, prune
+from nanogap import gap, prune
+from nanogap import in_decoder as fastv
 from nanogap.errors import NanogapError
-from nanogap.generate import Decoder, Draft, decode, draft, template
+from nanogap.decode import Decoder, Draft, decode, draft, template
 from nanogap.image import Box, box_to_pixels
 from nanogap.llama import KVCache
 from nanogap.prompt import parse_box
 from nanogap.prune import Kept, Seen
 
 if TYPE_CHECKING:
-    from nanogap.llava import Fed, Llava, Look
+    from nanogap.models.llava import Fed, Llava, Look
 
 MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
 

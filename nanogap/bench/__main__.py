@@ -25,14 +25,14 @@ from torch import nn
 from nanogap import weights
 from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
 from nanogap.errors import NanogapError
-from nanogap.graph import GraphedDecoder
+from nanogap.bench.graph import GraphedDecoder
 from nanogap.llama import LlamaConfig
-from nanogap.llava import Llava
-from nanogap.machine import first_use, limits, read_files
-from nanogap.peer import agree, generate, load_peer, peer_times, their_class
+from nanogap.models.llava import Llava
+from nanogap.bench.machine import first_use, limits, read_files
+from nanogap.bench.peer import agree, generate, load_peer, peer_times, their_class
 from nanogap.prune import STRATEGIES
 from nanogap.scenes import scene
-from nanogap.sizes import SIZES, count_parameters, random_llava, save_random
+from nanogap.bench.sizes import SIZES, count_parameters, random_llava, save_random
 
 SCENE = scene("bench", 0)
 IMAGE, EXPRESSION = SCENE.image, SCENE.expressions[0][0]

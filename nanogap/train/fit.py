@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogap.errors import NanogapError
-from nanogap.objectives import Asked, Batch, Draw, Scenes
+from nanogap.train.objectives import Asked, Batch, Draw, Scenes
 from nanogap.scenes import draw_scene
 
 TIMED = 20           # steps by which --minutes is turned into a number of steps, again and again

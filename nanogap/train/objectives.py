@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nanogap.clip import CLIP
 from nanogap.image import box_to_square, to_pixel_values
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.prompt import BEFORE_IMAGE, DESCRIBE, encode, encode_prompt, format_box, where_is
 from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
 

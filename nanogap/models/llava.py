@@ -20,11 +20,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap import fastv, gap
-from nanogap.answer import MAX_NEW_TOKENS, Question, Result, answer
+from nanogap import gap
+from nanogap import in_decoder as fastv
+from nanogap.ground import MAX_NEW_TOKENS, Question, Result, answer
 from nanogap.clip import CLIPVisionConfig, CLIPVisionTower, TextGuide
 from nanogap.errors import NanogapError
-from nanogap.generate import Decoder, decode
+from nanogap.decode import Decoder, decode
 from nanogap.image import CLIP_MEAN, CLIP_STD, open_image, to_pixel_values, to_rgb
 from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM
 from nanogap.prompt import DESCRIBE, encode_prompt, where_is

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanogap import NanogapError, fastv
+from nanogap import NanogapError
+from nanogap import in_decoder as fastv
 from nanogap.gap import MODES
 from nanogap.llama import rope_angles, rotate
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.prune import Kept
 
 ROOT = Path(__file__).resolve().parent.parent

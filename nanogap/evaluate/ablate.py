@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, arange
 
-from nanogap.answer import MAX_NEW_TOKENS, in_pixels
+from nanogap.ground import MAX_NEW_TOKENS, in_pixels
 from nanogap.image import Box
-from nanogap.llava import Llava, Look
+from nanogap.models.llava import Llava, Look
 from nanogap.prompt import parse_box
 from nanogap.prune import STRATEGIES
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanogap import gap
-from nanogap.generate import Decoder
+from nanogap.decode import Decoder
 from nanogap.llama import KVCache, LlamaForCausalLM, rope_angles, rotate
 from nanogap.prune import Kept
 

@@ -16,11 +16,11 @@ import torch
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
-from nanogap.llava import Llava, LlavaConfig
-from nanogap.tokenizer import IMAGE
+from nanogap.models.llava import Llava, LlavaConfig
+from nanogap.train.tokenizer import IMAGE
 from nanogap.weights import read_tokenizer, save_llava
 
-WORDS = Path(__file__).resolve().parent.parent / "weights" / "mini"
+WORDS = Path(__file__).resolve().parents[2] / "weights" / "mini"
 
 SEVEN = LlamaConfig(vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
 SIZES = {

@@ -22,18 +22,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from nanogap import ablate, journal, plot
+from nanogap.evaluate import ablate
+from nanogap.evaluate import journal
+from nanogap.evaluate import plot
 from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
 from nanogap.errors import NanogapError
-from nanogap.fastv import CUT
+from nanogap.in_decoder import CUT
 from nanogap.gap import MODES
 from nanogap.image import Box
-from nanogap.llava import Llava, Look
+from nanogap.models.llava import Llava, Look
 from nanogap.picture import check_picture, save_picture
 from nanogap.prune import STRATEGIES
-from nanogap.refcoco import Data, Example, read_data
+from nanogap.evaluate.refcoco import Data, Example, read_data
 from nanogap.scenes import scene
-from nanogap.score import PROTOCOLS, TIMES, score, summary, table
+from nanogap.evaluate.score import PROTOCOLS, TIMES, score, summary, table
 from nanogap.weights import DTYPES, load
 
 Run = tuple[str, int | None, str]   # strategy, budget (None: the strategy's own), mode

@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import Split
 
 import nanogap
 from nanogap.gap import MODES
-from nanogap.generate import Draft, decode, draft, template
-from nanogap.llava import Llava
+from nanogap.decode import Draft, decode, draft, template
+from nanogap.models.llava import Llava
 from nanogap.prompt import encode, format_box
 from nanogap.prune import STRATEGIES
 from tests.tiny import tiny_tokenizer
@@ -73,7 +73,7 @@ def test_the_tokens_of_a_choice_stand_at_one_place():
 # ----- the words stay the same --------------------------------------------------------------------
 
 
-def say(model: Llava, look: nanogap.llava.Look, shape: list[tuple[int, ...]],
+def say(model: Llava, look: nanogap.models.llava.Look, shape: list[tuple[int, ...]],
         most: int) -> tuple[list[int], int]:
     """Tokens, and passes of the decoder, for an answer of which this shape is foretold."""
     fed = model.sequence(model.prompt("the man"), look.seen.features,

@@ -22,16 +22,16 @@ from torch import nn
 from nanogap.cli import Parser, answer_for, whole_number
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
-from nanogap.fit import Course, Progress, fit
+from nanogap.train.fit import Course, Progress, fit
 from nanogap.image import box_to_square
-from nanogap.journal import join
+from nanogap.evaluate.journal import join
 from nanogap.llama import LlamaConfig
-from nanogap.llava import Llava, LlavaConfig
-from nanogap.objectives import (Asked, Scenes, clip_loss, draw_often_alike, draw_single, llava_loss,
+from nanogap.models.llava import Llava, LlavaConfig
+from nanogap.train.objectives import (Asked, Scenes, clip_loss, draw_often_alike, draw_single, llava_loss,
                                 short_questions)
 from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, DESCRIBE, format_box, where_is
 from nanogap.scenes import caption, draw_scene
-from nanogap.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
+from nanogap.train.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
 from nanogap.weights import pick_device, save_clip, save_llava
 
 

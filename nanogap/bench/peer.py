@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nanogap.errors import NanogapError
-from nanogap.llava import Llava
+from nanogap.models.llava import Llava
 from nanogap.weights import load
 
 

@@ -1,0 +1,1 @@
+"""REC accuracy on any weights: `python -m nanogap.evaluate`."""

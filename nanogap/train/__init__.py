@@ -1,0 +1,1 @@
+"""The mini models, from nothing: `python -m nanogap.train`."""
