@@ -22,7 +22,7 @@ from nanogap.in_decoder import CUT
 from nanogap.gap import MODES
 from nanogap.image import iou, open_image
 from nanogap.models.llava import Llava, Result
-from nanogap.picture import check_picture, save_picture
+from nanogap.draw import check_picture, save_picture
 from nanogap.prune import STRATEGIES, check
 from nanogap.weights import DTYPES
 

@@ -12,7 +12,7 @@ import warnings
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 from nanogap import gap, image, prompt, prune  # noqa: E402
-from nanogap.errors import NanogapError  # noqa: E402
+from nanogap.cli import NanogapError  # noqa: E402
 from nanogap.weights import load  # noqa: E402
 
 __all__ = ["NanogapError", "gap", "image", "load", "prompt", "prune"]

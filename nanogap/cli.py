@@ -1,15 +1,23 @@
-"""What the commands share: arguments that are checked, and mistakes that end in one line and status 2."""
+"""What the commands share: one error, a parser, and mistakes that end in one line and status 2.
+
+In:  the words of a command line.  Out: arguments that are checked, and an exit status.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from nanogap.errors import NanogapError
+
+class NanogapError(ValueError):
+    """A mistake that the user can mend; commands print its text on one line and exit with 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    """An argument parser whose mistakes are NanogapErrors."""
+
+    def error(self, message: str) -> NoReturn:
         quotes = " (several words want quotes around them)" if message.startswith("unrecognized") else ""
         raise NanogapError(f"{message}{quotes}; see `{self.prog} --help`")
 
@@ -32,21 +40,8 @@ def keep_argument(text: str) -> str:
     return text
 
 
-def tokens_to_keep(keep: str, n_visual: int) -> int | None:
-    """"64" or "25%" as a number of visual tokens; a share is rounded, but never to none.
-
-    "auto" is None: the strategy finds its own budget (see ADAPTIVE in prune.py).
-    """
-    if keep == "auto":
-        return None
-    number = int(keep.removesuffix("%"))
-    if number > (100 if keep.endswith("%") else n_visual):
-        raise NanogapError(f"cannot keep {keep} of {n_visual} visual tokens: "
-                           f"keep from 1 to {n_visual}, or 1% to 100%")
-    return max(1, round(n_visual * number / 100)) if keep.endswith("%") else number
-
-
-def answer_for(name: str, command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:
+def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
+               argv: Sequence[str] | None) -> int:
     """Run a command; its exit status: 2 after one line on stderr for a mistake of the user's."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -9,6 +9,7 @@ LayerNorm.
 Letters: B batch, N patches, C channels, H heads, D head dim; sequences have 1 + N tokens, CLS first.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import log
 
@@ -116,18 +117,6 @@ class CLIPVisionEmbeddings(nn.Module):
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, C)
 
 
-@dataclass(frozen=True)
-class VisionOutput:
-    """What the vision tower saw in B images; the last four only where they were asked for."""
-
-    features: Tensor                     # (B, N, C)  patches after the feature layer, raster order
-    cls: Tensor                          # (B, C)     the CLS token after the feature layer
-    cls_attention: Tensor | None = None  # (B, H, N)  the feature layer's attention from CLS to each patch
-    keys: Tensor | None = None           # (B, N, D)  the feature layer's keys of the patches, mean of heads
-    last_queries: Tensor | None = None   # (B, 1 + N, C)  W_q LN1(h) of the layer after the feature layer,
-    last_keys: Tensor | None = None      # (B, 1 + N, C)  W_k LN1(h): heads not split, nothing scaled
-
-
 class CLIPVisionTower(nn.Module):
     def __init__(self, config: CLIPVisionConfig, feature_layer: int = -2) -> None:
         super().__init__()
@@ -148,19 +137,34 @@ class CLIPVisionTower(nn.Module):
             x = layer(x)
         return x
 
-    def forward(self, pixel_values: Tensor, for_pruning: bool = False) -> VisionOutput:
-        """Images (B, 3, S, S) -> patch features, and on demand what pruning strategies look at."""
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the feature layer.
+
+        CLS comes first in both.  The patch features that LLaVA reads are `after[:, 1:]`.
+        """
         before = self.hidden(pixel_values, self.depth - 1)                    # (B, 1 + N, C)
-        feature_layer, next_layer = self.encoder.layers[self.depth - 1: self.depth + 1]
-        x = feature_layer(before)                                             # (B, 1 + N, C)
-        if not for_pruning:
-            return VisionOutput(x[:, 1:], x[:, 0])
-        normed, attention = feature_layer.layer_norm1(before), feature_layer.self_attn
-        keys = attention.split(attention.k_proj(normed)).mean(1)[:, 1:]       # (B, N, D)
-        cls_attention = attention.cls_row(normed)                             # (B, H, N)
-        normed, attention = next_layer.layer_norm1(x), next_layer.self_attn
-        return VisionOutput(x[:, 1:], x[:, 0], cls_attention, keys, attention.q_proj(normed),
-                            attention.k_proj(normed))
+        return before, self.encoder.layers[self.depth - 1](before)
+
+    def fields(self, before: Tensor, after: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
+        """What strategies need to see in one image, and nothing else: see FIELDS in prune.py.
+
+        before, after: (1 + N, C) each, as `forward` gives them
+        """
+        attention = self.encoder.layers[self.depth - 1].self_attn
+        next_attention = self.encoder.layers[self.depth].self_attn
+
+        def normed(layer: int, x: Tensor) -> Tensor:
+            return self.encoder.layers[layer].layer_norm1(x[None])            # (1, 1 + N, C)
+
+        makers: dict[str, Callable[[], Tensor]] = {
+            "cls": lambda: after[0],
+            "cls_attention": lambda: attention.cls_row(normed(self.depth - 1, before))[0],
+            "keys": lambda: attention.split(
+                attention.k_proj(normed(self.depth - 1, before))).mean(1)[0, 1:],
+            "last_queries": lambda: next_attention.q_proj(normed(self.depth, after))[0],
+            "last_keys": lambda: next_attention.k_proj(normed(self.depth, after))[0],
+        }
+        return {name: make() for name, make in makers.items() if name in needs}
 
     def pooled(self, pixel_values: Tensor) -> Tensor:
         """CLIP's own summary of an image (B, C): CLS after all layers and the last LayerNorm."""

@@ -1,6 +1,6 @@
 """config.json: what the published files say, and what they leave out.
 
-In:  a checkpoint's folder.  Out: a `LlavaConfig`; and back to JSON.
+In:  a checkpoint's JSON.  Out: the sizes of the parts that models share, every value checked.
 
 The published config of llava-1.5-7b-hf omits most of the decoder's keys, so the defaults are those of
 transformers' configuration classes (5.23); what the file does say is read and never guessed.
@@ -10,11 +10,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from nanogap.cli import NanogapError
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
-from nanogap.errors import NanogapError
-from nanogap.image import CLIP_MEAN, CLIP_STD
 from nanogap.llama import LlamaConfig
-from nanogap.models.llava import LlavaConfig
 
 # CLIPVisionConfig of transformers is a ViT-B/32; LLaVA's L/14-336 only where vision_config is absent
 VIT_B_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32)
@@ -133,57 +131,9 @@ def read_clip_config(folder: Path) -> tuple[CLIPVisionConfig, CLIPTextConfig, in
     return read_vision(config), tower, integer(config, "projection_dim", 512)
 
 
-def read_config(folder: Path) -> LlavaConfig:
-    """config.json, and what generation_config.json and preprocessor_config.json add to it.
-
-    raises: NanogapError where one is broken, or describes a model that is not LLaVA-1.5
-    """
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "llava":
-        raise NanogapError(f"{folder / 'config.json'} describes a {config.get('model_type')!r:.80} model; "
-                           "nanogap loads 'llava' (LLaVA-1.5 in the layout of llava-hf)")
-    only(config, "projector_hidden_act", "gelu")
-    only(config, "vision_feature_select_strategy", "default")
-    tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
-    text, vision = read_decoder(section(config, "text_config") | tied), read_vision(config)
-    layer = integer(config, "vision_feature_layer", -2, LAYERS, -LAYERS)
-    if not 0 < (layer if layer >= 0 else layer + vision.num_hidden_layers + 1) < vision.num_hidden_layers:
-        raise NanogapError(f"config.json: vision_feature_layer is {layer}; it must leave a layer before and "
-                           f"after the features, of {vision.num_hidden_layers}")
-    token = "image_token_id" if config.get("image_token_index") is None else "image_token_index"
-    optional = {name: read_json(folder / name) if (folder / name).is_file() else {}
-                for name in ("generation_config.json", "preprocessor_config.json")}
-    generation, pixels = optional.values()
-    eos = generation.get("eos_token_id", section(config, "text_config").get("eos_token_id"))
-    eos = eos[0] if isinstance(eos, list) and eos else eos                    # the first ends a turn
-    return LlavaConfig(
-        text, vision, vision_feature_layer=layer,
-        image_token=integer(config, token, 32000, HUGE, 0),
-        projector_bias=bool(config.get("multimodal_projector_bias", True)),
-        bos_token=integer(section(config, "text_config"), "bos_token_id", 1, text.vocab_size - 1, 0),
-        eos_token=integer({"eos_token_id": eos}, "eos_token_id", 2, text.vocab_size - 1, 0),
-        image_mean=triple(pixels, "image_mean", CLIP_MEAN), image_std=triple(pixels, "image_std", CLIP_STD),
-        dtype=str(config.get("torch_dtype") or config.get("dtype")))
-
-
 def triple(part: dict, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
     """Three positive numbers, one per colour."""
     values = part.get(key) or default
     if not isinstance(values, (list, tuple)) or len(values) != 3:
         raise NanogapError(f"preprocessor_config.json: {key} is {values!r:.80}, not three numbers")
     return tuple(number({key: value}, key, 1.0) for value in values)
-
-
-def published_config(config: LlavaConfig) -> dict:
-    """config.json as the hub has it, with every key spelled out."""
-    text = asdict(config.text) | {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-                                  "bos_token_id": config.bos_token, "eos_token_id": config.eos_token}
-    vision = asdict(config.vision) | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
-    return {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": config.image_token, "image_seq_length": config.vision.grid ** 2,
-        "projector_hidden_act": "gelu", "multimodal_projector_bias": config.projector_bias,
-        "text_config": text, "vision_config": vision, "torch_dtype": config.dtype,
-        "tie_word_embeddings": config.text.tie_word_embeddings,
-        "vision_feature_layer": config.vision_feature_layer, "vision_feature_select_strategy": "default",
-    }

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nanogap import gap
 from nanogap.cli import Parser, answer_for
 from nanogap.draw import MARGIN, PAGE, PAPER, dim_dropped
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.image import open_image, pad_to_square
 from nanogap.models.llava import Llava
 from nanogap.prune import STRATEGIES

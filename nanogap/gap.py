@@ -1,73 +1,101 @@
 """Position IDs after pruning: the whole contribution of GAP, on one screen.
 
-In:  which patches were kept, and how many tokens stand before, in and after the image.
-Out: one position ID per remaining token, and the ID of the first token to be generated.
+In:  which visual tokens were kept, and how many tokens stand before, in and after the image.
+Out: their order, one position ID for each remaining token, and the ID of the first generated token.
 
 Most pruning methods feed the kept tokens as if they were a shorter text: IDs 0, 1, 2, ... with no gaps
-("shifted"), some of them in order of score as well ("permuted").  The model then reads places off IDs
-that belong to other patches.  GAP gives every token the ID that it had before pruning, the text after
-the image included.  Source: Grounding-Aware Token Pruning, arXiv 2506.21873.
+("shifted"), some of them in the order of their scores as well ("permuted").  The model then reads places
+off IDs that belong to other patches.  GAP gives every token the ID that it had before pruning, the text
+after the image included.  Source: Grounding-Aware Token Pruning, arXiv 2506.21873.
+Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after the image.
 """
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
-MODES = {                      # order in the sequence, position IDs
-    "full":     ("raster", "original"),   # nothing is pruned
-    "shifted":  ("raster", "compact"),
-    "permuted": ("score", "compact"),
-    "gap":      ("raster", "original"),
+import torch
+from torch import Tensor, arange
+
+from nanogap.cli import NanogapError
+
+# the order of the kept tokens, their IDs, the IDs of the text after them
+MODES = {
+    "full":                    ("raster", "original", "original"),   # nothing is pruned
+    "shifted":                 ("raster", "compact",  "compact"),
+    "permuted":                ("ranked", "compact",  "compact"),
+    "gap":                     ("raster", "original", "original"),
+    # one choice at a time: chapter 12 of the tutorial
+    "ranked, original":        ("ranked", "original", "original"),
+    "compact, text not moved": ("raster", "compact",  "original"),
+    "original, text collides": ("raster", "original", "compact"),
 }
 
 
-def arrange(keep: Tensor, order: str) -> Tensor:
-    """Put raster indices (K,) into sequence order: "raster" sorts them, "score" leaves them as ranked."""
-    return keep.sort().values if order == "raster" else keep
+@dataclass(frozen=True)
+class Layout:
+    """Which token stands where."""
+
+    keep: Tensor             # (K,) raster indices, in the order of the sequence
+    order: Tensor            # (K,) which of the kept tokens, as they were ranked, comes where
+    position_ids: Tensor     # (P + K + M + A,) what RoPE sees
+    next_position: int       # ID of the first generated token
+    P: int
+    N: int
+    A: int
+    mode: str
+
+    @property
+    def visual_tokens(self) -> int:
+        """K + M: how many visual tokens are fed."""
+        return len(self.position_ids) - self.P - self.A
+
+    def drop(self, kept: Tensor) -> "Layout":
+        """The layout of what is left, in the same mode; kept: places (K',) among the K tokens here."""
+        return lay_out(self.keep[kept], self.P, self.N, self.A, self.mode)
 
 
-def assign_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, ids: str,
-               n_added: int = 0) -> tuple[Tensor, int]:
-    """One position ID per token of [before | kept patches in sequence order | added | after].
+def lay_out(keep: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> Layout:
+    """Order and number the tokens of [before | kept, in order | added | after] in one of the MODES.
 
-    keep:    (K,) raster indices, 0 <= keep < n_visual
-    ids:     "original", the IDs from before pruning, or "compact", consecutive numbers
-    n_added: tokens that a method adds to the kept ones, such as the mean of the dropped
-    returns: position_ids (n_before + K + n_added + n_after,) and the ID of the first generated token
-    open:    an added token had no place before pruning, and the paper does not say what it gets; with
-             original IDs it shares the last patch's here
+    keep:    (K,) raster indices of the kept visual tokens, the most important first
+    M:       tokens that a method adds, such as the mean of the dropped ones
+    raises:  NanogapError for an unknown mode, for an index outside the image or given twice, and where
+             mode "full" is asked of fewer than all the tokens
+    open:    an added token had no ID before pruning, and the paper does not say what it gets; with
+             original IDs it shares that of the last patch here
     """
-    added = keep.new_full((n_added,), n_visual - 1)
-    if ids == "original":
-        visual, length = torch.cat([keep, added]), n_visual                   # the two lines of GAP
-    else:
-        visual, length = torch.arange(len(keep) + n_added, device=keep.device), len(keep) + n_added
-    before = torch.arange(n_before, device=keep.device)
-    after = n_before + length + torch.arange(n_after, device=keep.device)
-    return torch.cat([before, n_before + visual, after]), n_before + length + n_after
+    check(keep, N, mode)
+    sequence, visual_ids, text_ids = MODES[mode]
+    order = keep.argsort() if sequence == "raster" else arange(len(keep), device=keep.device)
+    keep = keep[order]
+    compact = arange(len(keep) + M, device=keep.device)
+    original = torch.cat([keep, keep.new_full((M,), N - 1)])
+    visual = original if visual_ids == "original" else compact    # GAP, 1: a patch keeps its ID
+    length = N if text_ids == "original" else len(compact)        # GAP, 2: and so does the text after it
+    before, after = arange(P, device=keep.device), arange(A, device=keep.device)
+    position_ids = torch.cat([before, P + visual, P + length + after])
+    return Layout(keep, order, position_ids, P + length + A, P, N, A, mode)
 
 
 def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode: str,
                  n_added: int = 0) -> tuple[Tensor, int]:
-    """Position IDs of the prompt in one of the four MODES, in the order in which that mode feeds it.
-
-    keep:    (K,) raster indices of the kept patches, the most important first
-    returns: position_ids (n_before + K + n_added + n_after,), and the ID of the first generated token
-    raises:  ValueError for an unknown mode, for an index outside the image or given twice, and where
-             mode "full" is asked of fewer than all the patches
-    """
-    check(keep, n_visual, mode)
-    order, ids = MODES[mode]
-    return assign_ids(arrange(keep, order), n_before, n_visual, n_after, ids, n_added)
+    """The position IDs of `lay_out` alone, and the ID of the first generated token."""
+    layout = lay_out(keep, n_before, n_visual, n_after, mode, n_added)
+    return layout.position_ids, layout.next_position
 
 
-def check(keep: Tensor, n_visual: int, mode: str) -> None:
-    """Refuse what no model could be fed: see `position_ids`."""
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
-    inside = keep.numel() == 0 or 0 <= int(keep.min()) <= int(keep.max()) < n_visual
+def check(keep: Tensor, N: int, mode: str) -> None:
+    """Refuse what no model could be fed: see `lay_out`."""
+    check_mode(mode)
+    inside = keep.numel() == 0 or 0 <= int(keep.min()) <= int(keep.max()) < N
     if keep.dim() != 1 or keep.dtype != torch.long or not inside:
-        raise ValueError(f"keep must be a list of raster indices from 0 to {n_visual - 1}")
+        raise NanogapError(f"keep must be a list of raster indices from 0 to {N - 1}")
     if len(keep.unique()) != len(keep):
-        raise ValueError("keep names a patch twice")
-    if mode == "full" and len(keep) != n_visual:
-        raise ValueError(f"mode 'full' keeps all {n_visual} visual tokens, not {len(keep)}")
+        raise NanogapError("keep names a patch twice")
+    if mode == "full" and len(keep) != N:
+        raise NanogapError(f"mode 'full' keeps all {N} visual tokens, not {len(keep)}")
+
+
+def check_mode(mode: str) -> None:
+    """Refuse a mode that there is not."""
+    if mode not in MODES:
+        raise NanogapError(f"unknown mode {mode!r}: choose from {'; '.join(MODES)}")

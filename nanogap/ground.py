@@ -1,53 +1,76 @@
-"""One question, from the choice of visual tokens to an answer in pixels.
+"""One question, from a picture and an expression to a box in pixels.
 
-In:  a model, a look at an image, and a question with the pruning that it is to be asked under.
-Out: the words, the box, and every number that pruning touched on the way.
+In:  a model, a picture, an expression, and how to prune.  Out: the words, the box, and every number that
+pruning touched on the way.
 
-    answer                      one Question under one pruning                        -> Result
-        read                    choose what to keep, and read the prompt              -> Read
-            model.sequence      the tokens that the decoder is fed, with their IDs    -> Fed
-            model.prefill       one pass over all of them, into a cache
-            read_and_cut        instead of these two, where the decoder itself drops tokens
-        decode                  the answer, pass by pass (generate.py)
+`ground` is the whole path in one function; each of its steps is one call into one file:
 
-Letters: P tokens before the image, N patches, K patches kept, A tokens after it; T of the prompt.
+    encode     nanogap/models     the picture as N visual tokens
+    select     prune.py           which of them stay
+    lay out    gap.py             in which order, at which position IDs
+    embed      nanogap/models     the prompt with these tokens in the place of its image
+    prefill    in_decoder.py      one pass over all of it, into a cache
+    decode     decode.py          the answer
+    read       prompt.py          the box in it
+
+Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it; T of the prompt.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from nanogap import gap, prune
-from nanogap import in_decoder as fastv
-from nanogap.errors import NanogapError
-from nanogap.decode import Decoder, Draft, decode, draft, template
-from nanogap.image import Box, box_to_pixels
-from nanogap.llama import KVCache
-from nanogap.prompt import parse_box
-from nanogap.prune import Kept, Seen
-
-if TYPE_CHECKING:
-    from nanogap.models.llava import Fed, Llava, Look
+from nanogap import gap
+from nanogap.decode import decode, decode_drafted
+from nanogap.gap import Layout
+from nanogap.image import Box
+from nanogap.in_decoder import FASTV_LAYER, Cut, Prefilled, cuts_of, prefill
+from nanogap.llama import Decoder, KVCache, LlamaForCausalLM
+from nanogap.prompt import DESCRIBE, BoxFormat, Draft, draft
+from nanogap.prune import Kept, View, budget_of, find, in_decoder, needs_of, select
 
 MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
 
 
+@dataclass
+class EncodedImage:
+    """A picture as a model sees it, which any number of questions can share."""
+
+    width: int
+    height: int
+    features: Tensor          # (N, C) before the projector, in the order of the prompt
+    views: list[View]         # rectangles of patches, with what strategies asked to see
+    at: Tensor                # (N, 4) which part of the picture each token shows, pixels, not clipped
+    vision_ms: float
+    hidden: Any               # of the vision tower: more fields are made of it when they are needed
+    share: bool               # whether questions share the decoder's work on the image
+    prefix: "Prefix | None" = field(default=None, repr=False)
+
+    @property
+    def n_visual(self) -> int:
+        """N: visual tokens before pruning."""
+        return len(self.at)
+
+    def padding(self, keep: Tensor) -> float:
+        """Which share of the tokens (K,) shows no part of the picture."""
+        x1, y1, x2, y2 = self.at[keep.cpu()].T
+        outside = (x2 <= 0) | (y2 <= 0) | (x1 >= self.width) | (y1 >= self.height)
+        return float(outside.float().mean())
+
+
 @dataclass(frozen=True)
-class Question:
-    """What is asked, and under which pruning."""
+class Prefix:
+    """A prompt that was read up to the end of its image."""
 
-    text: str                 # the whole question
-    words: str                # those that a strategy may read
-    prune: str
-    keep: int | None
-    mode: str
-    seed: int
-
-    def reads_text(self) -> bool:
-        return self.mode != "full" and self.prune in prune.READ_TEXT
+    x: Tensor                 # (1, P + K + M, C) what was fed
+    position_ids: Tensor      # (P + K + M,)
+    cache: KVCache
 
 
 @dataclass(frozen=True)
@@ -56,121 +79,170 @@ class Result:
 
     box: Box | None           # pixels of the original image; None where the text holds no box
     text: str                 # what the model said
-    keep: Tensor              # (K,) raster indices of the patches it saw, in sequence order
-    visual_tokens: float      # patches and added tokens; the mean over layers where these differ
-    position_ids: Tensor      # (T,) the prompt as RoPE saw it (FastV: after its cut)
-    next_position: int        # ID of the first generated token (FastV: after its cut)
+    keep: Tensor              # (K,) indices of the visual tokens that it saw, in sequence order
+    visual_tokens: float      # kept and added tokens; the mean over layers where these differ
+    position_ids: Tensor      # (T,) the prompt as RoPE saw it (after the last cut)
+    next_position: int        # ID of the first generated token (after the last cut)
     tokens: list[int]         # what it generated, the end token included
     timings: dict             # vision_ms, prefill_ms, decode_ms, new_tokens, passes
     kv_bytes: int             # the cache in the end: keys and values of all rows in use
+    padding: float            # share of the kept tokens that show no part of the picture
 
 
-@dataclass
-class Read:
-    """A prompt that was read: what an answer goes on from."""
+class Model(Protocol):
+    """What a question asks of a model: nanogap/models/base.py says the rest."""
 
-    logits: Tensor            # (1 + D, V) after the prompt, and after each of D tokens drafted behind it
-    drafted: Draft            # these tokens
-    cache: KVCache
-    fed: "Fed"
-    visual_tokens: float
-    decoder: Decoder          # runs a pass over new tokens
-    starts_at: int            # ID of the first of them, in the decoder's first layer
+    language_model: LlamaForCausalLM
+    tokenizer: Tokenizer
+    box_format: BoxFormat
+    decoder: Decoder | None
 
+    @property
+    def end_token(self) -> int: ...
 
-def read(model: "Llava", look: "Look", question: Question, drafted: Draft, room: int) -> Read:
-    """Choose the visual tokens, and read the prompt with them and with drafted tokens behind it."""
-    input_ids, seen = model.encode_question(question.text), look.seen
-    N, (P, A) = len(seen.features), model.around_image(input_ids)
-    model.check_length(P + N + A + room)
-    if question.mode == "full":
-        kept = Kept(torch.arange(N))
-    elif seen.keys is None:
-        raise ValueError("this look noted nothing for pruning: take it with for_pruning=True")
-    elif question.prune in prune.IN_DECODER:
-        # a draft behind the prompt leaves its rows to the next ones; here there is none
-        return read_and_cut(model, seen, input_ids, question, room + len(drafted.choice))
-    else:
-        seen = model.with_text(seen, question.words) if question.reads_text() else seen
-        kept = prune.select(question.prune, seen, question.keep, question.seed)
-    fed = model.sequence(input_ids, seen.features, kept, question.mode)
-    tokens, places = torch.tensor([drafted.tokens, drafted.places(0)], device=model.device).long()
-    behind = model.language_model.model.embed_tokens(tokens)
-    logits, cache = model.prefill(torch.cat([fed.embeddings, behind[None]], dim=1),
-                                  torch.cat([fed.position_ids, fed.next_position + places]), room,
-                                  1 + len(tokens), shared_prefix(model, look, fed, A),
-                                  drafted.siblings)
-    return Read(logits, drafted, cache, fed, len(kept.keep) + kept.n_added,
-                model.graphed or model.language_model, fed.next_position)
+    def encode_image(self, image: Any, needs: Collection[str] = ()) -> EncodedImage: ...
+
+    def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> list[View]: ...
+
+    def question(self, expression: str) -> str: ...
+
+    def encode_question(self, question: str) -> Tensor: ...
+
+    def around_image(self, input_ids: Tensor) -> tuple[int, int]: ...
+
+    def check_length(self, positions: int) -> None: ...
+
+    def embed(self, input_ids: Tensor, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor: ...
+
+    def to_pixels(self, box: Any, width: int, height: int) -> Box: ...
+
+    def clock(self) -> float: ...
 
 
-def shared_prefix(model: "Llava", look: "Look", fed: "Fed", n_after: int) -> KVCache | None:
-    """The cache of a prompt up to the end of its image, which all questions that feed the same share.
+def ground(model: Model, image: Image.Image | str | Path | EncodedImage, expression: str,
+           prune: str = "cls_attention", keep: int | str | Tensor | None = "50%", mode: str = "gap",
+           seed: int = 0, *, layer: int = FASTV_LAYER, max_new_tokens: int = MAX_NEW_TOKENS,
+           drafts: bool = True, on_token: Callable[[int], None] | None = None,
+           question: str | None = None) -> Result:
+    """Find what an expression refers to.
 
-    None where the look is not a shared one.  Only the last prefix is held, so ask all questions about an
-    image under one pruning before the next.  What is fed decides, and not what the strategy is called.
+    image:          a Pillow image, the path of one, or an EncodedImage, which questions can share
+    prune:          name of a strategy, or FILE.py:NAME for one of your own
+    keep:           its budget in visual tokens, 64 or "25%"; None where it finds one itself; or indices
+                    (K,) of your own, the most important first.  Mode "full" keeps all
+    mode:           one of gap.MODES
+    seed:           of the strategies that draw lots
+    layer:          of FastV: the decoder's layer before which it prunes
+    max_new_tokens: the answer is cut off there
+    drafts:         whether a pass may be fed several tokens (decode.py); the words are the same
+    on_token:       called with each token ID as it comes
+    question:       asked in place of the model's own question for a box
+    raises:         NanogapError for a mistake in any of these
     """
-    if look.prefixes is None:
-        return None
-    end = len(fed.position_ids) - n_after
-    x, ids = fed.embeddings[:, :end], fed.position_ids[:end]
-    held = look.prefixes.get("held")
-    if held is None or not (torch.equal(held[0], x) and torch.equal(held[1], ids)):
-        held = look.prefixes["held"] = (x, ids, model.prefill(x, ids, 0)[1])
-    return held[2]
-
-
-def read_and_cut(model: "Llava", seen: Seen, input_ids: Tensor, question: Question, room: int) -> Read:
-    """Read the prompt with all visual tokens, some of which the decoder drops on the way: fastv.py."""
-    N, (P, _), decoder = len(seen.features), model.around_image(input_ids), model.language_model
-    prune.check(question.prune, N, question.keep)
-    layers, cut = model.config.text.num_hidden_layers, model.fastv_layer
-    if not 0 < cut < layers:
-        raise NanogapError(f"{question.prune} cannot cut before layer {cut} of {layers}: "
-                           f"choose one from 1 to {layers - 1}")
-    whole = model.sequence(input_ids, seen.features, Kept(torch.arange(N)), "full")
-    cache = KVCache(model.config.text, len(whole.position_ids) + room, whole.embeddings)
-
-    def choose(attention: Tensor) -> Kept:
-        return prune.select(question.prune, replace(seen, attention=attention), question.keep, question.seed)
-
-    logits, keep, ids, next_position = fastv.prefill(decoder, whole.embeddings, cache, P, N,
-                                                     question.mode, choose, cut)
-    fed = replace(whole, position_ids=ids, next_position=next_position, keep=keep)
-    return Read(logits, Draft(), cache, fed, fastv.mean_tokens(layers, N, len(keep), cut),
-                fastv.decoder(decoder, whole.next_position - next_position, cut), whole.next_position)
-
-
-def answer(model: "Llava", look: "Look", question: Question, max_new_tokens: int = MAX_NEW_TOKENS,
-           drafts: bool = True, on_token: Callable[[int], None] | None = None) -> Result:
-    """Ask, and put together what came of it.
-
-    drafts:   whether a pass may be fed several tokens (generate.py); the words are the same
-    on_token: called with each token ID as it comes
-    """
-    if question.mode not in gap.MODES:
-        raise NanogapError(f"unknown mode {question.mode!r}: choose from {', '.join(gap.MODES)}")
+    query = Query(expression, find(prune), keep, mode, seed, layer)
+    image = model.encode_image(image, query.needs())
     with torch.inference_mode():                                              # no_grad, but faster
         start = model.clock()
-        foretold = template(model.tokenizer) if drafts else []
-        reading = read(model, look, question, draft(foretold, [], max_new_tokens - 1), max_new_tokens)
-        prefilled, tokens, passes = model.clock(), [], -1                     # the first tokens cost none
-        for new in decode(model.language_model, reading.logits, reading.cache, reading.starts_at,
-                          max_new_tokens, model.config.eos_token, foretold, reading.drafted,
-                          reading.decoder):
-            tokens, passes = tokens + new, passes + 1
-            for token in new if on_token else ():
+        input_ids = model.encode_question(question or model.question(expression))
+        P, A = model.around_image(input_ids)
+        model.check_length(P + image.n_visual + A + max_new_tokens)
+        kept, cuts = choose(model, image, query)
+        layout = gap.lay_out(kept.keep, P, image.n_visual, A, mode, kept.n_added)
+        x = model.embed(input_ids, image, kept, layout.order)                 # (1, T, C)
+        form = model.box_format.foretell(model.tokenizer) if drafts else ()
+        prompt = read(model, image, x, layout, cuts, form, max_new_tokens)
+        prefilled = model.clock()
+        tokens = []
+        for token in (decode_drafted(prompt, max_new_tokens, model.end_token, form) if drafts
+                      else decode(prompt, max_new_tokens, model.end_token)):
+            tokens.append(token)
+            if on_token is not None:
                 on_token(token)
-    text = model.tokenizer.decode(tokens)
-    timings = {"vision_ms": look.vision_ms, "prefill_ms": prefilled - start,
-               "decode_ms": model.clock() - prefilled, "new_tokens": len(tokens), "passes": passes}
-    fed = reading.fed                                     # copied below: autograd takes no inference tensor
-    return Result(in_pixels(parse_box(text), look.width, look.height), text, fed.keep.clone(),
-                  reading.visual_tokens, fed.position_ids.cpu().clone(), fed.next_position, tokens, timings,
-                  reading.cache.bytes_in_use())
+        text = model.tokenizer.decode(tokens)
+    timings = {"vision_ms": image.vision_ms, "prefill_ms": prefilled - start,
+               "decode_ms": model.clock() - prefilled, "new_tokens": len(tokens),
+               "passes": prompt.passes}
+    keep = prompt.layout.keep.clone()                 # copies, since autograd takes no inference tensor
+    return Result(box_in(text, model, image), text, keep, prompt.visual_tokens(),
+                  prompt.layout.position_ids.cpu().clone(), prompt.layout.next_position, tokens, timings,
+                  prompt.cache.bytes_in_use(), image.padding(keep))
 
 
-def in_pixels(box: Box | None, width: int, height: int) -> Box | None:
-    """A parsed box in pixels of the image, or None where there is none or it lies in the padding."""
-    box = box and box_to_pixels(box, width, height)
+def describe(model: Model, image: Image.Image | str | Path | EncodedImage,
+             prune: str = "cls_attention", keep: int | str | Tensor | None = "50%", mode: str = "gap",
+             seed: int = 0, *, layer: int = FASTV_LAYER, max_new_tokens: int = 2 * MAX_NEW_TOKENS,
+             drafts: bool = True, on_token: Callable[[int], None] | None = None) -> Result:
+    """Say what is in a picture; the arguments are those of `ground`."""
+    return ground(model, image, DESCRIBE, prune, keep, mode, seed, layer=layer,
+                  max_new_tokens=max_new_tokens, drafts=drafts, on_token=on_token, question=DESCRIBE)
+
+
+# ----- its steps ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Query:
+    """An expression, and how to prune for it: the arguments of `ground`."""
+
+    expression: str
+    prune: str
+    keep: int | str | Tensor | None
+    mode: str
+    seed: int
+    layer: int
+
+    def needs(self) -> frozenset[str]:
+        """What must be seen in the picture for that."""
+        gap.check_mode(self.mode)
+        pruned = self.mode != "full" and not isinstance(self.keep, Tensor)
+        return needs_of(self.prune) - {"attention"} if pruned else frozenset()
+
+
+def choose(model: Model, image: EncodedImage, query: Query) -> tuple[Kept, list[Cut]]:
+    """Which visual tokens the decoder is fed, and where it drops some of them itself."""
+    everything = Kept(torch.arange(image.n_visual))
+    if query.mode == "full":
+        return everything, []
+    if isinstance(query.keep, Tensor):
+        return Kept(query.keep.cpu()), []
+    views = model.see(image, query.needs(), query.expression)
+    budget = budget_of(query.keep, sum(len(view.index) for view in views))
+    if in_decoder(query.prune):
+        layers = len(model.language_model.model.layers)
+        return everything, cuts_of(query.prune, views, budget, query.seed, query.layer, layers)
+    return select(query.prune, views, budget, query.seed), []
+
+
+def read(model: Model, image: EncodedImage, x: Tensor, layout: Layout, cuts: list[Cut],
+         form: Any, max_new_tokens: int) -> Prefilled:
+    """Read the prompt: what was read before for the same image is not read again."""
+    room = max_new_tokens + max(map(len, form), default=0)
+    if cuts:
+        return prefill(model.language_model, x, layout, cuts, room=room)
+    drafted = draft(form, [], max_new_tokens - 1)
+    prefix = shared_prefix(model, image, x, layout) if image.share else None
+    prompt = prefill(model.language_model, x, layout, drafted=drafted, room=room, prefix=prefix)
+    prompt.decoder = model.decoder
+    return prompt
+
+
+def shared_prefix(model: Model, image: EncodedImage, x: Tensor, layout: Layout) -> KVCache:
+    """The cache of a prompt up to the end of its image, which all questions that feed the same share.
+
+    Only the last one is held, so ask all questions about an image under one pruning before the next.
+    What is fed decides, and not what the strategy is called.
+    """
+    end = len(layout.position_ids) - layout.A
+    x, ids = x[:, :end], layout.position_ids[:end]
+    held = image.prefix
+    if held is None or not (torch.equal(held.x, x) and torch.equal(held.position_ids, ids)):
+        before = prefill(model.language_model, x, replace(layout, position_ids=ids, A=0))
+        held = image.prefix = Prefix(x, ids, before.cache)
+    return held.cache
+
+
+def box_in(text: str, model: Model, image: EncodedImage) -> Box | None:
+    """The box that an answer holds, in pixels of the picture; None where it lies in the padding."""
+    said = model.box_format.parse(text)
+    box = said and model.to_pixels(said, image.width, image.height)
     return box if box and box[0] < box[2] and box[1] < box[3] else None

@@ -2,20 +2,22 @@
 
 In:  any image that Pillow reads.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
 
-Source: LLaVA pads to a square with CLIP's mean colour before resizing (`image_aspect_ratio: pad`).
+A frame says how a picture becomes a square, and where a box in that square lies in the picture.  Each
+model has its own; LLaVA pads with CLIP's mean colour before resizing (`image_aspect_ratio: pad`).
 differs: the image processor on the hub crops the sides off instead; the crop loses targets at the
 edge, and boxes were trained in the padded square.
 """
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -65,51 +67,76 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pad_to_square(image: Image.Image) -> Image.Image:
-    """Paste the image into the middle of a square of the padding colour."""
-    width, height = image.size
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def to_pixel_values(image: Image.Image, size: int, mean: Sequence[float] = CLIP_MEAN,
+def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,
                     std: Sequence[float] = CLIP_STD) -> Tensor:
-    """What the vision tower reads: the padded square resized and normalised, (1, 3, size, size)."""
-    if max(image.size) > MAX_SIDE:
-        image = ImageOps.contain(image, (4 * size, 4 * size))
-    square = pad_to_square(image).resize((size, size), Image.Resampling.BICUBIC)
+    """A square of S x S pixels as a vision tower reads it: normalised, (1, 3, S, S)."""
+    width, height = square.size
     levels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-    pixels = levels.view(size, size, 3).permute(2, 0, 1).float() / 255        # (3, S, S)
+    pixels = levels.view(height, width, 3).permute(2, 0, 1).float() / 255     # (3, S, S)
     return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))[None]
 
 
-# ----- boxes --------------------------------------------------------------------------------------
+# ----- frames -------------------------------------------------------------------------------------
 
 
-def box_to_pixels(box: Sequence[float], width: int, height: int) -> Box:
-    """Map a box from the padded square that the model saw to pixels of the original image.
+@dataclass(frozen=True)
+class Pad:
+    """A frame: the picture in the middle of a square of one colour; boxes are shares of that square.
 
-    box:     (x1, y1, x2, y2), each in [0, 1] of the square
-    returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
-    raises:  ValueError where x2 <= x1 or y2 <= y1
-    source:  LLaVA pads to a square before resizing, so boxes live in that square
+    source: LLaVA, `image_aspect_ratio: pad`; the offset is rounded down
     """
-    if not (box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(f"not a box: {tuple(box)}")
-    side = max(width, height)
-    dx, dy = (side - width) // 2, (side - height) // 2
-    x1, x2 = (min(max(x * side - dx, 0.0), float(width)) for x in (box[0], box[2]))
-    y1, y2 = (min(max(y * side - dy, 0.0), float(height)) for y in (box[1], box[3]))
-    return x1, y1, x2, y2
+
+    colour: tuple[int, int, int] = PAD_COLOUR
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """The padded picture, in its own resolution."""
+        width, height = image.size
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), self.colour)
+        square.paste(image, self.offset(width, height))
+        return square
+
+    def fit(self, image: Image.Image, size: int) -> Image.Image:
+        """The padded picture, size x size pixels."""
+        if max(image.size) > MAX_SIDE:
+            image = ImageOps.contain(image, (4 * size, 4 * size))
+        return self.square(image).resize((size, size), Image.Resampling.BICUBIC)
+
+    def offset(self, width: int, height: int) -> tuple[int, int]:
+        """Where the picture begins in the square, pixels."""
+        side = max(width, height)
+        return (side - width) // 2, (side - height) // 2
+
+    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """Map a box from the padded square that the model saw to pixels of the original image.
+
+        box:     (x1, y1, x2, y2), each in [0, 1] of the square
+        returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
+        raises:  ValueError where x2 <= x1 or y2 <= y1
+        source:  LLaVA pads to a square before resizing, so boxes live in that square
+        """
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"not a box: {tuple(box)}")
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        x1, x2 = (min(max(x * side - dx, 0.0), float(width)) for x in (box[0], box[2]))
+        y1, y2 = (min(max(y * side - dy, 0.0), float(height)) for y in (box[1], box[3]))
+        return x1, y1, x2, y2
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """The way there: a box in pixels of the image -> shares of the padded square."""
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        return ((box[0] + dx) / side, (box[1] + dy) / side,
+                (box[2] + dx) / side, (box[3] + dy) / side)
+
+    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """Which part of the picture each patch shows: (rows * columns, 4), in pixels, not clipped."""
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        index = torch.arange(rows * columns)
+        x, y = index % columns * side / columns - dx, index // columns * side / rows - dy
+        return torch.stack([x, y, x + side / columns, y + side / rows], dim=1)
 
 
-def box_to_square(box: Sequence[float], width: int, height: int) -> Box:
-    """The way there: a box in pixels of the image -> fractions of the padded square."""
-    side = max(width, height)
-    dx, dy = (side - width) // 2, (side - height) // 2
-    return ((box[0] + dx) / side, (box[1] + dy) / side, (box[2] + dx) / side, (box[3] + dy) / side)
+# ----- boxes --------------------------------------------------------------------------------------
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:

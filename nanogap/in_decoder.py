@@ -1,25 +1,68 @@
-"""FastV: pruning between two layers of the decoder (arXiv 2403.06764).
+"""Reading the prompt, and pruning on the way: between layers of the decoder.
 
-In:  a prompt with all visual tokens.  Out: logits, and a cache whose later layers hold fewer rows.
+In:  a prompt with its visual tokens, and a list of cuts.  Out: logits, and a cache whose later layers
+hold fewer rows where there were cuts; with an empty list this is prefill as everybody knows it.
 
-The first layers read everything; then the prompt's last token has looked at every patch, and what it
-hardly looked at is taken out of the sequence.  The published code lets the rest keep their position IDs,
-so it has always been GAP; here the mode decides, and "shifted" shows what renumbering would have cost.
-Its own names for the budget are K, the layer before which it cuts, and R, the share that it drops.
-Letters: P tokens before the image, N patches, A tokens after it, T = P + N + A.
+A cut `(layer, choose)` stands before a layer.  The layers below it have read everything; by what the
+prompt's last token looked at there, `choose` says which visual tokens stay.  The mode decides about their
+order and IDs (gap.py), as it does before the decoder.  FastV (arXiv 2403.06764) is one cut.  Its published
+code lets the rest keep their position IDs, so it has always been GAP; "shifted" shows what renumbering
+would have cost.  Its own names for the budget are K, the layer before which it cuts, and R, the share
+that it drops.
+Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it, T = P + N + A.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nanogap import gap
-from nanogap.decode import Decoder
-from nanogap.llama import KVCache, LlamaForCausalLM, rope_angles, rotate
-from nanogap.prune import Kept
+from nanogap.cli import NanogapError
+from nanogap.gap import Layout
+from nanogap.llama import Decoder, KVCache, LlamaForCausalLM, rope_angles, rotate
+from nanogap.prompt import Draft
+from nanogap.prune import Kept, View, VisualTokens, check, ranked, select, strategy
 
-CUT = 2   # FastV's K: how many layers see all tokens, where nothing else is asked for
+FASTV_LAYER = 2   # FastV's K: how many layers see all tokens, where nothing else is asked for
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Visual tokens are dropped before a layer, which is counted from 0."""
+
+    layer: int
+    choose: Callable[[Tensor], Kept]   # attention (H, n) of the last token to the n visual tokens there
+
+
+@strategy(needs={"attention"})
+def fastv(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+    """Patches that the prompt's last token attends to, in a decoder layer: FastV, arXiv 2403.06764.
+
+    The paper speaks of the attention of all tokens; its code takes the last one's row, as here.
+    """
+    return Kept(ranked(seen.attention.float().mean(0), budget))
+
+
+def cuts_of(name: str, views: Sequence[View], budget: int | None, seed: int, layer: int,
+            layers: int) -> list[Cut]:
+    """The cuts of a strategy in a decoder of so many layers.
+
+    layer:  before which FastV cuts
+    raises: NanogapError for a layer or a budget that there cannot be
+    """
+    check(name, sum(len(view.index) for view in views), budget)
+    if not 0 < layer < layers:
+        raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: "
+                           f"choose one from 1 to {layers - 1}")
+
+    def choose(attention: Tensor) -> Kept:
+        seen = [replace(view, seen=replace(view.seen, fields={
+            **view.seen.fields, "attention": attention[:, view.index.to(attention.device)]}))
+            for view in views]
+        return select(name, seen, budget, seed)
+
+    return [Cut(layer, choose)]
 
 
 def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position: Tensor,
@@ -28,8 +71,8 @@ def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position
 
     x: (1, 1, C), the last token as that layer was fed it; position: (1,), its position ID
     """
-    block, rows = model.model.layers[layer], cache.lengths[layer]
-    attention, config = block.self_attn, model.model.config
+    block, rows, config = model.model.layers[layer], cache.lengths[layer], model.model.config
+    attention = block.self_attn
     cos, sin = rope_angles(position, config.head_dim, config.rope_theta)
     q = attention.split(attention.q_proj(block.input_layernorm(x)))           # (1, H, 1, D)
     q = rotate(q, cos.to(x.dtype), sin.to(x.dtype))                           # (1, H, 1, D)
@@ -39,38 +82,107 @@ def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position
     return scores.float().softmax(-1)[0, :, 0]
 
 
-def prefill(model: LlamaForCausalLM, x: Tensor, cache: KVCache, before: int, n_visual: int, mode: str,
-            choose: Callable[[Tensor], Kept], cut: int = CUT) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Read a prompt (1, T, C), and cut it before layer `cut`, counted from 0.
+# ----- reading ------------------------------------------------------------------------------------
 
-    choose:  from attention weights (H, N) of the last token to the patches to those that stay
-    returns: logits (1, V) of the last token; what stays, in sequence order (K,); the position IDs after
-             the cut (P + K + A,); and the ID of the first generated token there
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of layers that see the same tokens."""
+
+    start: int                # the first of these layers
+    layout: Layout            # which token stands where, in them
+
+
+@dataclass
+class Prefilled:
+    """A prompt that was read: what an answer goes on from."""
+
+    model: LlamaForCausalLM
+    cache: KVCache
+    logits: Tensor                  # (1 + D, V) after the prompt, and after each of D drafted tokens
+    drafted: Draft
+    stages: list[Stage]             # one, and one more for each cut
+    decoder: Decoder | None = None  # runs a pass in place of the model: bench/graph.py
+    passes: int = 0                 # of the decoder since then
+
+    @property
+    def layout(self) -> Layout:
+        """Which token stands where in the last layers."""
+        return self.stages[-1].layout
+
+    @property
+    def next_position(self) -> int:
+        """ID of the first generated token, as the first layers see it."""
+        return self.stages[0].layout.next_position
+
+    def feed(self, tokens: Sequence[int], position_ids: Sequence[int],
+             alternatives: int = 1) -> Tensor:
+        """A pass over new tokens: logits (T, V).
+
+        position_ids: as the first layers see them; behind a cut that renumbered they are lower
+        """
+        decoder, device = self.model.model, self.logits.device
+        x = decoder.embed_tokens(torch.tensor(tokens, device=device))[None]   # (1, T, C)
+        ids = torch.tensor(position_ids, device=device)                       # (T,)
+        self.passes += 1
+        if len(self.stages) == 1:
+            return (self.decoder or self.model)(x, ids, self.cache, alternatives)[0]
+        for stage, stop in zip(self.stages, self.ends(), strict=True):
+            moved = self.next_position - stage.layout.next_position
+            x = decoder.run(x, ids - moved, self.cache, stage.start, stop, alternatives)
+        return self.model.logits(decoder.norm(x))[0]
+
+    def ends(self) -> list[int]:
+        """Before which layer each stage ends."""
+        return [stage.start for stage in self.stages[1:]] + [len(self.cache.lengths)]
+
+    def visual_tokens(self) -> float:
+        """Visual tokens in the decoder, the mean over its layers."""
+        if len(self.stages) == 1:
+            return self.layout.visual_tokens
+        total = sum((end - stage.start) * stage.layout.visual_tokens
+                    for stage, end in zip(self.stages, self.ends(), strict=True))
+        return total / len(self.cache.lengths)
+
+
+def prefill(model: LlamaForCausalLM, x: Tensor, layout: Layout, cuts: Sequence[Cut] = (),
+            drafted: Draft = Draft(), room: int = 0, prefix: KVCache | None = None) -> Prefilled:
+    """Read a prompt, and drop visual tokens before the layer of each cut.
+
+    x:       (1, T, C) embeddings of the prompt
+    layout:  which of its tokens stands where
+    drafted: tokens that are read with it and stand behind it; none where there are cuts
+    room:    rows of the cache that stay free
+    prefix:  the cache of its first tokens, where these were read before; None where there are cuts
     """
-    decoder, T = model.model, x.shape[1]
-    ids = torch.arange(T, device=x.device)
-    x = decoder.run(x, ids, cache, 0, cut - 1)
+    decoder, ids = model.model, layout.position_ids.to(x.device)              # (T,)
+    behind = torch.tensor(drafted.tokens, device=x.device).long()             # (D,)
+    places = torch.tensor(drafted.places(layout.next_position), device=x.device).long()
+    x = torch.cat([x, decoder.embed_tokens(behind)[None]], dim=1)             # (1, T + D, C)
+    ids = torch.cat([ids, places])                                            # (T + D,)
+    cache, stages = KVCache(decoder.config, len(ids) + room, x), [Stage(0, layout)]
+    read = cache.copy(prefix) if prefix else 0
+    x, ids = x[:, read:], ids[read:]
+    for cut in cuts:
+        x, stage = drop(model, x, stages[-1], cut, cache)
+        stages.append(stage)
+        ids = stage.layout.position_ids.to(x.device)
+    x = decoder.run(x, ids, cache, stages[-1].start, None, drafted.alternatives)
+    logits = model.logits(decoder.norm(x), 1 + len(drafted.tokens))[0]        # (1 + D, V)
+    return Prefilled(model, cache, logits, drafted, stages)
+
+
+def drop(model: LlamaForCausalLM, x: Tensor, stage: Stage, cut: Cut,
+         cache: KVCache) -> tuple[Tensor, Stage]:
+    """Run a stage's layers up to a cut: what stays of the sequence (1, T, C), and the next stage."""
+    layout, decoder = stage.layout, model.model
+    P, n, ids = layout.P, layout.visual_tokens, layout.position_ids.to(x.device)
+    x = decoder.run(x, ids, cache, stage.start, cut.layer - 1)                # (1, T, C)
     last = x[:, -1:]
-    x = decoder.run(x, ids, cache, cut - 1, cut)                              # (1, T, C)
-    weights = last_token_looks_at(model, cut - 1, last, ids[-1:], cache)      # (H, T)
-    kept = choose(weights[:, before:before + n_visual])
-    after = T - before - n_visual
-    position_ids, next_position = gap.position_ids(kept.keep, before, n_visual, after, mode)
-    keep = gap.arrange(kept.keep, gap.MODES[mode][0])
-    stays = torch.cat([ids[:before], before + keep.to(ids.device), ids[before + n_visual:]])
-    x = decoder.run(x[:, stays], position_ids.to(x.device), cache, cut, last=1)  # (1, 1, C)
-    return model.lm_head(decoder.norm(x)[0]).float(), keep, position_ids, next_position
-
-
-def decoder(model: LlamaForCausalLM, shift: int, cut: int = CUT) -> Decoder:
-    """A pass of the decoder in which the layers after the cut see position IDs that are `shift` lower."""
-    def run(x: Tensor, position_ids: Tensor, cache: KVCache, last: int) -> Tensor:
-        x = model.model.run(x, position_ids, cache, 0, cut)
-        x = model.model.run(x, position_ids - shift, cache, cut, last=last)
-        return model.lm_head(model.model.norm(x)).float()
-    return run
-
-
-def mean_tokens(layers: int, n_visual: int, kept: int, cut: int = CUT) -> float:
-    """Visual tokens in the decoder, the mean over its layers."""
-    return (cut * n_visual + (layers - cut) * kept) / layers
+    x = decoder.run(x, ids, cache, cut.layer - 1, cut.layer)
+    weights = last_token_looks_at(model, cut.layer - 1, last, ids[-1:], cache)  # (H, T)
+    kept = cut.choose(weights[:, P:P + n]).keep                               # (K,) places among the n
+    left = layout.drop(kept)
+    rows = torch.arange(len(ids), device=x.device)
+    stays = torch.cat([rows[:P], P + kept[left.order].to(x.device), rows[P + n:]])
+    return x[:, stays], Stage(cut.layer, left)

@@ -9,8 +9,9 @@ Source: LLaMA, arXiv 2302.13971, in the layout of its checkpoints on the hub
 Letters: B batch, T new tokens, R rows in the cache, C channels, H heads, G key-value heads, D head dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ----- the cache ----------------------------------------------------------------------------------
 
 
+class Rows(Protocol):
+    """What attention asks of a cache."""
+
+    lengths: list[int]                                                        # rows in use, per layer
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
+        ...
+
+
 class KVCache:
     """Keys and values of the tokens so far, in rows allocated once; rows know nothing of positions."""
 
@@ -90,8 +101,6 @@ class KVCache:
         self.keys = like.new_empty(shape)                                     # (layers, B, G, rows, D)
         self.values = like.new_empty(shape)
         self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
-        self.siblings = 1                 # so many of the next pass's last tokens are alternatives: mask_of
-        self.mask: Tensor | None = None   # (T, R) where the rows to write are not the last ones: graph.py
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
@@ -120,40 +129,49 @@ class KVCache:
         return 2 * row * sum(self.lengths)
 
 
-# ----- the decoder --------------------------------------------------------------------------------
+# ----- who sees whom ------------------------------------------------------------------------------
 
 
-def mask_of(rows: Tensor, R: int, siblings: int, dtype: torch.dtype) -> Tensor:
-    """Which of R rows the tokens in these rows (T,) see: (T, R), 0 where they do and -inf where not.
+def mask_of(rows: Tensor, R: int, alternatives: int, dtype: torch.dtype) -> Tensor:
+    """Which of R rows the tokens in these rows (M,) see: (M, R), 0 where they do and -inf where not.
 
-    It is added to the scores, so it has their dtype; of booleans every layer would make this anew.
-    siblings: so many of the last tokens stand in each other's place: each sees the rows before all of
-              them and its own.  1: every token sees all rows up to its own.
+    It is added to the scores, so it has their dtype.
+    alternatives: so many of the last tokens stand in each other's place: each sees the rows before all
+                  of them, and its own.  1: every token sees all rows up to its own.
     """
     own, other = rows[:, None], torch.arange(R, device=rows.device)
-    sees = (other < own.clamp(max=rows[-siblings])) | (other == own)          # (T, R)
+    sees = (other < own.clamp(max=rows[-alternatives])) | (other == own)      # (M, R)
     return torch.zeros(sees.shape, dtype=dtype, device=rows.device).masked_fill_(~sees, float("-inf"))
 
 
-@lru_cache(maxsize=1)                                                         # one for all layers of a pass
-@torch.inference_mode(False)                                                  # and for those with gradients
-def causal_mask(T: int, R: int, siblings: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The mask of tokens that stand in the last T of R rows."""
-    return mask_of(torch.arange(R - T, R, device=device), R, siblings, dtype)
+def causal_mask(T: int, R: int, alternatives: int, like: Tensor) -> Tensor | None:
+    """A mask (M, R) for the last M of T tokens in the last of R rows; for the others none is needed.
+
+    Alternatives need one, and tokens with rows before them do; None where no token is left.
+    """
+    M = T if 1 < T < R else alternatives
+    if M == 1:
+        return None
+    return mask_of(torch.arange(R - M, R, device=like.device), R, alternatives, like.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, siblings: int = 1,
-                     mask: Tensor | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
-    siblings, mask: who sees whom otherwise, as in mask_of.  Position IDs play no part.
+    mask: (M, R), added to the scores of the last M queries.  Position IDs play no part.
     """
-    T, R = q.shape[2], k.shape[2]
-    if mask is None and (siblings > 1 or 1 < T < R):
-        mask = causal_mask(T, R, siblings, q.dtype, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    gqa, T = q.shape[1] != k.shape[1], q.shape[2]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+    first = T - len(mask)                                                     # without a mask
+    y = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=mask, enable_gqa=gqa)
+    if first == 0:
+        return y                                                              # (B, H, T, D)
+    return torch.cat([causal_attention(q[:, :, :first], k[:, :, :first], v[:, :, :first]), y], dim=2)
+
+
+# ----- the decoder --------------------------------------------------------------------------------
 
 
 class LlamaAttention(nn.Module):
@@ -169,21 +187,16 @@ class LlamaAttention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)           # (B, heads, T, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None,
-                last: int = 0) -> Tensor:
-        """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far.
-
-        last: only so many of them look, and come back; 0 means all, here and everywhere below
-        """
-        q = self.split(self.q_proj(x))                                        # (B, H, T, D)
-        k, v = self.split(self.k_proj(x)), self.split(self.v_proj(x))         # (B, G, T, D)
-        q_and_k = rotate(torch.cat([q, k], dim=1), cos, sin)                  # (B, H + G, T, D)
-        q, k = q_and_k.split([q.shape[1], k.shape[1]], dim=1)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Rows | None = None,
+                mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far."""
+        q = rotate(self.split(self.q_proj(x)), cos, sin)                      # (B, H, T, D)
+        k = rotate(self.split(self.k_proj(x)), cos, sin)                      # (B, G, T, D)
+        v = self.split(self.v_proj(x))                                        # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
-        order = (cache.siblings, cache.mask) if cache else ()
-        y = causal_attention(q[:, :, -last:], k, v, *order)                   # (B, H, last, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, last, C)
+        y = causal_attention(q, k, v, mask)                                   # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, T, C)
 
 
 class LlamaMLP(nn.Module):
@@ -205,10 +218,10 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None,
-                last: int = 0) -> Tensor:
-        x = x[:, -last:] + self.self_attn(self.input_layernorm(x), cos, sin, cache, last)  # (B, last, C)
-        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, last, C)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Rows | None = None,
+                mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)  # (B, T, C)
+        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, T, C)
 
 
 class LlamaModel(nn.Module):
@@ -216,27 +229,32 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i)
+                                    for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None,
-                last: int = 0) -> Tensor:
-        """Embeddings (B, T, C) at position_ids (T,) or (B, T) -> hidden states (B, last, C)."""
-        return self.norm(self.run(x, position_ids, cache, last=last))
+    def forward(self, x: Tensor, position_ids: Tensor, cache: Rows | None = None,
+                alternatives: int = 1, mask: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, C) at position_ids (T,) or (B, T) -> hidden states (B, T, C)."""
+        return self.norm(self.run(x, position_ids, cache, 0, None, alternatives, mask))
 
-    def run(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None, start: int = 0,
-            stop: int | None = None, last: int = 0) -> Tensor:
+    def run(self, x: Tensor, position_ids: Tensor, cache: Rows | None = None, start: int = 0,
+            stop: int | None = None, alternatives: int = 1, mask: Tensor | None = None) -> Tensor:
         """The same through the layers from `start` up to but without `stop`, before the last norm.
 
-        last: what comes out of the last of them; its keys and values are those of all tokens
+        alternatives: so many of the last tokens do not see one another (see mask_of)
+        mask:         (T, R), who sees whom where the new rows are not the cache's next; None: made here
         """
         cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         if position_ids.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]                             # (B, 1, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        layers = list(self.layers)[start:stop]                                # a slice would be a new module
-        for layer in layers:
-            x = layer(x, cos, sin, cache, last if layer is layers[-1] else 0)  # (B, T, C)
+        if mask is None:
+            T = x.shape[1]
+            R = T + (cache.lengths[start] if cache is not None else 0)
+            mask = causal_mask(T, R, alternatives, x)
+        for layer in list(self.layers)[start:stop]:                           # a slice is a new module
+            x = layer(x, cos, sin, cache, mask)                               # (B, T, C)
         return x
 
 
@@ -246,7 +264,15 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, position_ids: Tensor, cache: KVCache | None = None,
-                last: int = 0) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor, cache: Rows | None = None,
+                alternatives: int = 1, last: int | None = None) -> Tensor:
         """Embeddings (B, T, C) -> logits (B, T, V) in float32; with `last`, of so many last tokens."""
-        return self.lm_head(self.model(x, position_ids, cache, last)).float()
+        return self.logits(self.model(x, position_ids, cache, alternatives), last)
+
+    def logits(self, hidden: Tensor, last: int | None = None) -> Tensor:
+        """Hidden states (B, T, C), after the last norm -> logits (B, T or `last`, V) in float32."""
+        return self.lm_head(hidden if last is None else hidden[:, -last:]).float()
+
+
+# a pass of the decoder: embeddings (1, T, C), position_ids (T,), cache, alternatives -> logits (1, T, V)
+Decoder = Callable[[Tensor, Tensor, KVCache, int], Tensor]

@@ -1,24 +1,24 @@
-"""Words: the chat template, the REC question, and the box in the answer.
+"""Words: chat templates, the question for a box, and the box in the answer.
 
-In:  a referring expression.  Out: token IDs with one <image> token among them; and from the model's
-answer, four numbers.
+In:  a referring expression.  Out: token IDs with one image token among them; from the model's answer,
+four numbers; and before it answers, what the form of a box foretells of its tokens.
 
-Source: LLaVA's conversation template vicuna_v1 and its REC instruction (haotian-liu/LLaVA).
-The template in the hub's processor lacks the system sentence; LLaVA was trained with it.
+A model says in its own file (nanogap/models) which template and which form of a box are its own.
 """
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
 
 from tokenizers import Tokenizer
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-          "helpful, detailed, and polite answers to the user's questions.")
-QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {}."
 DESCRIBE = "Provide a brief description of the given image."  # as in LLaVA's first stage of training
-BEFORE_IMAGE = f"{SYSTEM} USER: "
-AFTER_IMAGE = "\n{} ASSISTANT:"
+Shares = tuple[float, float, float, float]   # x1, y1, x2, y2, each in [0, 1] of the model's own frame
+Form = Sequence[tuple[int, ...]]             # the tokens that may stand at each place of a box
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -30,11 +30,33 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         tokenizer.encode_special_tokens = False
 
 
-def where_is(expression: str) -> str:
-    """The question that LLaVA answers with a box.
+@dataclass(frozen=True)
+class Template:
+    """What stands before the image, and after it with a question in the place of {}."""
 
-    raises: NanogapError where the expression is blank or is not valid text
-    """
+    before: str
+    after: str
+    where_is: str             # the question for a box, with an expression in the place of {}
+
+    def question(self, expression: str) -> str:
+        """The question that the model answers with a box.
+
+        raises: NanogapError where the expression is blank or is not valid text
+        """
+        check_expression(expression)
+        return self.where_is.format(expression.strip())
+
+    def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
+        """Token IDs of the whole prompt, BOS first, with one `image_token` where the image will stand.
+
+        The text after the image is encoded on its own, as LLaVA does, so it gets a "▁" of its own.
+        """
+        after = encode(tokenizer, self.after.format(question))
+        return [bos, *encode(tokenizer, self.before), image_token, *after]
+
+
+def check_expression(expression: str) -> None:
+    """Refuse what names nothing: see `Template.question`."""
     if not expression.strip():
         raise NanogapError('the expression is empty, so there is nothing to look for: '
                            'name a thing, such as "the man on the left"')
@@ -42,37 +64,101 @@ def where_is(expression: str) -> str:
         expression.encode()
     except UnicodeEncodeError:
         raise NanogapError("the expression is not valid Unicode: type it in UTF-8") from None
-    return QUESTION.format(expression.strip())
-
-
-def encode_prompt(tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
-    """Token IDs of the whole prompt, BOS first, with one `image_token` where the patches will stand.
-
-    The text after the image is encoded on its own, as LLaVA does, so it gets a leading "▁" of its own.
-    """
-    after = encode(tokenizer, AFTER_IMAGE.format(question))
-    return [bos, *encode(tokenizer, BEFORE_IMAGE), image_token, *after]
 
 
 # ----- the answer ---------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class BoxFormat:
+    """How a model says a box: four numbers in a pattern."""
+
+    pattern: re.Pattern[str]      # four groups, one for each number
+    template: str                 # of str.format, four numbers in [0, 1]
+    digits: int                   # that are news in it
+
+    def say(self, box: Shares) -> str:
+        """The box as the model says it."""
+        return self.template.format(*box)
+
+    def parse(self, text: str) -> Shares | None:
+        """The first box that an answer holds.
+
+        None where there are no four numbers in the pattern, or they lie outside [0, 1] or leave no
+        area: such an answer counts as wrong and is never mended by guessing.
+        """
+        match = self.pattern.search(text)
+        if match is None:
+            return None
+        x1, y1, x2, y2 = (float(v) for v in match.groups())
+        return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
+
+    def foretell(self, tokenizer: Tokenizer) -> Form:
+        """The tokens that may stand at each place of a box: the one, or any of ten digits.
+
+        Empty where the tokenizer does not split numbers into digits.
+        """
+        return foretold(self, tokenizer)
+
+
+@lru_cache(maxsize=4)
+def foretold(box_format: BoxFormat, tokenizer: Tokenizer) -> Form:
+    """See `BoxFormat.foretell`."""
+    boxes = [encode(tokenizer, box_format.say((digit * 0.11,) * 4)) for digit in range(10)]
+    if len({len(box) for box in boxes}) > 1:
+        return ()
+    form = [tuple(dict.fromkeys(tokens)) for tokens in zip(*boxes, strict=True)]
+    choices = sum(len(allowed) > 1 for allowed in form)
+    return tuple(form) if choices == box_format.digits else ()
+
+
 NUMBER = r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"
-BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]", re.ASCII)
+TWO_DECIMALS = BoxFormat(       # LLaVA's
+    re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]", re.ASCII),
+    "[{:.2f}, {:.2f}, {:.2f}, {:.2f}]", digits=8)
 
 
-def format_box(box: tuple[float, float, float, float]) -> str:
+def parse_box(text: str) -> Shares | None:
+    """The first box (x1, y1, x2, y2) of an answer in LLaVA's form: see `BoxFormat.parse`."""
+    return TWO_DECIMALS.parse(text)
+
+
+def format_box(box: Shares) -> str:
     """The box as LLaVA says it: two decimals, fractions of the padded square."""
-    return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
+    return TWO_DECIMALS.say(box)
 
 
-def parse_box(text: str) -> tuple[float, float, float, float] | None:
-    """The first box (x1, y1, x2, y2) that an answer holds, each in [0, 1] of the model's square.
+# ----- drafts -------------------------------------------------------------------------------------
 
-    None where there are no four numbers between brackets, or they lie outside [0, 1] or leave no area:
-    such an answer counts as wrong and is never mended by guessing.
+
+@dataclass(frozen=True)
+class Draft:
+    """What may come next: tokens one behind the other, then all those among which there is a choice."""
+
+    chain: tuple[int, ...] = ()
+    choice: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.chain + self.choice
+
+    @property
+    def alternatives(self) -> int:
+        """How many tokens share the last place."""
+        return max(len(self.choice), 1)
+
+    def places(self, start: int) -> list[int]:
+        """Where the tokens stand if the first does at `start`; those of the choice are at one place."""
+        return [start + min(i, len(self.chain)) for i in range(len(self.tokens))]
+
+
+def draft(form: Form, tokens: Sequence[int], free_places: int) -> Draft:
+    """What the form of a box puts behind the tokens so far, up to the next choice.
+
+    form: as `BoxFormat.foretell` gives it; nothing is drafted where the tokens do not begin such a box
     """
-    match = BOX.search(text)
-    if match is None:
-        return None
-    x1, y1, x2, y2 = (float(v) for v in match.groups())
-    return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
+    if any(token not in allowed for allowed, token in zip(form, tokens, strict=False)):
+        return Draft()
+    ahead = form[len(tokens):][:max(free_places, 0)]
+    chain = tuple(allowed[0] for allowed in takewhile(lambda allowed: len(allowed) == 1, ahead))
+    return Draft(chain, ahead[len(chain)] if len(chain) < len(ahead) else ())

@@ -1,46 +1,60 @@
 """Pruning strategies: which patches to keep, and what some methods make of the others.
 
-In:  what the vision tower saw in one image, and a budget.  Out: raster indices of what to keep.
+In:  what the vision tower saw in an image, and a budget.  Out: indices of what to keep.
 
-A strategy is a pure function `(seen, budget, generator) -> Kept`.  One that only ranks patches
-gives them in the order of its scores, any other in the order in which its published code does; what
-becomes of that order, and which position IDs the tokens get, is decided by the mode (gap.py).  To
-add one, write the function and enter it in STRATEGIES.
+A strategy is a pure function `(seen, budget, generator) -> Kept`, and `@strategy` says what it needs to
+see.  One that only ranks patches gives them in the order of its scores, any other in the order in which
+its published code does; what becomes of that order, and which position IDs the tokens get, is decided by
+the mode (gap.py).  To add one, write the function, here or in a file of your own (`find`).
 Each does what its published code does; `differs:` and `open:` mark where not, and why.
 Letters: N patches, K kept, M tokens added, C channels, H heads, D channels of a head.
 """
 
+import importlib.util
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanogap import gap
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
+
+FIELDS = {   # what a strategy may need to see, besides the features
+    "cls":           "(C,)        the CLS token after the feature layer",
+    "cls_attention": "(H, N)      how much CLS attends to each patch in the feature layer",
+    "keys":          "(N, D)      the feature layer's keys, the mean over heads",
+    "last_queries":  "(1 + N, C)  the next layer's queries, CLS first: heads not split",
+    "last_keys":     "(1 + N, C)  and its keys",
+    "projected":     "(N, C')     patches as the decoder is fed them",
+    "aligned":       "(N, E)      patches in CLIP's space of images and texts",
+    "text":          "(E,)        the expression in that space",
+    "attention":     "(H, N)      a decoder layer's, from the last token to the patches: in_decoder.py",
+}
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a strategy may look at: an image in the vision tower, and more where one needs it."""
+class VisualTokens:
+    """A rectangle of patches as a vision tower saw them: what a strategy may look at."""
 
-    features: Tensor                      # (N, C)      patches after the feature layer, raster order
-    cls: Tensor                           # (C,)        the CLS token after the feature layer
-    cls_attention: Tensor | None = None   # (H, N)      how much CLS attends to each patch there
-    keys: Tensor | None = None            # (N, D)      that layer's keys, the mean over heads
-    last_queries: Tensor | None = None    # (1 + N, C)  the next layer's, CLS first: heads not split
-    last_keys: Tensor | None = None       # (1 + N, C)  and its keys
-    projected: Tensor | None = None       # (N, C')     patches as the decoder is fed them
-    aligned: Tensor | None = None         # (N, E)      patches in CLIP's space of images and texts, and
-    text: Tensor | None = None            # (E,)        the expression in it: for those in READ_TEXT
-    attention: Tensor | None = None       # (H, N)      a decoder's, last token to patches
+    features: Tensor             # (N, C) after the feature layer, in raster order
+    rows: int
+    columns: int                 # N = rows * columns
+    fields: dict[str, Tensor] = field(default_factory=dict)   # what was needed: see FIELDS
 
-    @property
-    def grid(self) -> int:
-        """Patches along one side of the square."""
-        return round(len(self.features) ** 0.5)
+    def __getattr__(self, name: str) -> Tensor:
+        """A field, such as seen.cls_attention, if the strategy asked for it."""
+        if name not in FIELDS:
+            raise AttributeError(f"there is no `{name}` to see: only features, rows, columns, "
+                                 f"{', '.join(FIELDS)}")
+        if name not in self.fields:
+            raise NanogapError(f"`{name}` is not there: add it to needs, as in "
+                               f"@strategy(needs={{\"{name}\"}})")
+        return self.fields[name]
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,77 @@ class Kept:
     @property
     def n_added(self) -> int:
         return 0 if self.added is None else len(self.added)
+
+
+Strategy = Callable[[VisualTokens, Any, torch.Generator], Kept]   # Any: a budget, or None as well
+STRATEGIES: dict[str, Strategy] = {}
+
+
+def strategy(needs: Iterable[str] = (), finds_budget: bool = False) -> Callable[[Strategy], Strategy]:
+    """Enter a function in STRATEGIES, and note what it needs.
+
+    needs:        names of FIELDS that it looks at; nothing else is computed for it
+    finds_budget: whether it is called with budget None as well, and finds one itself
+    """
+    unknown = set(needs) - set(FIELDS)
+    if unknown:
+        raise NanogapError(f"no strategy can see {min(unknown)!r}: choose from {', '.join(FIELDS)}")
+
+    def enter(function: Strategy) -> Strategy:
+        function.needs = frozenset(needs)                                     # type: ignore[attr-defined]
+        function.finds_budget = finds_budget                                  # type: ignore[attr-defined]
+        STRATEGIES[function.__name__] = function
+        return function
+
+    return enter
+
+
+def needs_of(name: str) -> frozenset[str]:
+    """What a strategy needs to see; nothing where it does not say."""
+    return getattr(STRATEGIES[name], "needs", frozenset())
+
+
+def finds_budget(name: str) -> bool:
+    """Whether a strategy finds its own budget when it is given none."""
+    return getattr(STRATEGIES[name], "finds_budget", False)
+
+
+def in_decoder(name: str) -> bool:
+    """Whether a strategy prunes between two layers of the decoder, by what these attend to."""
+    return "attention" in needs_of(name)
+
+
+def find(name: str) -> str:
+    """The name of a strategy that is known, or of one in a file: "FILE.py:NAME" enters it.
+
+    raises: NanogapError where there is no such strategy, file or function
+    """
+    file, colon, function = name.rpartition(":")
+    if not colon:
+        if name not in STRATEGIES:
+            raise NanogapError(f"unknown strategy {name!r}: choose from {', '.join(STRATEGIES)}, "
+                               "or give one of your own as FILE.py:NAME")
+        return name
+    path = Path(file)
+    if not path.is_file():
+        raise NanogapError(f"{name!r}: there is no file {file}; give FILE.py:NAME")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise NanogapError(f"{name!r}: {file} is no Python file; give FILE.py:NAME")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:   # whatever a file of one's own raises
+        raise NanogapError(f"{file} cannot be imported ({type(error).__name__}: {error}); mend it there") \
+            from error
+    made = getattr(module, function, None)
+    if not callable(made):
+        raise NanogapError(f"{file} has no function {function!r}; give FILE.py:NAME")
+    STRATEGIES[function] = made
+    return function
+
+
+# ----- what strategies share ----------------------------------------------------------------------
 
 
 def ranked(scores: Tensor, budget: int) -> Tensor:
@@ -80,12 +165,14 @@ def outliers(scores: Tensor) -> int:
 # ----- the baselines ------------------------------------------------------------------------------
 
 
-def random(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy()
+def random(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """Any patches, in any order: the baseline that no score explains."""
     return Kept(torch.randperm(len(seen.features), generator=generator)[:budget])
 
 
-def spatial(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy()
+def spatial(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """A regular 2-D grid of patches: every second row and column where a quarter is kept.
 
     open: the paper does not define its spatial baseline.  Here `budget` patches stand in evenly
@@ -95,12 +182,13 @@ def spatial(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
     keep = []
     for row in range(rows):
         count = budget * (row + 1) // rows - budget * row // rows             # patches in this row
-        y = (2 * row + 1) * seen.grid // (2 * rows)
-        keep += [y * seen.grid + (2 * i + 1) * seen.grid // (2 * count) for i in range(count)]
+        y = (2 * row + 1) * seen.rows // (2 * rows)
+        keep += [y * seen.columns + (2 * i + 1) * seen.columns // (2 * count) for i in range(count)]
     return Kept(torch.tensor(keep))
 
 
-def cls_similarity(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy(needs={"cls"})
+def cls_similarity(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """Patches most like the CLS token: cosine similarity of their features.
 
     open: the paper names this baseline and does not define it.
@@ -109,7 +197,8 @@ def cls_similarity(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
     return Kept(ranked(scores, budget))
 
 
-def text_similarity(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy(needs={"text", "aligned"})
+def text_similarity(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """Patches most like the expression: cosine similarity in CLIP's space of images and texts.
 
     open: the paper names this baseline and does not define it.
@@ -118,7 +207,8 @@ def text_similarity(seen: Seen, budget: int, generator: torch.Generator) -> Kept
     return Kept(ranked(scores, budget))
 
 
-def cls_attention(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy(needs={"cls_attention"})
+def cls_attention(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """Patches that CLS attends to most, the mean over heads: FasterVLM, arXiv 2412.01818."""
     return Kept(ranked(seen.cls_attention.float().mean(0), budget))
 
@@ -128,7 +218,7 @@ def cls_attention(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
 NEAREST = 32   # so many patches PruMerge merges into each that it keeps
 
 
-def last_attention(seen: Seen) -> Tensor:
+def last_attention(seen: VisualTokens) -> Tensor:
     """PruMerge's score (N,): how much CLS attends to each patch, in the layer after the features.
 
     As in the code, all heads count as one that is C wide, and CLS has its share of the softmax.
@@ -137,7 +227,7 @@ def last_attention(seen: Seen) -> Tensor:
     return (k @ q * len(q) ** -0.5).softmax(0)[1:]               # (1 + N,C) x (C,) -> (1 + N,)
 
 
-def merge(seen: Seen, keep: Tensor, scores: Tensor) -> Kept:
+def merge(seen: VisualTokens, keep: Tensor, scores: Tensor) -> Kept:
     """Add to each kept patch its NEAREST by their keys, and sum up the dropped in one more token.
 
     Kept patches count as near too.  The weights are the scores as they are: the published code has
@@ -156,7 +246,8 @@ def merge(seen: Seen, keep: Tensor, scores: Tensor) -> Kept:
     return Kept(keep, features, (scores[dropped] @ x[dropped])[None].to(features.dtype))
 
 
-def prumerge(seen: Seen, budget: int | None, generator: torch.Generator) -> Kept:
+@strategy(needs={"last_queries", "last_keys"}, finds_budget=True)
+def prumerge(seen: VisualTokens, budget: int | None, generator: torch.Generator) -> Kept:
     """Patches that CLS attends to, others merged into them: PruMerge, arXiv 2403.15388.
 
     Without a budget it keeps the outliers among its scores.  The code leaves them in score order.
@@ -165,7 +256,8 @@ def prumerge(seen: Seen, budget: int | None, generator: torch.Generator) -> Kept
     return merge(seen, ranked(scores, outliers(scores) if budget is None else budget), scores)
 
 
-def prumerge_plus(seen: Seen, budget: int | None, generator: torch.Generator) -> Kept:
+@strategy(needs={"last_queries", "last_keys"}, finds_budget=True)
+def prumerge_plus(seen: VisualTokens, budget: int | None, generator: torch.Generator) -> Kept:
     """PruMerge's patches, and then some in even steps: PruMerge+, of the same paper.
 
     The steps go along the raster, not the grid, and never meet its last patch, as in the code.
@@ -186,7 +278,8 @@ def prumerge_plus(seen: Seen, budget: int | None, generator: torch.Generator) ->
     return merge(seen, torch.cat([best, spread]), scores)
 
 
-def trim(seen: Seen, budget: int | None, generator: torch.Generator) -> Kept:
+@strategy(needs={"text", "aligned"}, finds_budget=True)
+def trim(seen: VisualTokens, budget: int | None, generator: torch.Generator) -> Kept:
     """Patches least like the expression, and the mean of the others: TRIM, arXiv 2409.10994.
 
     Least: the published code has a minus sign, and its author says that it belongs there.  Neither
@@ -203,7 +296,8 @@ def trim(seen: Seen, budget: int | None, generator: torch.Generator) -> Kept:
     return Kept(keep, added=dropped.mean(0, keepdim=True))       # (1, C)
 
 
-def visionzip(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy(needs={"cls", "cls_attention", "keys"})
+def visionzip(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """CLS, patches it attends to, and a few that gather the others: VisionZip, arXiv 2412.04467.
 
     CLS counts within the budget, and 10 in 64 gather: patches in even steps among those left over,
@@ -228,7 +322,8 @@ def visionzip(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
     return Kept(keep, features.to(seen.features.dtype), cls)
 
 
-def divprune(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy(needs={"projected"})
+def divprune(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """Patches as unlike each other as can be, whatever is asked: DivPrune, arXiv 2503.02175.
 
     The first is the farthest from its nearest neighbour, the next is always the farthest from all
@@ -245,7 +340,8 @@ def divprune(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
     return Kept(torch.stack(keep).sort().values)
 
 
-def vispruner(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
+@strategy(needs={"cls_attention"})
+def vispruner(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     """Half by the attention of CLS, and half with duplicates out: VisPruner, arXiv 2412.01818 (FasterVLM's
     paper under a later title).
 
@@ -266,42 +362,92 @@ def vispruner(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
     return Kept(torch.cat([best, rest]).sort().values)
 
 
-def fastv(seen: Seen, budget: int, generator: torch.Generator) -> Kept:
-    """Patches that the prompt's last token attends to, in a decoder layer: FastV, arXiv 2403.06764.
+# ----- choosing -----------------------------------------------------------------------------------
 
-    The paper speaks of the attention of all tokens; its code takes the last one's row, as here.
+
+@dataclass(frozen=True)
+class View:
+    """One of the rectangles of patches that an image is seen as; LLaVA-1.5 has a single one."""
+
+    seen: VisualTokens
+    index: Tensor          # (n,) which of the image's N visual tokens each of its patches is
+
+
+def select(name: str, views: Sequence[View], budget: int | None, seed: int = 0) -> Kept:
+    """Run a strategy on each view, with its share of the budget; what is kept of all of them.
+
+    budget: of visual tokens; None where the strategy finds one itself
+    returns: indices among the image's visual tokens, on the CPU, in the method's own order
+    raises: NanogapError for an unknown name, a budget out of range, or a Kept that cannot be fed
     """
-    return Kept(ranked(seen.attention.float().mean(0), budget))
+    sizes = [len(view.index) for view in views]
+    check(name, sum(sizes), budget)
+    shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes)
+    parts = []
+    for view, share in zip(views, shares, strict=True):
+        if share != 0:
+            kept = STRATEGIES[name](view.seen, share, torch.Generator().manual_seed(seed))
+            check_kept(name, kept, view.seen, share)
+            parts.append(replace(kept, keep=view.index.cpu()[kept.keep.cpu()]))
+    if len(parts) == 1:
+        return parts[0]
+    features = [kept.features for kept in parts if kept.features is not None]
+    added = [kept.added for kept in parts if kept.added is not None]
+    return Kept(torch.cat([kept.keep for kept in parts]),
+                torch.cat(features) if features else None, torch.cat(added) if added else None)
 
 
-Strategy = Callable[[Seen, int | None, torch.Generator], Kept]
-STRATEGIES: dict[str, Strategy] = {
-    "random": random,
-    "spatial": spatial,
-    "cls_similarity": cls_similarity,
-    "cls_attention": cls_attention,
-    "text_similarity": text_similarity,
-    "prumerge": prumerge,
-    "prumerge_plus": prumerge_plus,
-    "trim": trim,
-    "visionzip": visionzip,
-    "divprune": divprune,
-    "vispruner": vispruner,
-    "fastv": fastv,
-}
-ADAPTIVE = ("prumerge", "prumerge_plus", "trim")   # without a budget they find one themselves
-READ_TEXT = ("text_similarity", "trim")            # they look at the expression
-IN_DECODER = ("fastv",)                            # they prune between two layers of the decoder
+def shared_out(budget: int, sizes: Sequence[int]) -> list[int]:
+    """Whole shares of a budget in proportion to sizes; what rounding leaves goes to the largest rests."""
+    exact = [budget * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    rests = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
+    for i in rests[:budget - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
-def select(name: str, seen: Seen, budget: int | None, seed: int = 0) -> Kept:
-    """Run a strategy by its name; `keep` comes back on the CPU, in the method's own order.
+def budget_of(keep: int | str | None, n_visual: int) -> int | None:
+    """A budget as it was asked for, 64 or "64" or "25%", in visual tokens; "auto" is None.
 
-    raises: NanogapError for an unknown name, or a budget that is not between 1 and N
+    A share is rounded, but never to none.  None: the strategy finds its own budget.
     """
+    if not isinstance(keep, str):
+        return keep
+    if keep == "auto":
+        return None
+    number = keep.removesuffix("%")
+    if not (number.isascii() and number.isdigit() and len(number) < 9):
+        raise NanogapError(f"keep is {keep!r:.80} here: give a number of visual tokens such as 64, "
+                           "a share such as \"25%\", or \"auto\"")
+    if not 1 <= int(number) <= (100 if keep.endswith("%") else n_visual):
+        raise NanogapError(f"cannot keep {keep} of {n_visual} visual tokens: "
+                           f"keep from 1 to {n_visual}, or 1% to 100%")
+    return max(1, round(n_visual * int(number) / 100)) if keep.endswith("%") else int(number)
+
+
+def check(name: str, n_visual: int, budget: int | None) -> None:
+    """Refuse a strategy that there is not, or a budget that it cannot have: see `select`."""
+    if name not in STRATEGIES:
+        raise NanogapError(f"unknown strategy {name!r}: choose from {', '.join(STRATEGIES)}")
+    if budget is None and finds_budget(name):
+        return
+    if budget is None:
+        adaptive = [other for other in STRATEGIES if finds_budget(other)]
+        raise NanogapError(f"{name} needs a budget: keep from 1 to {n_visual} visual tokens, or 1% to "
+                           f"100% (those that find one themselves are {', '.join(adaptive)})")
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise NanogapError(f"keep is {budget!r} here: give a whole number from 1 to {n_visual}")
+    if not 1 <= budget <= n_visual:
+        raise NanogapError(f"cannot keep {budget} of {n_visual} visual tokens: "
+                           f"keep from 1 to {n_visual}, or 1% to 100%")
+
+
+def check_kept(name: str, kept: Kept, seen: VisualTokens, budget: int | None) -> None:
+    """Refuse what a strategy returned if it cannot be fed, and name the file in which to mend it."""
     N, C = seen.features.shape
-    check(name, N, budget)
-    kept = STRATEGIES[name](seen, budget, torch.Generator().manual_seed(seed))
+    code = getattr(STRATEGIES[name], "__code__", None)
+    where = f"{code.co_filename}, line {code.co_firstlineno}" if code else "the file that it comes from"
     try:
         gap.check(kept.keep, N, "gap")
         fits = isinstance(kept, Kept) and 1 <= len(kept.keep) <= (budget or N)
@@ -309,34 +455,11 @@ def select(name: str, seen: Seen, budget: int | None, seed: int = 0) -> Kept:
         fits = False
     if not fits:
         raise NanogapError(f"the strategy {name} must return Kept(keep) with at most {budget or N} raster "
-                           f"indices, each once; mend it in {file_of(name)}")
-    for what, rows, given in (("features", f"(K, C) = ({len(kept.keep)}, {C}), a row for each of keep", kept.features),
-                              ("added", f"(M, C) = (any, {C}), a row for each token", kept.added)):
-        wrong = given is not None and (given.dim() != 2 or given.shape[1] != C
-                                       or what == "features" and len(given) != len(kept.keep))
-        if wrong:
-            raise NanogapError(f"the strategy {name}: {what} must be {rows}; they are {tuple(given.shape)}; "
-                               f"mend it in {file_of(name)}")
-    return Kept(kept.keep.cpu(), kept.features, kept.added)
-
-
-def file_of(name: str) -> str:
-    """Where a strategy is defined, for whoever has to mend it."""
-    code = getattr(STRATEGIES[name], "__code__", None)
-    return f"{code.co_filename}, line {code.co_firstlineno}" if code else "the file that it comes from"
-
-
-def check(name: str, n_visual: int, budget: int | None) -> None:
-    """Refuse a strategy that there is not, or a budget that it cannot have: see `select`."""
-    if name not in STRATEGIES:
-        raise NanogapError(f"unknown strategy {name!r}: choose from {', '.join(STRATEGIES)}")
-    if budget is None and name in ADAPTIVE:
-        return
-    if budget is None:
-        raise NanogapError(f"{name} needs a budget: keep from 1 to {n_visual} visual tokens, or 1% to 100% "
-                           f"(those that find one themselves are {', '.join(ADAPTIVE)})")
-    if isinstance(budget, bool) or not isinstance(budget, int):
-        raise NanogapError(f"keep is {budget!r} here: give a whole number from 1 to {n_visual}")
-    if not 1 <= budget <= n_visual:
-        raise NanogapError(f"cannot keep {budget} of {n_visual} visual tokens: "
-                           f"keep from 1 to {n_visual}, or 1% to 100%")
+                           f"indices, each once; mend it in {where}")
+    K = len(kept.keep)
+    if kept.features is not None and kept.features.shape != (K, C):
+        raise NanogapError(f"the strategy {name}: features must be (K, C) = ({K}, {C}), a row for each of "
+                           f"keep; they are {tuple(kept.features.shape)}; mend it in {where}")
+    if kept.added is not None and (kept.added.dim() != 2 or kept.added.shape[1] != C):
+        raise NanogapError(f"the strategy {name}: added must be (M, C) = (any, {C}), a row for each "
+                           f"token; they are {tuple(kept.added.shape)}; mend it in {where}")

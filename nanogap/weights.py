@@ -1,16 +1,16 @@
 """Checkpoints: a folder with config.json and safetensors becomes a model, strictly; and the way back.
 
-In:  a folder in one of the four layouts in which LLaVA-1.5 is published.  Out: a `Llava`.
+In:  a folder in a published layout of one of nanogap/models.  Out: a model.
 
 Every tensor on disk must be known and of the right shape, and none may be missing.  The model is built
 without memory (meta device) and takes the memory-mapped tensors as they are: one copy, no more.
-Source: the llava-hf repositories on the hub; layouts and defaults as transformers 5.23 reads them.
+Source: the layouts and defaults that transformers 5.23 reads.
 """
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -21,34 +21,33 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from nanogap.cli import NanogapError
 from nanogap.clip import CLIP, TextGuide
-from nanogap.config import (one_line, published_config, read_clip_config, read_config, read_json,
-                            write_json)
-from nanogap.errors import NanogapError
-from nanogap.models.llava import CLIP_DOWNLOAD, Llava, LlavaConfig
+from nanogap.config import one_line, read_clip_config, read_json, write_json
+from nanogap.models import MODELS, VLM
 
-DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
-
-# From the names of each published layout to the names of our modules, which are those of layout (b):
-RENAME = (
-    (r"^model\.language_model\.", "language_model.model."),                   # (c), (d)
-    (r"^lm_head\.", "language_model.lm_head."),                               # (c), (d)
-    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),              # (c), (d)
-    (r"^vision_tower\.vision_model\.", "vision_tower."),                      # (a), (c)
-)
+HERE = Path(__file__).resolve().parent.parent / "weights"
+REAL, MINI = HERE / "llava-1.5-7b-hf", HERE / "mini"
+DOWNLOAD = MODELS["llava"].download
 UNUSED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")       # in older files
 
 
-def our_name(name: str) -> str:
+def default_weights() -> Path:
+    """The real ones where they are present, else those that ship; relative where that is short."""
+    weights = REAL if REAL.is_dir() else MINI
+    return weights.relative_to(Path.cwd()) if weights.is_relative_to(Path.cwd()) else weights
+
+
+def our_name(name: str, rename: Sequence[tuple[str, str]]) -> str:
     """The module path of a published tensor name: `model.language_model.norm.weight` -> ..."""
-    for pattern, replacement in RENAME:
+    for pattern, replacement in rename:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def load(folder: str | Path, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> Llava:
-    """Load a LLaVA-1.5 checkpoint, ready to ground.
+         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
+    """Load a checkpoint of any family in nanogap/models, ready to ground; config.json says which it is.
 
     folder: config.json, tokenizer.json and model.safetensors, or shards with their index
     device: None takes CUDA where there is one, else the CPU
@@ -59,49 +58,64 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     raises: NanogapError where anything is missing, broken, unknown or of another shape
     """
     folder = Path(folder)
-    if not os.path.isfile(folder / "config.json"):
-        what = "has no config.json, so it is not a checkpoint" if os.path.isdir(folder) else "is not a folder"
-        raise NanogapError(f"{folder} {what}; get the published weights with {DOWNLOAD}")
-    config = read_config(folder)
+    family = family_of(folder)
+    config = family.read_config(folder)
     with torch.device("meta"):
-        model = Llava(config)
+        model = family(config)
     device = pick_device(device)
     size = sum(p.numel() for p in model.parameters())
     dtype = pick_dtype(dtype, device, config.dtype, size)
     model.tokenizer = read_tokenizer(folder, config.text.vocab_size)
     check_image_token(folder, config, model.tokenizer)
     tied = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
-    fill(model, folder, device, dtype, DOWNLOAD, tied if config.text.tie_word_embeddings else {})
+    fill(model, folder, device, dtype, DOWNLOAD, family.rename,
+         tied if config.text.tie_word_embeddings else {})
     clip = clip or (folder / "clip_text" if os.path.isdir(folder / "clip_text") else None)
-    model.text_guide = load_text_guide(Path(clip), config, device, dtype) if clip else None
+    if clip:
+        model.text_guide = load_text_guide(Path(clip), model, device, dtype)
     return model
 
 
-def load_text_guide(folder: Path, config: LlavaConfig, device: torch.device,
-                    dtype: torch.dtype) -> TextGuide:
-    """The text tower and the projections of a CLIP in the layout of openai/clip-vit-large-patch14-336."""
+def family_of(folder: Path) -> type[VLM]:
+    """Which of MODELS a folder holds, by the `model_type` in its config.json."""
     if not os.path.isfile(folder / "config.json"):
-        raise NanogapError(f"{folder} has no config.json, so it is no CLIP; get it with {CLIP_DOWNLOAD}")
+        what = ("has no config.json, so it is not a checkpoint" if os.path.isdir(folder)
+                else "is not a folder")
+        raise NanogapError(f"{folder} {what}; get the published weights with {DOWNLOAD}")
+    found = read_json(folder / "config.json").get("model_type")
+    if not isinstance(found, str) or found not in MODELS:
+        raise NanogapError(f"{folder / 'config.json'} describes a {found!r:.80} model; "
+                           f"nanogap loads {', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
+    return MODELS[found]
+
+
+def load_text_guide(folder: Path, model: VLM, device: torch.device, dtype: torch.dtype) -> TextGuide:
+    """The text tower and the projections of a CLIP in the layout of openai/clip-vit-large-patch14-336."""
+    download = model.clip_download()
+    if not os.path.isfile(folder / "config.json"):
+        raise NanogapError(f"{folder} has no config.json, so it is no CLIP; get it with {download}")
     vision, text, width = read_clip_config(folder)
-    if vision.hidden_size != config.vision.hidden_size:
+    if vision.hidden_size != model.config.vision.hidden_size:
         raise NanogapError(f"{folder} is a CLIP of {vision.hidden_size} channels, and the vision tower has "
-                           f"{config.vision.hidden_size}: give the CLIP that it comes from")
+                           f"{model.config.vision.hidden_size}: give the CLIP that it comes from")
     with torch.device("meta"):
         clip = CLIP(vision, text, width)
-    del clip.vision_model, clip.logit_scale                                   # LLaVA has its own eyes
-    fill(clip, folder, device, dtype, CLIP_DOWNLOAD, unused=r"^vision_model\.|^logit_scale$")
+    del clip.vision_model, clip.logit_scale                                   # the model has its own eyes
+    fill(clip, folder, device, dtype, download, unused=r"^vision_model\.|^logit_scale$")
     return TextGuide(clip, read_tokenizer(folder, text.vocab_size))
 
 
 def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, download: str,
-         tied: dict[str, str] | None = None, unused: str = "$^") -> None:
+         rename: Sequence[tuple[str, str]] = (), tied: dict[str, str] | None = None,
+         unused: str = "$^") -> None:
     """Give a model on the meta device the tensors of a checkpoint, all of them and no others.
 
+    rename: patterns from names on disk to names of modules
     tied:   names that may be missing, and the tensors that they share
     unused: pattern of names on disk that are known and not a part of the model
     """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    tensors = read_tensors(folder, shapes, device, dtype, re.compile(unused), download)
+    tensors = read_tensors(folder, shapes, device, dtype, rename, re.compile(unused), download)
     for name, other in (tied or {}).items():
         tensors.setdefault(name, tensors.get(other))
     missing = [name for name in shapes if tensors.get(name) is None]
@@ -159,7 +173,7 @@ def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
     return tokenizer
 
 
-def check_image_token(folder: Path, config: LlavaConfig, tokenizer: Tokenizer) -> None:
+def check_image_token(folder: Path, config: Any, tokenizer: Tokenizer) -> None:
     """Refuse an image token that words could spell: a prompt might hold it twice."""
     image, taken = config.image_token, tokenizer.id_to_token(config.image_token)
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -229,13 +243,13 @@ def spelled(name: str) -> str:
 
 
 def read_tensors(folder: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype,
-                 unused: re.Pattern, download: str) -> dict[str, Tensor]:
+                 rename: Sequence[tuple[str, str]], unused: re.Pattern[str], download: str) -> dict[str, Tensor]:
     """All tensors under our names, each of the shape that the model expects."""
     tensors: dict[str, Tensor] = {}
     others = "the file and config.json belong to different checkpoints"
     for path in shards(folder, download):
         for name, get in stored(path, device, dtype):
-            ours = our_name(name)
+            ours = our_name(name, rename)
             if UNUSED.search(name) or unused.search(name):
                 continue
             if ours not in shapes:
@@ -272,18 +286,10 @@ def save_tensors(path: Path, module: nn.Module, dtype: torch.dtype) -> None:
     partial.replace(path)
 
 
-def save_llava(folder: Path, model: Llava, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a model in layout (a), that of llava-hf/llava-1.5-7b-hf."""
+def save(folder: Path, model: VLM, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a model in its published layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    c = model.config
-    write_json(folder / "config.json", published_config(replace(c, dtype=str(dtype).removeprefix("torch."))))
-    write_json(folder / "generation_config.json", {"bos_token_id": c.bos_token, "eos_token_id": c.eos_token})
-    size = c.vision.image_size
-    write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "image_mean": c.image_mean, "image_std": c.image_std,
-        "do_resize": True, "size": {"shortest_edge": size}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "do_convert_rgb": True})
+    model.write_config(folder, str(dtype).removeprefix("torch."))
     model.tokenizer.save(str(folder / "tokenizer.json"))
     save_tensors(folder / "model.safetensors", model, dtype)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.image import (PAD_COLOUR, box_to_pixels, box_to_square, iou, open_image, pad_to_square,
                            to_pixel_values, to_rgb)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanogap.evaluate import journal
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 
 SETTINGS = {"weights": "mini 1234", "seed": 0}
 

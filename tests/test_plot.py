@@ -7,8 +7,8 @@ from PIL import Image, ImageColor
 
 from nanogap.evaluate import plot
 from nanogap.draw import STYLES
-from nanogap.errors import NanogapError
-from nanogap.picture import check_picture, save_picture
+from nanogap.cli import NanogapError
+from nanogap.draw import check_picture, save_picture
 
 
 def row(mode: str, tokens: float, accuracy: float, prune: str = "random") -> dict:

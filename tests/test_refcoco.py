@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.evaluate.refcoco import Data, read_data
 
 ROOT = Path(__file__).resolve().parent.parent

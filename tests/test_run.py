@@ -22,7 +22,7 @@ import run
 from nanogap.cli import keep_argument, tokens_to_keep
 from nanogap.clip import CLIPVisionTower
 from nanogap.explain import columns
-from nanogap.picture import save_picture
+from nanogap.draw import save_picture
 from nanogap.weights import save_llava
 from tests.tiny import write_checkpoint
 

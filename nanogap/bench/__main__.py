@@ -24,7 +24,7 @@ from torch import nn
 
 from nanogap import weights
 from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.bench.graph import GraphedDecoder
 from nanogap.llama import LlamaConfig
 from nanogap.models.llava import Llava

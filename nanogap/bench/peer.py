@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.models.llava import Llava
 from nanogap.weights import load
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanogap.clip import CLIPVisionConfig
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.llama import LlamaConfig
 from nanogap.models.llava import Llava, LlavaConfig
 from nanogap.train.tokenizer import IMAGE

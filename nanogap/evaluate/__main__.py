@@ -26,12 +26,12 @@ from nanogap.evaluate import ablate
 from nanogap.evaluate import journal
 from nanogap.evaluate import plot
 from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.in_decoder import CUT
 from nanogap.gap import MODES
 from nanogap.image import Box
 from nanogap.models.llava import Llava, Look
-from nanogap.picture import check_picture, save_picture
+from nanogap.draw import check_picture, save_picture
 from nanogap.prune import STRATEGIES
 from nanogap.evaluate.refcoco import Data, Example, read_data
 from nanogap.scenes import scene

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 
 KEYS = {"id", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou", "visual_tokens",
         "prefill_ms", "decode_ms"}

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.image import Box, open_image
 from nanogap.prompt import where_is
 

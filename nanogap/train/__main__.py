@@ -21,7 +21,7 @@ from torch import nn
 
 from nanogap.cli import Parser, answer_for, whole_number
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.train.fit import Course, Progress, fit
 from nanogap.image import box_to_square
 from nanogap.evaluate.journal import join

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogap.errors import NanogapError
+from nanogap.cli import NanogapError
 from nanogap.train.objectives import Asked, Batch, Draw, Scenes
 from nanogap.scenes import draw_scene
 

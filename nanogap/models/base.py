@@ -1,0 +1,249 @@
+"""What a model must say of itself; the method (nanogap/ground.py) takes it from there.
+
+In:  pictures, expressions, token IDs.  Out: tensors for the decoder, and boxes in pixels.
+
+A family of models is one file beside this one.  It says, on top of what stands here,
+    frame          how a picture becomes what the vision tower sees, and a box pixels again (image.py)
+    template       the words around the image, and the question for a box (prompt.py)
+    box_format     how it says a box (prompt.py)
+    encode_pixels  what it sees: N visual tokens, and which part of the picture each of them shows
+    fields         what strategies may look at in these
+    project        from the vision tower's channels to the decoder's
+    read_config, write_config, rename
+                   its files: config.json, and the names of tensors on disk (weights.py)
+Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after the image.
+"""
+
+import time
+from abc import abstractmethod
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from nanogap.cli import NanogapError
+from nanogap.clip import TextGuide
+from nanogap.decode import decode
+from nanogap.gap import Layout, lay_out
+from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, describe, ground
+from nanogap.image import Box, Pad, open_image, to_rgb
+from nanogap.in_decoder import prefill
+from nanogap.llama import Decoder, LlamaForCausalLM
+from nanogap.prompt import BoxFormat, Shares, Template
+from nanogap.prune import Kept, View
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all that the device has been asked to do is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+class VLM(nn.Module):
+    """A vision tower, a projector and a decoder; each family fills in the rest."""
+
+    Config: ClassVar[type]                     # its configuration, with `text` and `vision` in it
+    rename: ClassVar[tuple[tuple[str, str], ...]]   # patterns: names on disk -> names of our modules
+    download: ClassVar[str]                    # the command that fetches its published weights
+
+    frame: Pad
+    template: Template
+    box_format: BoxFormat
+    language_model: LlamaForCausalLM
+    tokenizer: Tokenizer
+
+    ground = ground                            # the method, as model.ground(image, expression, ...)
+    describe = describe
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.text_guide: TextGuide | None = None   # for strategies that read the expression
+        self.decoder: Decoder | None = None        # runs passes in place of the language model
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.lm_head.weight.dtype
+
+    @property
+    def end_token(self) -> int:
+        return self.config.eos_token
+
+    def clock(self) -> float:
+        """Milliseconds, after all that its device has been asked to do is done."""
+        return 1000 * clock(self.device)
+
+    # ----- what a family fills in -----------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def read_config(cls, folder: Path) -> Any:
+        """config.json, and what the other files of a checkpoint add to it."""
+
+    @abstractmethod
+    def write_config(self, folder: Path, dtype: str) -> None:
+        """The same files again."""
+
+    @abstractmethod
+    def prepare_image(self, image: Image.Image | str | Path) -> Tensor:
+        """A picture -> pixel_values (views, 3, S, S), on the model's device."""
+
+    @abstractmethod
+    def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
+        """Run the vision tower: what it sees of a picture of that size, as N visual tokens."""
+
+    @abstractmethod
+    def fields(self, image: EncodedImage, view: int, needs: Collection[str]) -> dict[str, Tensor]:
+        """What strategies need to see in one of the views: see FIELDS in prune.py."""
+
+    @abstractmethod
+    def project(self, features: Tensor) -> Tensor:
+        """Visual tokens (K, C) -> as the decoder is fed them (K, C')."""
+
+    @abstractmethod
+    def align(self, features: Tensor) -> Tensor:
+        """Visual tokens (N, C) -> in CLIP's space of images and texts (N, E)."""
+
+    # ----- from what a person gives to tensors ----------------------------------------------------
+
+    def question(self, expression: str) -> str:
+        """The question that the model answers with a box."""
+        return self.template.question(expression)
+
+    def encode_question(self, question: str) -> Tensor:
+        """A whole question as input_ids (T,) with one image token, on the CPU."""
+        c = self.config
+        return torch.tensor(self.template.encode(self.tokenizer, question, c.bos_token, c.image_token))
+
+    def prompt(self, expression: str) -> Tensor:
+        """The question about an expression as input_ids (T,) with one image token, on the CPU."""
+        return self.encode_question(self.question(expression))
+
+    @torch.no_grad()
+    def encode_image(self, image: Image.Image | str | Path | EncodedImage, needs: Collection[str] = (),
+                     share: bool = False) -> EncodedImage:
+        """Run the vision tower on a picture, once for all the questions about it.
+
+        needs: what strategies will look at; more is computed when it is needed
+        share: let the questions share the decoder's work on the image as well
+        """
+        if isinstance(image, EncodedImage):
+            return image
+        image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+        start = self.clock()
+        encoded = self.encode_pixels(self.prepare_image(image), *image.size)
+        self.see(encoded, set(needs) - {"text"}, "")
+        return replace(encoded, vision_ms=self.clock() - start, share=share)
+
+    def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> list[View]:
+        """The views of a picture, each with what a strategy needs to see and nothing else."""
+        views = []
+        text = {"text": self.embed_text(expression)} if "text" in needs else {}
+        for i, view in enumerate(image.views):
+            known = view.seen.fields
+            missing = set(needs) - set(known) - {"text"}
+            if "projected" in missing:
+                known["projected"] = self.project(view.seen.features)
+            if "aligned" in missing:
+                known["aligned"] = self.align(view.seen.features)
+            known |= self.fields(image, i, missing)
+            fields = {name: value for name, value in known.items() if name in needs}
+            views.append(replace(view, seen=replace(view.seen, fields=fields | text)))
+        return views
+
+    def embed_text(self, expression: str) -> Tensor:
+        """An expression in the space that CLIP shares with patches (E,).
+
+        open: which words the paper gave to methods that read is not known; here the expression alone
+        """
+        return self.guide().embed(expression)
+
+    def guide(self) -> TextGuide:
+        """CLIP's text tower, which stands beside the model's own weights."""
+        if self.text_guide is None:
+            raise NanogapError("to compare patches with words takes CLIP's text tower, which the model's "
+                               f"checkpoints do not hold; get it with {self.clip_download()} and give it "
+                               "by --clip")
+        return self.text_guide
+
+    def clip_download(self) -> str:
+        """The command that fetches the CLIP that the vision tower comes from."""
+        raise NanogapError("this model's vision tower comes from no CLIP that is published whole: choose "
+                           "a strategy that does not read the expression")
+
+    # ----- the sequence ---------------------------------------------------------------------------
+
+    def around_image(self, input_ids: Tensor) -> tuple[int, int]:
+        """P and A: how many tokens stand before and after the one image token."""
+        places = (input_ids == self.config.image_token).nonzero().flatten().tolist()
+        if len(places) != 1:
+            raise NanogapError(f"the prompt must hold one image token, not {len(places)}")
+        return places[0], len(input_ids) - places[0] - 1
+
+    def embed(self, input_ids: Tensor, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
+        """The prompt with what is kept in the place of its image token: (1, P + K + M + A, C).
+
+        order: (K,) which of the kept tokens comes where, as gap.lay_out says
+        """
+        if kept.features is None:
+            features = image.features[kept.keep[order].to(image.features.device)]   # (K, C)
+        else:
+            features = kept.features[order.to(kept.features.device)]
+        if kept.added is not None:
+            features = torch.cat([features, kept.added])                      # (K + M, C)
+        return self.splice(input_ids, self.project(features))
+
+    def splice(self, input_ids: Tensor, visual: Tensor) -> Tensor:
+        """Put visual tokens (K, C) in the place of the image token: embeddings (1, P + K + A, C)."""
+        P, _ = self.around_image(input_ids)
+        embed_tokens = self.language_model.model.embed_tokens
+        input_ids = input_ids.to(self.device)
+        return torch.cat([embed_tokens(input_ids[:P]), visual, embed_tokens(input_ids[P + 1:])])[None]
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, keep: Tensor | None = None,
+                mode: str = "gap", size: tuple[int, int] | None = None) -> Tensor:
+        """Logits (P + K + A, V) in float32 of a prompt (T,) with one image token; None keeps all.
+
+        size: (width, height) of the picture, where the visual tokens depend on it
+        """
+        width, height = size or (pixel_values.shape[-1], pixel_values.shape[-2])
+        image = self.encode_pixels(pixel_values.to(self.device, self.dtype), width, height)
+        kept = Kept(torch.arange(image.n_visual) if keep is None else keep.cpu())
+        P, A = self.around_image(input_ids)
+        layout = lay_out(kept.keep, P, image.n_visual, A, mode)
+        x = self.embed(input_ids, image, kept, layout.order)
+        return self.language_model(x, layout.position_ids.to(self.device))[0]
+
+    def generate(self, x: Tensor, layout: Layout, max_new_tokens: int = MAX_NEW_TOKENS) -> list[int]:
+        """Answer any sequence of embeddings (1, T, C), laid out in any way, greedily."""
+        prompt = prefill(self.language_model, x, layout, room=max_new_tokens)
+        return list(decode(prompt, max_new_tokens, self.end_token))
+
+    def check_length(self, positions: int) -> None:
+        """Refuse a question whose position IDs leave the range that the model was made for."""
+        most = self.config.text.max_position_embeddings
+        if positions > most:
+            raise NanogapError("the expression is too long: with the image the model would need "
+                               f"{positions} positions and has {most}; shorten it")
+
+    # ----- boxes ----------------------------------------------------------------------------------
+
+    def parse_box(self, text: str) -> Shares | None:
+        """The first box in an answer: four numbers in [0, 1] of the model's own frame, or None."""
+        return self.box_format.parse(text)
+
+    def to_pixels(self, box: Shares, width: int, height: int) -> Box:
+        """A box of the model's frame in pixels of the original image."""
+        return self.frame.to_pixels(box, width, height)
