@@ -20,12 +20,11 @@ from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nanogap import prompt
+from nanogap import weights
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.models.llava import Llava, LlavaConfig
+from nanogap.models.llava import VICUNA, Llava, LlavaConfig
 from nanogap.train.tokenizer import IMAGE, train_llama_tokenizer
-from nanogap.weights import save_llava
 
 LAYOUTS = ("a", "b", "c", "d")
 IMAGE_TOKEN = 560          # <image> in the tiny tokenizer; 561 is <pad>
@@ -62,8 +61,9 @@ def tiny_tokenizer() -> Tokenizer:
     things = ("the man on the left", "a red car behind the tall tree", "woman with a blue umbrella",
               "small brown dog next to the bench", "the second cup from the right",
               "yellow house above")
-    questions = [prompt.AFTER_IMAGE.format(prompt.where_is(thing)) for thing in things]
-    sentences = [f"{prompt.BEFORE_IMAGE}{question} [0.12, 0.34, 0.56, 0.78]" for question in questions]
+    answer = "[0.12, 0.34, 0.56, 0.78]"
+    after = [VICUNA.after.format(VICUNA.question(thing)) for thing in things]
+    sentences = [f"{VICUNA.before}{text} {answer}" for text in after]
     tokenizer = train_llama_tokenizer(sentences, vocab_size=IMAGE_TOKEN)
     assert tokenizer.token_to_id(IMAGE) == IMAGE_TOKEN
     return tokenizer
@@ -114,7 +114,8 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
     """model.safetensors, or model-0000N-of-0000M.safetensors and their index."""
     if shards == 1:
         return write_tensors(folder / "model.safetensors", tensors)
-    names, weight_map = list(tensors), {}
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = names[len(names) * shard // shards: len(names) * (shard + 1) // shards]
@@ -135,10 +136,10 @@ def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: st
     model.tokenizer = tiny_tokenizer()
     if layout == "a" and shards == 1 and not config.text.tie_word_embeddings:
         model.load_state_dict(tiny_tensors(config, "b", seed), assign=True)
-        save_llava(folder, model, dtype)
+        weights.save(folder, model, dtype)
     else:
         model.to_empty(device="cpu")
-        save_llava(folder, model, dtype)
+        weights.save(folder, model, dtype)
         (folder / "model.safetensors").unlink()
         write_shards(folder, tensors, shards)
     return folder
