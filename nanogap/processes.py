@@ -1,0 +1,40 @@
+"""Several processes under torchrun: who they are, and how their records come together.
+
+In:  the environment that torchrun sets.  Out: rank and number of the processes, and the records of all.
+"""
+
+import atexit
+import json
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def join() -> tuple[int, int]:
+    """Rank and number of the processes under torchrun; 0 and 1 without."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    dist.init_process_group("gloo", timeout=timedelta(days=30))   # the first to be done waits
+    atexit.register(dist.destroy_process_group)   # its threads may not outlive the interpreter
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(records: list[dict], world: int) -> list[dict]:
+    """The records of all processes (torch's own way to gather objects needs NumPy)."""
+    if world == 1:
+        return records
+    data = torch.frombuffer(bytearray(json.dumps(records).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    longest = max(int(size) for size in sizes)
+    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    padding = torch.zeros(longest - len(data), dtype=torch.uint8)
+    dist.all_gather(parts, torch.cat([data, padding]))
+    every = []
+    for part, size in zip(parts, sizes, strict=True):
+        every += json.loads(bytes(part[:int(size)].tolist()))
+    return every
