@@ -2,19 +2,20 @@
 
 In:  a prompt that was read.  Out: token IDs, one after the other.
 
-`decode` is the whole of it.  `decode_drafted` gives the same words in fewer passes of the decoder.  Of the
-25 tokens of "[0.12, 0.34, 0.56, 0.78]" and its end only eight digits are news.  So a pass is fed the last
-new tokens together with those that the format puts behind them, and where it leaves a choice, with all ten
-digits side by side: alternatives, which do not see one another and have one position ID.  The logits of all
-of them come out at once, and show how far greedy decoding would have said the same, and what it would say
-next.  What it would not have said is dropped from the cache, where the next rows overwrite it.  (A pass over
-several tokens rounds differently from passes over one: of two words that are as good as equal the other may
-win, as happens in half precision.)  A pass in the middle of a box:
+`decode` is all that decoding is.  `decode_drafted` gives the same words in fewer passes of the
+decoder.  Of the 25 tokens of "[0.12, 0.34, 0.56, 0.78]" and its end only eight digits are news.  So
+a pass is fed the last new tokens, those that the format puts behind them, and where it leaves a
+choice, all ten digits side by side: alternatives, which do not see one another and have one
+position ID.  The logits of all of them come out at once.  They show how far greedy decoding would
+have said the same, and what it would say next.  The rest is dropped from the cache, where the next
+rows overwrite it.  A pass in the middle of a box:
 
-    fed             1   2   ,   ▁   0   .   0 1 2 3 4 5 6 7 8 9     said before, a chain, and a choice
+    fed             1   2   ,   ▁   0   .   0 1 2 3 4 5 6 7 8 9     said before, a chain, a choice
     position IDs    81  82  83  84  85  86  87 ...           87
-    greedy behind       ,   ▁   0   .   3         4                 the chain agrees; "3", and "4" behind it
+    greedy behind       ,   ▁   0   .   3         4                 the chain agrees; "3", then "4"
 
+A pass over several tokens rounds differently from passes over one: of two words that are as good as
+equal the other may win, as happens in half precision.
 Letters: T tokens fed in a pass, D of them drafted, V vocabulary.
 """
 
@@ -56,7 +57,7 @@ def decode_drafted(prompt: Prefilled, max_new_tokens: int, end: int, form: Form)
                 return
         if len(tokens) >= max_new_tokens:
             return
-        rows = cache.lengths[0] - prompt_rows         # tokens with a row; the last one or two have none
+        rows = cache.lengths[0] - prompt_rows         # how many of the tokens have a row by now
         drafted = draft(form, tokens, max_new_tokens - len(tokens) - 1)
         places = [*range(rows, len(tokens)), *drafted.places(len(tokens))]
         position_ids = [prompt.next_position + place for place in places]
@@ -74,6 +75,6 @@ def accepted(greedy: Sequence[int], drafted: Draft) -> tuple[int, list[int]]:
     while agreed < len(chain) and greedy[agreed] == chain[agreed]:
         agreed += 1
     new = list(greedy[:agreed + 1])
-    if agreed == len(chain) and new[-1] in choice:                            # what is behind it is known
+    if agreed == len(chain) and new[-1] in choice:                          # known: what follows it
         new.append(greedy[agreed + 1 + choice.index(new[-1])])
     return agreed, new

@@ -3,11 +3,12 @@
 In:  which visual tokens were kept, and how many tokens stand before, in and after the image.
 Out: their order, one position ID for each remaining token, and the ID of the first generated token.
 
-Most pruning methods feed the kept tokens as if they were a shorter text: IDs 0, 1, 2, ... with no gaps
-("shifted"), some of them in the order of their scores as well ("permuted").  The model then reads places
-off IDs that belong to other patches.  GAP gives every token the ID that it had before pruning, the text
-after the image included.  Source: Grounding-Aware Token Pruning, arXiv 2506.21873.
-Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after the image.
+Most pruning methods feed the kept tokens as if they were a shorter text: IDs 0, 1, 2, ... with no
+gaps ("shifted"), some of them in the order of their scores as well ("permuted").  The model then
+reads places off IDs that belong to other patches.  GAP gives every token the ID that it had before
+pruning, the text after the image included.
+Source: Grounding-Aware Token Pruning, arXiv 2506.21873.
+Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
 from dataclasses import dataclass
@@ -48,18 +49,14 @@ class Layout:
         """K + M: how many visual tokens are fed."""
         return len(self.position_ids) - self.P - self.A
 
-    def drop(self, kept: Tensor) -> "Layout":
-        """The layout of what is left, in the same mode; kept: places (K',) among the K tokens here."""
-        return lay_out(self.keep[kept], self.P, self.N, self.A, self.mode)
-
 
 def lay_out(keep: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> Layout:
-    """Order and number the tokens of [before | kept, in order | added | after] in one of the MODES.
+    """Order and number the tokens of [before | kept, in order | added | after] in one of MODES.
 
     keep:    (K,) raster indices of the kept visual tokens, the most important first
     M:       tokens that a method adds, such as the mean of the dropped ones
-    raises:  NanogapError for an unknown mode, for an index outside the image or given twice, and where
-             mode "full" is asked of fewer than all the tokens
+    raises:  NanogapError for an unknown mode, for an index outside the image or given twice, and
+             where mode "full" is asked of fewer than all the tokens
     open:    an added token had no ID before pruning, and the paper does not say what it gets; with
              original IDs it shares that of the last patch here
     """
@@ -67,13 +64,21 @@ def lay_out(keep: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> Layo
     sequence, visual_ids, text_ids = MODES[mode]
     order = keep.argsort() if sequence == "raster" else arange(len(keep), device=keep.device)
     keep = keep[order]
-    compact = arange(len(keep) + M, device=keep.device)
     original = torch.cat([keep, keep.new_full((M,), N - 1)])
+    compact = arange(len(original), device=keep.device)
     visual = original if visual_ids == "original" else compact    # GAP, 1: a patch keeps its ID
-    length = N if text_ids == "original" else len(compact)        # GAP, 2: and so does the text after it
+    length = N if text_ids == "original" else len(compact)       # GAP, 2: so does the text after it
     before, after = arange(P, device=keep.device), arange(A, device=keep.device)
     position_ids = torch.cat([before, P + visual, P + length + after])
     return Layout(keep, order, position_ids, P + length + A, P, N, A, mode)
+
+
+def drop(layout: Layout, kept: Tensor) -> Layout:
+    """Lay out what is left of a layout, in the same mode: for pruning between two layers.
+
+    kept: (K',) places among its K visual tokens, the most important first
+    """
+    return lay_out(layout.keep[kept], layout.P, layout.N, layout.A, layout.mode)
 
 
 def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode: str,

@@ -1,7 +1,7 @@
 """One question, from a picture and an expression to a box in pixels.
 
-In:  a model, a picture, an expression, and how to prune.  Out: the words, the box, and every number that
-pruning touched on the way.
+In:  a model, a picture, an expression, and how to prune.
+Out: the words, the box, and every number that pruning touched on the way.
 
 `ground` is the whole path in one function; each of its steps is one call into one file:
 
@@ -13,7 +13,8 @@ pruning touched on the way.
     decode     decode.py          the answer
     read       prompt.py          the box in it
 
-Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it; T of the prompt.
+Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it;
+T = P + K + M + A.
 """
 
 from collections.abc import Callable, Collection
@@ -32,7 +33,7 @@ from nanogap.gap import Layout
 from nanogap.image import Box
 from nanogap.in_decoder import FASTV_LAYER, Cut, Prefilled, cuts_of, prefill
 from nanogap.llama import Decoder, KVCache, LlamaForCausalLM
-from nanogap.prompt import DESCRIBE, BoxFormat, Draft, draft
+from nanogap.prompt import DESCRIBE, BoxFormat, Form, draft
 from nanogap.prune import Kept, View, budget_of, find, in_decoder, needs_of, select
 
 MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
@@ -46,10 +47,10 @@ class EncodedImage:
     height: int
     features: Tensor          # (N, C) before the projector, in the order of the prompt
     views: list[View]         # rectangles of patches, with what strategies asked to see
-    at: Tensor                # (N, 4) which part of the picture each token shows, pixels, not clipped
-    vision_ms: float
-    hidden: Any               # of the vision tower: more fields are made of it when they are needed
-    share: bool               # whether questions share the decoder's work on the image
+    at: Tensor                # (N, 4) which part of the picture each token shows, in pixels
+    hidden: Any               # of the vision tower: more fields are made of it when needed
+    vision_ms: float = 0.0
+    share: bool = False       # whether questions share the decoder's work on the image
     prefix: "Prefix | None" = field(default=None, repr=False)
 
     @property
@@ -112,7 +113,8 @@ class Model(Protocol):
 
     def check_length(self, positions: int) -> None: ...
 
-    def embed(self, input_ids: Tensor, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor: ...
+    def embed(self, input_ids: Tensor, image: EncodedImage, kept: Kept,
+              order: Tensor) -> Tensor: ...
 
     def to_pixels(self, box: Any, width: int, height: int) -> Box: ...
 
@@ -128,8 +130,8 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
 
     image:          a Pillow image, the path of one, or an EncodedImage, which questions can share
     prune:          name of a strategy, or FILE.py:NAME for one of your own
-    keep:           its budget in visual tokens, 64 or "25%"; None where it finds one itself; or indices
-                    (K,) of your own, the most important first.  Mode "full" keeps all
+    keep:           its budget in visual tokens, 64 or "25%"; None where it finds one itself; or
+                    indices (K,) of your own, the most important first.  Mode "full" keeps all
     mode:           one of gap.MODES
     seed:           of the strategies that draw lots
     layer:          of FastV: the decoder's layer before which it prunes
@@ -162,19 +164,22 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
     timings = {"vision_ms": image.vision_ms, "prefill_ms": prefilled - start,
                "decode_ms": model.clock() - prefilled, "new_tokens": len(tokens),
                "passes": prompt.passes}
-    keep = prompt.layout.keep.clone()                 # copies, since autograd takes no inference tensor
-    return Result(box_in(text, model, image), text, keep, prompt.visual_tokens(),
-                  prompt.layout.position_ids.cpu().clone(), prompt.layout.next_position, tokens, timings,
-                  prompt.cache.bytes_in_use(), image.padding(keep))
+    layout = prompt.layout
+    return Result(
+        box_in(text, model, image), text, layout.keep.clone(), prompt.visual_tokens(),
+        layout.position_ids.cpu().clone(), layout.next_position, tokens, timings,
+        prompt.cache.bytes_in_use(), image.padding(layout.keep))              # no inference tensors
 
 
 def describe(model: Model, image: Image.Image | str | Path | EncodedImage,
-             prune: str = "cls_attention", keep: int | str | Tensor | None = "50%", mode: str = "gap",
-             seed: int = 0, *, layer: int = FASTV_LAYER, max_new_tokens: int = 2 * MAX_NEW_TOKENS,
+             prune: str = "cls_attention", keep: int | str | Tensor | None = "50%",
+             mode: str = "gap", seed: int = 0, *, layer: int = FASTV_LAYER,
+             max_new_tokens: int = 2 * MAX_NEW_TOKENS,
              drafts: bool = True, on_token: Callable[[int], None] | None = None) -> Result:
     """Say what is in a picture; the arguments are those of `ground`."""
     return ground(model, image, DESCRIBE, prune, keep, mode, seed, layer=layer,
-                  max_new_tokens=max_new_tokens, drafts=drafts, on_token=on_token, question=DESCRIBE)
+                  max_new_tokens=max_new_tokens, drafts=drafts, on_token=on_token,
+                  question=DESCRIBE)
 
 
 # ----- its steps ----------------------------------------------------------------------------------
@@ -214,7 +219,7 @@ def choose(model: Model, image: EncodedImage, query: Query) -> tuple[Kept, list[
 
 
 def read(model: Model, image: EncodedImage, x: Tensor, layout: Layout, cuts: list[Cut],
-         form: Any, max_new_tokens: int) -> Prefilled:
+         form: Form, max_new_tokens: int) -> Prefilled:
     """Read the prompt: what was read before for the same image is not read again."""
     room = max_new_tokens + max(map(len, form), default=0)
     if cuts:
@@ -227,10 +232,10 @@ def read(model: Model, image: EncodedImage, x: Tensor, layout: Layout, cuts: lis
 
 
 def shared_prefix(model: Model, image: EncodedImage, x: Tensor, layout: Layout) -> KVCache:
-    """The cache of a prompt up to the end of its image, which all questions that feed the same share.
+    """The cache of a prompt up to the end of its image: questions that feed the same share it.
 
-    Only the last one is held, so ask all questions about an image under one pruning before the next.
-    What is fed decides, and not what the strategy is called.
+    What is fed decides, and not what the strategy is called.  Only the last one is held, so ask all
+    questions about an image under one pruning before the next.
     """
     end = len(layout.position_ids) - layout.A
     x, ids = x[:, :end], layout.position_ids[:end]

@@ -2,8 +2,8 @@
 
 In:  any image that Pillow reads.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
 
-A frame says how a picture becomes a square, and where a box in that square lies in the picture.  Each
-model has its own; LLaVA pads with CLIP's mean colour before resizing (`image_aspect_ratio: pad`).
+A frame says how a picture becomes a square, and where a box in that square lies in the picture.
+Each model has its own; LLaVA pads with CLIP's mean colour before resizing.
 differs: the image processor on the hub crops the sides off instead; the crop loses targets at the
 edge, and boxes were trained in the padded square.
 """
@@ -21,7 +21,7 @@ from nanogap.cli import NanogapError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOUR = tuple(int(255 * mean) for mean in CLIP_MEAN)                     # (122, 116, 104)
+PAD_COLOUR = (122, 116, 104)   # int(255 * CLIP_MEAN)
 MAX_SIDE = 8192   # a longer image is shrunk first: padded to a square it would take up all memory
 
 Box = tuple[float, float, float, float]
@@ -44,7 +44,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise NanogapError(f"{path} is a folder; give the path of one picture in it") from None
     except Image.DecompressionBombError:
         raise NanogapError(f"{path} is too large to be read safely (more than "
-                           f"{2 * Image.MAX_IMAGE_PIXELS} pixels); give a smaller copy") from None
+                           f"{2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels); give a smaller copy") from None
     except UnidentifiedImageError:
         raise NanogapError(f"{path} is not an image of any kind that Pillow reads; "
                            "give a JPEG or PNG file") from None
@@ -81,7 +81,7 @@ def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,
 
 @dataclass(frozen=True)
 class Pad:
-    """A frame: the picture in the middle of a square of one colour; boxes are shares of that square.
+    """A frame: the picture in the middle of a square of one colour; boxes are shares of it.
 
     source: LLaVA, `image_aspect_ratio: pad`; the offset is rounded down
     """
@@ -129,7 +129,7 @@ class Pad:
                 (box[2] + dx) / side, (box[3] + dy) / side)
 
     def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
-        """Which part of the picture each patch shows: (rows * columns, 4), in pixels, not clipped."""
+        """Which part of the picture each patch shows: (rows * columns, 4), pixels, not clipped."""
         side, (dx, dy) = max(width, height), self.offset(width, height)
         index = torch.arange(rows * columns)
         x, y = index % columns * side / columns - dx, index // columns * side / rows - dy

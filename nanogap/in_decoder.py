@@ -1,27 +1,31 @@
-"""Reading the prompt, and pruning on the way: between layers of the decoder.
+"""Reading the prompt, and pruning on the way, between two layers of the decoder.
 
-In:  a prompt with its visual tokens, and a list of cuts.  Out: logits, and a cache whose later layers
-hold fewer rows where there were cuts; with an empty list this is prefill as everybody knows it.
+In:  a prompt with its visual tokens, and a list of cuts.
+Out: logits, and a cache whose later layers hold fewer rows where there were cuts.
 
-A cut `(layer, choose)` stands before a layer.  The layers below it have read everything; by what the
-prompt's last token looked at there, `choose` says which visual tokens stay.  The mode decides about their
-order and IDs (gap.py), as it does before the decoder.  FastV (arXiv 2403.06764) is one cut.  Its published
-code lets the rest keep their position IDs, so it has always been GAP; "shifted" shows what renumbering
-would have cost.  Its own names for the budget are K, the layer before which it cuts, and R, the share
-that it drops.
-Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it, T = P + N + A.
+With an empty list this is prefill as everybody knows it.  A cut stands before a layer.  The layers
+below it have read everything, and what the prompt's last token looked at there says which visual
+tokens stay.  The mode decides about their order and IDs (gap.py), as it does before the decoder.
+FastV (arXiv 2403.06764) is one cut.  Its published code lets the kept tokens have their old
+position IDs, so it has always been GAP; mode "shifted" shows what renumbering would have cost.
+Its own names for the budget are K, the layer before which it cuts, and R, the share that it drops.
+Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it; H heads,
+T tokens in the sequence, D of them drafted, R rows in the cache.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from nanogap import gap
 from nanogap.cli import NanogapError
 from nanogap.gap import Layout
-from nanogap.llama import Decoder, KVCache, LlamaForCausalLM, rope_angles, rotate
-from nanogap.prompt import Draft
+from nanogap.llama import (Decoder, KVCache, LlamaDecoderLayer, LlamaForCausalLM, rope_angles,
+                           rotate)
+from nanogap.prompt import NOTHING, Draft
 from nanogap.prune import Kept, View, VisualTokens, check, ranked, select, strategy
 
 FASTV_LAYER = 2   # FastV's K: how many layers see all tokens, where nothing else is asked for
@@ -29,15 +33,15 @@ FASTV_LAYER = 2   # FastV's K: how many layers see all tokens, where nothing els
 
 @dataclass(frozen=True)
 class Cut:
-    """Visual tokens are dropped before a layer, which is counted from 0."""
+    """Visual tokens are dropped before a layer."""
 
-    layer: int
-    choose: Callable[[Tensor], Kept]   # attention (H, n) of the last token to the n visual tokens there
+    layer: int                         # counted from 0
+    choose: Callable[[Tensor], Kept]   # of n visual tokens, by the last token's attention (H, n)
 
 
 @strategy(needs={"attention"})
 def fastv(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
-    """Patches that the prompt's last token attends to, in a decoder layer: FastV, arXiv 2403.06764.
+    """Patches that the prompt's last token attends to in a decoder layer: FastV, arXiv 2403.06764.
 
     The paper speaks of the attention of all tokens; its code takes the last one's row, as here.
     """
@@ -57,10 +61,12 @@ def cuts_of(name: str, views: Sequence[View], budget: int | None, seed: int, lay
                            f"choose one from 1 to {layers - 1}")
 
     def choose(attention: Tensor) -> Kept:
-        seen = [replace(view, seen=replace(view.seen, fields={
-            **view.seen.fields, "attention": attention[:, view.index.to(attention.device)]}))
-            for view in views]
-        return select(name, seen, budget, seed)
+        looked_at = []
+        for view in views:
+            fields = {"attention": attention[:, view.index.to(attention.device)]}   # (H, n)
+            seen = replace(view.seen, fields=view.seen.fields | fields)
+            looked_at.append(replace(view, seen=seen))
+        return select(name, looked_at, budget, seed)
 
     return [Cut(layer, choose)]
 
@@ -71,12 +77,12 @@ def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position
 
     x: (1, 1, C), the last token as that layer was fed it; position: (1,), its position ID
     """
-    block, rows, config = model.model.layers[layer], cache.lengths[layer], model.model.config
-    attention = block.self_attn
+    block = cast(LlamaDecoderLayer, model.model.layers[layer])
+    attention, config, rows = block.self_attn, model.model.config, cache.lengths[layer]
     cos, sin = rope_angles(position, config.head_dim, config.rope_theta)
     q = attention.split(attention.q_proj(block.input_layernorm(x)))           # (1, H, 1, D)
     q = rotate(q, cos.to(x.dtype), sin.to(x.dtype))                           # (1, H, 1, D)
-    k = cache.keys[layer, :, :, :rows]                                        # (1, G, R, D), turned before
+    k = cache.keys[layer, :, :, :rows]                                        # (1, G, R, D), turned
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)                  # (1, H, R, D)
     scores = q @ k.transpose(2, 3) * config.head_dim ** -0.5  # (1,H,1,D) x (1,H,D,R) -> (1,H,1,R)
     return scores.float().softmax(-1)[0, :, 0]
@@ -99,7 +105,7 @@ class Prefilled:
 
     model: LlamaForCausalLM
     cache: KVCache
-    logits: Tensor                  # (1 + D, V) after the prompt, and after each of D drafted tokens
+    logits: Tensor                 # (1 + D, V) after the prompt, and after each of D drafted tokens
     drafted: Draft
     stages: list[Stage]             # one, and one more for each cut
     decoder: Decoder | None = None  # runs a pass in place of the model: bench/graph.py
@@ -146,7 +152,7 @@ class Prefilled:
 
 
 def prefill(model: LlamaForCausalLM, x: Tensor, layout: Layout, cuts: Sequence[Cut] = (),
-            drafted: Draft = Draft(), room: int = 0, prefix: KVCache | None = None) -> Prefilled:
+            drafted: Draft = NOTHING, room: int = 0, prefix: KVCache | None = None) -> Prefilled:
     """Read a prompt, and drop visual tokens before the layer of each cut.
 
     x:       (1, T, C) embeddings of the prompt
@@ -164,7 +170,7 @@ def prefill(model: LlamaForCausalLM, x: Tensor, layout: Layout, cuts: Sequence[C
     read = cache.copy(prefix) if prefix else 0
     x, ids = x[:, read:], ids[read:]
     for cut in cuts:
-        x, stage = drop(model, x, stages[-1], cut, cache)
+        x, stage = run_to(cut, model, x, stages[-1], cache)
         stages.append(stage)
         ids = stage.layout.position_ids.to(x.device)
     x = decoder.run(x, ids, cache, stages[-1].start, None, drafted.alternatives)
@@ -172,17 +178,17 @@ def prefill(model: LlamaForCausalLM, x: Tensor, layout: Layout, cuts: Sequence[C
     return Prefilled(model, cache, logits, drafted, stages)
 
 
-def drop(model: LlamaForCausalLM, x: Tensor, stage: Stage, cut: Cut,
-         cache: KVCache) -> tuple[Tensor, Stage]:
-    """Run a stage's layers up to a cut: what stays of the sequence (1, T, C), and the next stage."""
+def run_to(cut: Cut, model: LlamaForCausalLM, x: Tensor, stage: Stage,
+           cache: KVCache) -> tuple[Tensor, Stage]:
+    """Run a stage up to a cut: what stays of the sequence (1, T, C), and the next stage."""
     layout, decoder = stage.layout, model.model
     P, n, ids = layout.P, layout.visual_tokens, layout.position_ids.to(x.device)
     x = decoder.run(x, ids, cache, stage.start, cut.layer - 1)                # (1, T, C)
     last = x[:, -1:]
     x = decoder.run(x, ids, cache, cut.layer - 1, cut.layer)
     weights = last_token_looks_at(model, cut.layer - 1, last, ids[-1:], cache)  # (H, T)
-    kept = cut.choose(weights[:, P:P + n]).keep                               # (K,) places among the n
-    left = layout.drop(kept)
+    kept = cut.choose(weights[:, P:P + n]).keep                               # (K,), of the n
+    left = gap.drop(layout, kept)
     rows = torch.arange(len(ids), device=x.device)
     stays = torch.cat([rows[:P], P + kept[left.order].to(x.device), rows[P + n:]])
     return x[:, stays], Stage(cut.layer, left)

@@ -1,12 +1,13 @@
 """The language model: a LLaMA decoder that is told where every token stands.
 
 In:  embeddings (B, T, C) and their position_ids (T,) or (B, T).  Out: hidden states or logits.
-Three numbers stay apart here: `position_ids` is what RoPE sees, the cache row is where keys and values
-are written (always dense: 0, 1, 2, ...), and which patch a token came from is nobody's business here.
+Three numbers stay apart here: `position_ids` is what RoPE sees, the cache row is where keys and
+values are written (always dense: 0, 1, 2, ...), and which patch a token shows is not known here.
 
 Source: LLaMA, arXiv 2302.13971, in the layout of its checkpoints on the hub
 (transformers 5.23 modeling_llama.py).
-Letters: B batch, T new tokens, R rows in the cache, C channels, H heads, G key-value heads, D head dim.
+Letters: B batch, T new tokens, R rows in the cache, C channels, V vocabulary, H heads, G key-value
+heads, D head dim.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class RMSNorm(nn.Module):
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:
-    """A table without initial values: nn.Embedding would draw them, which costs a second on meta."""
+    """A table without initial values: to draw them, as nn.Embedding does, takes a second on meta."""
     return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
@@ -73,8 +74,9 @@ def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) of every head by their angles.
 
-    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D).  This is half-split RoPE, as in the checkpoints
-    on the hub; the original LLaMA code pairs neighbours (x[2i], x[2i+1]) and stores q and k accordingly.
+    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D).  This is half-split RoPE, as in the
+    checkpoints on the hub; the original LLaMA code pairs neighbours (x[2i], x[2i+1]), with weights
+    to match.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
@@ -86,7 +88,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Rows(Protocol):
     """What attention asks of a cache."""
 
-    lengths: list[int]                                                        # rows in use, per layer
+    lengths: list[int]                                                      # rows in use, per layer
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
@@ -94,13 +96,14 @@ class Rows(Protocol):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in rows allocated once; rows know nothing of positions."""
+    """Keys and values of the tokens so far, in rows allocated once, which know no position IDs."""
 
     def __init__(self, config: LlamaConfig, rows: int, like: Tensor) -> None:
-        shape = (config.num_hidden_layers, len(like), config.num_key_value_heads, rows, config.head_dim)
-        self.keys = like.new_empty(shape)                                     # (layers, B, G, rows, D)
+        c = config
+        shape = (c.num_hidden_layers, len(like), c.num_key_value_heads, rows, c.head_dim)
+        self.keys = like.new_empty(shape)                                  # (layers, B, G, rows, D)
         self.values = like.new_empty(shape)
-        self.lengths = [0] * config.num_hidden_layers                         # rows in use, per layer
+        self.lengths = [0] * config.num_hidden_layers                       # rows in use, per layer
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
@@ -133,21 +136,21 @@ class KVCache:
 
 
 def mask_of(rows: Tensor, R: int, alternatives: int, dtype: torch.dtype) -> Tensor:
-    """Which of R rows the tokens in these rows (M,) see: (M, R), 0 where they do and -inf where not.
+    """Which of R rows the tokens in these rows (M,) see: (M, R), 0 where they do, else -inf.
 
     It is added to the scores, so it has their dtype.
-    alternatives: so many of the last tokens stand in each other's place: each sees the rows before all
-                  of them, and its own.  1: every token sees all rows up to its own.
+    alternatives: so many of the last tokens stand in each other's place: each sees the rows before
+                  all of them, and its own.  1: every token sees all rows up to its own.
     """
     own, other = rows[:, None], torch.arange(R, device=rows.device)
     sees = (other < own.clamp(max=rows[-alternatives])) | (other == own)      # (M, R)
-    return torch.zeros(sees.shape, dtype=dtype, device=rows.device).masked_fill_(~sees, float("-inf"))
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, float("-inf"))
 
 
 def causal_mask(T: int, R: int, alternatives: int, like: Tensor) -> Tensor | None:
-    """A mask (M, R) for the last M of T tokens in the last of R rows; for the others none is needed.
+    """A mask (M, R) for the last M of T tokens, which stand in the last of R rows.
 
-    Alternatives need one, and tokens with rows before them do; None where no token is left.
+    The others need none: among themselves they are causal.  None where no token needs one.
     """
     M = T if 1 < T < R else alternatives
     if M == 1:
@@ -168,7 +171,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     y = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=mask, enable_gqa=gqa)
     if first == 0:
         return y                                                              # (B, H, T, D)
-    return torch.cat([causal_attention(q[:, :, :first], k[:, :, :first], v[:, :, :first]), y], dim=2)
+    before = causal_attention(q[:, :, :first], k[:, :, :first], v[:, :, :first])
+    return torch.cat([before, y], dim=2)                                      # (B, H, T, D)
 
 
 # ----- the decoder --------------------------------------------------------------------------------
@@ -243,7 +247,7 @@ class LlamaModel(nn.Module):
         """The same through the layers from `start` up to but without `stop`, before the last norm.
 
         alternatives: so many of the last tokens do not see one another (see mask_of)
-        mask:         (T, R), who sees whom where the new rows are not the cache's next; None: made here
+        mask:         (T, R), where the new rows are not the next of the cache; None: made here
         """
         cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         if position_ids.dim() == 2:
@@ -253,7 +257,7 @@ class LlamaModel(nn.Module):
             T = x.shape[1]
             R = T + (cache.lengths[start] if cache is not None else 0)
             mask = causal_mask(T, R, alternatives, x)
-        for layer in list(self.layers)[start:stop]:                           # a slice is a new module
+        for layer in list(self.layers)[start:stop]:                        # a slice is a new module
             x = layer(x, cos, sin, cache, mask)                               # (B, T, C)
         return x
 
@@ -266,7 +270,7 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, cache: Rows | None = None,
                 alternatives: int = 1, last: int | None = None) -> Tensor:
-        """Embeddings (B, T, C) -> logits (B, T, V) in float32; with `last`, of so many last tokens."""
+        """Embeddings (B, T, C) -> logits (B, T, V) in float32, or of so many `last` tokens."""
         return self.logits(self.model(x, position_ids, cache, alternatives), last)
 
     def logits(self, hidden: Tensor, last: int | None = None) -> Tensor:
@@ -274,5 +278,5 @@ class LlamaForCausalLM(nn.Module):
         return self.lm_head(hidden if last is None else hidden[:, -last:]).float()
 
 
-# a pass of the decoder: embeddings (1, T, C), position_ids (T,), cache, alternatives -> logits (1, T, V)
+# a pass: embeddings (1, T, C), position_ids (T,), cache, alternatives -> logits (1, T, V)
 Decoder = Callable[[Tensor, Tensor, KVCache, int], Tensor]

@@ -1,7 +1,7 @@
 """Words: chat templates, the question for a box, and the box in the answer.
 
-In:  a referring expression.  Out: token IDs with one image token among them; from the model's answer,
-four numbers; and before it answers, what the form of a box foretells of its tokens.
+In:  a referring expression.  Out: token IDs with one image token among them; from the model's
+answer, four numbers; and before it answers, what the form of a box foretells of its tokens.
 
 A model says in its own file (nanogap/models) which template and which form of a box are its own.
 """
@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 from nanogap.cli import NanogapError
 
-DESCRIBE = "Provide a brief description of the given image."  # as in LLaVA's first stage of training
-Shares = tuple[float, float, float, float]   # x1, y1, x2, y2, each in [0, 1] of the model's own frame
+DESCRIBE = "Provide a brief description of the given image."   # as LLaVA's first stage asks
+Shares = tuple[float, float, float, float]   # x1, y1, x2, y2, each in [0, 1] of the model's frame
 Form = Sequence[tuple[int, ...]]             # the tokens that may stand at each place of a box
 
 
@@ -47,7 +47,7 @@ class Template:
         return self.where_is.format(expression.strip())
 
     def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
-        """Token IDs of the whole prompt, BOS first, with one `image_token` where the image will stand.
+        """Token IDs of the whole prompt, BOS first, with one `image_token` in the image's place.
 
         The text after the image is encoded on its own, as LLaVA does, so it gets a "▁" of its own.
         """
@@ -133,7 +133,7 @@ def format_box(box: Shares) -> str:
 
 @dataclass(frozen=True)
 class Draft:
-    """What may come next: tokens one behind the other, then all those among which there is a choice."""
+    """What may come next: tokens one behind the other, and then a choice among several."""
 
     chain: tuple[int, ...] = ()
     choice: tuple[int, ...] = ()
@@ -148,17 +148,20 @@ class Draft:
         return max(len(self.choice), 1)
 
     def places(self, start: int) -> list[int]:
-        """Where the tokens stand if the first does at `start`; those of the choice are at one place."""
+        """Where the tokens stand if the first is at `start`; those of the choice share a place."""
         return [start + min(i, len(self.chain)) for i in range(len(self.tokens))]
+
+
+NOTHING = Draft()
 
 
 def draft(form: Form, tokens: Sequence[int], free_places: int) -> Draft:
     """What the form of a box puts behind the tokens so far, up to the next choice.
 
-    form: as `BoxFormat.foretell` gives it; nothing is drafted where the tokens do not begin such a box
+    form: as `BoxFormat.foretell` gives it; nothing is drafted where the tokens begin no such box
     """
     if any(token not in allowed for allowed, token in zip(form, tokens, strict=False)):
-        return Draft()
+        return NOTHING
     ahead = form[len(tokens):][:max(free_places, 0)]
     chain = tuple(allowed[0] for allowed in takewhile(lambda allowed: len(allowed) == 1, ahead))
     return Draft(chain, ahead[len(chain)] if len(chain) < len(ahead) else ())

@@ -3,7 +3,7 @@
 In:  pictures, expressions, token IDs.  Out: tensors for the decoder, and boxes in pixels.
 
 A family of models is one file beside this one.  It says, on top of what stands here,
-    frame          how a picture becomes what the vision tower sees, and a box pixels again (image.py)
+    frame          how a picture becomes what the tower sees, and a box pixels again (image.py)
     template       the words around the image, and the question for a box (prompt.py)
     box_format     how it says a box (prompt.py)
     encode_pixels  what it sees: N visual tokens, and which part of the picture each of them shows
@@ -11,7 +11,7 @@ A family of models is one file beside this one.  It says, on top of what stands 
     project        from the vision tower's channels to the decoder's
     read_config, write_config, rename
                    its files: config.json, and the names of tensors on disk (weights.py)
-Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after the image.
+Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
 import time
@@ -51,7 +51,7 @@ class VLM(nn.Module):
     """A vision tower, a projector and a decoder; each family fills in the rest."""
 
     Config: ClassVar[type]                     # its configuration, with `text` and `vision` in it
-    rename: ClassVar[tuple[tuple[str, str], ...]]   # patterns: names on disk -> names of our modules
+    rename: ClassVar[tuple[tuple[str, str], ...]]  # patterns: names on disk -> names of our modules
     download: ClassVar[str]                    # the command that fetches its published weights
 
     frame: Pad
@@ -125,15 +125,16 @@ class VLM(nn.Module):
     def encode_question(self, question: str) -> Tensor:
         """A whole question as input_ids (T,) with one image token, on the CPU."""
         c = self.config
-        return torch.tensor(self.template.encode(self.tokenizer, question, c.bos_token, c.image_token))
+        ids = self.template.encode(self.tokenizer, question, c.bos_token, c.image_token)
+        return torch.tensor(ids)                                              # (T,)
 
     def prompt(self, expression: str) -> Tensor:
         """The question about an expression as input_ids (T,) with one image token, on the CPU."""
         return self.encode_question(self.question(expression))
 
     @torch.no_grad()
-    def encode_image(self, image: Image.Image | str | Path | EncodedImage, needs: Collection[str] = (),
-                     share: bool = False) -> EncodedImage:
+    def encode_image(self, image: Image.Image | str | Path | EncodedImage,
+                     needs: Collection[str] = (), share: bool = False) -> EncodedImage:
         """Run the vision tower on a picture, once for all the questions about it.
 
         needs: what strategies will look at; more is computed when it is needed
@@ -166,22 +167,22 @@ class VLM(nn.Module):
     def embed_text(self, expression: str) -> Tensor:
         """An expression in the space that CLIP shares with patches (E,).
 
-        open: which words the paper gave to methods that read is not known; here the expression alone
+        open: which words the paper gave to methods that read is not known; here the expression
         """
         return self.guide().embed(expression)
 
     def guide(self) -> TextGuide:
         """CLIP's text tower, which stands beside the model's own weights."""
         if self.text_guide is None:
-            raise NanogapError("to compare patches with words takes CLIP's text tower, which the model's "
-                               f"checkpoints do not hold; get it with {self.clip_download()} and give it "
-                               "by --clip")
+            raise NanogapError("to compare patches with words takes CLIP's text tower, which the "
+                               "model's checkpoints do not hold; get it with "
+                               f"{self.clip_download()} and give it by --clip")
         return self.text_guide
 
     def clip_download(self) -> str:
         """The command that fetches the CLIP that the vision tower comes from."""
-        raise NanogapError("this model's vision tower comes from no CLIP that is published whole: choose "
-                           "a strategy that does not read the expression")
+        raise NanogapError("this model's vision tower comes from no CLIP that is published whole: "
+                           "choose a strategy that does not read the expression")
 
     # ----- the sequence ---------------------------------------------------------------------------
 
@@ -206,11 +207,12 @@ class VLM(nn.Module):
         return self.splice(input_ids, self.project(features))
 
     def splice(self, input_ids: Tensor, visual: Tensor) -> Tensor:
-        """Put visual tokens (K, C) in the place of the image token: embeddings (1, P + K + A, C)."""
+        """Put visual tokens (K, C) in the image token's place: embeddings (1, P + K + A, C)."""
         P, _ = self.around_image(input_ids)
         embed_tokens = self.language_model.model.embed_tokens
         input_ids = input_ids.to(self.device)
-        return torch.cat([embed_tokens(input_ids[:P]), visual, embed_tokens(input_ids[P + 1:])])[None]
+        before, after = embed_tokens(input_ids[:P]), embed_tokens(input_ids[P + 1:])
+        return torch.cat([before, visual, after])[None]
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, keep: Tensor | None = None,
                 mode: str = "gap", size: tuple[int, int] | None = None) -> Tensor:
@@ -226,7 +228,8 @@ class VLM(nn.Module):
         x = self.embed(input_ids, image, kept, layout.order)
         return self.language_model(x, layout.position_ids.to(self.device))[0]
 
-    def generate(self, x: Tensor, layout: Layout, max_new_tokens: int = MAX_NEW_TOKENS) -> list[int]:
+    def generate(self, x: Tensor, layout: Layout,
+                 max_new_tokens: int = MAX_NEW_TOKENS) -> list[int]:
         """Answer any sequence of embeddings (1, T, C), laid out in any way, greedily."""
         prompt = prefill(self.language_model, x, layout, room=max_new_tokens)
         return list(decode(prompt, max_new_tokens, self.end_token))

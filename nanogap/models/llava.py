@@ -2,9 +2,9 @@
 
 In:  a picture in a padded square of S x S pixels.  Out: one visual token for each of its patches.
 
-Source: LLaVA-1.5, arXiv 2310.03744, in the layout of llava-hf's repositories on the hub; layouts and
-defaults as transformers 5.23 reads them.  Template: vicuna_v1 of haotian-liu/LLaVA.  The template in the
-hub's processor lacks the system sentence; LLaVA was trained with it.
+Source: LLaVA-1.5, arXiv 2310.03744, in the layouts of llava-hf's repositories on the hub, as
+transformers 5.23 reads them.  The template is vicuna_v1 of haotian-liu/LLaVA; that of the hub's
+processor lacks the system sentence, and LLaVA was trained with it.
 """
 
 from collections.abc import Collection
@@ -18,8 +18,18 @@ from torch import Tensor, nn
 
 from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig, CLIPVisionTower
-from nanogap.config import (HUGE, LAYERS, integer, only, read_decoder, read_json, read_vision, section,
-                            triple, write_json)
+from nanogap.config import (
+    HUGE,
+    LAYERS,
+    integer,
+    only,
+    read_decoder,
+    read_json,
+    read_vision,
+    section,
+    triple,
+    write_json,
+)
 from nanogap.ground import EncodedImage
 from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, open_image, to_pixel_values, to_rgb
 from nanogap.llama import LlamaConfig, LlamaForCausalLM
@@ -30,12 +40,13 @@ from nanogap.prune import View, VisualTokens
 DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
                  "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-          "helpful, detailed, and polite answers to the user's questions.")
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+          "gives helpful, detailed, and polite answers to the user's questions.")
 VICUNA = Template(
     before=f"{SYSTEM} USER: ",
     after="\n{} ASSISTANT:",
-    where_is="Please provide the bounding box coordinate of the region this sentence describes: {}.")
+    where_is=("Please provide the bounding box coordinate of the region "
+              "this sentence describes: {}."))
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,9 @@ class LlavaProjector(nn.Module):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        vision, text, bias = config.vision.hidden_size, config.text.hidden_size, config.projector_bias
-        self.linear_1 = nn.Linear(vision, text, bias=bias)
-        self.linear_2 = nn.Linear(text, text, bias=bias)
+        vision, text = config.vision.hidden_size, config.text.hidden_size
+        self.linear_1 = nn.Linear(vision, text, bias=config.projector_bias)
+        self.linear_2 = nn.Linear(text, text, bias=config.projector_bias)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(features)))
@@ -71,8 +82,8 @@ class Llava(VLM):
     frame = Pad()
     template = VICUNA
     box_format = TWO_DECIMALS
-    # four layouts: (a) the published one; (b), (c), (d) as transformers has written it since.  Modules
-    # are named as in (b):
+    # four layouts: (a) the published one; (b), (c), (d) as transformers has written it since.
+    # Modules are named as in (b):
     rename = (
         (r"^model\.language_model\.", "language_model.model."),               # (c), (d)
         (r"^lm_head\.", "language_model.lm_head."),                           # (c), (d)
@@ -101,7 +112,7 @@ class Llava(VLM):
         features, grid = after[0, 1:], self.config.vision.grid                # (N, C)
         view = View(VisualTokens(features, grid, grid), torch.arange(len(features)))
         at = self.frame.cells(grid, grid, width, height)
-        return EncodedImage(width, height, features, [view], at, 0.0, (before[0], after[0]), False)
+        return EncodedImage(width, height, features, [view], at, hidden=(before[0], after[0]))
 
     def fields(self, image: EncodedImage, view: int, needs: Collection[str]) -> dict[str, Tensor]:
         """What strategies need to see."""
@@ -128,23 +139,26 @@ class Llava(VLM):
         """
         config = read_json(folder / "config.json")
         if "mm_vision_tower" in config:
-            raise NanogapError(f"{folder} is in LLaVA's own layout (config.json has mm_vision_tower), and "
-                               f"nanogap reads that of llava-hf; get the same weights with {DOWNLOAD}, or "
-                               "convert yours with convert_llava_weights_to_hf.py of transformers")
+            raise NanogapError(
+                f"{folder} is in LLaVA's own layout (config.json has mm_vision_tower), and nanogap "
+                f"reads that of llava-hf; get the same weights with {DOWNLOAD}, or convert yours "
+                "with convert_llava_weights_to_hf.py of transformers")
         only(config, "projector_hidden_act", "gelu")
         only(config, "vision_feature_select_strategy", "default")
         tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
-        text, vision = read_decoder(section(config, "text_config") | tied), read_vision(config)
-        layer, layers = integer(config, "vision_feature_layer", -2, LAYERS, -LAYERS), vision.num_hidden_layers
+        text = read_decoder(section(config, "text_config") | tied)
+        vision = read_vision(config)
+        layer = integer(config, "vision_feature_layer", -2, LAYERS, -LAYERS)
+        layers = vision.num_hidden_layers
         if not 0 < (layer if layer >= 0 else layer + layers + 1) < layers:
-            raise NanogapError(f"config.json: vision_feature_layer is {layer}; it must leave a layer "
-                               f"before and after the features, of {layers}")
+            raise NanogapError(f"config.json: vision_feature_layer is {layer}; it must leave a "
+                               f"layer before and after the features, of {layers}")
         token = "image_token_id" if config.get("image_token_index") is None else "image_token_index"
         optional = {name: read_json(folder / name) if (folder / name).is_file() else {}
                     for name in ("generation_config.json", "preprocessor_config.json")}
         generation, pixels = optional.values()
         eos = generation.get("eos_token_id", section(config, "text_config").get("eos_token_id"))
-        eos = eos[0] if isinstance(eos, list) and eos else eos                # the first ends a turn
+        eos = eos[0] if isinstance(eos, list) and eos else eos               # the first ends a turn
         most = text.vocab_size - 1
         return LlavaConfig(
             text, vision, vision_feature_layer=layer,
@@ -157,7 +171,7 @@ class Llava(VLM):
             dtype=str(config.get("torch_dtype") or config.get("dtype")))
 
     def write_config(self, folder: Path, dtype: str) -> None:
-        """config.json as the hub has it, with every key spelled out, and the two files beside it."""
+        """config.json as the hub has it, every key spelled out, and the two files beside it."""
         c = self.config
         text = asdict(c.text) | {
             "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
@@ -176,6 +190,7 @@ class Llava(VLM):
                    {"bos_token_id": c.bos_token, "eos_token_id": c.eos_token})
         write_json(folder / "preprocessor_config.json", {
             "image_processor_type": "CLIPImageProcessor", "image_mean": c.image_mean,
-            "image_std": c.image_std, "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
-            "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-            "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True})
+            "image_std": c.image_std, "do_resize": True, "size": {"shortest_edge": size},
+            "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "do_convert_rgb": True})
