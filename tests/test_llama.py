@@ -6,11 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogap.llama import (KVCache, LlamaConfig, LlamaForCausalLM, RMSNorm, causal_attention, causal_mask,
-                           mask_of, rope_angles, rotate)
+from nanogap import llama
+from nanogap.llama import (
+    KVCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RMSNorm,
+    causal_attention,
+    causal_mask,
+    mask_of,
+    rope_angles,
+    rotate,
+)
 
-CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=8, vocab_size=50, rms_norm_eps=1e-5)
+CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=50,
+                     rms_norm_eps=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +41,7 @@ def tokens(count: int, seed: int = 1) -> torch.Tensor:
 
 
 def test_rope_turns_four_numbers_by_hand():
-    """D = 4, theta = 100: pair 0 is (x0, x2) and turns by p, pair 1 is (x1, x3) and turns by p / 10."""
+    """D = 4, theta = 100: pair 0 is (x0, x2) and turns by p, pair 1 is (x1, x3), by p / 10."""
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
     cos, sin = rope_angles(torch.tensor([5]), head_dim=4, theta=100.0)
     a, b = 5.0, 0.5
@@ -66,40 +77,100 @@ def test_only_differences_of_ids_count(decoder: LlamaForCausalLM):
 # ----- attention ----------------------------------------------------------------------------------
 
 
-def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention row by row, with the key-value heads repeated: what the fused kernel must agree with."""
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                sees: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention row by row, with the key-value heads repeated: the fused kernel must agree with it.
+
+    sees: (T, R), which rows each query sees; None: all up to its own
+    """
     T, R, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    sees = torch.ones(T, R).tril(R - T).bool() if sees is None else sees
     out = torch.empty_like(q)
     for t in range(T):
-        visible = R - T + t + 1
-        weights = (q[:, :, t:t + 1] @ k[:, :, :visible].transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
-        out[:, :, t:t + 1] = weights @ v[:, :, :visible]
+        rows = sees[t].nonzero()[:, 0]
+        scores = q[:, :, t:t + 1] @ k[:, :, rows].transpose(2, 3) / q.shape[-1] ** 0.5
+        out[:, :, t:t + 1] = scores.softmax(-1) @ v[:, :, rows]
     return out
+
+
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+
+
+def drawn(T: int, R: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q (2, 4, T, 8), and k and v (2, groups, R, 8)."""
+    generator = torch.Generator().manual_seed(T * R)
+    heads_and_rows = ((4, T), (groups, R), (groups, R))
+    return [torch.randn(2, heads, rows, 8, generator=generator).to(dtype)
+            for heads, rows in heads_and_rows]
 
 
 @pytest.mark.parametrize("T, R", [(1, 1), (1, 7), (7, 7), (3, 7)])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("dtype, atol", [
-    (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_attention_equals_softmax_written_out(T: int, R: int, groups: int, dtype: torch.dtype, atol: float):
-    torch.manual_seed(T * R)
-    q, k, v = (torch.randn(2, heads, rows, 8).to(dtype) for heads, rows in ((4, T), (groups, R), (groups, R)))
-    y = causal_attention(q, k, v)
+@pytest.mark.parametrize("dtype, atol", DTYPES)
+def test_attention_equals_softmax_written_out(T: int, R: int, groups: int, dtype: torch.dtype,
+                                              atol: float):
+    q, k, v = drawn(T, R, groups, dtype)
+    y = causal_attention(q, k, v, causal_mask(T, R, 1, q))
     assert y.dtype == dtype
     assert torch.allclose(y.float(), written_out(q.float(), k.float(), v.float()), atol=atol)
 
 
-def test_a_mask_made_without_gradients_serves_where_they_flow():
-    q, k = torch.ones(1, 1, 2, 8, requires_grad=True), torch.ones(1, 1, 5, 8)
-    causal_mask.cache_clear()
-    with torch.inference_mode():
-        causal_attention(q, k, k)
-    causal_attention(q, k, k).sum().backward()
-    assert causal_mask.cache_info().hits == 1
+@pytest.mark.parametrize("T, R, M", [(7, 7, 7), (7, 7, 3), (7, 7, 1), (3, 7, 3), (1, 7, 1)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype, atol", DTYPES)
+def test_a_mask_for_the_last_queries_equals_a_dense_one(T: int, R: int, M: int, groups: int,
+                                                        dtype: torch.dtype, atol: float):
+    """Any mask: the last M queries see the rows that it says, the others all up to their own."""
+    q, k, v = drawn(T, R, groups, dtype)
+    sees = torch.rand(M, R, generator=torch.Generator().manual_seed(M)) < 0.5  # (M, R)
+    sees[:, 0] = True                                                         # each sees something
+    dense = torch.ones(T, R).tril(R - T).bool()                               # (T, R)
+    dense[T - M:] = sees
+    mask = torch.zeros(M, R, dtype=dtype).masked_fill(~sees, -torch.inf)
+    y = causal_attention(q, k, v, mask)
+    assert y.dtype == dtype and y.shape == q.shape
+    expected = written_out(q.float(), k.float(), v.float(), dense)
+    assert torch.allclose(y.float(), expected, atol=atol)
+    assert not torch.allclose(written_out(q.float(), k.float(), v.float()), expected, atol=atol)
 
 
-def test_a_mask_by_hand_with_two_siblings_behind_a_token():
+@pytest.mark.parametrize("T, R, alternatives, rows", [
+    (1, 1, 1, None), (1, 7, 1, None),    # one token sees all
+    (7, 7, 1, None),                     # nothing before them: the kernel's own triangle
+    (3, 7, 1, 3),                        # rows before them
+    (7, 7, 2, 2), (7, 7, 7, 7),          # alternatives alone
+    (3, 7, 2, 3),                        # rows before them, and alternatives
+])
+def test_a_mask_has_rows_for_no_more_queries_than_need_them(T: int, R: int, alternatives: int,
+                                                            rows: int | None):
+    mask = causal_mask(T, R, alternatives, torch.zeros(1, dtype=torch.bfloat16))
+    if rows is None:
+        assert mask is None
+    else:
+        assert mask.shape == (rows, R) and mask.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cached, alternatives, made", [
+    (3, 1, 1), (0, 4, 1), (3, 4, 1), (0, 1, 0)])
+def test_a_mask_is_made_once_for_a_pass(decoder: LlamaForCausalLM, monkeypatch, cached: int,
+                                        alternatives: int, made: int):
+    """Three layers share it; a prompt that is read from its first token needs none."""
+    x, ids, calls = tokens(8), torch.arange(8), []
+
+    def counted(*given: object) -> torch.Tensor:
+        calls.append(given)
+        return mask_of(*given)
+
+    cache = KVCache(CONFIG, 8, x)
+    if cached:
+        decoder(x[:, :cached], ids[:cached], cache)
+    monkeypatch.setattr(llama, "mask_of", counted)
+    decoder(x[:, cached:], ids[cached:], cache, alternatives)
+    assert len(calls) == made
+
+
+def test_a_mask_by_hand_with_two_alternatives_behind_a_token():
     """Rows 2, 3 and 4 of 6 are written, the last two in each other's place."""
     sees = mask_of(torch.tensor([2, 3, 4]), 6, 2, torch.float32) == 0
     assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0],
@@ -108,17 +179,18 @@ def test_a_mask_by_hand_with_two_siblings_behind_a_token():
 
 
 @pytest.mark.parametrize("cached", [0, 3])
-def test_siblings_get_the_logits_that_each_gets_alone_in_their_place(decoder: LlamaForCausalLM, cached: int):
-    """Five tokens of which `cached` were read before, and four siblings with one ID behind them."""
-    x, siblings, ids = tokens(5), tokens(4, seed=2), torch.tensor([0, 1, 4, 5, 9])
+def test_alternatives_get_the_logits_that_each_gets_alone_in_their_place(
+        decoder: LlamaForCausalLM, cached: int):
+    """Five tokens, of which `cached` were read before, and four alternatives with one ID."""
+    x, choice, ids = tokens(5), tokens(4, seed=2), torch.tensor([0, 1, 4, 5, 9])
     cache = KVCache(CONFIG, 9, x)
     if cached:
         decoder(x[:, :cached], ids[:cached], cache)
-    cache.siblings = 4
-    together = decoder(torch.cat([x[:, cached:], siblings], 1),
-                       torch.cat([ids[cached:], ids.new_full((4,), 20)]), cache, 5)
+    together = decoder(torch.cat([x[:, cached:], choice], 1),
+                       torch.cat([ids[cached:], ids.new_full((4,), 20)]), cache, 4, last=5)
     for i in range(4):
-        alone = decoder(torch.cat([x, siblings[:, i:i + 1]], 1), torch.cat([ids, ids.new_tensor([20])]))
+        alone = decoder(torch.cat([x, choice[:, i:i + 1]], 1),
+                        torch.cat([ids, ids.new_tensor([20])]))
         assert torch.allclose(together[:, [0, 1 + i]], alone[:, -2:], atol=1e-4)
 
 
@@ -131,10 +203,10 @@ def test_a_token_sees_the_order_of_the_sequence_not_the_order_of_the_ids(decoder
 
 
 def test_rows_shuffled_with_their_ids_mean_the_same_only_without_a_causal_mask():
-    """RoPE sees IDs and the mask sees the order: so GAP needs the raster order as well as the IDs."""
+    """RoPE sees IDs, and the mask sees the order: so GAP needs raster order as well as the IDs."""
     torch.manual_seed(2)
-    q, k, v, ids = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8), torch.arange(5)
-    shuffle = torch.tensor([3, 0, 4, 1, 2])
+    q, k, v = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    ids, shuffle = torch.arange(5), torch.tensor([3, 0, 4, 1, 2])
 
     def attend(order: torch.Tensor, causal: bool) -> torch.Tensor:
         cos, sin = rope_angles(ids[order], 8, 10000.0)
@@ -149,12 +221,14 @@ def test_rows_shuffled_with_their_ids_mean_the_same_only_without_a_causal_mask()
 # ----- cache --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 5, 9, 12, 17, 19, 20]], ids=["full", "gap"])
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 5, 9, 12, 17, 19, 20]],
+                         ids=["full", "gap"])
 @pytest.mark.parametrize("steps", [[4, 1, 1, 1, 1], [3, 5], [1, 3, 4]])
 def test_cached_equals_uncached(decoder: LlamaForCausalLM, ids: list[int], steps: list[int]):
     x, ids = tokens(8), torch.tensor(ids)
     cache, out = KVCache(CONFIG, 8, x), []
-    for start, count in zip([sum(steps[:i]) for i in range(len(steps))], steps):
+    for i, count in enumerate(steps):
+        start = sum(steps[:i])
         span = slice(start, start + count)
         out.append(decoder(x[:, span], ids[span], cache))
     assert torch.allclose(torch.cat(out, 1), decoder(x, ids), atol=1e-4)
@@ -166,7 +240,8 @@ def test_cache_rows_are_dense_whatever_the_ids(decoder: LlamaForCausalLM):
     cache = KVCache(CONFIG, 5, x)
     decoder(x, ids, cache)
     assert cache.lengths == [3, 3, 3]
-    assert cache.bytes_in_use() == 3 * 2 * 3 * 2 * 8 * 4       # layers, k and v, rows, heads, D, bytes
+    layers, k_and_v, rows, heads, D, float32 = 3, 2, 3, 2, 8, 4
+    assert cache.bytes_in_use() == layers * k_and_v * rows * heads * D * float32
 
 
 def test_prefill_can_give_the_last_logits_only(decoder: LlamaForCausalLM):
@@ -177,7 +252,7 @@ def test_prefill_can_give_the_last_logits_only(decoder: LlamaForCausalLM):
 
 
 def test_rms_norm_is_computed_in_float32():
-    """Rounded once, at the end: bfloat16 all the way would round the square, the mean and the root too."""
+    """Rounded once, at the end: bfloat16 all the way would round square, mean and root too."""
     norm = RMSNorm(300, 1e-5).to(torch.bfloat16)
     x = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
