@@ -5,8 +5,8 @@ import torch
 
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig, CLIPVisionTower, quick_gelu
 
-CONFIG = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-                          image_size=56, patch_size=14)
+CONFIG = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+                          num_attention_heads=2, image_size=56, patch_size=14)
 
 
 def filled(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -26,22 +26,31 @@ def pixels() -> torch.Tensor:
     return torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(3))
 
 
+def fields(tower: CLIPVisionTower, pixels: torch.Tensor, *needs: str) -> dict[str, torch.Tensor]:
+    """What a strategy that needs these would see in the one image."""
+    before, after = tower(pixels)
+    return tower.fields(before[0], after[0], needs)
+
+
 def test_56_pixels_in_patches_of_14_are_16_tokens_in_raster_order(tower, pixels):
     """Changing the pixels of patch 6 (row 1, column 2) changes the embedding of row 1 + 6 alone."""
     changed = pixels.clone()
     changed[:, :, 14:28, 28:42] += 1
     differs = (tower.embeddings(pixels) != tower.embeddings(changed)).any(-1)[0]
     assert differs.nonzero().flatten().tolist() == [1 + 6]
-    assert tower(pixels).features.shape == (1, 16, 16)
+    before, after = tower(pixels)
+    assert before.shape == after.shape == (1, 1 + 16, 16)
 
 
 def test_features_are_those_of_the_last_layer_but_one(tower, pixels):
-    """hidden_states[-2] of five: the input of layer 3, the output of layer 2; no CLS, no post_layernorm."""
+    """hidden_states[-2] of five: what layer 2 returns, CLS first, without post_layernorm."""
     x = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers[:3]:
+    for layer in tower.encoder.layers[:2]:
         x = layer(x)
-    out = tower(pixels)
-    assert torch.equal(out.features, x[:, 1:]) and torch.equal(out.cls, x[:, 0])
+    before, after = tower(pixels)
+    assert torch.equal(before, x)
+    assert torch.equal(after, tower.encoder.layers[2](x))
+    assert torch.equal(fields(tower, pixels, "cls")["cls"], after[0, 0])
 
 
 def test_the_last_layer_is_not_run_for_features(pixels):
@@ -49,7 +58,7 @@ def test_the_last_layer_is_not_run_for_features(pixels):
     tower = filled(CLIPVisionTower(CONFIG))
     for i, layer in enumerate(tower.encoder.layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
-    tower(pixels, for_pruning=True)
+    fields(tower, pixels, "cls", "cls_attention", "keys", "last_queries", "last_keys")
     assert ran == [0, 1, 2]
     tower.pooled(pixels)
     assert ran == [0, 1, 2, 0, 1, 2, 3]
@@ -57,28 +66,52 @@ def test_the_last_layer_is_not_run_for_features(pixels):
 
 def test_another_feature_layer_can_be_asked_for(pixels):
     early, late = filled(CLIPVisionTower(CONFIG, -3)), filled(CLIPVisionTower(CONFIG, -2))
-    assert torch.equal(early(pixels).features, late.hidden(pixels, 2)[:, 1:])
-    assert torch.equal(filled(CLIPVisionTower(CONFIG, 3))(pixels).features, late(pixels).features)
+    assert torch.equal(early(pixels)[1], late.hidden(pixels, 2))
+    assert torch.equal(early(pixels)[1], late(pixels)[0])
+    assert torch.equal(filled(CLIPVisionTower(CONFIG, 3))(pixels)[1], late(pixels)[1])
 
 
 def test_cls_attention_is_the_row_that_the_feature_layer_used(tower, pixels):
-    """With the written-out row as weights, the values of layer 2 give what the fused kernel gave CLS."""
+    """With the written-out row as weights, layer 2's values give what the fused kernel gave CLS."""
     attention, layer = tower.encoder.layers[2].self_attn, tower.encoder.layers[2]
     h = layer.layer_norm1(tower.hidden(pixels, 2))
-    row = tower(pixels, for_pruning=True).cls_attention                     # (1, H, N)
+    row = fields(tower, pixels, "cls_attention")["cls_attention"]           # (H, N)
     own = 1 - row.sum(-1, keepdim=True)                                     # what CLS gives itself
-    weights = torch.cat([own, row], -1)[:, :, None]                         # (1, H, 1, 1 + N)
+    weights = torch.cat([own, row], -1)[None, :, None]                      # (1, H, 1, 1 + N)
     mixed = (weights @ attention.split(attention.v_proj(h))).transpose(1, 2).flatten(2)
     assert torch.allclose(attention.out_proj(mixed)[:, 0], attention(h)[:, 0], atol=1e-5)
-    assert row.shape == (1, 2, 16) and bool((own > 0).all())
+    assert row.shape == (2, 16) and bool((own > 0).all())
+
+
+def test_keys_are_those_of_the_feature_layer_the_mean_over_its_heads_without_cls(tower, pixels):
+    layer = tower.encoder.layers[2]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(tower.hidden(pixels, 2)))[0]   # (1 + N, C)
+    first, second = keys[1:, :8], keys[1:, 8:]                              # of two heads
+    assert torch.allclose(fields(tower, pixels, "keys")["keys"], (first + second) / 2, atol=1e-6)
 
 
 def test_queries_and_keys_of_the_next_layer_come_before_the_split_into_heads(tower, pixels):
-    out, layer = tower(pixels, for_pruning=True), tower.encoder.layers[3]
-    h = torch.cat([out.cls[:, None], out.features], 1)
-    assert torch.equal(out.last_keys, layer.self_attn.k_proj(layer.layer_norm1(h)))
-    assert torch.equal(out.last_queries, layer.self_attn.q_proj(layer.layer_norm1(h)))
-    assert tower(pixels).last_keys is None
+    seen, layer = fields(tower, pixels, "last_keys", "last_queries"), tower.encoder.layers[3]
+    h = layer.layer_norm1(tower.hidden(pixels, 3))
+    assert seen["last_keys"].shape == seen["last_queries"].shape == (1 + 16, 16)
+    assert torch.equal(seen["last_keys"], layer.self_attn.k_proj(h)[0])
+    assert torch.equal(seen["last_queries"], layer.self_attn.q_proj(h)[0])
+
+
+def test_nothing_is_made_that_was_not_asked_for(pixels):
+    """No projection is run again for CLS alone, and one layer's for what another strategy reads."""
+    ran, tower = [], filled(CLIPVisionTower(CONFIG))
+    before, after = tower(pixels)
+    for i, layer in enumerate(tower.encoder.layers):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer.self_attn, name).register_forward_hook(
+                lambda *_, i=i, name=name: ran.append((i, name)))
+    makers = {"cls": [], "keys": [(2, "k_proj")], "cls_attention": [(2, "q_proj"), (2, "k_proj")],
+              "last_queries": [(3, "q_proj")], "last_keys": [(3, "k_proj")]}
+    for name, calls in makers.items():
+        ran.clear()
+        assert set(tower.fields(before[0], after[0], {name})) == {name}
+        assert ran == calls
 
 
 def test_quick_gelu_is_not_the_exact_one():
@@ -88,8 +121,8 @@ def test_quick_gelu_is_not_the_exact_one():
 
 def test_the_text_tower_reads_at_the_end_token_and_never_beyond():
     """99 is the highest ID and ends a text; what pads behind it changes nothing."""
-    text = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                          vocab_size=100)
+    text = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, vocab_size=100)
     clip = filled(CLIP(CONFIG, text, projection_dim=8))
     short, padded = torch.tensor([[98, 5, 6, 99]]), torch.tensor([[98, 5, 6, 99, 99, 99]])
     assert torch.allclose(clip.text_features(short), clip.text_features(padded), atol=1e-6)
