@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from nanogap.cli import NanogapError
-from nanogap.image import (PAD_COLOUR, box_to_pixels, box_to_square, iou, open_image, pad_to_square,
-                           to_pixel_values, to_rgb)
+from nanogap.image import PAD_COLOUR, Pad, iou, open_image, to_pixel_values, to_rgb
 
 ORANGE = (200, 100, 50)
+PAD = Pad()
 
 
 # ----- reading ------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_a_file_that_is_no_picture_is_refused_by_name(name: str, message: str, t
                                           ((5, 2), (0, 1)), ((3, 3), (0, 0))])
 def test_a_picture_stands_in_the_middle_of_a_square_of_the_mean_colour(
         size: tuple[int, int], corner: tuple[int, int]):
-    square = pad_to_square(Image.new("RGB", size, ORANGE))
+    square = PAD.square(Image.new("RGB", size, ORANGE))
     side, (left, top) = max(size), corner
     inside = {(x, y) for x in range(left, left + size[0]) for y in range(top, top + size[1])}
     assert square.size == (side, side)
@@ -133,7 +133,7 @@ def test_a_picture_stands_in_the_middle_of_a_square_of_the_mean_colour(
 
 
 def test_pixel_values_are_normalised_with_clips_mean_and_deviation():
-    values = to_pixel_values(Image.new("RGB", (40, 20), "white"), 56)
+    values = to_pixel_values(PAD.fit(Image.new("RGB", (40, 20), "white"), 56))
     assert values.shape == (1, 3, 56, 56)
     # white, (1 - mean) / deviation; and padding, which is nearly the mean itself
     assert values[0, :, 28, 28].tolist() == pytest.approx([1.9303, 2.0749, 2.1459], abs=1e-4)
@@ -141,52 +141,64 @@ def test_pixel_values_are_normalised_with_clips_mean_and_deviation():
 
 
 def test_a_model_may_have_a_mean_and_deviation_of_its_own():
-    values = to_pixel_values(Image.new("RGB", (8, 8), (0, 51, 255)), 8, (0.5,) * 3, (0.25,) * 3)
+    values = to_pixel_values(Image.new("RGB", (8, 8), (0, 51, 255)), (0.5,) * 3, (0.25,) * 3)
     assert values[0, :, 3, 5].tolist() == pytest.approx([-2.0, -1.2, 2.0])
 
 
 def test_resizing_is_bicubic_which_overshoots_at_an_edge():
     image = Image.new("RGB", (8, 8), (100, 100, 100))
     image.paste((200, 200, 200), (4, 0, 8, 8))
-    levels = to_pixel_values(image, 32, (0.0,) * 3, (1.0,) * 3)[0, 0, 16] * 255
+    levels = to_pixel_values(PAD.fit(image, 32), (0.0,) * 3, (1.0,) * 3)[0, 0, 16] * 255
     assert (levels.min().item(), levels.max().item()) == pytest.approx((93, 207), abs=1)
 
 
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 5000), (5000, 1), (20000, 300), (1, 20000), (20000, 1)])
 def test_the_most_extreme_picture_fits_the_model(size: tuple[int, int]):
-    values = to_pixel_values(Image.new("RGB", size, "white"), 56)
+    values = to_pixel_values(PAD.fit(Image.new("RGB", size, "white"), 56))
     assert values.shape == (1, 3, 56, 56) and bool(torch.isfinite(values).all())
+
+
+def test_a_frame_may_have_a_colour_of_its_own():
+    square = Pad((7, 8, 9)).square(Image.new("RGB", (1, 3), ORANGE))
+    assert [square.getpixel((x, 1)) for x in range(3)] == [(7, 8, 9), ORANGE, (7, 8, 9)]
+
+
+def test_each_patch_shows_its_part_of_the_square():
+    """400 x 200 in four patches of 200 x 200: the upper two begin 100 pixels above the picture."""
+    assert PAD.cells(2, 2, 400, 200).tolist() == [
+        [0, -100, 200, 100], [200, -100, 400, 100], [0, 100, 200, 300], [200, 100, 400, 300]]
+    assert PAD.cells(1, 2, 100, 300).tolist() == [[-100, 0, 50, 300], [50, 0, 200, 300]]
 
 
 # ----- boxes --------------------------------------------------------------------------------------
 
 
 def test_a_box_in_a_wide_picture_loses_the_padding_above_it():
-    assert box_to_pixels((0.25, 0.5, 0.75, 0.625), 400, 200) == (100.0, 100.0, 300.0, 150.0)
+    assert PAD.to_pixels((0.25, 0.5, 0.75, 0.625), 400, 200) == (100.0, 100.0, 300.0, 150.0)
 
 
 def test_a_box_in_a_tall_picture_loses_the_padding_to_its_left():
-    assert box_to_pixels((0.5, 0.25, 0.625, 0.75), 200, 400) == (100.0, 100.0, 150.0, 300.0)
+    assert PAD.to_pixels((0.5, 0.25, 0.625, 0.75), 200, 400) == (100.0, 100.0, 150.0, 300.0)
 
 
 def test_a_box_is_clipped_to_the_picture():
-    assert box_to_pixels((0, 0, 1, 1), 400, 200) == (0.0, 0.0, 400.0, 200.0)
-    assert box_to_pixels((0, 0, 1, 1), 200, 400) == (0.0, 0.0, 200.0, 400.0)
-    assert box_to_pixels((0.0, 0.0, 0.5, 0.5), 400, 200) == (0.0, 0.0, 200.0, 100.0)
+    assert PAD.to_pixels((0, 0, 1, 1), 400, 200) == (0.0, 0.0, 400.0, 200.0)
+    assert PAD.to_pixels((0, 0, 1, 1), 200, 400) == (0.0, 0.0, 200.0, 400.0)
+    assert PAD.to_pixels((0.0, 0.0, 0.5, 0.5), 400, 200) == (0.0, 0.0, 200.0, 100.0)
 
 
 def test_a_box_in_the_padding_has_no_area_left():
-    assert box_to_pixels((0.0, 0.0, 1.0, 0.2), 400, 200) == (0.0, 0.0, 400.0, 0.0)
+    assert PAD.to_pixels((0.0, 0.0, 1.0, 0.2), 400, 200) == (0.0, 0.0, 400.0, 0.0)
 
 
 @pytest.mark.parametrize("width, height", [(640, 480), (480, 640), (333, 500), (501, 334), (7, 7)])
 def test_a_box_comes_back_from_the_square_as_it_went_there(width: int, height: int):
     odd = (width / 3, height / 7, width / 2, height - 1)
     for box in ((0, 0, width, height), (1, 2, 3, 4), odd):
-        there = box_to_square(box, width, height)
+        there = PAD.from_pixels(box, width, height)
         assert all(0 <= value <= 1 for value in there)
-        assert box_to_pixels(there, width, height) == pytest.approx(box, abs=1e-9)
+        assert PAD.to_pixels(there, width, height) == pytest.approx(box, abs=1e-9)
 
 
 @pytest.mark.parametrize("size", [(9, 4), (4, 9), (6, 3)])
@@ -194,8 +206,8 @@ def test_boxes_live_in_the_very_square_into_which_the_picture_is_pasted(size: tu
     """Pixel (1, 2) of the picture, found again in the padded one."""
     image = Image.new("RGB", size, "black")
     image.putpixel((1, 2), (255, 255, 255))
-    square = pad_to_square(image)
-    x1, y1, x2, y2 = (round(v * square.width) for v in box_to_square((1, 2, 2, 3), *size))
+    square = PAD.square(image)
+    x1, y1, x2, y2 = (round(v * square.width) for v in PAD.from_pixels((1, 2, 2, 3), *size))
     assert square.crop((x1, y1, x2, y2)).tobytes() == b"\xff\xff\xff"
 
 
@@ -203,7 +215,7 @@ def test_boxes_live_in_the_very_square_into_which_the_picture_is_pasted(size: tu
                                  (float("nan"), 0.1, 0.5, 0.9)])
 def test_what_has_no_area_is_no_box(box: tuple[float, ...]):
     with pytest.raises(ValueError, match="not a box"):
-        box_to_pixels(box, 400, 200)
+        PAD.to_pixels(box, 400, 200)
 
 
 @pytest.mark.parametrize("a, b, value", [
