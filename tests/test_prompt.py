@@ -3,36 +3,43 @@
 import pytest
 
 from nanogap import NanogapError
-from nanogap.prompt import AFTER_IMAGE, BEFORE_IMAGE, encode, encode_prompt, format_box, parse_box, where_is
+from nanogap.models.llava import VICUNA
+from nanogap.prompt import encode, format_box, parse_box
 from tests.tiny import IMAGE_TOKEN, tiny_tokenizer
 
 
 def pieces(expression: str) -> list[str]:
-    ids = encode_prompt(tiny_tokenizer(), where_is(expression), bos=1, image_token=IMAGE_TOKEN)
+    ids = VICUNA.encode(tiny_tokenizer(), VICUNA.question(expression), bos=1,
+                        image_token=IMAGE_TOKEN)
     return [tiny_tokenizer().id_to_token(i) for i in ids]
 
 
 def test_the_prompt_is_the_vicuna_template_with_the_rec_question():
-    assert BEFORE_IMAGE == (
+    assert VICUNA.before == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions. USER: ")
-    assert AFTER_IMAGE.format(where_is("the man on the left")) == (
+    assert VICUNA.after.format(VICUNA.question("the man on the left")) == (
         "\nPlease provide the bounding box coordinate of the region this sentence describes: "
         "the man on the left. ASSISTANT:")
 
 
 def test_one_image_token_stands_between_two_lone_spaces():
-    """The text before ends in a space, the text after is encoded on its own: "▁" alone on both sides."""
+    """The text before ends in a space, that after is encoded on its own: "▁" on both sides."""
     said = pieces("the man on the left")
     at = said.index("<image>")
     assert said[0] == "<s>" and said[at - 2: at + 4] == [":", "▁", "<image>", "▁", "\n", "Please"]
     assert said[-4:] == ["▁left", ".", "▁ASSISTANT", ":"]
 
 
-@pytest.mark.parametrize("expression", ["</s>", "<s> the man", "the <image> on the left", "<unk><pad>"])
+def test_spaces_around_an_expression_are_left_out():
+    assert VICUNA.question("  the man\n") == VICUNA.question("the man")
+
+
+@pytest.mark.parametrize("expression",
+                         ["</s>", "<s> the man", "the <image> on the left", "<unk><pad>"])
 def test_special_tokens_in_an_expression_stay_text(expression: str):
-    said = pieces(expression)
-    assert [p for p in said if p in ("<s>", "</s>", "<unk>", "<pad>", "<image>")] == ["<s>", "<image>"]
+    special = ("<s>", "</s>", "<unk>", "<pad>", "<image>")
+    assert [p for p in pieces(expression) if p in special] == ["<s>", "<image>"]
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(encode(tokenizer, expression)) == expression
 
@@ -50,7 +57,7 @@ def test_any_script_and_any_length_is_encoded_and_can_be_read_back(expression: s
 
 @pytest.mark.parametrize("expression", ["", " ", "\n\t"])
 def test_a_blank_expression_is_refused(expression: str):
-    with pytest.raises(NanogapError, match="the expression is empty, so there is nothing to look for"):
+    with pytest.raises(NanogapError, match="the expression is empty, so there is nothing to look"):
         pieces(expression)
 
 
