@@ -43,8 +43,9 @@ def open_image(path: str | Path) -> Image.Image:
     except IsADirectoryError:
         raise NanogapError(f"{path} is a folder; give the path of one picture in it") from None
     except Image.DecompressionBombError:
-        raise NanogapError(f"{path} is too large to be read safely (more than "
-                           f"{2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels); give a smaller copy") from None
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise NanogapError(f"{path} is too large to be read safely (more than {most} pixels); "
+                           "give a smaller copy") from None
     except UnidentifiedImageError:
         raise NanogapError(f"{path} is not an image of any kind that Pillow reads; "
                            "give a JPEG or PNG file") from None

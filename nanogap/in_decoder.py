@@ -23,8 +23,7 @@ from torch import Tensor
 from nanogap import gap
 from nanogap.cli import NanogapError
 from nanogap.gap import Layout
-from nanogap.llama import (Decoder, KVCache, LlamaDecoderLayer, LlamaForCausalLM, rope_angles,
-                           rotate)
+from nanogap.llama import Decoder, KVCache, LlamaDecoderLayer, LlamaForCausalLM, rope_angles, rotate
 from nanogap.prompt import NOTHING, Draft
 from nanogap.prune import Kept, View, VisualTokens, check, ranked, select, strategy
 

@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:
-    """A table without initial values: to draw them, as nn.Embedding does, takes a second on meta."""
+    """A table without initial values: nn.Embedding draws them, which takes a second on meta."""
     return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
