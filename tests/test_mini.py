@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import nanogap
-from nanogap.gap import MODES
+from nanogap.gap import MODES, lay_out
 from nanogap.image import iou
 from nanogap.models.llava import Llava
 from nanogap.prune import Kept
@@ -29,8 +29,8 @@ def model() -> Llava:
 
 
 def said(model: Llava) -> dict[str, str]:
-    look = model.look(ROOT / "image.jpg")
-    return {f"{mode} {keep}": model.ground(look, EXPRESSION, "random", keep, mode).text
+    image = model.encode_image(ROOT / "image.jpg")
+    return {f"{mode} {keep}": model.ground(image, EXPRESSION, "random", keep, mode).text
             for keep in (72, 144) for mode in MODES if keep == 72 or mode == "full"}
 
 
@@ -40,12 +40,15 @@ def test_the_golden_answers_in_each_mode(model: Llava):
 
 
 def test_cached_generation_says_what_whole_passes_say_under_gap(model: Llava):
-    look = model.look(ROOT / "image.jpg")
-    result = model.ground(look, EXPRESSION, "random", 36, "gap", seed=2)
-    fed = model.sequence(model.prompt(EXPRESSION), look.seen.features, Kept(result.keep), "gap")
-    embed = model.language_model.model.embed_tokens
-    x = torch.cat([fed.embeddings, embed(torch.tensor(result.tokens[:-1]))[None]], 1)
-    ids = torch.cat([fed.position_ids, result.next_position + torch.arange(len(result.tokens) - 1)])
+    image = model.encode_image(ROOT / "image.jpg")
+    result = model.ground(image, EXPRESSION, "random", 36, "gap", seed=2)
+    input_ids = model.prompt(EXPRESSION)
+    P, A = model.around_image(input_ids)
+    layout = lay_out(result.keep, P, 144, A, "gap")
+    prompt = model.embed(input_ids, image, Kept(result.keep), layout.order)
+    fed = torch.tensor(result.tokens[:-1])
+    x = torch.cat([prompt, model.language_model.model.embed_tokens(fed)[None]], 1)
+    ids = torch.cat([layout.position_ids, layout.next_position + torch.arange(len(fed))])
     logits = model.language_model(x, ids)[0, -len(result.tokens):]
     assert logits.argmax(-1).tolist() == result.tokens
 
@@ -65,22 +68,22 @@ def test_the_checkpoint_has_the_published_layout(model: Llava):
 
 
 def test_with_ids_permuted_but_nothing_removed_the_answer_changes(model: Llava):
-    look = model.look(ROOT / "image.jpg")
-    full, permuted = (model.ground(look, EXPRESSION, "random", 144, mode).text
+    image = model.encode_image(ROOT / "image.jpg")
+    full, permuted = (model.ground(image, EXPRESSION, "random", 144, mode).text
                       for mode in ("full", "permuted"))
     assert full != permuted
 
 
 def share_found(model: Llava, cast: Callable[[Random], Cast],
                 words: Callable[[Scene, int], str | None]) -> float:
-    """In how many of 80 questions about 40 pictures of two things the box lies on the thing that is meant."""
+    """In how many of 80 questions about 40 pictures of two things the box lies on the one meant."""
     rng, found = Random("two things"), []
     for _ in range(40):
         drawn = draw_scene(rng, 168, cast(rng))
-        look = model.look(drawn.image)
+        image = model.encode_image(drawn.image)
         for meant in (0, 1):
             if expression := words(drawn, meant):
-                box = model.ground(look, expression, mode="full").box or (0, 0, 0, 0)
+                box = model.ground(image, expression, mode="full").box or (0, 0, 0, 0)
                 shares = [iou(box, thing.box) for thing in drawn.things]
                 found.append(shares[meant] > shares[1 - meant])
     assert len(found) > 60
@@ -88,7 +91,7 @@ def share_found(model: Llava, cast: Callable[[Random], Cast],
 
 
 def test_what_it_goes_by(model: Llava):
-    """README says so: more than nine of ten, whether two things differ in place, kind or colour alone."""
+    """More than nine of ten, as README says: two things differ in place, kind or colour alone."""
     def alike(rng: Random) -> Cast:
         kind = rng.choice([*KINDS])
         return [(kind, colour) for colour in rng.sample([*COLOURS], 2)]
