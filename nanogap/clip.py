@@ -1,15 +1,17 @@
-"""The eyes: a CLIP vision tower, as LLaVA uses it, and what pruning reads off it.
+"""The eyes: a CLIP vision tower, as LLaVA uses it, and what pruning strategies look at in it.
 
-In:  pixel_values (B, 3, S, S), normalised.  Out: patch features (B, N, C) in raster order, and on the
-way the CLS token and how much it attends to each patch.
+In:  pixel_values (B, 3, S, S), normalised.
+Out: patch features (B, N, C) in raster order, and on demand the CLS token and how much it attends
+to each patch.
 
 Source: CLIP, arXiv 2103.00020, in the layout of its checkpoints on the hub (transformers 5.23
-modeling_clip.py).  LLaVA takes the features one layer before the end, without CLS and without the last
-LayerNorm.
-Letters: B batch, N patches, C channels, H heads, D head dim; sequences have 1 + N tokens, CLS first.
+modeling_clip.py).  LLaVA takes the features one layer before the end, without CLS and without the
+last LayerNorm.
+Letters: B batch, N patches, C channels, H heads, D head dim; a sequence has 1 + N tokens, CLS
+first, or T tokens of a text.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import log
 
@@ -55,18 +57,23 @@ class CLIPAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)          # (B, H, T, D)
 
     def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
-        q, k, v = self.split(self.q_proj(x)), self.split(self.k_proj(x)), self.split(self.v_proj(x))
+        q = self.split(self.q_proj(x))                                        # (B, H, T, D)
+        k = self.split(self.k_proj(x))                                        # (B, H, T, D)
+        v = self.split(self.v_proj(x))                                        # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)      # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
     def cls_row(self, x: Tensor) -> Tensor:
         """The row of attention weights with which CLS looks at the patches, written out.
 
-        x: (B, 1 + N, C), what `forward` was given.  returns: (B, H, N); a row sums to one together with
-        the weight that CLS gives to itself, which is left out.
+        x:       (B, 1 + N, C), what `forward` was given
+        returns: (B, H, N); a row sums to one together with the weight that CLS gives to itself,
+                 which is left out
         """
-        q, k = self.split(self.q_proj(x[:, :1])), self.split(self.k_proj(x))
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B,H,1,D) x (B,H,D,1+N) -> (B,H,1,1+N)
+        q = self.split(self.q_proj(x[:, :1]))                                 # (B, H, 1, D)
+        k = self.split(self.k_proj(x))                                        # (B, H, 1 + N, D)
+        # (B,H,1,D) x (B,H,D,1+N) -> (B,H,1,1+N)
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
         return scores.float().softmax(-1)[:, :, 0, 1:]
 
 
@@ -83,7 +90,8 @@ class CLIPMLP(nn.Module):
 class CLIPEncoderLayer(nn.Module):
     """One pre-norm transformer block; the text tower's blocks are the same, with a causal mask."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int,
+                 eps: float) -> None:
         super().__init__()
         self.self_attn = CLIPAttention(hidden_size, num_heads)
         self.layer_norm1 = nn.LayerNorm(hidden_size, eps=eps)
@@ -96,11 +104,14 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
+    layers: Sequence[CLIPEncoderLayer]
+
     def __init__(self, layers: int, hidden_size: int, intermediate_size: int, num_heads: int,
                  eps: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(CLIPEncoderLayer(hidden_size, intermediate_size, num_heads, eps)
-                                    for _ in range(layers))
+        self.layers = nn.ModuleList(                                 # type: ignore[assignment]
+            CLIPEncoderLayer(hidden_size, intermediate_size, num_heads, eps)
+            for _ in range(layers))
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -112,26 +123,29 @@ class CLIPVisionEmbeddings(nn.Module):
         self.position_embedding = embedding(1 + config.grid ** 2, C)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, C)
-        cls = self.class_embedding.expand(len(patches), 1, -1)                   # (B, 1, C)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, C)
+        patches = self.patch_embedding(pixel_values)                          # (B, C, grid, grid)
+        patches = patches.flatten(2).transpose(1, 2)                          # (B, N, C)
+        cls = self.class_embedding.expand(len(patches), 1, -1)                # (B, 1, C)
+        x = torch.cat([cls, patches], dim=1)                                  # (B, 1 + N, C)
+        return x + self.position_embedding.weight
 
 
 class CLIPVisionTower(nn.Module):
     def __init__(self, config: CLIPVisionConfig, feature_layer: int = -2) -> None:
         super().__init__()
         self.config = config
-        # hidden_states[0] is the input of layer 0, so hidden_states[-2] is what the last layer but one
-        # returns: `depth` layers are run for the features, and the rest only on demand
+        # hidden_states[0] is the input of layer 0, so hidden_states[-2] is what the last layer but
+        # one returns: `depth` layers are run for the features, and the rest only on demand
         self.depth = feature_layer % (config.num_hidden_layers + 1)
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = CLIPEncoder(config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-                                   config.num_attention_heads, config.layer_norm_eps)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # sic
+        self.encoder = CLIPEncoder(
+            config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+            config.num_attention_heads, config.layer_norm_eps)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden(self, pixel_values: Tensor, depth: int) -> Tensor:
-        """hidden_states[depth] (B, 1 + N, C): `depth` layers are run and not one more."""
+        """hidden_states[depth] (B, 1 + N, C): runs `depth` layers and no more."""
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         for layer in self.encoder.layers[:depth]:
             x = layer(x)
@@ -150,21 +164,25 @@ class CLIPVisionTower(nn.Module):
 
         before, after: (1 + N, C) each, as `forward` gives them
         """
-        attention = self.encoder.layers[self.depth - 1].self_attn
-        next_attention = self.encoder.layers[self.depth].self_attn
-
-        def normed(layer: int, x: Tensor) -> Tensor:
-            return self.encoder.layers[layer].layer_norm1(x[None])            # (1, 1 + N, C)
-
-        makers: dict[str, Callable[[], Tensor]] = {
-            "cls": lambda: after[0],
-            "cls_attention": lambda: attention.cls_row(normed(self.depth - 1, before))[0],
-            "keys": lambda: attention.split(
-                attention.k_proj(normed(self.depth - 1, before))).mean(1)[0, 1:],
-            "last_queries": lambda: next_attention.q_proj(normed(self.depth, after))[0],
-            "last_keys": lambda: next_attention.k_proj(normed(self.depth, after))[0],
-        }
-        return {name: make() for name, make in makers.items() if name in needs}
+        layer = self.encoder.layers[self.depth - 1]                           # the feature layer
+        fields: dict[str, Tensor] = {}
+        if "cls" in needs:
+            fields["cls"] = after[0]                                          # (C,)
+        if "cls_attention" in needs:
+            x = layer.layer_norm1(before[None])                               # (1, 1 + N, C)
+            fields["cls_attention"] = layer.self_attn.cls_row(x)[0]           # (H, N)
+        if "keys" in needs:
+            x = layer.layer_norm1(before[None])                               # (1, 1 + N, C)
+            keys = layer.self_attn.split(layer.self_attn.k_proj(x))           # (1, H, 1 + N, D)
+            fields["keys"] = keys.mean(1)[0, 1:]                              # (N, D)
+        layer = self.encoder.layers[self.depth]                               # the next one
+        if "last_queries" in needs:
+            x = layer.layer_norm1(after[None])                                # (1, 1 + N, C)
+            fields["last_queries"] = layer.self_attn.q_proj(x)[0]             # (1 + N, C)
+        if "last_keys" in needs:
+            x = layer.layer_norm1(after[None])                                # (1, 1 + N, C)
+            fields["last_keys"] = layer.self_attn.k_proj(x)[0]                # (1 + N, C)
+        return fields
 
     def pooled(self, pixel_values: Tensor) -> Tensor:
         """CLIP's own summary of an image (B, C): CLS after all layers and the last LayerNorm."""
@@ -193,7 +211,8 @@ class CLIPTextEmbeddings(nn.Module):
         self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+        positions = self.position_embedding.weight[:input_ids.shape[1]]       # (T, C)
+        return self.token_embedding(input_ids) + positions                    # (B, T, C)
 
 
 class CLIPTextTower(nn.Module):
@@ -201,13 +220,14 @@ class CLIPTextTower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = CLIPEncoder(config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-                                   config.num_attention_heads, config.layer_norm_eps)
+        self.encoder = CLIPEncoder(
+            config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+            config.num_attention_heads, config.layer_norm_eps)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Token IDs (B, T) -> (B, C), read at each text's end token, which has the highest ID of all."""
-        x = self.embeddings(input_ids)
+        """Token IDs (B, T) -> (B, C): the channels of each text's end token, the highest ID."""
+        x = self.embeddings(input_ids)                                        # (B, T, C)
         for layer in self.encoder.layers:
             x = layer(x, is_causal=True)                                      # (B, T, C)
         x = self.final_layer_norm(x)
@@ -217,18 +237,20 @@ class CLIPTextTower(nn.Module):
 class CLIP(nn.Module):
     """Both towers and their projections into one space, as CLIP trains them."""
 
-    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int) -> None:
+    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig,
+                 projection_dim: int) -> None:
         super().__init__()
         self.vision_model = CLIPVisionTower(vision)
         self.text_model = CLIPTextTower(text)
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
-        # not torch.tensor(1 / 0.07).log(): on meta that imports torch's compiler, which takes a second
+        # not torch.tensor(1 / 0.07).log(): on meta that imports torch's compiler, for a second
         self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
-        return F.normalize(self.visual_projection(self.vision_model.pooled(pixel_values)), dim=-1)
+        pooled = self.vision_model.pooled(pixel_values)                       # (B, C)
+        return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """Texts (M, T) -> unit vectors (M, projection_dim)."""
@@ -244,8 +266,11 @@ class TextGuide:
 
     def embed(self, text: str) -> Tensor:
         """A text (E,), not normalised; what is longer than the text tower reads is cut off."""
-        self.tokenizer.encode_special_tokens = True                           # spelled out, they are words
-        ids, most = self.tokenizer.encode(text).ids, self.clip.text_model.config.max_position_embeddings
-        ids = ids if len(ids) <= most else ids[:most - 1] + ids[-1:]          # the end token stays
-        ids = torch.tensor([ids], device=self.clip.text_projection.weight.device)
-        return self.clip.text_projection(self.clip.text_model(ids))[0]
+        self.tokenizer.encode_special_tokens = True   # one that is spelled out in the text is text
+        ids = self.tokenizer.encode(text).ids
+        most = self.clip.text_model.config.max_position_embeddings
+        if len(ids) > most:
+            ids = ids[:most - 1] + ids[-1:]                                   # the end token stays
+        device = self.clip.text_projection.weight.device
+        input_ids = torch.tensor([ids], device=device)                        # (1, T)
+        return self.clip.text_projection(self.clip.text_model(input_ids))[0]

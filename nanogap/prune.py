@@ -2,18 +2,18 @@
 
 In:  what the vision tower saw in an image, and a budget.  Out: indices of what to keep.
 
-A strategy is a pure function `(seen, budget, generator) -> Kept`, and `@strategy` says what it needs to
-see.  One that only ranks patches gives them in the order of its scores, any other in the order in which
-its published code does; what becomes of that order, and which position IDs the tokens get, is decided by
-the mode (gap.py).  To add one, write the function, here or in a file of your own (`find`).
-Each does what its published code does; `differs:` and `open:` mark where not, and why.
+A strategy is a pure function `(seen, budget, generator) -> Kept`, and `@strategy` says what it
+needs to see.  A strategy that only ranks patches returns them in the order of its scores, any other
+in the order of its published code; the mode (gap.py) decides what becomes of that order, and which
+position IDs the tokens get.  To add one, write the function, here or in a file of your own
+(`find`).  Each does what its published code does; `differs:` and `open:` mark where not, and why.
 Letters: N patches, K kept, M tokens added, C channels, H heads, D channels of a head.
 """
 
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ FIELDS = {   # what a strategy may need to see, besides the features
     "projected":     "(N, C')     patches as the decoder is fed them",
     "aligned":       "(N, E)      patches in CLIP's space of images and texts",
     "text":          "(E,)        the expression in that space",
-    "attention":     "(H, N)      a decoder layer's, from the last token to the patches: in_decoder.py",
+    "attention":     "(H, N)      of a decoder layer: from the last token to the patches",
 }
 
 
@@ -74,19 +74,22 @@ Strategy = Callable[[VisualTokens, Any, torch.Generator], Kept]   # Any: a budge
 STRATEGIES: dict[str, Strategy] = {}
 
 
-def strategy(needs: Iterable[str] = (), finds_budget: bool = False) -> Callable[[Strategy], Strategy]:
+def strategy(needs: Iterable[str] = (),
+             finds_budget: bool = False) -> Callable[[Strategy], Strategy]:
     """Enter a function in STRATEGIES, and note what it needs.
 
     needs:        names of FIELDS that it looks at; nothing else is computed for it
     finds_budget: whether it is called with budget None as well, and finds one itself
+    raises:       NanogapError for a name that is not in FIELDS
     """
-    unknown = set(needs) - set(FIELDS)
+    needs = frozenset(needs)
+    unknown = needs - set(FIELDS)
     if unknown:
         raise NanogapError(f"no strategy can see {min(unknown)!r}: choose from {', '.join(FIELDS)}")
 
     def enter(function: Strategy) -> Strategy:
-        function.needs = frozenset(needs)                                     # type: ignore[attr-defined]
-        function.finds_budget = finds_budget                                  # type: ignore[attr-defined]
+        function.needs = needs                 # type: ignore[attr-defined]
+        function.finds_budget = finds_budget   # type: ignore[attr-defined]
         STRATEGIES[function.__name__] = function
         return function
 
@@ -128,13 +131,13 @@ def find(name: str) -> str:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:   # whatever a file of one's own raises
-        raise NanogapError(f"{file} cannot be imported ({type(error).__name__}: {error}); mend it there") \
-            from error
-    made = getattr(module, function, None)
-    if not callable(made):
+    except Exception as error:   # the file is the user's own, and may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise NanogapError(f"{file} cannot be imported ({reason}); mend it there") from error
+    found = getattr(module, function, None)
+    if not callable(found):
         raise NanogapError(f"{file} has no function {function!r}; give FILE.py:NAME")
-    STRATEGIES[function] = made
+    STRATEGIES[function] = found
     return function
 
 
@@ -156,7 +159,7 @@ def without(chosen: Tensor, n_visual: int) -> Tensor:
 def outliers(scores: Tensor) -> int:
     """How many scores (N,) lie above Q3 + 1.5 (Q3 - Q1): the budget where a method finds its own.
 
-    differs: where none does, the published codes keep no patch, or divide by zero; here one stays
+    differs: without outliers the published codes keep no patch, or divide by zero; here one stays
     """
     q1, q3 = scores.quantile(scores.new_tensor([0.25, 0.75]))
     return max(1, int((scores > q3 + 1.5 * (q3 - q1)).sum()))
@@ -178,12 +181,15 @@ def spatial(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept
     open: the paper does not define its spatial baseline.  Here `budget` patches stand in evenly
     spaced rows, and evenly spaced within each; they have no scores, so their order is raster order.
     """
-    rows = math.ceil(budget ** 0.5)
+    R, C = seen.rows, seen.columns
+    rows = min(budget, math.ceil((budget * R / C) ** 0.5))       # as far apart as columns are
     keep = []
     for row in range(rows):
-        count = budget * (row + 1) // rows - budget * row // rows             # patches in this row
-        y = (2 * row + 1) * seen.rows // (2 * rows)
-        keep += [y * seen.columns + (2 * i + 1) * seen.columns // (2 * count) for i in range(count)]
+        y = (2 * row + 1) * R // (2 * rows)
+        count = budget * (row + 1) // rows - budget * row // rows   # patches in this row
+        for i in range(count):
+            x = (2 * i + 1) * C // (2 * count)
+            keep.append(y * C + x)
     return Kept(torch.tensor(keep))
 
 
@@ -215,7 +221,7 @@ def cls_attention(seen: VisualTokens, budget: int, generator: torch.Generator) -
 
 # ----- the published methods ----------------------------------------------------------------------
 
-NEAREST = 32   # so many patches PruMerge merges into each that it keeps
+NEAREST = 32   # how many patches PruMerge merges into each that it keeps
 
 
 def last_attention(seen: VisualTokens) -> Tensor:
@@ -223,8 +229,10 @@ def last_attention(seen: VisualTokens) -> Tensor:
 
     As in the code, all heads count as one that is C wide, and CLS has its share of the softmax.
     """
-    q, k = seen.last_queries[0].float(), seen.last_keys.float()
-    return (k @ q * len(q) ** -0.5).softmax(0)[1:]               # (1 + N,C) x (C,) -> (1 + N,)
+    q = seen.last_queries[0].float()                             # (C,)
+    k = seen.last_keys.float()                                   # (1 + N, C)
+    scores = k @ q * len(q) ** -0.5                              # (1 + N,C) x (C,) -> (1 + N,)
+    return scores.softmax(0)[1:]
 
 
 def merge(seen: VisualTokens, keep: Tensor, scores: Tensor) -> Kept:
@@ -234,16 +242,18 @@ def merge(seen: VisualTokens, keep: Tensor, scores: Tensor) -> Kept:
     its normalisation commented out, so features grow, and the token added is a short vector.
     differs: where nothing is dropped, no token is added; in the code it is zero
     """
-    x, keys = seen.features.float(), F.normalize(seen.last_keys[1:].float(), dim=-1)  # (N, C) both
+    x = seen.features.float()                                    # (N, C)
+    keys = F.normalize(seen.last_keys[1:].float(), dim=-1)       # (N, C)
     alike = keys[keep] @ keys.T                                  # (K,C) x (C,N) -> (K,N)
     alike.scatter_(1, keep[:, None], -math.inf)                  # a patch is not near itself
     near = alike.argsort(dim=1, descending=True, stable=True)[:, :min(NEAREST, len(x) - 1)]
-    weights = torch.zeros_like(alike).scatter(1, near, scores[near])                  # (K, N)
+    weights = torch.zeros_like(alike).scatter(1, near, scores[near])  # (K, N)
     features = (x[keep] + weights @ x).to(seen.features.dtype)   # (K, C)
-    dropped = without(keep, len(x))
+    dropped = without(keep, len(x))                              # (N - K,)
     if len(dropped) == 0:
         return Kept(keep, features)
-    return Kept(keep, features, (scores[dropped] @ x[dropped])[None].to(features.dtype))
+    added = scores[dropped] @ x[dropped]                         # (N - K,) x (N - K,C) -> (C,)
+    return Kept(keep, features, added[None].to(features.dtype))
 
 
 @strategy(needs={"last_queries", "last_keys"}, finds_budget=True)
@@ -252,8 +262,10 @@ def prumerge(seen: VisualTokens, budget: int | None, generator: torch.Generator)
 
     Without a budget it keeps the outliers among its scores.  The code leaves them in score order.
     """
-    scores = last_attention(seen)
-    return merge(seen, ranked(scores, outliers(scores) if budget is None else budget), scores)
+    scores = last_attention(seen)                                # (N,)
+    if budget is None:
+        budget = outliers(scores)
+    return merge(seen, ranked(scores, budget), scores)
 
 
 @strategy(needs={"last_queries", "last_keys"}, finds_budget=True)
@@ -266,15 +278,19 @@ def prumerge_plus(seen: VisualTokens, budget: int | None, generator: torch.Gener
     differs: the code's fixed budget takes some patches twice; ours is half by score, and half in
     even steps among the others
     """
-    scores, N = last_attention(seen), len(seen.features)
-    best = ranked(scores, outliers(scores) if budget is None else budget - budget // 2)
-    others = without(best, N)
+    N = len(seen.features)
+    scores = last_attention(seen)                                # (N,)
     if budget is None:
+        best = ranked(scores, outliers(scores))
+        others = without(best, N)
         step = N // len(best) // 3
         spread = others[(others % step == 0) & (others < N - 1)]
     else:
-        half = torch.arange(budget // 2, device=others.device)
-        spread = others[(2 * half + 1) * len(others) // (2 * len(half))]
+        half = budget // 2
+        best = ranked(scores, budget - half)
+        others = without(best, N)
+        steps = torch.arange(half, device=others.device)
+        spread = others[(2 * steps + 1) * len(others) // (2 * half)]
     return merge(seen, torch.cat([best, spread]), scores)
 
 
@@ -288,7 +304,8 @@ def trim(seen: VisualTokens, budget: int | None, generator: torch.Generator) -> 
     differs: where nothing is dropped, no token is added
     """
     scores = -(seen.aligned.float() @ seen.text.float())         # (N,E) x (E,) -> (N,)
-    budget = outliers(scores.softmax(0)) if budget is None else budget
+    if budget is None:
+        budget = outliers(scores.softmax(0))
     keep = ranked(scores, budget).sort().values
     dropped = seen.features[without(keep, len(scores))]
     if len(dropped) == 0:
@@ -305,7 +322,8 @@ def visionzip(seen: VisualTokens, budget: int, generator: torch.Generator) -> Ke
     differs: the code puts CLS first; here it goes last, for it has no place in the image, and with
     a budget of one the best patch stays, without CLS
     """
-    attention, gathering = seen.cls_attention.float().sum(0), round(budget * 10 / 64)  # (N,)
+    attention = seen.cls_attention.float().sum(0)                # (N,)
+    gathering = round(budget * 10 / 64)
     best = ranked(attention, max(1, budget - 1 - gathering)).sort().values
     cls = seen.cls[None] if budget > 1 else None                 # (1, C)
     if gathering == 0:
@@ -314,7 +332,8 @@ def visionzip(seen: VisualTokens, budget: int, generator: torch.Generator) -> Ke
     targets = others[::len(others) // gathering][:gathering]
     keep = torch.cat([best, targets])                            # (K,)
     rest = without(keep, len(attention))                         # (N - K,)
-    x, keys = seen.features.float(), F.normalize(seen.keys.float(), dim=-1)
+    x = seen.features.float()                                    # (N, C)
+    keys = F.normalize(seen.keys.float(), dim=-1)                # (N, D)
     target = (keys[rest] @ keys[targets].T).argmax(1)            # (N - K,) one each
     share = F.one_hot(target, gathering).T.float()               # (targets, N - K)
     means = share @ x[rest] / share.sum(1, keepdim=True).clamp(min=1)   # zero where none came
@@ -333,30 +352,34 @@ def divprune(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kep
     x = F.normalize(seen.projected.float(), dim=-1)              # (N, C')
     distance = (1 - x @ x.T).fill_diagonal_(-math.inf)           # (N, N)
     far = distance.sort(0).values[:2][-1]                        # (N,) the least is itself
-    keep, nearest = [], torch.full_like(far, math.inf)           # (N,) from those kept
+    nearest = torch.full_like(far, math.inf)                     # (N,) from those kept
+    keep = []
     for _ in range(budget):
         keep.append(far.argmax())
-        far = nearest = torch.minimum(nearest, distance[keep[-1]])      # -inf for those kept
+        nearest = torch.minimum(nearest, distance[keep[-1]])     # (N,) -inf for those kept
+        far = nearest
     return Kept(torch.stack(keep).sort().values)
 
 
 @strategy(needs={"cls_attention"})
 def vispruner(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
-    """Half by the attention of CLS, and half with duplicates out: VisPruner, arXiv 2412.01818 (FasterVLM's
-    paper under a later title).
+    """Half by the attention of CLS, half without duplicates: VisPruner, arXiv 2412.01818.
 
-    The rest, best first, is dealt into two hands; of the first, up to 8 go that are most like any
-    of the second; what is left of the first, most alike on top, goes on the second, and all is
-    dealt again.
-    differs: the code fails where an odd number is dealt, or fewer than 16 of which 8 must go; here
-    the first hand has one more, and goes whole
+    The paper is FasterVLM's under a later title.  The patches that attention did not choose, best
+    first, are split into every first and every second one.  Up to 8 of the first group go, those
+    most like any of the second.  What is left of the first, most alike in front, and the second
+    group are joined and split again, until the budget is met.
+    differs: the code fails where the number to split is odd, or where 8 must go of fewer than 16;
+    here the first group has one more, and all of it may go
     """
     order = ranked(seen.cls_attention.float().mean(0), len(seen.features))      # (N,)
-    best, rest = order[:budget // 2], order[budget // 2:]
-    x = F.normalize(seen.features.float(), dim=-1)
+    best = order[:budget // 2]
+    rest = order[budget // 2:]
+    x = F.normalize(seen.features.float(), dim=-1)               # (N, C)
     while (surplus := len(best) + len(rest) - budget) > 0:
-        first, second = rest[::2], rest[1::2]
-        likeness = (x[first] @ x[second].T).amax(1)
+        first = rest[::2]
+        second = rest[1::2]
+        likeness = (x[first] @ x[second].T).amax(1)              # one each of the first
         first = first[ranked(likeness, len(first))]
         rest = torch.cat([first[min(8, surplus):], second])
     return Kept(torch.cat([best, rest]).sort().values)
@@ -376,33 +399,43 @@ class View:
 def select(name: str, views: Sequence[View], budget: int | None, seed: int = 0) -> Kept:
     """Run a strategy on each view, with its share of the budget; what is kept of all of them.
 
-    budget: of visual tokens; None where the strategy finds one itself
+    budget:  of visual tokens; None where the strategy finds one itself
     returns: indices among the image's visual tokens, on the CPU, in the method's own order
-    raises: NanogapError for an unknown name, a budget out of range, or a Kept that cannot be fed
+    raises:  NanogapError for an unknown name, a budget out of range, or a Kept that cannot be fed
     """
     sizes = [len(view.index) for view in views]
     check(name, sum(sizes), budget)
     shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes)
+    used = []
     parts = []
     for view, share in zip(views, shares, strict=True):
         if share != 0:
             kept = STRATEGIES[name](view.seen, share, torch.Generator().manual_seed(seed))
             check_kept(name, kept, view.seen, share)
-            parts.append(replace(kept, keep=view.index.cpu()[kept.keep.cpu()]))
-    if len(parts) == 1:
-        return parts[0]
-    features = [kept.features for kept in parts if kept.features is not None]
+            used.append(view)
+            parts.append(kept)
+    return join(used, parts)
+
+
+def join(views: Sequence[View], parts: Sequence[Kept]) -> Kept:
+    """What is kept of each view, as one: view after view, and what is added behind all of them."""
+    keep = torch.cat([view.index.cpu()[kept.keep.cpu()]
+                      for view, kept in zip(views, parts, strict=True)])      # (K,)
+    features = None
+    if any(kept.features is not None for kept in parts):
+        features = torch.cat([view.seen.features[kept.keep] if kept.features is None
+                              else kept.features
+                              for view, kept in zip(views, parts, strict=True)])   # (K, C)
     added = [kept.added for kept in parts if kept.added is not None]
-    return Kept(torch.cat([kept.keep for kept in parts]),
-                torch.cat(features) if features else None, torch.cat(added) if added else None)
+    return Kept(keep, features, torch.cat(added) if added else None)
 
 
 def shared_out(budget: int, sizes: Sequence[int]) -> list[int]:
-    """Whole shares of a budget in proportion to sizes; what rounding leaves goes to the largest rests."""
+    """Whole shares of a budget, in proportion to sizes; the largest fractions are rounded up."""
     exact = [budget * size / sum(sizes) for size in sizes]
     shares = [int(share) for share in exact]
-    rests = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
-    for i in rests[:budget - sum(shares)]:
+    largest_first = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
+    for i in largest_first[:budget - sum(shares)]:
         shares[i] += 1
     return shares
 
@@ -411,19 +444,24 @@ def budget_of(keep: int | str | None, n_visual: int) -> int | None:
     """A budget as it was asked for, 64 or "64" or "25%", in visual tokens; "auto" is None.
 
     A share is rounded, but never to none.  None: the strategy finds its own budget.
+    raises: NanogapError for words that are no budget, or for one out of range
     """
     if not isinstance(keep, str):
         return keep
     if keep == "auto":
         return None
-    number = keep.removesuffix("%")
-    if not (number.isascii() and number.isdigit() and len(number) < 9):
+    digits = keep.removesuffix("%")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 9):
         raise NanogapError(f"keep is {keep!r:.80} here: give a number of visual tokens such as 64, "
                            "a share such as \"25%\", or \"auto\"")
-    if not 1 <= int(number) <= (100 if keep.endswith("%") else n_visual):
+    number = int(digits)
+    highest = 100 if keep.endswith("%") else n_visual
+    if not 1 <= number <= highest:
         raise NanogapError(f"cannot keep {keep} of {n_visual} visual tokens: "
                            f"keep from 1 to {n_visual}, or 1% to 100%")
-    return max(1, round(n_visual * int(number) / 100)) if keep.endswith("%") else int(number)
+    if keep.endswith("%"):
+        return max(1, round(n_visual * number / 100))
+    return number
 
 
 def check(name: str, n_visual: int, budget: int | None) -> None:
@@ -434,8 +472,9 @@ def check(name: str, n_visual: int, budget: int | None) -> None:
         return
     if budget is None:
         adaptive = [other for other in STRATEGIES if finds_budget(other)]
-        raise NanogapError(f"{name} needs a budget: keep from 1 to {n_visual} visual tokens, or 1% to "
-                           f"100% (those that find one themselves are {', '.join(adaptive)})")
+        raise NanogapError(f"{name} needs a budget: keep from 1 to {n_visual} visual tokens, "
+                           f"or 1% to 100% (those that find one themselves are "
+                           f"{', '.join(adaptive)})")
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise NanogapError(f"keep is {budget!r} here: give a whole number from 1 to {n_visual}")
     if not 1 <= budget <= n_visual:
@@ -444,22 +483,30 @@ def check(name: str, n_visual: int, budget: int | None) -> None:
 
 
 def check_kept(name: str, kept: Kept, seen: VisualTokens, budget: int | None) -> None:
-    """Refuse what a strategy returned if it cannot be fed, and name the file in which to mend it."""
+    """Refuse what a strategy returned where it cannot be fed, and name the file to mend."""
     N, C = seen.features.shape
-    code = getattr(STRATEGIES[name], "__code__", None)
-    where = f"{code.co_filename}, line {code.co_firstlineno}" if code else "the file that it comes from"
+    most = budget or N
     try:
         gap.check(kept.keep, N, "gap")
-        fits = isinstance(kept, Kept) and 1 <= len(kept.keep) <= (budget or N)
+        fits = isinstance(kept, Kept) and 1 <= len(kept.keep) <= most
     except (AttributeError, ValueError):
         fits = False
     if not fits:
-        raise NanogapError(f"the strategy {name} must return Kept(keep) with at most {budget or N} raster "
-                           f"indices, each once; mend it in {where}")
+        raise NanogapError(f"the strategy {name} must return Kept(keep) with at most {most} "
+                           f"raster indices, each once; {mend(name)}")
     K = len(kept.keep)
-    if kept.features is not None and kept.features.shape != (K, C):
-        raise NanogapError(f"the strategy {name}: features must be (K, C) = ({K}, {C}), a row for each of "
-                           f"keep; they are {tuple(kept.features.shape)}; mend it in {where}")
-    if kept.added is not None and (kept.added.dim() != 2 or kept.added.shape[1] != C):
-        raise NanogapError(f"the strategy {name}: added must be (M, C) = (any, {C}), a row for each "
-                           f"token; they are {tuple(kept.added.shape)}; mend it in {where}")
+    features, added = kept.features, kept.added
+    if features is not None and features.shape != (K, C):
+        raise NanogapError(f"the strategy {name}: features must be (K, C) = ({K}, {C}), a row for "
+                           f"each of keep; they are {tuple(features.shape)}; {mend(name)}")
+    if added is not None and (added.dim() != 2 or added.shape[1] != C):
+        raise NanogapError(f"the strategy {name}: added must be (M, C) = (any, {C}), a row for "
+                           f"each token; they are {tuple(added.shape)}; {mend(name)}")
+
+
+def mend(name: str) -> str:
+    """Where a strategy that went wrong is to be mended."""
+    code = getattr(STRATEGIES[name], "__code__", None)
+    if code is None:
+        return "mend it in the file that it comes from"
+    return f"mend it in {code.co_filename}, line {code.co_firstlineno}"

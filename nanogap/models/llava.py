@@ -22,10 +22,10 @@ from nanogap.config import (
     HUGE,
     LAYERS,
     integer,
-    only,
     read_decoder,
     read_json,
     read_vision,
+    require,
     section,
     triple,
     write_json,
@@ -143,8 +143,8 @@ class Llava(VLM):
                 f"{folder} is in LLaVA's own layout (config.json has mm_vision_tower), and nanogap "
                 f"reads that of llava-hf; get the same weights with {DOWNLOAD}, or convert yours "
                 "with convert_llava_weights_to_hf.py of transformers")
-        only(config, "projector_hidden_act", "gelu")
-        only(config, "vision_feature_select_strategy", "default")
+        require(config, "projector_hidden_act", "gelu")
+        require(config, "vision_feature_select_strategy", "default")
         tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
         text = read_decoder(section(config, "text_config") | tied)
         vision = read_vision(config)
