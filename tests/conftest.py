@@ -1,6 +1,8 @@
 """What several test files ask."""
 
 import pytest
+import torch
+from PIL import Image
 
 import nanogap
 from nanogap.models.llava import Llava
@@ -13,3 +15,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
     folder = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder, tiny_config())
     return nanogap.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """60 x 40 pixels of noise."""
+    generator = torch.Generator().manual_seed(4)
+    levels = torch.randint(0, 256, (60 * 40 * 3,), generator=generator, dtype=torch.uint8)
+    return Image.frombytes("RGB", (60, 40), bytes(levels.tolist()))
