@@ -2,8 +2,10 @@
 
     python -m nanogap.evaluate --data scenes:val --prune random --keep 50% 25% --limit 500
     torchrun --nproc-per-node 2 -m nanogap.evaluate --data "refs(unc).p" --split val
+    python -m nanogap.evaluate --score answers.jsonl --data own.jsonl
 
-In:  weights, expressions with true boxes, and any number of strategies, budgets and modes.
+In:  weights, expressions with true boxes, and any number of strategies, budgets and modes; or the
+     answers of any program.
 Out: a table with 95 % intervals, on demand a picture, a JSON document, and a line for each answer.
 
 An answer without a box counts as wrong.  An image is encoded once for all that is asked about it,
@@ -16,30 +18,31 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from nanogap.evaluate import ablate
-from nanogap.evaluate import journal
-from nanogap.evaluate import plot
-from nanogap.cli import Parser, answer_for, keep_argument, tokens_to_keep, whole_number
-from nanogap.cli import NanogapError
-from nanogap.in_decoder import CUT
-from nanogap.gap import MODES
-from nanogap.image import Box
-from nanogap.models.llava import Llava, Look
+from nanogap import prune
+from nanogap.cli import NanogapError, Parser, answer_for, keep_argument, whole_number
 from nanogap.draw import check_picture, save_picture
-from nanogap.prune import STRATEGIES
+from nanogap.evaluate import ablate, journal, plot
+from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.refcoco import Data, Example, read_data
+from nanogap.evaluate.score import PROTOCOLS, TIMES, Run, score, summary, table
+from nanogap.gap import MODES
+from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
+from nanogap.image import Box
+from nanogap.in_decoder import FASTV_LAYER
+from nanogap.models import MODELS, VLM
+from nanogap.processes import gather, join
 from nanogap.scenes import scene
-from nanogap.evaluate.score import PROTOCOLS, TIMES, score, summary, table
-from nanogap.weights import DTYPES, load
+from nanogap.weights import DTYPES, default_weights, load
 
-Run = tuple[str, int | None, str]   # strategy, budget (None: the strategy's own), mode
 Todo = tuple[Example, Run, tuple[str, str, Box]]
+DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 TELL_EVERY = 10.0                   # seconds
 
 
@@ -51,18 +54,24 @@ def data_asked(args: argparse.Namespace) -> Data:
     kind, _, split = args.data.partition(":")
     if kind == "scenes":
         return drawn_data(split or "val", args.limit or 500)
-    return read_data(Path(args.data), args.images, args.split)
+    data = read_data(Path(args.data), args.images, args.split, pictures=not args.score)
+    if args.score and data.missing:
+        raise NanogapError(f"{args.data} has no width and height of {data.missing[0]}, and the "
+                           "picture is not there; give its folder with --images")
+    return data
 
 
 def drawn_data(split: str, limit: int) -> Data:
     """The first expressions about drawn scenes; the split's name seeds them (see scenes.py)."""
-    examples, count = [], 0
+    examples: list[Example] = []
+    count = 0
     while count < limit:
         number = len(examples)
         drawn = scene(split, number)
         questions = [(f"{split}/{number}/{i}", expression, drawn.things[thing].box)
                      for i, (expression, thing) in enumerate(drawn.expressions)]
-        examples.append(Example(number, partial(drawn_image, split, number), questions))
+        examples.append(Example(number, f"scenes:{split}/{number}", drawn.image.size,
+                                partial(drawn_image, split, number), questions))
         count += len(questions)
     return Data(f"scenes:{split}", "", first(examples, limit), limit, [])
 
@@ -74,63 +83,87 @@ def drawn_image(split: str, number: int) -> Image.Image:
 
 def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     """As many of the images as hold the first `limit` expressions."""
-    chosen, left = [], sum(len(e.questions) for e in examples) if limit is None else limit
+    if limit is None:
+        return list(examples)
+    chosen: list[Example] = []
+    left = limit
     for example in examples:
         if left > 0:
-            chosen.append(Example(example.number, example.image, example.questions[:left]))
+            chosen.append(replace(example, questions=example.questions[:left]))
             left -= len(example.questions)
     return chosen
 
 
-def runs_asked(args: argparse.Namespace, n_visual: int) -> list[Run]:
-    """Every (strategy, budget, mode) that was asked for, once; mode full prunes nothing."""
-    budgets = [tokens_to_keep(keep, n_visual) for keep in args.keep]
-    modes = [mode for mode in args.mode if mode != "full"]
-    runs: list[Run] = [("none", n_visual, "full")] if "full" in args.mode else []
+def runs_asked(args: argparse.Namespace, image: EncodedImage) -> list[Run]:
+    """Every (strategy, budget, mode) that was asked for, once; mode full prunes nothing.
+
+    image: any; a share of the visual tokens is a number of its
+    """
+    pruned = [mode for mode in args.mode if mode != "full"]
+    whole = ["full"] if "full" in args.mode else []
     if args.ablate:
-        runs, modes = [("none", n_visual, name) for name in ablate.WHOLE], list(ablate.PRUNED)
-    runs += [(prune, keep, mode) for prune in args.prune for keep in budgets for mode in modes]
+        pruned, whole = list(ablate.PRUNED), list(ablate.WHOLE)
+    n = sum(len(view.index) for view in image.views)
+    budgets = [prune.budget_of(keep, n) for keep in args.keep]
+    runs: list[Run] = [("none", image.n_visual, mode) for mode in whole]
+    runs += [(name, keep, mode) for name in args.prune for keep in budgets for mode in pruned]
     return list(dict.fromkeys(runs))
-
-
-def ask(model: Llava, look: Look, expression: str, run: Run, seed: int) -> dict:
-    """What the model says, and what it took."""
-    prune, keep, mode = run
-    if mode not in MODES:
-        text, box = ablate.ask(model, look, expression, prune, keep, mode, seed)
-        return {"text": text, "box": box, "visual_tokens": keep} | dict.fromkeys(TIMES)
-    result = model.ground(look, expression, prune, keep, mode, seed)
-    return {"text": result.text, "box": result.box, "visual_tokens": result.visual_tokens,
-            **{key: result.timings[key] for key in TIMES}}
-
-
-def rehearse(model: Llava, example: Example, runs: Sequence[Run], seed: int) -> None:
-    """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
-    look = model.look(example.image())
-    for prune, keep, mode in runs:
-        if mode in MODES:
-            model.ground(look, example.questions[0][1], prune, keep, mode, seed, max_new_tokens=1)
 
 
 # ----- asking -------------------------------------------------------------------------------------
 
 
-def answers(model: Llava, todo: Sequence[Todo], seed: int, protocol: str) -> Iterator[dict]:
+def ground(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int, layer: int,
+           max_new_tokens: int = MAX_NEW_TOKENS) -> Result:
+    """Ask in one of the modes."""
+    name, keep, mode = run
+    if mode == "full":
+        return model.ground(image, expression, mode=mode, max_new_tokens=max_new_tokens)
+    return model.ground(image, expression, name, keep, mode, seed, layer=layer,
+                        max_new_tokens=max_new_tokens)
+
+
+def ask(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int,
+        layer: int) -> dict:
+    """What the model says, and what it took."""
+    if run[2] in ablate.WHOLE:
+        text, box = ablate.ask(model, image, expression, run[2], seed)
+        kept = torch.arange(image.n_visual)
+        return {"text": text, "box": box, "visual_tokens": len(kept), "kept": kept.tolist(),
+                "padding": image.padding(kept), **dict.fromkeys(TIMES)}
+    result = ground(model, image, expression, run, seed, layer)
+    return {"text": result.text, "box": result.box, "visual_tokens": result.visual_tokens,
+            "kept": result.keep.tolist(), "padding": result.padding,
+            **{key: result.timings[key] for key in TIMES}}
+
+
+def rehearse(model: VLM, image: EncodedImage, expression: str, runs: Sequence[Run], seed: int,
+             layer: int) -> None:
+    """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
+    for run in runs:
+        if run[2] in MODES:
+            ground(model, image, expression, run, seed, layer, max_new_tokens=1)
+
+
+def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace) -> Iterator[dict]:
     """One record for each thing to do, which come sorted by image and then by run."""
-    looked_at, look = None, None
+    encoded, image = None, None
     for example, run, (id_, expression, truth) in todo:
-        if example is not looked_at:
-            looked_at, look = example, model.look(example.image(), share=True)
-        said = ask(model, look, expression, run, seed + example.number)
-        box, overlap = score(protocol, said["text"], said["box"], truth, look.width, look.height)
-        yield {"id": id_, "expression": expression, "mode": run[2], "prune": run[0], "keep": run[1],
-               **said, "box": box, "truth": truth, "iou": overlap}
+        if image is None or example is not encoded:
+            encoded = example
+            image = model.encode_image(example.image(), share=True)
+        said = ask(model, image, expression, run, args.seed + example.number, args.layer)
+        box, iou = score(args.protocol, said["text"], said["box"], truth, image.width,
+                         image.height, model.parse_box)
+        yield {"id": id_, "image": example.name, "expression": expression, "mode": run[2],
+               "prune": run[0], "keep": run[1], **said, "box": box, "truth": truth, "iou": iou}
 
 
 def with_progress(records: Iterator[dict], total: int, rank: int, world: int) -> Iterator[dict]:
     """Say now and then on stderr how far it is; the first process speaks for all."""
     whose = f" of process 1 of {world}" if world > 1 else ""
-    begun = told = time.time()
+    begun = time.time()
+    told = begun
     for count, record in enumerate(records, 1):
         if rank == 0 and time.time() - told >= TELL_EVERY:
             told = time.time()
@@ -140,30 +173,36 @@ def with_progress(records: Iterator[dict], total: int, rank: int, world: int) ->
         yield record
 
 
-# ----- the command --------------------------------------------------------------------------------
+# ----- the command line ---------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--weights", type=Path, default=Path("weights/mini"), metavar="DIR",
-        help="default: %(default)s")
+    add("--weights", type=Path, metavar="DIR", help=f"default: {default_weights()}")
     add("--data", default="scenes:val", metavar="FILE|scenes[:SPLIT]",
-        help="drawn scenes, or annotations of RefCOCO: refs(unc).p, or the JSON of MiniGPT-v2, "
-             "Shikra, Qwen-VL or VLM-R1 (default: %(default)s)")
+        help="drawn scenes, or annotations: refs(unc).p of RefCOCO, the JSON of MiniGPT-v2, "
+             "Shikra, Qwen-VL or VLM-R1, or lines of your own, "
+             '{"image", "expression", "box": [x1, y1, x2, y2] in pixels} (default: %(default)s)')
     add("--split", help="of refs(unc).p, such as val")
     add("--images", type=Path, metavar="DIR", help="COCO train2014 (default: the file's folder)")
-    add("--prune", nargs="+", choices=STRATEGIES, default=["random"], metavar="NAME",
-        help=f"any of {', '.join(STRATEGIES)} (default: random)")
-    add("--keep", nargs="+", type=keep_argument, default=["50%"], metavar="N|N%|auto",
+    add("--prune", nargs="+", metavar="NAME|FILE.py:NAME",
+        help=f"any of {', '.join(prune.STRATEGIES)}, or of your own (default: random)")
+    add("--keep", nargs="+", type=keep_argument, metavar="N|N%|auto",
         help="default: 50%%; auto: what the strategy finds itself")
-    add("--mode", nargs="+", choices=MODES, metavar="MODE", help="default: all four")
-    add("--layer", type=whole_number, metavar="K", default=CUT,
+    add("--mode", nargs="+", choices=MODES, metavar="MODE",
+        help=f"any of {'; '.join(MODES)} (default: the first four)")
+    add("--layer", type=whole_number, metavar="K", default=FASTV_LAYER,
         help="of fastv: the decoder's layer before which it prunes (default: %(default)s)")
     add("--clip", type=Path, metavar="DIR",
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
-    add("--ablate", action="store_true", help="instead of modes: every order of tokens and IDs")
+    add("--ablate", action="store_true",
+        help="instead of modes: IDs and order changed without pruning, then all modes that prune")
+    add("--score", type=Path, metavar="FILE.jsonl",
+        help='ask no model: score the answers of any program, lines of {"id", "box"} in pixels, '
+             'or {"id", "text"}; ids are those of --out')
+    add("--family", choices=MODELS, help="whose format --score reads in texts (default: llava)")
     add("--protocol", choices=PROTOCOLS, default="pixels",
         help="how others count: minigpt, lmms-eval (default: %(default)s)")
     add("--limit", type=whole_number, help="expressions (default: all; 500 of drawn scenes)")
@@ -174,14 +213,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--seed", type=whole_number, default=0, help="of what is random (default: %(default)s)")
-    return check(parser.parse_args(argv))
+    return check_arguments(parser.parse_args(argv))
 
 
-def check(args: argparse.Namespace) -> argparse.Namespace:
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse arguments that contradict each other, before any work is done."""
-    if args.ablate and (args.mode or "auto" in args.keep or set(args.prune) - {*ablate.RANKINGS}):
-        raise NanogapError("--ablate has its own modes, needs budgets, and takes the strategies "
-                           f"{' and '.join(ablate.RANKINGS)}; leave the others out")
+    if args.score:
+        flags = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
+        asked = [flag for flag in flags if getattr(args, flag)]
+        if asked:
+            raise NanogapError(f"--score asks no model, so --{asked[0]} has nothing to say there; "
+                               "leave one of them out")
+    elif args.family:
+        raise NanogapError("--family says whose format --score reads; config.json says it of a "
+                           "model that is asked, so leave it out")
+    if args.ablate and args.mode:
+        raise NanogapError("--ablate has its own modes; leave --mode out")
     if args.resume and not args.out:
         raise NanogapError("--resume needs the file to go on with: give it with --out")
     if args.limit == 0:
@@ -193,14 +240,17 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         check_picture("--plot", args.plot)
     if args.out:
         journal.check_out(args.out, args.resume)
-    args.mode = args.mode or list(MODES)
+    args.prune = [prune.find(name) for name in args.prune or ["random"]]
+    args.weights = args.weights or default_weights()
+    args.keep = args.keep or ["50%"]
+    args.mode = args.mode or DEFAULT_MODES
+    args.family = args.family or "llava"
     return args
 
 
-def settings(args: argparse.Namespace, model: Llava, data: Data) -> dict:
+def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
     """Everything on which answers depend, besides what stands in their own line."""
-    parts = [model.vision_tower, model.multi_modal_projector, model.language_model]
-    parts += [model.text_guide.clip] if model.text_guide else []
+    parts = [model, model.text_guide.clip] if model.text_guide else [model]
     numbers = [p.flatten()[:64].tolist() for part in parts for p in part.parameters()]
     digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]
     return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
@@ -209,24 +259,26 @@ def settings(args: argparse.Namespace, model: Llava, data: Data) -> dict:
             "protocol": args.protocol, "layer": args.layer}
 
 
-def report(args: argparse.Namespace, made: dict, data: Data, rows: list[dict]) -> None:
-    """Print the table or the JSON document, and draw the picture."""
-    asked = rows[0]["expressions"]
+# ----- the report ---------------------------------------------------------------------------------
+
+
+def print_report(args: argparse.Namespace, title: str, made: dict, data: Data,
+                 rows: list[dict], notes: Sequence[str]) -> None:
+    """Print the table or the JSON document, and draw the picture.
+
+    title: what was asked, in a line
+    made:  how it was asked, for the document
+    notes: what else has to be said above the table
+    """
     if args.json:
-        print(json.dumps({**made, "weights": str(args.weights), "data": data.name,
-                          "expressions": asked, "of": data.expressions,
-                          "missing_images": data.missing, "runs": rows,
+        print(json.dumps({**made, "data": data.name, "expressions": rows[0]["expressions"],
+                          "of": data.expressions, "missing_images": data.missing, "runs": rows,
                           "picture": args.plot and str(args.plot)}))
     else:
-        print(f"{args.weights}, {data.name}, {asked} expressions, seed {args.seed}, "
-              f"{made['device']}, {made['dtype']}\n{PROTOCOLS[args.protocol]}")
-        if data.missing:
-            print(f"covers {sum(len(e.questions) for e in data.examples)} of {data.expressions} "
-                  f"expressions: {missing(data)}")
-        print(table(rows))
+        print(title, PROTOCOLS[args.protocol], *notes, table(rows), sep="\n")
     if args.plot:
-        draw = plot.draw_rows if args.ablate else plot.draw_panels
-        save_picture("--plot", args.plot, draw(rows))
+        save_picture("--plot", args.plot, plot.draw_rows(rows) if plot.are_cases(rows)
+                     else plot.draw_panels(rows))
         print(f"picture: {args.plot}", file=sys.stderr if args.json else sys.stdout)
 
 
@@ -235,36 +287,69 @@ def missing(data: Data) -> str:
     return f"{len(data.missing)} images are missing, such as {', '.join(data.missing[:3])}"
 
 
-def command(argv: Sequence[str] | None) -> None:
+def score_file(args: argparse.Namespace) -> None:
+    """Score the answers of any program, and report."""
+    data = data_asked(args)
+    examples = first(data.examples, args.limit)
+    records, left_out = read_answers(args.score, data, examples, MODELS[args.family],
+                                     args.protocol)
+    rows = [summary(records, run, args.protocol) | {"unanswered": count}
+            for run, count in left_out.items()]
+    asked = rows[0]["expressions"]
+    notes = [f"{row['prune']}, {row['mode']}: {row['unanswered']} of {asked} expressions have no "
+             "answer, and count as wrong" for row in rows if row["unanswered"]]
+    made = {"score": str(args.score), "family": args.family, "protocol": args.protocol}
+    title = f"{args.score}, {data.name}, {asked} expressions"
+    print_report(args, title, made, data, rows, notes)
+
+
+def ask_model(args: argparse.Namespace) -> None:
     """Answer every expression in every run, and report."""
-    args = parse(argv)
-    rank, world = journal.join()
+    rank, world = join()
     data = data_asked(args)
     if data.missing and rank == 0:
         print(missing(data), file=sys.stderr)
-    asked = [None if value == "auto" else value for value in (args.device, args.dtype)]
-    model = load(args.weights, *asked, args.clip)
-    model.fastv_layer = args.layer
-    made, runs = settings(args, model, data), runs_asked(args, model.config.vision.grid ** 2)
+    device, dtype = (None if value == "auto" else value for value in (args.device, args.dtype))
+    model = load(args.weights, device, dtype, args.clip)
+    made = settings(args, model, data)
     examples = first(data.examples, args.limit)
     earlier = journal.earlier(args.out, made)
-    rehearse(model, examples[0], runs, args.seed)
+    image = model.encode_image(examples[0].image())
+    runs = runs_asked(args, image)
+    rehearse(model, image, examples[0].questions[0][1], runs, args.seed, args.layer)
     done = {journal.name(record) for record in earlier}
     todo = [(example, run, question) for example in examples[rank::world] for run in runs
             for question in example.questions if (question[0], *run) not in done]
-    write, new = journal.begin(args.out, made, rank, world), []
-    found = answers(model, todo, args.seed, args.protocol)
-    for record in with_progress(found, len(todo), rank, world):
+    write = journal.begin(args.out, made, rank, world)
+    new = []
+    for record in with_progress(answers(model, todo, args), len(todo), rank, world):
         write(record)
         new.append(record)
-    records = earlier + journal.gather(new, world)
-    if rank == 0:
-        journal.put_together(args.out, records)
-        ids = {id_ for example in examples for id_, *_ in example.questions}
-        records = [record for record in records if record["id"] in ids]
-        report(args, made, data, [summary(records, run, args.protocol) for run in runs])
+    records = earlier + gather(new, world)
+    if rank > 0:
+        return
+    journal.put_together(args.out, records)
+    ids = {id_ for example in examples for id_, *_ in example.questions}
+    records = [record for record in records if record["id"] in ids]
+    rows = [summary(records, run, args.protocol) for run in runs]
+    title = (f"{args.weights}, {data.name}, {rows[0]['expressions']} expressions, "
+             f"seed {args.seed}, {made['device']}, {made['dtype']}")
+    notes = []
+    if data.missing:
+        there = sum(len(example.questions) for example in data.examples)
+        notes = [f"covers {there} of {data.expressions} expressions: {missing(data)}"]
+    print_report(args, title, made | {"weights": str(args.weights)}, data, rows, notes)
+
+
+def main(argv: Sequence[str] | None) -> None:
+    """Ask a model, or score what another program has answered."""
+    args = parse_arguments(argv)
+    if args.score:
+        score_file(args)
+    else:
+        ask_model(args)
 
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    sys.exit(answer_for("nanogap.evaluate", command, None))
+    sys.exit(answer_for("nanogap.evaluate", main, None))

@@ -1,89 +1,73 @@
 """The paper's argument on any weights: is it the missing tokens that break grounding, or the IDs?
 
-In:  a look at an image, an expression, and a case.  Out: what the model says in that case.
+In:  an encoded image, an expression, and a case.  Out: what the model says in that case.
 
-WHOLE removes nothing and gives out other position IDs, or feeds the patches in another order;
-PRUNED crosses the order of the kept patches with their IDs.  Both also move the text after the
-image, so that its IDs collide with those of patches or do not.  RoPE sees differences of IDs alone:
-"image and text + 100" leaves all of them as they were but those to the text before the image.
+A case of WHOLE removes no token.  It gives other position IDs to the visual tokens, or feeds them
+in another order, or moves the text after the image, so that its IDs collide with those of patches
+or do not.  RoPE sees differences of IDs only: "image and text + 100" leaves all differences as they
+were, except those to the text before the image.  What can be asked of a pruned sequence is a mode
+(gap.py): PRUNED names these modes.
 Source: arXiv 2506.21873 tells the causes apart like this; the cases are this project's.
-Letters: P tokens before the image, N patches, K of them kept, A tokens after it.
+Letters: P tokens before the image, N visual tokens, A tokens after it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, arange
 
-from nanogap.ground import MAX_NEW_TOKENS, in_pixels
+from nanogap import gap
+from nanogap.gap import Layout
+from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, box_in
 from nanogap.image import Box
-from nanogap.models.llava import Llava, Look
-from nanogap.prompt import parse_box
-from nanogap.prune import STRATEGIES
+from nanogap.models import VLM
+from nanogap.prune import Kept
 
-RANKINGS = ("random", "cls_attention")   # strategies that rank patches and do nothing else to them
-
-# (N, k) -> the patches in the order of the sequence, the ID of each, the ID of the text after them;
-# k is the kept patches' raster indices as they are ranked, and IDs count from the image's first
+# (N, k) -> the visual tokens in the order of the sequence, the ID of each, and the ID of the text
+# after them; k is all N of them in random order, and IDs count from the image's first
 Case = Callable[[int, Tensor], tuple[Tensor, Tensor, int]]
 
-
-def raster(k: Tensor) -> Tensor:
-    """The kept patches in raster order."""
-    return k.sort().values
-
-
-def count(k: Tensor) -> Tensor:
-    """0, 1, 2, ...: compact IDs, without gaps."""
-    return arange(len(k))
-
-
-WHOLE: dict[str, Case] = {                           # k: all N patches, in random order
-    "nothing changed":          lambda N, k: (raster(k), count(k), N),
-    "IDs permuted":             lambda N, k: (raster(k), k, N),
+WHOLE: dict[str, Case] = {
+    "nothing changed":          lambda N, k: (arange(N), arange(N), N),
+    "IDs permuted":             lambda N, k: (arange(N), k, N),
     "order permuted":           lambda N, k: (k, k, N),
-    "IDs / 4, text moved":      lambda N, k: (raster(k), count(k) // 4, N // 4),
-    "IDs / 4, text not moved":  lambda N, k: (raster(k), count(k) // 4, N),
-    "image and text + 100":     lambda N, k: (raster(k), count(k) + 100, N + 100),
-    "text collides":            lambda N, k: (raster(k), count(k), N // 2),
-    "text + 100":               lambda N, k: (raster(k), count(k), N + 100),
+    "IDs / 4, text moved":      lambda N, k: (arange(N), arange(N) // 4, N // 4),
+    "IDs / 4, text not moved":  lambda N, k: (arange(N), arange(N) // 4, N),
+    "image and text + 100":     lambda N, k: (arange(N), arange(N) + 100, N + 100),
+    "text collides":            lambda N, k: (arange(N), arange(N), N // 2),
+    "text + 100":               lambda N, k: (arange(N), arange(N), N + 100),
 }
-PRUNED: dict[str, Case] = {
-    "raster, compact":          lambda N, k: (raster(k), count(k), len(k)),      # mode "shifted"
-    "ranked, compact":          lambda N, k: (k, count(k), len(k)),              # mode "permuted"
-    "ranked, original":         lambda N, k: (k, k, N),
-    "raster, original":         lambda N, k: (raster(k), raster(k), N),          # mode "gap"
-    "compact, text not moved":  lambda N, k: (raster(k), count(k), N),
-    "original, text collides":  lambda N, k: (raster(k), raster(k), len(k)),
-}
+PRUNED = ("shifted", "permuted", "ranked, original", "gap", "compact, text not moved",
+          "original, text collides")
 
 
-def lay_out(name: str, P: int, N: int, A: int, k: Tensor) -> tuple[Tensor, Tensor, int]:
-    """One case worked out for a prompt.
+def lay_out(name: str, P: int, N: int, A: int, k: Tensor) -> Layout:
+    """One case of WHOLE, worked out for a prompt.
 
-    k:       (K,) raster indices, the most important first
-    returns: the patches in sequence order (K,), position_ids (P + K + A,), ID of the next token
+    k: (N,) all visual tokens in random order
     """
-    order, ids, after = (WHOLE | PRUNED)[name](N, k)
-    return order, torch.cat([arange(P), P + ids, P + after + arange(A)]), P + after + A
+    order, ids, after = WHOLE[name](N, k)
+    position_ids = torch.cat([arange(P), P + ids, P + after + arange(A)])     # (P + N + A,)
+    full = gap.lay_out(arange(N), P, N, A, "full")
+    return replace(full, keep=order, order=order, position_ids=position_ids,
+                   next_position=P + after + A)
 
 
-@torch.no_grad()
-def ask(model: Llava, look: Look, expression: str, prune: str, keep: int, name: str,
+@torch.inference_mode()
+def ask(model: VLM, image: EncodedImage, expression: str, name: str,
         seed: int) -> tuple[str, Box | None]:
-    """What the model says in a case, and the box in pixels; "none" prunes nothing.
+    """What the model says in a case of WHOLE, and the box in pixels.
 
+    seed:   of the random order
     raises: NanogapError where the largest ID is out of the model's range
     """
-    input_ids, N = model.prompt(expression), len(look.seen.features)
+    input_ids = model.prompt(expression)                                      # (T,)
     P, A = model.around_image(input_ids)
-    generator = torch.Generator().manual_seed(seed)
-    rank = STRATEGIES["random" if prune == "none" else prune]
-    ranked = rank(look.seen, keep, generator).keep.cpu()
-    order, position_ids, next_position = lay_out(name, P, N, A, ranked)
-    model.check_length(next_position + MAX_NEW_TOKENS)
-    visual = model.multi_modal_projector(look.seen.features[order.to(model.device)])     # (K, C)
-    tokens = model.generate(model.splice(input_ids, visual), position_ids.to(model.device),
-                            next_position, MAX_NEW_TOKENS)
-    text = model.tokenizer.decode(tokens)
-    return text, in_pixels(parse_box(text), look.width, look.height)
+    N = image.n_visual
+    shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed))   # (N,)
+    layout = lay_out(name, P, N, A, shuffled)
+    model.check_length(layout.next_position + MAX_NEW_TOKENS)
+    x = model.embed(input_ids, image, Kept(arange(N)), layout.order)          # (1, P + N + A, C)
+    text = model.tokenizer.decode(model.generate(x, layout, MAX_NEW_TOKENS))
+    return text, box_in(text, model, image)

@@ -8,27 +8,25 @@ making; it is cut off when the run resumes.  Several processes write a part each
 and so on, which are put together in the end.
 """
 
-import atexit
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from nanogap.cli import NanogapError
 
-KEYS = {"id", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou", "visual_tokens",
-        "prefill_ms", "decode_ms"}
+KEYS = {"id", "image", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou",
+        "visual_tokens", "kept", "padding", "prefill_ms", "decode_ms"}
 
 
 def beside(path: Path) -> tuple[Path, list[Path]]:
     """Where the settings of a file of answers are, and all its parts that there are."""
     parts = sorted(p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}.part-"))
-    return path.with_name(f"{path.name}.settings.json"), [path] * path.exists() + parts
+    files = [path, *parts] if path.exists() else parts
+    return path.with_name(f"{path.name}.settings.json"), files
 
 
 def check_out(path: Path, resume: bool) -> None:
@@ -113,7 +111,7 @@ def begin(path: Path | None, settings: dict, rank: int, world: int) -> Callable[
         return lambda record: None
     with writing(path):
         if rank == 0:
-            replace(beside(path)[0], json.dumps(settings) + "\n")
+            write_whole(beside(path)[0], json.dumps(settings) + "\n")
         file = open(path if world == 1 else path.with_name(f"{path.name}.part-{rank}"), "a")
 
     def write(record: dict) -> None:
@@ -124,7 +122,7 @@ def begin(path: Path | None, settings: dict, rank: int, world: int) -> Callable[
     return write
 
 
-def replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
@@ -133,36 +131,11 @@ def replace(path: Path, text: str) -> None:
 
 def put_together(path: Path | None, records: list[dict]) -> None:
     """All answers into one file, where there are parts of it."""
-    parts = [file for file in beside(path)[1] if file != path] if path else []
+    if path is None:
+        return
+    parts = [file for file in beside(path)[1] if file != path]
     if parts:
         with writing(path):
-            replace(path, "".join(json.dumps(record) + "\n" for record in records))
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
             for part in parts:
                 part.unlink()
-
-
-# ----- several processes --------------------------------------------------------------------------
-
-
-def join() -> tuple[int, int]:
-    """Rank and number of the processes under torchrun; 0 and 1 without."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    dist.init_process_group("gloo", timeout=timedelta(days=30))   # the first to be done waits
-    atexit.register(dist.destroy_process_group)    # its threads may not outlive the interpreter
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gather(records: list[dict], world: int) -> list[dict]:
-    """The records of all processes (torch's own way to gather objects needs NumPy)."""
-    if world == 1:
-        return records
-    data = torch.frombuffer(bytearray(json.dumps(records).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
-    parts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(parts, torch.cat([data, parts[0][len(data):]]))
-    return [record for part, size in zip(parts, sizes)
-            for record in json.loads(bytes(part[:int(size)].tolist()))]

@@ -1,11 +1,13 @@
-"""Annotations of RefCOCO, RefCOCO+ and RefCOCOg, in the forms in which they are published.
+"""Annotations: RefCOCO, RefCOCO+ and RefCOCOg as they are published, and files of one's own.
 
-In:  a file of annotations, and the folder of COCO's train2014 images.
+In:  a file of annotations, and the folder of their images (COCO's train2014).
 Out: images, each with its expressions and their true boxes (x1, y1, x2, y2) in pixels.
 
 A form is told by what is in the file, never by its name: JSON and lines of JSON by their keys
 (FORMS); what is neither is taken for a pickle of the refer API, `refs(unc).p`, which needs
-`instances.json` beside it.  Every expression counts: RefCOCO val has 10834, about 3811 things.
+`instances.json` beside it.  A file of one's own has lines of
+{"image": "a.jpg", "expression": "the man", "box": [x1, y1, x2, y2]}, in pixels.
+Every expression counts: RefCOCO val has 10834, about 3811 things.
 """
 
 import hashlib
@@ -14,16 +16,19 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any, NoReturn
 
 from PIL import Image
 
 from nanogap.cli import NanogapError
 from nanogap.image import Box, open_image
-from nanogap.prompt import where_is
+from nanogap.prompt import check_expression
+
+Size = tuple[int, int]   # width and height, pixels
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Example:
     """One image with its expressions: (id, expression, true box in pixels)."""
 
     number: int                        # of the image in the data; it seeds what is random
+    name: str                          # of the image: a file, or "scenes:val/3"
+    size: Size                         # of the image
     image: Callable[[], Image.Image]   # opens or draws it
     questions: list[tuple[str, str, Box]]
 
@@ -54,55 +61,78 @@ class Entry:
     image: str                         # file name, with or without folders
     expression: str
     box: Box
-    size: tuple[int, int]              # width and height of the image
+    size: Size | None                  # of the image; None where the picture must say it
+    where: str = field(repr=False, compare=False)   # its place in the file
 
 
 @dataclass(frozen=True)
 class Form:
-    """The keys under which a published form keeps image, expression and box."""
+    """The keys under which a form keeps image, expression and box."""
 
     name: str
     image: str
     expression: str
     box: str
-    corners: bool                      # x1 y1 x2 y2; else x y width height
+    corners: bool = True               # x1 y1 x2 y2; else x y width height
+    sized: bool = True                 # with width and height of the image
 
 
 FORMS = (
     Form("MiniGPT-v2", "img_id", "sents", "bbox", corners=False),
-    Form("Shikra", "img_path", "expression", "bbox", corners=True),
-    Form("Qwen-VL", "image", "sent", "bbox", corners=True),
-    Form("VLM-R1", "image", "normal_caption", "solution", corners=True),
+    Form("Shikra", "img_path", "expression", "bbox"),
+    Form("Qwen-VL", "image", "sent", "bbox"),
+    Form("VLM-R1", "image", "normal_caption", "solution"),
+    Form("nanogap", "image", "expression", "box", sized=False),
 )
 
 
-def entry(where: str, id_: object, image: object, expression: object, box: object, corners: bool,
-          size: tuple[object, object]) -> Entry:
-    """Check one expression: what is wrong is named with its place in the file."""
+def checked(where: str, id_: object, image: Any, expression: Any, box: Any, corners: bool,
+            size: tuple[Any, Any] | None) -> Entry:
+    """One expression whose parts are in order: what is wrong is named with its place in the file.
+
+    size: None where the annotation does not say it; then its picture is asked
+    """
+    sides = size or (1, 1)
     if not (isinstance(image, str) and isinstance(expression, str)
-            and all(type(side) is int and side > 0 for side in size)):
+            and all(type(side) is int and side > 0 for side in sides)):
         raise NanogapError(f"{where}: the image and the expression must be text, "
                            "and its width and height whole numbers")
     try:
-        where_is(expression)
+        check_expression(expression)
     except NanogapError as error:
         raise NanogapError(f"{where}: {error}") from None
-    if not (isinstance(box, (list, tuple)) and len(box) == 4
-            and all(type(v) in (int, float) and abs(v) < 1e6 for v in box)):      # no NaN either
+    if not is_box(box):
         raise NanogapError(f"{where}: the box {box!r:.80} is not four numbers")
-    x1, y1, x2, y2 = box if corners else (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    x1, y1, x2, y2 = box
+    if not corners:
+        x2 += x1
+        y2 += y1
     if not (x1 < x2 and y1 < y2):
         raise NanogapError(f"{where}: the box {box!r:.80} has no area")
+    entry = Entry(str(id_), image, expression, (x1, y1, x2, y2), size, where)
+    if entry.size:
+        check_inside(entry, entry.size)
+    return entry
+
+
+def is_box(box: object) -> bool:
+    """Whether something from a file is four numbers, none of them infinite or NaN."""
+    return (isinstance(box, list | tuple) and len(box) == 4
+            and all(type(v) in (int, float) and abs(v) < 1e6 for v in box))
+
+
+def check_inside(entry: Entry, size: Size) -> None:
+    """Refuse a box that reaches out of an image of that size by more than a pixel."""
+    x1, y1, x2, y2 = entry.box
     if min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:
-        raise NanogapError(f"{where}: the box {box!r:.80} reaches out of its image, "
-                           f"{size[0]} x {size[1]} pixels")
-    return Entry(str(id_), image, expression, (x1, y1, x2, y2), size)
+        raise NanogapError(f"{entry.where}: the box {list(entry.box)} (x1, y1, x2, y2) reaches out "
+                           f"of its image, {size[0]} x {size[1]} pixels")
 
 
 # ----- JSON, and lines of JSON --------------------------------------------------------------------
 
 
-def parse(where: str, text: bytes) -> object:
+def parse_json(where: str, text: bytes) -> Any:
     """One JSON document; a broken one is named with its place."""
     try:
         return json.loads(text)
@@ -113,37 +143,48 @@ def parse(where: str, text: bytes) -> object:
                            "fetch the file again") from None
 
 
-def documents(path: Path, data: bytes) -> Iterator[tuple[str, object]]:
-    """Each annotation with its place in the file: the entries of a JSON list, or the lines."""
+def documents(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
+    """Each document with its place in the file: the entries of a JSON list, or the lines."""
     if data.lstrip().startswith(b"["):
-        for number, item in enumerate(parse(str(path), data), 1):
+        for number, item in enumerate(parse_json(str(path), data), 1):
             yield f"{path}, entry {number}", item
     else:
         for number, line in enumerate(data.split(b"\n"), 1):
             if line.strip():
-                yield f"{path}, line {number}", parse(f"{path}, line {number}", line)
+                yield f"{path}, line {number}", parse_json(f"{path}, line {number}", line)
 
 
-def read_json(path: Path, data: bytes) -> tuple[str, list[Entry]]:
+def form_of(where: str, keys: set[str]) -> Form:
+    """The form that has these keys."""
+    for form in FORMS:
+        if {form.image, form.expression, form.box} <= keys:
+            return form
+    known = ", ".join(f"{f.name} ({f.image}, {f.expression}, {f.box})" for f in FORMS)
+    raise NanogapError(f"{where} is an annotation of no form that is read here: {known}, "
+                       "or the pickle refs(unc).p")
+
+
+def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
     """The form's name, and the expressions of a JSON list or of lines of JSON."""
-    form, entries = None, []
+    form: Form | None = None
+    entries: list[Entry] = []
     for where, item in documents(path, data):
         keys = set(item) if isinstance(item, dict) else set()
-        form = form or next((f for f in FORMS if {f.image, f.expression, f.box} <= keys), None)
-        if form is None:
-            known = ", ".join(f"{f.name} ({f.image}, {f.expression}, {f.box})" for f in FORMS)
-            raise NanogapError(f"{where} is an annotation of no form that is read here: {known}, "
-                               "or the pickle refs(unc).p")
-        lacking = {form.image, form.expression, form.box, "width", "height"} - keys
-        if lacking:
-            raise NanogapError(f"{where} lacks {', '.join(sorted(lacking))}, "
+        form = form or form_of(where, keys)
+        sized = form.sized or not keys.isdisjoint({"width", "height"})
+        needed = {form.image, form.expression, form.box}
+        if sized:
+            needed |= {"width", "height"}
+        if needed - keys:
+            raise NanogapError(f"{where} lacks {', '.join(sorted(needed - keys))}, "
                                f"which the form of {form.name} has")
         image = item[form.image]
         if form.image == "img_id" and isinstance(image, str):
             image = image[:27] + ".jpg"            # COCO_train2014_000000580957_4: the fourth of it
-        entries.append(entry(where, len(entries) + 1, image, item[form.expression], item[form.box],
-                             form.corners, (item["width"], item["height"])))
-    if not entries:
+        size = (item["width"], item["height"]) if sized else None
+        entries.append(checked(where, len(entries) + 1, image, item[form.expression],
+                               item[form.box], form.corners, size))
+    if form is None:
         raise NanogapError(f"{path} holds no annotation; fetch it again")
     return form.name, entries
 
@@ -154,7 +195,7 @@ def read_json(path: Path, data: bytes) -> tuple[str, list[Entry]]:
 class Unpickler(pickle.Unpickler):
     """Reads lists, dicts, text and numbers: a pickle that names a function could run anything."""
 
-    def find_class(self, module: str, name: str) -> None:
+    def find_class(self, module: str, name: str) -> NoReturn:
         raise NanogapError(f"it names {module}.{name}, and annotations need no code")
 
 
@@ -179,7 +220,8 @@ def unpickle(path: Path, data: bytes) -> list[dict]:
 
 def read_refs(path: Path, data: bytes, split: str | None) -> tuple[str, list[Entry]]:
     """How many expressions each split has, and those of one; boxes come from instances.json."""
-    refs, counts = unpickle(path, data), Counter()
+    refs = unpickle(path, data)
+    counts: Counter[str] = Counter()
     for ref in refs:
         counts[ref["split"]] += len(ref["sentences"])
     told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
@@ -189,9 +231,9 @@ def read_refs(path: Path, data: bytes, split: str | None) -> tuple[str, list[Ent
     boxes, sizes = read_instances(path.with_name("instances.json"))
     try:
         return told, [
-            entry(f"{path}, sentence {said['sent_id']}", said["sent_id"],
-                  f"COCO_train2014_{ref['image_id']:012}.jpg", said["sent"], boxes[ref["ann_id"]],
-                  False, sizes[ref["image_id"]])
+            checked(f"{path}, sentence {said['sent_id']}", said["sent_id"],
+                    f"COCO_train2014_{ref['image_id']:012}.jpg", said["sent"],
+                    boxes[ref["ann_id"]], False, sizes[ref["image_id"]])
             for ref in refs if ref["split"] == split for said in ref["sentences"]]
     except (KeyError, TypeError) as error:
         raise NanogapError(f"{path} and instances.json do not fit together ({error!r}); "
@@ -201,7 +243,7 @@ def read_refs(path: Path, data: bytes, split: str | None) -> tuple[str, list[Ent
 def read_instances(path: Path) -> tuple[dict, dict]:
     """COCO's boxes (x, y, width, height) by annotation, and (width, height) by image."""
     try:
-        coco = parse(str(path), path.read_bytes())
+        coco = parse_json(str(path), path.read_bytes())
         return ({item["id"]: item["bbox"] for item in coco["annotations"]},
                 {item["id"]: (item["width"], item["height"]) for item in coco["images"]})
     except OSError as error:
@@ -215,7 +257,7 @@ def read_instances(path: Path) -> tuple[dict, dict]:
 # ----- a file and a folder ------------------------------------------------------------------------
 
 
-def open_sized(path: Path, size: tuple[int, int]) -> Image.Image:
+def open_sized(path: Path, size: Size) -> Image.Image:
     """An image, which must be as large as its annotation says: the box is in its pixels."""
     image = open_image(path)
     if image.size != size:
@@ -224,33 +266,62 @@ def open_sized(path: Path, size: tuple[int, int]) -> Image.Image:
     return image
 
 
-def read_data(path: Path, images: Path | None, split: str | None = None) -> Data:
+def read_file(flag: str, path: Path, otherwise: str) -> bytes:
+    """The bytes of a file, without a byte order mark."""
+    try:
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise NanogapError(f"{flag} {path} cannot be read ({error.strerror}); "
+                           f"{otherwise}") from None
+
+
+def find_image(folder: Path, name: str) -> Path | None:
+    """The file of an image, with the folders in its name or without them."""
+    for file in (folder / name, folder / Path(name).name):
+        if os.path.isfile(file):
+            return file
+    return None
+
+
+def size_of(group: list[Entry], file: Path | None) -> Size | None:
+    """The size of an image as its annotations say, else as the picture says; boxes lie in it."""
+    size = next((entry.size for entry in group if entry.size), None)
+    if size is None and file is not None:
+        size = open_image(file).size
+    if size is not None:
+        for entry in group:
+            check_inside(entry, size)
+    return size
+
+
+def read_data(path: Path, images: Path | None, split: str | None = None,
+              pictures: bool = True) -> Data:
     """Read annotations and find their images: in the folder `images`, or beside the file.
 
-    split:  which one of a pickle; the other forms hold one each, and take None
-    raises: NanogapError that names file and line, for whatever is broken or not there
+    split:    which one of a pickle; the other forms hold one each, and take None
+    pictures: whether they will be opened; if not, one that is not there is not missed where its
+              size is known
+    raises:   NanogapError that names file and line, for whatever is broken or not there
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise NanogapError(f"--data {path} cannot be read ({error.strerror}); "
-                           "give scenes:val or annotations of RefCOCO") from None
-    data = data.removeprefix(b"\xef\xbb\xbf")    # a byte order mark
+    data = read_file("--data", path, "give scenes:val or annotations of RefCOCO")
     json_like = data.lstrip()[:1] in (b"[", b"{")
     if json_like and split:
         raise NanogapError(f"{path} holds one split only; leave --split out")
-    told, entries = read_json(path, data) if json_like else read_refs(path, data, split)
+    told, entries = read_annotations(path, data) if json_like else read_refs(path, data, split)
     groups: dict[str, list[Entry]] = {}
-    for e in entries:
-        groups.setdefault(e.image, []).append(e)
-    folder, examples, missing = images or path.parent, [], []
+    for entry in entries:
+        groups.setdefault(entry.image, []).append(entry)
+    folder = images or path.parent
+    examples, missing = [], []
     for number, (name, group) in enumerate(groups.items()):
-        file = next((f for f in (folder / name, folder / Path(name).name) if os.path.isfile(f)), None)
-        if file is None:
+        file = find_image(folder, name)
+        size = size_of(group, file)
+        if size is None or (pictures and file is None):
             missing.append(name)
         else:
-            examples.append(Example(number, partial(open_sized, file, group[0].size),
-                                    [(e.id, e.expression, e.box) for e in group]))
+            opened = partial(open_sized, file or folder / name, size)
+            questions = [(entry.id, entry.expression, entry.box) for entry in group]
+            examples.append(Example(number, name, size, opened, questions))
     if not examples:
         raise NanogapError(
             f"none of the {len(groups)} images is in {folder}, such as {missing[0]}; get COCO "

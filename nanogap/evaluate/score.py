@@ -6,10 +6,12 @@ The interval takes expressions for independent; those about one image are not qu
 is a little wider.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nanogap.image import Box, iou
-from nanogap.prompt import parse_box
+from nanogap.prompt import Shares, parse_box
+
+Run = tuple[str, int | None, str]   # strategy, budget (None: the strategy's own), mode
 
 PROTOCOLS = {
     "pixels": "boxes in pixels of the original image, continuous areas, IoU >= 0.5",
@@ -20,36 +22,45 @@ PROTOCOLS = {
 TIMES = ("prefill_ms", "decode_ms")
 
 
-def score(protocol: str, text: str, box: Box | None, truth: Box, width: int,
-          height: int) -> tuple[Box | None, float]:
+def score(protocol: str, text: str, box: Box | None, truth: Box, width: int, height: int,
+          parse: Callable[[str], Shares | None] = parse_box) -> tuple[Box | None, float]:
     """The box in pixels as a protocol reads the answer, and its IoU with the true one, 0 if none.
 
     box:    in pixels of the width x height image, padding taken off
+    parse:  how the model's format of a box is read
     source: eval_utils.py of MiniGPT-v2; lmms-eval compares the model's numbers with truth / (W, H),
             which in pixels is the same IoU
     """
     if protocol == "lmms-eval":
-        said = parse_box(text)
+        said = parse(text)
         box = said and (said[0] * width, said[1] * height, said[2] * width, said[3] * height)
     if box is None:
         return None, 0.0
-    more = 1 if protocol == "minigpt" else 0
-    return box, iou(*((x1, y1, x2 + more, y2 + more) for x1, y1, x2, y2 in (box, truth)))
+    if protocol == "minigpt":
+        return box, iou(with_last_pixel(box), with_last_pixel(truth))
+    return box, iou(box, truth)
 
 
-def is_hit(overlap: float, protocol: str) -> bool:
+def with_last_pixel(box: Box) -> Box:
+    """A box whose right and lower sides are counted as pixels that belong to it."""
+    x1, y1, x2, y2 = box
+    return x1, y1, x2 + 1, y2 + 1
+
+
+def is_hit(iou: float, protocol: str) -> bool:
     """Whether an IoU counts; only MiniGPT-v2 wants more than half."""
-    return overlap > 0.5 if protocol == "minigpt" else overlap >= 0.5
+    return iou > 0.5 if protocol == "minigpt" else iou >= 0.5
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share, by Wilson: right also near 0 and 1, where the usual one is not."""
     if count == 0:
         return 0.0, 1.0
-    share, spread = hits / count, z * z / count
+    share = hits / count
+    spread = z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z * (share * (1 - share) / count + spread / (4 * count)) ** 0.5 / (1 + spread)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)   # rounding may lead outside
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -58,7 +69,7 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(measured) / len(measured) if measured else None
 
 
-def summary(records: Sequence[dict], run: tuple[str, int | None, str], protocol: str) -> dict:
+def summary(records: Sequence[dict], run: Run, protocol: str) -> dict:
     """One row: what became of all expressions in one run."""
     mine = [r for r in records if (r["prune"], r["keep"], r["mode"]) == run]
     hits = sum(is_hit(r["iou"], protocol) for r in mine)
@@ -67,20 +78,38 @@ def summary(records: Sequence[dict], run: tuple[str, int | None, str], protocol:
             "accuracy": hits / max(len(mine), 1), "low": low, "high": high,
             "mean_iou": mean([r["iou"] for r in mine]),
             "no_box": mean([r["box"] is None for r in mine]),
-            **{key: mean([r[key] for r in mine]) for key in ("visual_tokens", *TIMES)}}
+            **{key: mean([r[key] for r in mine]) for key in ("padding", "visual_tokens", *TIMES)}}
+
+
+# ----- the table ----------------------------------------------------------------------------------
+
+
+def number(value: float | None, form: str, width: int) -> str:
+    """A number for a column; what is not known is a dash."""
+    return f"{'-' if value is None else format(value, form):>{width}}"
+
+
+def budget(row: dict) -> str:
+    """What was asked to be kept."""
+    if row["keep"] is not None:
+        return str(row["keep"])
+    return "-" if row["visual_tokens"] is None else "auto"
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The rows for the terminal; times are means, and have no column where none were taken."""
-    timed = any(row["prefill_ms"] is not None for row in rows)
-    width = max(len(row["mode"]) for row in rows)
-    lines = [f"{'prune':15} {'keep':>4}  {'tokens':>6}  {'mode':{width}}  {'Acc@0.5':>7}  "
-             f"{'95 %':12}  {'mean IoU':>8}  {'no box':>6}" + timed * "   prefill    decode"]
+    """The rows for the terminal; times are means, and have no column unless all rows have them."""
+    timed = all(row[key] is not None for row in rows for key in TIMES)
+    first = max(15, *(len(row["prune"]) for row in rows))
+    modes = max(4, *(len(row["mode"]) for row in rows))
+    head = (f"{'prune':{first}} {'keep':>4}  {'tokens':>6}  {'mode':{modes}}  {'Acc@0.5':>7}  "
+            f"{'95 %':12}  {'mean IoU':>8}  {'no box':>6}  {'padding':>7}")
+    lines = [head + "   prefill    decode" if timed else head]
     for row in rows:
-        keep = "auto" if row["keep"] is None else row["keep"]
-        times = "".join(f"  {row[key]:5.0f} ms" for key in TIMES if timed)
-        lines.append(f"{row['prune']:15} {keep:>4}  {row['visual_tokens']:6.4g}  "
-                     f"{row['mode']:{width}}  {row['accuracy']:7.3f}  "
-                     f"{row['low']:.3f}..{row['high']:.3f}  {row['mean_iou']:8.3f}  "
-                     f"{row['no_box']:6.3f}{times}")
+        line = (f"{row['prune']:{first}} {budget(row):>4}  {number(row['visual_tokens'], '.4g', 6)}"
+                f"  {row['mode']:{modes}}  {row['accuracy']:7.3f}  "
+                f"{row['low']:.3f}..{row['high']:.3f}  {number(row['mean_iou'], '.3f', 8)}  "
+                f"{number(row['no_box'], '.3f', 6)}  {number(row['padding'], '.3f', 7)}")
+        if timed:
+            line += "".join(f"  {row[key]:5.0f} ms" for key in TIMES)
+        lines.append(line)
     return "\n".join(lines)
