@@ -1,6 +1,7 @@
 """The picture: boxes over an image whose dropped patches are dimmed, and a legend below.
 
-In:  an image, the kept patches, and answers with their boxes.  Out: one picture, also for a phone.
+In:  an image, where its visual tokens lie, which were kept, and boxes.
+Out: one picture, also for a phone.
 
 Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart), line and name.
 The widest line is drawn first: where boxes coincide, each still shows inside the one before.
@@ -10,44 +11,61 @@ import errno
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from nanogap.cli import NanogapError
-from nanogap.image import Box
+from nanogap.ground import EncodedImage, Result
+from nanogap.image import Box, iou
 
 WIDTH, MAX_HEIGHT = 960, 1200                # of the image on the page, pixels
 MIN_WIDTH, MIN_HEIGHT, MARGIN = 640, 160, 14
-ROW, FONT_SIZE, TAG_SIZE = 46, 30, 24
+ROW, FONT_SIZE = 46, 30                      # of the legend
+TAG_HEIGHT, TAG_SIZE = 36, 24                # of a name at its box, and of its letters
+EDGE = 2                                     # of ink around each line
+CLEAR = 14                                   # from the middle of a line to the nearest name
 PAGE, INK, PAPER = "#1b1b1b", "#101010", "#f4f4f4"
-STYLES = {             # colour, line width, dash and gap in pixels
-    "full":     ("#ffffff", 18, None),
-    "gap":      ("#56b4e9", 9, None),
-    "shifted":  ("#e69f00", 5, (26, 20)),
-    "permuted": ("#cc79a7", 5, (4, 18)),
+
+Style = tuple[str, int, tuple[int, int] | None]   # colour, line width, dash and gap in pixels
+STYLES: dict[str, Style] = {                      # by mode, the widest line first
+    "full":                    ("#ffffff", 11, None),
+    "gap":                     ("#56b4e9", 7, None),
+    "shifted":                 ("#e69f00", 5, (26, 20)),
+    "permuted":                ("#cc79a7", 5, (5, 18)),
+    "ranked, original":        ("#f0e442", 5, (14, 10)),
+    "compact, text not moved": ("#009e73", 3, (40, 14)),
+    "original, text collides": ("#d55e00", 3, (8, 30)),
 }
+TRUTH: Style = ("#b0ffd0", 5, (1, 17))            # of the true box, where it is known
 
 
 @dataclass(frozen=True)
-class Answer:
-    mode: str
-    label: str               # at its box and in the legend, such as "gap, 72 tokens, IoU 0.91"
+class DrawnBox:
+    """What one mode answered."""
+
+    mode: str                # at its box
+    label: str               # in the legend, such as "gap, 72 tokens, IoU 0.91"
     box: Box | None          # pixels of the image
 
 
-def dim_dropped(image: Image.Image, keep: Sequence[int], grid: int) -> Image.Image:
-    """Dim the patches that were dropped, on the model's own grid over the padded square."""
-    kept = Image.new("L", (grid, grid), 0)
-    for index in keep:
-        kept.putpixel((index % grid, index // grid), 255)
-    width, height = (grid * length / max(image.size) for length in image.size)   # in patches
-    left, top = (grid - width) / 2, (grid - height) / 2
-    seen = (left, top, left + width, top + height)                            # without the padding
-    mask = kept.resize(image.size, Image.Resampling.NEAREST, seen)
+def dim_dropped(image: Image.Image, keep: Sequence[int], at: Tensor) -> Image.Image:
+    """Dim all parts of an image that no kept token shows.
+
+    keep: indices of the visual tokens that were kept
+    at:   (N, 4) which part of the image each token shows, pixels; it may lie outside, or be empty
+    """
+    mask = Image.new("L", image.size, 0)
+    pen = ImageDraw.Draw(mask)
+    cells = at[list(keep)].float().round(decimals=3)   # 23.4999 is 23.5, as the neighbour's end is
+    for x1, y1, x2, y2 in cells.round().int().tolist():
+        if x1 < x2 and y1 < y2:
+            pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=255)
     dimmed = image.convert("L").point(lambda level: level * 0.4).convert("RGB")
     return Image.composite(image, dimmed, mask)
 
@@ -58,118 +76,217 @@ def dim_dropped(image: Image.Image, keep: Sequence[int], grid: int) -> Image.Ima
 def dashes(a: Sequence[float], b: Sequence[float], dash: tuple[int, int] | None) -> Iterator[Box]:
     """The pieces of a line from a to b, each (x1, y1, x2, y2); whole where there is no dash."""
     length = math.dist(a, b)
-    on, off = dash or (length, 0)
-    count = max(1, round((length + off) / (on + off))) if length else 1
+    if dash is None or length == 0:
+        yield a[0], a[1], b[0], b[1]
+        return
+    on, off = dash
+    count = max(1, round((length + off) / (on + off)))
+    step = (length - on) / max(1, count - 1)                  # the last piece ends in the corner
+    dx = (b[0] - a[0]) / length
+    dy = (b[1] - a[1]) / length
     for i in range(count):
-        start = i * (length - on) / (count - 1) if count > 1 else 0   # the last ends in the corner
-        ends = [[p + (q - p) * min(at / length, 1) if length else p for p, q in zip(a, b)]
-                for at in (start, start + on)]
-        yield (*ends[0], *ends[1])
-
-
-def stroke(pen: ImageDraw.ImageDraw, lines: Iterable[Box], mode: str) -> None:
-    """Lines along the axes, from left to right or downwards, in a mode's style over a dark edge."""
-    colour, width, dash = STYLES[mode]
-    pieces = [piece for line in lines for piece in dashes(line[:2], line[2:], dash)]
-    for radius, ink in ((width / 2 + 2, INK), (width / 2, colour)):
-        for x1, y1, x2, y2 in pieces:
-            pen.rectangle((x1 - radius, y1 - radius, x2 + radius, y2 + radius), fill=ink)
+        start = i * step
+        end = min(start + on, length)
+        yield a[0] + start * dx, a[1] + start * dy, a[0] + end * dx, a[1] + end * dy
 
 
 def sides(box: Box) -> list[Box]:
-    """The four sides of a box as lines."""
+    """The four sides of a box as lines, from left to right or downwards."""
     x1, y1, x2, y2 = box
     return [(x1, y1, x2, y1), (x1, y1, x1, y2), (x2, y1, x2, y2), (x1, y2, x2, y2)]
+
+
+def stroke(pen: ImageDraw.ImageDraw, lines: Sequence[tuple[Box, Style]]) -> None:
+    """Draw lines along the axes: a dark edge below all of them, then each in its style."""
+    for edge in (EDGE, 0):
+        for (x1, y1, x2, y2), (colour, width, dash) in lines:
+            radius = width // 2 + edge
+            for left, top, right, bottom in dashes((x1, y1), (x2, y2), dash):
+                pen.rectangle((left - radius, top - radius, right + radius, bottom + radius),
+                              fill=INK if edge else colour)
 
 
 # ----- names --------------------------------------------------------------------------------------
 
 
-def overlap(a: Box, b: Box) -> float:
+def shared_area(a: Box, b: Box) -> float:
     """The area that two boxes share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(0.0, width) * max(0.0, height)
 
 
-def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int], tags: list[Box],
-              boxes: list[Box]) -> Box:
-    """Where a name goes: near its box, on no other name, hiding little of any box."""
-    lines = [(a - 12, b - 12, c + 12, d + 12) for other in boxes for a, b, c, d in sides(other)]
-    x1, y1, x2, y2 = box
-
-    def cost(tag: Box) -> float:
-        away = math.hypot(max(x1 - tag[2], tag[0] - x2, 0), max(y1 - tag[3], tag[1] - y2, 0))
-        return (away + 0.1 * math.dist(tag[:2], (x1, y1 - height))
-                + 10 * sum(overlap(tag, other) for other in tags)
-                + 0.2 * sum(overlap(tag, line) for line in lines)
-                + 0.02 * sum(overlap(tag, other) for other in boxes))
-
-    right, bottom = canvas[0] - width - 2, canvas[1] - height - 2
-    beside, level = [tag[2] + 8 for tag in tags], [tag[1] for tag in tags]
-    xs = [x1 - 8, x2 - width + 8, *beside, *range(2, int(right) + 1, 24)]
-    ys = [y1 - height - 14, y2 + 14, y1 + 14, *level, *range(2, int(bottom) + 1, 24)]
-    places = [(min(max(x, 2), right), min(max(y, 2), bottom)) for y in ys for x in xs]
-    return min(((x, y, x + width, y + height) for x, y in places), key=cost)
+def places_beside(width: float, height: float, box: Box) -> list[tuple[float, float]]:
+    """Where a name may begin just outside its box: above it, then below, left and right."""
+    left, right = box[0] - 8, box[2] + 8 - width
+    above, below = box[1] - CLEAR - height, box[3] + CLEAR
+    return [(left, above), (right, above), (left, below), (right, below)]
 
 
-def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], labels: dict[str, str],
+def places_inside(width: float, height: float, box: Box) -> list[tuple[float, float]]:
+    """The same in the corners of its box."""
+    left, right = box[0] + CLEAR, box[2] - CLEAR - width
+    top, bottom = box[1] + CLEAR, box[3] - CLEAR - height
+    return [(left, top), (right, top), (left, bottom), (right, bottom)]
+
+
+def places_anywhere(width: float, height: float, box: Box,
+                    canvas: tuple[int, int]) -> list[tuple[float, float]]:
+    """The same all over the canvas, the nearest to its box first."""
+
+    def away(place: tuple[float, float]) -> float:
+        x, y = place
+        return math.hypot(max(box[0] - x - width, x - box[2], 0),
+                          max(box[1] - y - height, y - box[3], 0))
+
+    xs = range(2, int(canvas[0] - width) - 1, 12)
+    ys = range(2, int(canvas[1] - height) - 1, 12)
+    return sorted(((x, y) for y in ys for x in xs), key=away)
+
+
+def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int],
+              tags: Sequence[Box], boxes: Sequence[Box]) -> Box:
+    """Where a name goes: the first place near its box where it hides no other name and no line.
+
+    boxes: all that are drawn; a place that is in none of them is better
+    """
+    near = CLEAR - 2
+    lines = [(x1 - near, y1 - near, x2 + near, y2 + near)
+             for other in boxes for x1, y1, x2, y2 in sides(other)]
+    beside = places_beside(width, height, box)
+    corners = places_inside(width, height, box)
+    anywhere = places_anywhere(width, height, box, canvas)
+    for places, taken in ((beside, [*tags, *lines, *boxes]), (beside + corners, [*tags, *lines]),
+                          (anywhere, [*tags, *lines]), (anywhere, [*tags])):
+        for left, top in places:
+            x = min(max(left, 2), canvas[0] - width - 2)
+            y = min(max(top, 2), canvas[1] - height - 2)
+            tag = (x, y, x + width, y + height)
+            if not any(shared_area(tag, other) for other in taken):
+                return tag
+    return tag
+
+
+def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], truth: Box | None,
                canvas: tuple[int, int]) -> None:
-    """Each box in the style of its mode, and its label on a tag beside it."""
+    """Each mode's box in its style, and the mode's name beside it; the true box has no name."""
+    lines = [(line, style) for mode, style in STYLES.items() if mode in boxes
+             for line in sides(boxes[mode])]
+    stroke(pen, lines)
+    drawn = list(boxes.values())
+    if truth is not None:
+        stroke(pen, [(line, TRUTH) for line in sides(truth)])   # its dots show on a light line, too
+        drawn.append(truth)
     font = ImageFont.load_default(TAG_SIZE)
-    for mode in (mode for mode in STYLES if mode in boxes):
-        stroke(pen, sides(boxes[mode]), mode)
     tags: list[Box] = []
     for mode, box in boxes.items():
-        width = pen.textlength(labels[mode], font) + 20
-        tags.append(place_tag(width, 36, box, canvas, tags, list(boxes.values())))
-        x1, y1, x2, y2 = tags[-1]
-        pen.rounded_rectangle(tags[-1], 8, fill=STYLES[mode][0], outline=INK, width=2)
-        pen.text(((x1 + x2) / 2, (y1 + y2) / 2 - 1), labels[mode], font=font, fill=INK, anchor="mm")
+        width = pen.textlength(mode, font) + 20
+        x1, y1, x2, y2 = tag = place_tag(width, TAG_HEIGHT, box, canvas, tags, drawn)
+        tags.append(tag)
+        pen.rounded_rectangle(tag, 8, fill=STYLES[mode][0], outline=INK, width=2)
+        pen.text(((x1 + x2) / 2, (y1 + y2) / 2 - 1), mode, font=font, fill=INK, anchor="mm")
 
 
 # ----- the page -----------------------------------------------------------------------------------
 
 
-def shortened(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont,
-              width: float) -> str:
+def shortened(text: str, room: float, measure: Callable[[str], float]) -> str:
     """As much of a line as there is room for."""
     text = " ".join(text.split())
-    text = text if len(text) <= 200 else text[:200] + "..."
-    while text and pen.textlength(text, font) > width:
+    if len(text) > 200:
+        text = text[:200] + "..."
+    while text and measure(text) > room:
         text = text.removesuffix("...")[:-1] + "..."
     return text
 
 
-def draw_answers(image: Image.Image, keep: Sequence[int], grid: int, answers: Sequence[Answer],
-                 caption: str) -> Image.Image:
+def draw_answers(image: Image.Image, keep: Sequence[int], at: Tensor, answers: Sequence[DrawnBox],
+                 caption: str, truth: Box | None = None) -> Image.Image:
     """One picture: kept patches bright, dropped ones dimmed, each answer's box, a legend below.
 
-    keep:    raster indices on the grid x grid patches of the padded square
+    keep:    indices of the visual tokens that were kept
+    at:      (N, 4) which part of the image each visual token shows, pixels
     answers: at most one for each mode, boxes in pixels of the image
     caption: one line, or several with newlines between them
+    truth:   the true box, where it is known
     """
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     width, height = max(size[0], MIN_WIDTH) + 2 * MARGIN, max(size[1], MIN_HEIGHT) + 2 * MARGIN
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    across, down = size[0] / image.width, size[1] / image.height
+
+    def on_page(box: Box) -> Box:
+        return (box[0] * scale + left, box[1] * scale + top,
+                box[2] * scale + left, box[3] * scale + top)
+
+    boxes = {answer.mode: on_page(answer.box) for answer in answers if answer.box is not None}
     lines = caption.split("\n")
-    page = Image.new("RGB", (width, height + ROW * (len(lines) + len(answers)) + MARGIN), PAGE)
-    page.paste(dim_dropped(image.resize(size, Image.Resampling.LANCZOS), keep, grid), (left, top))
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
-    boxes = {a.mode: tuple(v * scale + (left, top)[k % 2] for k, v in enumerate(a.box))
-             for a in answers if a.box is not None}
-    draw_boxes(pen, boxes, {a.mode: a.label for a in answers}, (width, height))
-    for row, line in enumerate(lines):
-        line = shortened(line, pen, font, width - 2 * MARGIN)
-        pen.text((MARGIN, height + ROW * (row + 0.5)), line, font=font, fill=PAPER, anchor="lm")
-    for row, answer in enumerate(answers, len(lines)):
-        y = height + ROW * (row + 0.5)
-        stroke(pen, [(MARGIN + 8, y, MARGIN + 78, y)], answer.mode)
-        text = answer.label + ("" if answer.box else ", no box")
-        pen.text((MARGIN + 104, y), text, font=font, fill=PAPER, anchor="lm")
+    legend = [(answer.label if answer.box else f"{answer.label}, no box", STYLES[answer.mode])
+              for answer in answers]
+    if truth is not None:
+        legend.append(("the true box", TRUTH))
+    page = Image.new("RGB", (width, height + ROW * (len(lines) + len(legend)) + MARGIN), PAGE)
+    at = at.cpu() * torch.tensor([across, down, across, down])
+    page.paste(dim_dropped(image.resize(size, Image.Resampling.LANCZOS), keep, at), (left, top))
+    pen = ImageDraw.Draw(page)
+    draw_boxes(pen, boxes, None if truth is None else on_page(truth), (width, height))
+    draw_legend(pen, lines, legend, width, height)
     return page
 
 
-# ----- on disk -------------------------------------------------------------------------------------
+def draw_legend(pen: ImageDraw.ImageDraw, lines: Sequence[str], legend: Sequence[tuple[str, Style]],
+                width: int, top: int) -> None:
+    """Lines of text, and below them each style with what it stands for."""
+    font = ImageFont.load_default(FONT_SIZE)
+    y = top + ROW / 2
+    for line in lines:
+        line = shortened(line, width - 2 * MARGIN, lambda text: pen.textlength(text, font))
+        pen.text((MARGIN, y), line, font=font, fill=PAPER, anchor="lm")
+        y += ROW
+    for text, style in legend:
+        stroke(pen, [((MARGIN + 8, y, MARGIN + 78, y), style)])
+        pen.text((MARGIN + 104, y), text, font=font, fill=PAPER, anchor="lm")
+        y += ROW
+
+
+# ----- the picture of a query ---------------------------------------------------------------------
+
+
+def agreement(result: Result, full: Result | None) -> float | None:
+    """IoU of a box with that of the full run; None where one of them is missing."""
+    if full is None or result.box is None or full.box is None:
+        return None
+    return iou(result.box, full.box)
+
+
+def label(mode: str, result: Result, full: Result | None) -> str:
+    """What the legend says of an answer: "gap, 72 tokens, IoU 0.93"."""
+    text = f"{mode}, {result.visual_tokens:g} tokens"
+    with_full = agreement(result, full)
+    return text if mode == "full" or with_full is None else f"{text}, IoU {with_full:.2f}"
+
+
+def draw_results(image: Image.Image, encoded: EncodedImage, expression: str, prune: str,
+                 results: dict[str, Result], truth: Box | None = None) -> Image.Image:
+    """The picture of one query.
+
+    encoded: the image as the model saw it
+    prune:   the strategy's name
+    results: by mode
+    """
+    kept = min((result.keep.tolist() for result in results.values()), key=len)
+    pruned = f"{prune} keeps {len(kept)} of {encoded.n_visual} patches"
+    if set(results) == {"full"}:
+        pruned = f"all {encoded.n_visual} patches"
+    full = results.get("full")
+    answers = [DrawnBox(mode, label(mode, result, full), result.box)
+               for mode, result in results.items()]
+    caption = f"\"{' '.join(expression.split())}\"\n{pruned}"
+    return draw_answers(image, kept, encoded.at, answers, caption, truth)
+
+
+# ----- on disk ------------------------------------------------------------------------------------
 
 
 def check_picture(flag: str, path: Path, image: str | None = None) -> None:
@@ -197,6 +314,7 @@ def check_picture(flag: str, path: Path, image: str | None = None) -> None:
 
 
 def unwritable(flag: str, path: Path, error: OSError) -> NanogapError:
+    """The mistake that a failed write is."""
     why = error.strerror or error
     return NanogapError(f"{flag} {path} cannot be written ({why}); give another path")
 
