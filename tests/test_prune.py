@@ -4,33 +4,76 @@ The published methods are also compared, on random images, with the same in plai
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import nanogap
 from nanogap import NanogapError, prune
-from nanogap.prune import ADAPTIVE, STRATEGIES, Kept, Seen, outliers, ranked, select, without
+from nanogap.models.llava import Llava
+from nanogap.prune import (
+    FIELDS,
+    STRATEGIES,
+    Kept,
+    View,
+    VisualTokens,
+    budget_of,
+    finds_budget,
+    needs_of,
+    outliers,
+    ranked,
+    shared_out,
+    strategy,
+    without,
+)
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("prumerge", "prumerge_plus", "trim", "visionzip", "divprune", "vispruner")
+ADAPTIVE = [name for name in STRATEGIES if finds_budget(name)]
 
 
-def seen(n: int = 16, seed: int = 0, **given: Tensor) -> Seen:
-    """A random image of n patches, but for the fields that are given."""
+@pytest.fixture(autouse=True)
+def strategies_of_their_own() -> Iterator[None]:
+    """What a test enters in STRATEGIES is gone after it."""
+    before = dict(STRATEGIES)
+    yield
+    STRATEGIES.clear()
+    STRATEGIES.update(before)
+
+
+def seen(n: int = 16, seed: int = 0, rows: int | None = None, **given: Tensor) -> VisualTokens:
+    """A random image of n patches, a square where rows are not given, but for the fields given."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"features": (n, 8), "cls": (8,), "cls_attention": (2, n), "keys": (n, 4),
               "last_queries": (1 + n, 8), "last_keys": (1 + n, 8), "projected": (n, 6),
               "aligned": (n, 5), "text": (5,), "attention": (3, n)}
     made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     made |= {name: made[name].abs() for name in ("cls_attention", "attention")}
-    return Seen(**made | given)
+    made |= given
+    rows = rows or math.isqrt(n)
+    return VisualTokens(made.pop("features"), rows, n // rows, made)
+
+
+def select(name: str, image: VisualTokens, budget: int | None, seed: int = 0) -> Kept:
+    """Run a strategy on an image that is seen as a single rectangle."""
+    return prune.select(name, [View(image, torch.arange(len(image.features)))], budget, seed)
 
 
 def kept(name: str, budget: int | None, **given: Tensor) -> list[int]:
     return select(name, seen(**given), budget).keep.tolist()
+
+
+def budgets(name: str, *given: int) -> list[int | None]:
+    """These budgets, and none where the strategy finds one itself."""
+    return [*given, None] if name in ADAPTIVE else [*given]
+
+
+def tensors(image: VisualTokens) -> dict[str, Tensor]:
+    """All that is seen in an image."""
+    return {"features": image.features, **image.fields}
 
 
 def first_best(n: int = 16) -> Tensor:
@@ -38,14 +81,15 @@ def first_best(n: int = 16) -> Tensor:
     return torch.arange(n, 0, -1.0)[None]
 
 
-def each(image: Seen, change: Callable[[Tensor], Tensor]) -> Seen:
+def each(image: VisualTokens, change: Callable[[Tensor], Tensor]) -> VisualTokens:
     """The same image, with every tensor changed."""
-    return Seen(**{f.name: change(getattr(image, f.name)) for f in fields(image)})
+    fields = {name: change(value) for name, value in image.fields.items()}
+    return VisualTokens(change(image.features), image.rows, image.columns, fields)
 
 
 def same(a: Kept, b: Kept) -> bool:
     return all((x is None) == (y is None) and (x is None or torch.equal(x, y))
-               for x, y in zip((a.keep, a.features, a.added), (b.keep, b.features, b.added)))
+               for x, y in [(a.keep, b.keep), (a.features, b.features), (a.added, b.added)])
 
 
 # ----- every strategy -----------------------------------------------------------------------------
@@ -76,9 +120,9 @@ def test_adaptive_strategies_find_a_budget_themselves(name: str, n: int):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategies_are_pure(name: str):
     given, copy = seen(), seen()
-    for budget in [5] + [None] * (name in ADAPTIVE):
+    for budget in budgets(name, 5):
         assert same(select(name, given, budget, seed=3), select(name, given, budget, seed=3))
-    assert all(torch.equal(getattr(given, f.name), getattr(copy, f.name)) for f in fields(given))
+    assert all(torch.equal(value, tensors(copy)[name]) for name, value in tensors(given).items())
 
 
 @pytest.mark.parametrize("name, keep", [
@@ -90,7 +134,7 @@ def test_ties_go_to_the_lower_index_and_nothing_is_divided_by_zero(name: str, ke
     """An image of zeros: every score is a tie, every vector has length zero."""
     blank = each(seen(), torch.zeros_like)
     assert select(name, blank, 4).keep.tolist() == keep
-    for budget in [1, 2, 4, 13, 16] + [None] * (name in ADAPTIVE):
+    for budget in budgets(name, 1, 2, 4, 13, 16):
         result = select(name, blank, budget)
         assert all(t is None or t.isfinite().all() for t in (result.features, result.added))
 
@@ -100,7 +144,7 @@ def test_ties_go_to_the_lower_index_and_nothing_is_divided_by_zero(name: str, ke
 def test_half_precision_is_scored_in_float32_and_given_back(name: str, dtype: torch.dtype):
     half = each(seen(144), lambda t: t.to(dtype))
     full = each(half, Tensor.float)
-    for budget in [13, 36, 100, 130] + [None] * (name in ADAPTIVE):
+    for budget in budgets(name, 13, 36, 100, 130):
         a, b = select(name, half, budget), select(name, full, budget)
         rounded = [None if t is None else t.to(dtype) for t in (b.features, b.added)]
         assert same(a, Kept(b.keep, *rounded))
@@ -110,11 +154,11 @@ def test_half_precision_is_scored_in_float32_and_given_back(name: str, dtype: to
 def test_tensors_are_made_on_the_device_of_the_image(name: str):
     """What is made without saying where lands on "meta" here, and does not mix with the image."""
     image, generator = seen(), torch.Generator()
-    for budget in [1, 5, 13, 16] + [None] * (name in ADAPTIVE):
+    for budget in budgets(name, 1, 5, 13, 16):
         with torch.device("meta"):
             result = STRATEGIES[name](image, budget, generator)
-        tensors = (result.keep, result.features, result.added)
-        assert all(t is None or t.device.type == "cpu" for t in tensors)
+        made = (result.keep, result.features, result.added)
+        assert all(t is None or t.device.type == "cpu" for t in made)
 
 
 @pytest.mark.parametrize("budget", [0, -1, 17])
@@ -125,7 +169,8 @@ def test_a_budget_out_of_range_is_refused(budget: int):
 
 @pytest.mark.parametrize("budget", [2.5, True, "50%"])
 def test_a_budget_that_is_no_whole_number_is_refused(budget: object):
-    with pytest.raises(NanogapError, match=f"keep is {budget!r} here: give a whole number from 1 to 16"):
+    message = f"keep is {budget!r} here: give a whole number from 1 to 16"
+    with pytest.raises(NanogapError, match=message):
         select("random", seen(), budget)
 
 
@@ -144,14 +189,274 @@ def test_an_unknown_strategy_is_answered_with_the_known_ones():
      r"features must be \(K, C\) = \(2, 8\), a row for each of keep; they are \(16, 8\)"),
     ({"features": torch.ones(2, 7)}, r"features must be \(K, C\) = \(2, 8\), .* they are \(2, 7\)"),
     ({"features": torch.ones(2)}, r".* they are \(2,\)"),
-    ({"added": torch.ones(8)}, r"added must be \(M, C\) = \(any, 8\), a row for each token; they are \(8,\)"),
+    ({"added": torch.ones(8)},
+     r"added must be \(M, C\) = \(any, 8\), a row for each token; they are \(8,\)"),
     ({"added": torch.ones(1, 7)}, r".* they are \(1, 7\)"),
 ])
 def test_merged_features_of_the_wrong_shape_are_refused_and_the_strategys_own_file_is_named(
         monkeypatch, made: dict, message: str):
     monkeypatch.setitem(STRATEGIES, "mine", lambda *_: Kept(torch.tensor([3, 5]), **made))
-    with pytest.raises(NanogapError, match=f"the strategy mine: {message}; mend it in .*test_prune.py, line"):
+    message = f"the strategy mine: {message}; mend it in .*test_prune.py, line"
+    with pytest.raises(NanogapError, match=message):
         select("mine", seen(), 2)
+
+
+# ----- what a strategy asks to see ----------------------------------------------------------------
+
+
+def test_a_field_that_was_not_asked_for_is_answered_with_the_line_that_asks_for_it():
+    image = VisualTokens(torch.ones(16, 8), 4, 4)
+    with pytest.raises(NanogapError) as caught:
+        image.text                                     # noqa: B018
+    assert str(caught.value) == ('`text` is not there: add it to needs, as in '
+                                 '@strategy(needs={"text"})')
+
+
+def test_what_no_image_has_is_no_field():
+    with pytest.raises(AttributeError, match="no `colour` to see: only features, rows, .*, cls, "):
+        VisualTokens(torch.ones(16, 8), 4, 4).colour   # noqa: B018
+
+
+def test_a_model_shows_a_strategy_what_it_asks_for_and_nothing_else(model: Llava):
+    """It could see `cls` in any image; the strategy did not ask."""
+    @strategy(needs={"keys"})
+    def mine(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+        assert set(seen.fields) == {"keys"}
+        return Kept(ranked(seen.cls.new_zeros(16), budget))
+
+    with pytest.raises(NanogapError, match='`cls` is not there: add it to needs, as in .*"cls"'):
+        model.ground(ROOT / "image.jpg", "the man", "mine", 4)
+
+
+def test_a_strategy_that_reads_the_expression_says_so_or_is_told_to():
+    @strategy()
+    def deaf(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+        return Kept(ranked(seen.features @ seen.text, budget))
+
+    heard = []
+
+    @strategy(needs={"text"})
+    def listens(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+        heard.append(seen.text)
+        return Kept(torch.arange(budget))
+
+    mini = nanogap.load(ROOT / "weights/mini", "cpu")
+    with pytest.raises(NanogapError, match="`text` is not there: add it to needs"):
+        mini.ground(ROOT / "image.jpg", "the man on the left", "deaf", 4)
+    mini.ground(ROOT / "image.jpg", "the man on the left", "listens", 4, max_new_tokens=1)
+    assert torch.equal(heard[0], mini.embed_text("the man on the left"))
+
+
+def test_the_decorator_enters_a_function_and_notes_what_it_needs():
+    def mine(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+        return Kept(torch.arange(budget))
+
+    assert strategy(needs=["cls", "keys"], finds_budget=True)(mine) is mine
+    assert STRATEGIES["mine"] is mine
+    assert needs_of("mine") == {"cls", "keys"} and finds_budget("mine")
+    assert not prune.in_decoder("mine") and prune.in_decoder("fastv")
+
+
+def test_a_function_in_the_dictionary_without_the_decorator_is_a_strategy_that_needs_nothing():
+    STRATEGIES["mine"] = lambda seen, budget, generator: Kept(torch.arange(budget))
+    assert needs_of("mine") == frozenset() and not finds_budget("mine")
+    assert kept("mine", 3) == [0, 1, 2]
+
+
+def test_an_unknown_need_is_refused_before_anything_is_entered():
+    with pytest.raises(NanogapError, match="no strategy can see 'colour': choose from cls, cls_"):
+        strategy(needs={"cls", "colour"})
+    with pytest.raises(NanogapError, match="no strategy can see"):
+        @strategy(needs={"colour"})
+        def mine(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+            return Kept(torch.arange(budget))
+    assert "mine" not in STRATEGIES
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_asks_for_the_fields_that_it_reads_and_for_no_others(name: str):
+    """It works with these alone, and misses each of them that is not there."""
+    image, needs = seen(), needs_of(name)
+    assert needs <= set(FIELDS)
+    for budget in budgets(name, 13):
+        only = {field: image.fields[field] for field in needs}
+        result = select(name, VisualTokens(image.features, 4, 4, only), budget)
+        assert same(result, select(name, image, budget))
+        for field in needs:
+            others = {other: value for other, value in only.items() if other != field}
+            with pytest.raises(NanogapError, match=f"`{field}` is not there"):
+                select(name, VisualTokens(image.features, 4, 4, others), budget)
+
+
+# ----- a strategy in a file of one's own ----------------------------------------------------------
+
+PLAIN = """
+import torch
+from nanogap.prune import Kept
+
+def last(seen, budget, generator):
+    return Kept(torch.arange(len(seen.features))[-budget:])
+"""
+DECORATED = """
+from nanogap.prune import Kept, ranked, strategy
+
+@strategy(needs={"cls"}, finds_budget=True)
+def like(seen, budget, generator):
+    return Kept(ranked(seen.features @ seen.cls, budget or 2))
+"""
+
+
+def written(folder: Path, text: str, name: str = "my_method.py") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_plain_function_in_a_file_is_a_strategy(tmp_path: Path, model: Llava):
+    name = f"{written(tmp_path, PLAIN)}:last"
+    assert prune.find(name) == "last"
+    assert kept("last", 3) == [13, 14, 15] and needs_of("last") == frozenset()
+    result = model.ground(ROOT / "image.jpg", "the man", name, 3, max_new_tokens=1)
+    assert result.keep.tolist() == [13, 14, 15]
+
+
+def test_a_file_may_say_what_its_strategy_needs(tmp_path: Path, model: Llava):
+    name = f"{written(tmp_path, DECORATED)}:like"
+    assert prune.find(name) == "like" and needs_of("like") == {"cls"} and finds_budget("like")
+    result = model.ground(ROOT / "image.jpg", "the man", name, None, max_new_tokens=1)
+    assert len(result.keep) == 2
+
+
+def test_a_file_that_was_edited_is_read_again(tmp_path: Path):
+    name = f"{written(tmp_path, PLAIN)}:last"
+    prune.find(name)
+    written(tmp_path, PLAIN.replace("[-budget:]", "[:budget]"))
+    prune.find(name)
+    assert kept("last", 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("file, text, message", [
+    ("none.py", None, "'none.py:last': there is no file none.py; give FILE.py:NAME"),
+    ("m.txt", PLAIN, "'m.txt:last': m.txt is no Python file; give FILE.py:NAME"),
+    ("m.py", "def last(:\n",
+     "m.py cannot be imported (SyntaxError: invalid syntax (m.py, line 1)); mend it there"),
+    ("m.py", "raise OSError('no disk')",
+     "m.py cannot be imported (OSError: no disk); mend it there"),
+    ("m.py", "import nothing_like_it",
+     "m.py cannot be imported (ModuleNotFoundError: No module named 'nothing_like_it'); "
+     "mend it there"),
+    ("m.py", PLAIN.replace("last", "first"), "m.py has no function 'last'; give FILE.py:NAME"),
+    ("m.py", "last = 3", "m.py has no function 'last'; give FILE.py:NAME")])
+def test_a_file_that_gives_no_strategy_is_one_error(
+        file: str, text: str | None, message: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        written(tmp_path, text, file)
+    with pytest.raises(NanogapError) as caught:
+        prune.find(f"{file}:last")
+    assert str(caught.value) == message
+    assert "last" not in STRATEGIES
+
+
+def test_a_name_without_a_file_is_a_known_one():
+    assert prune.find("random") == "random"
+    message = "unknown strategy 'best': choose from random, .* or give one of your own as FILE.py:"
+    with pytest.raises(NanogapError, match=message):
+        prune.find("best")
+
+
+# ----- budgets in words ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep, n_visual, budget", [
+    (64, 576, 64), ("64", 576, 64), ("25%", 576, 144), ("100%", 576, 576),
+    ("25%", 2, 1),                                     # half a token, but never none
+    ("1%", 576, 6),                                    # 5.76
+    ("1%", 16, 1),
+    ("auto", 576, None), (None, 576, None)])
+def test_a_budget_is_a_number_of_tokens_or_a_share_of_them(
+        keep: int | str | None, n_visual: int, budget: int | None):
+    assert budget_of(keep, n_visual) == budget
+
+
+@pytest.mark.parametrize("keep", ["0", "0%", "101%", "577"])
+def test_a_budget_in_words_that_is_out_of_range_is_refused(keep: str):
+    with pytest.raises(NanogapError) as caught:
+        budget_of(keep, 576)
+    assert str(caught.value) == (f"cannot keep {keep} of 576 visual tokens: "
+                                 "keep from 1 to 576, or 1% to 100%")
+
+
+@pytest.mark.parametrize("keep", ["x", "", "%", "1.5", "-3", "25 %", "5%%", "\u0663", "9" * 9])
+def test_words_that_are_no_budget_are_refused_with_the_three_that_are(keep: str):
+    with pytest.raises(NanogapError) as caught:
+        budget_of(keep, 576)
+    assert str(caught.value) == (f"keep is {keep!r} here: give a number of visual tokens such as "
+                                 '64, a share such as "25%", or "auto"')
+
+
+# ----- several views ------------------------------------------------------------------------------
+
+
+def two_views() -> tuple[View, View]:
+    """6 rows of 4 patches, behind each a token that is no patch; and behind all 2 rows of 3."""
+    index = torch.tensor([5 * row + column for row in range(6) for column in range(4)])
+    return View(seen(24, 1, rows=6), index), View(seen(6, 2, rows=2), torch.arange(30, 36))
+
+
+@pytest.mark.parametrize("budget, sizes, shares", [
+    (10, [24, 6], [8, 2]),
+    (7, [24, 6], [6, 1]),                              # 5.6 and 1.4
+    (3, [24, 6], [2, 1]),                              # 2.4 and 0.6
+    (1, [24, 6], [1, 0]),                              # 0.8 and 0.2
+    (30, [24, 6], [24, 6]),
+    (4, [5, 5, 5], [2, 1, 1]),                         # 1.33 each: the first gets what is left
+    (5, [16], [5])])
+def test_a_budget_is_shared_out_in_proportion(budget: int, sizes: list[int], shares: list[int]):
+    assert shared_out(budget, sizes) == shares
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_is_kept_of_two_views_is_what_is_kept_of_each(name: str):
+    """Its indices are those of the image; view follows view, and what is added goes last."""
+    views = two_views()
+    for budget in budgets(name, 20, 30):
+        shares = {20: [16, 4], 30: [24, 6], None: [None, None]}[budget]
+        parts = [select(name, view.seen, share, seed=3)
+                 for view, share in zip(views, shares, strict=True)]
+        keep = [view.index[part.keep] for view, part in zip(views, parts, strict=True)]
+        features = [part.features for part in parts if part.features is not None]
+        added = [part.added for part in parts if part.added is not None]
+        expected = Kept(torch.cat(keep), torch.cat(features) if features else None,
+                        torch.cat(added) if added else None)
+        assert same(prune.select(name, views, budget, seed=3), expected)
+
+
+def test_patches_of_a_view_in_which_nothing_is_merged_keep_their_features():
+    """VisionZip, of 10 and 2 tokens: two patches of the first view gather others, none there."""
+    views = two_views()
+    result = prune.select("visionzip", views, 12)
+    assert result.features.shape == (10, 8) and result.added.shape == (2, 8)
+    last = int(result.keep[-1]) - 30
+    assert torch.equal(result.features[-1], views[1].seen.features[last])
+    assert torch.equal(result.added, torch.stack([view.seen.cls for view in views]))
+
+
+def test_a_view_that_gets_no_share_is_not_asked():
+    views = two_views()                                # 1.6 and 0.4 tokens: two and none
+    alone = select("cls_attention", views[0].seen, 2).keep
+    assert prune.select("cls_attention", views, 2).keep.tolist() == views[0].index[alone].tolist()
+    assert prune.select("prumerge", views, 2).added.shape == (1, 8)
+
+
+def test_the_budget_of_two_views_is_checked_against_both():
+    with pytest.raises(NanogapError, match="cannot keep 31 of 30 visual tokens: keep from 1 to 30"):
+        prune.select("random", two_views(), 31)
+
+
+def test_a_strategy_may_keep_fewer_than_its_share_of_each_view():
+    STRATEGIES["one"] = lambda seen, budget, generator: Kept(torch.tensor([1]))
+    assert prune.select("one", two_views(), 10).keep.tolist() == [1, 31]
 
 
 # ----- what they share ----------------------------------------------------------------------------
@@ -199,6 +504,24 @@ def test_spatial_is_a_stride_on_the_grid_of_llava(n: int, stride: int):
     assert rows.diff().tolist() == columns.diff().tolist() == [stride] * (24 // stride - 1)
 
 
+@pytest.mark.parametrize("rows, columns, budget, keep", [
+    (2, 8, 4, [9, 11, 13, 15]),                        # every second column of one row
+    (8, 2, 4, [3, 7, 11, 15]),                         # every second row of one column
+    (6, 4, 6, [5, 7, 13, 15, 21, 23]),                 # rows 1, 3, 5; columns 1, 3
+    (2, 3, 6, [0, 1, 2, 3, 4, 5]),
+    (7, 1, 1, [3])])
+def test_spatial_is_as_dense_in_rows_as_in_columns_of_any_rectangle(
+        rows: int, columns: int, budget: int, keep: list[int]):
+    assert select("spatial", seen(rows * columns, rows=rows), budget).keep.tolist() == keep
+
+
+@pytest.mark.parametrize("rows, columns", [(6, 4), (2, 3), (1, 7), (7, 1), (32, 8), (3, 17)])
+def test_spatial_takes_no_patch_of_a_rectangle_twice(rows: int, columns: int):
+    for budget in range(1, rows * columns + 1):
+        keep = select("spatial", seen(rows * columns, rows=rows), budget).keep
+        assert len(keep.unique()) == len(keep) == budget
+
+
 @pytest.mark.parametrize("name, field", [
     ("cls_attention", "cls_attention"), ("fastv", "attention")])
 def test_attention_ranks_by_the_mean_over_heads(name: str, field: str):
@@ -222,7 +545,7 @@ def test_similarity_ranks_by_the_angle(name: str, patches: str, point: str):
 # ----- PruMerge -----------------------------------------------------------------------------------
 
 
-def attended(weights: dict[int, int], others: int = 1, cls: int = 16) -> Seen:
+def attended(weights: dict[int, int], others: int = 1, cls: int = 16) -> VisualTokens:
     """A 4 x 4 image whose CLS gives patches these weights, before they are divided by their sum.
 
     Queries and keys are 4 wide, so a dot product is divided by 2, and keys begin with a logarithm.
@@ -253,7 +576,7 @@ def test_prumerge_merges_the_nearest_by_the_angle_of_their_keys(monkeypatch: pyt
     keys[1:, 1] = 1                                    # all point up, to the right
     keys[1:, 0] = torch.tensor([9.0, 1, 2, 3, 30, 4, 5, 1, 2, 3, 4, 5, 1, 2, 3, 4])
     keys[5] *= 2                                       # patch 4: (60, 2)
-    image = replace(attended({}), last_queries=torch.zeros(17, 2), last_keys=keys)
+    image = seen(features=torch.eye(16), last_queries=torch.zeros(17, 2), last_keys=keys)
     result = select("prumerge", image, 1)              # all scores are 1 / 17
     assert result.keep.tolist() == [0]
     assert result.features[0].nonzero().flatten().tolist() == [0, 4, 6]
@@ -418,7 +741,7 @@ Plain = tuple[list[int], list[list[float]] | None, list[float] | None]     # kee
 
 
 def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b))
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -430,7 +753,7 @@ def best_first(indices: list[int], score: Callable[[int], float]) -> list[int]:
 
 
 def plus(a: list[float], b: list[float], times: float = 1) -> list[float]:
-    return [x + times * y for x, y in zip(a, b)]
+    return [x + times * y for x, y in zip(a, b, strict=True)]
 
 
 def plain_softmax(scores: list[float]) -> list[float]:
@@ -464,7 +787,7 @@ def plain_prumerge(image: dict, budget: int | None, even: bool = False) -> Plain
     features = []
     for i in keep:
         y = x[i]
-        near = best_first([*range(N)], lambda j: cosine(k[1 + i], k[1 + j]))
+        near = best_first([*range(N)], lambda j, i=i: cosine(k[1 + i], k[1 + j]))
         for j in [j for j in near if j != i][:32]:
             y = plus(y, x[j], a[j])
         features.append(y)
@@ -483,7 +806,7 @@ def plain_trim(image: dict, budget: int | None) -> Plain:
     p = plain_softmax([-dot(z, t) for z in image["aligned"]])
     keep = sorted(best_first([*range(len(x))], lambda i: p[i])[:budget or plain_outliers(p)])
     dropped = [x[j] for j in range(len(x)) if j not in keep]
-    return keep, None, [sum(column) / len(dropped) for column in zip(*dropped)]
+    return keep, None, [sum(column) / len(dropped) for column in zip(*dropped, strict=True)]
 
 
 def plain_visionzip(image: dict, budget: int) -> Plain:
@@ -497,7 +820,8 @@ def plain_visionzip(image: dict, budget: int) -> Plain:
     assigned = {target: [] for target in targets}
     for j in others:
         if j not in targets:
-            assigned[best_first(targets, lambda target: cosine(k[j], k[target]))[0]].append(x[j])
+            nearest = best_first(targets, lambda target, j=j: cosine(k[j], k[target]))[0]
+            assigned[nearest].append(x[j])
     features = [x[i] for i in best]
     for target in targets:
         y = x[target]
@@ -512,7 +836,8 @@ def plain_divprune(image: dict, budget: int) -> Plain:
     D = [[1 - cosine(v[i], v[j]) for j in range(N)] for i in range(N)]
     keep = best_first([*range(N)], lambda i: sorted(D[i])[1])[:1]
     while len(keep) < budget:
-        keep += best_first([*range(N)], lambda i: min(D[i][j] for j in keep))[:1]
+        nearest = [min(D[i][j] for j in keep) for i in range(N)]
+        keep += best_first([*range(N)], lambda i, nearest=nearest: nearest[i])[:1]
     return sorted(keep), None, None
 
 
@@ -525,7 +850,7 @@ def plain_vispruner(image: dict, budget: int) -> Plain:
     while len(R) > diverse:
         r = min(8, len(R) - diverse)
         a, b = R[0::2], R[1::2]
-        a = best_first(a, lambda i: max(cosine(x[i], x[j]) for j in b))
+        a = best_first(a, lambda i, b=b: max(cosine(x[i], x[j]) for j in b))
         R = a[r:] + b
     return sorted(important + R), None, None
 
@@ -535,8 +860,8 @@ def plain_vispruner(image: dict, budget: int) -> Plain:
 def test_a_published_method_is_what_it_is_in_plain_python(name: str, n: int, budget: int):
     """81 patches: of 13, VisPruner deals out an odd 75; 32 nearest are not all of either image."""
     image = seen(n, seed=n)
-    plain = {f.name: getattr(image, f.name).double().tolist() for f in fields(image)}
-    for asked in [budget] + [None] * (name in ADAPTIVE):
+    plain = {name: value.double().tolist() for name, value in tensors(image).items()}
+    for asked in budgets(name, budget):
         result = select(name, image, asked)
         keep, features, added = globals()[f"plain_{name}"](plain, asked)
         assert result.keep.tolist() == keep
@@ -555,6 +880,7 @@ def test_a_published_method_is_what_it_is_in_plain_python(name: str, n: int, bud
                          ids=["a tensor", "too many", "one twice", "beyond the image", "before it",
                               "no integers", "a table", "a list", "none"])
 def test_a_strategy_of_your_own_that_returns_something_else_is_named(monkeypatch, wrong):
-    monkeypatch.setitem(prune.STRATEGIES, "mine", wrong)
-    with pytest.raises(NanogapError, match="the strategy mine must return Kept.keep. with at most 2"):
-        prune.select("mine", seen(), 2)
+    monkeypatch.setitem(STRATEGIES, "mine", wrong)
+    message = "the strategy mine must return Kept.keep. with at most 2"
+    with pytest.raises(NanogapError, match=message):
+        select("mine", seen(), 2)
