@@ -160,6 +160,23 @@ def test_without_a_cut_it_is_plain_prefill_bit_for_bit(model: Llava):
     assert torch.equal(prompt.cache.values[..., :rows, :], cache.values[..., :rows, :])
 
 
+@pytest.mark.parametrize("mode", PRUNED)
+def test_drafted_tokens_are_read_with_the_prompt_as_if_they_had_been_said(model: Llava, mode: str):
+    """A chain of two and a choice of three: the logits behind each, as whole passes give them."""
+    ids, keep = model.prompt(WORDS), Kept(torch.tensor([9, 2, 14]))
+    P, A = model.around_image(ids)
+    layout = lay_out(keep.keep, P, 16, A, mode)
+    x = model.embed(ids, model.encode_image(ROOT / "image.jpg"), keep, layout.order)
+    prompt = prefill(model.language_model, x, layout, drafted=Draft((7, 8), (20, 21, 22)))
+    said = [[], [7], [7, 8], [7, 8, 20], [7, 8, 21], [7, 8, 22]]
+    for logits, tokens in zip(prompt.logits, said, strict=True):
+        behind = model.language_model.model.embed_tokens(torch.tensor(tokens).long())
+        places = layout.next_position + torch.arange(len(tokens))
+        whole_pass = model.language_model(torch.cat([x, behind[None]], 1),
+                                          torch.cat([layout.position_ids, places]))
+        assert torch.allclose(logits, whole_pass[0, -1], atol=1e-4)
+
+
 @pytest.mark.parametrize("layers", [[1], [2], [1, 2]])
 @pytest.mark.parametrize("mode", RASTER)
 def test_cuts_that_keep_everything_are_no_cuts(model: Llava, layers: list[int], mode: str):
