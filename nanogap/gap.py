@@ -67,7 +67,7 @@ def lay_out(keep: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> Layo
     original = torch.cat([keep, keep.new_full((M,), N - 1)])
     compact = arange(len(original), device=keep.device)
     visual = original if visual_ids == "original" else compact    # GAP, 1: a patch keeps its ID
-    length = N if text_ids == "original" else len(compact)       # GAP, 2: so does the text after it
+    length = N if text_ids == "original" else len(compact)        # GAP, 2: so does the text after
     before, after = arange(P, device=keep.device), arange(A, device=keep.device)
     position_ids = torch.cat([before, P + visual, P + length + after])
     return Layout(keep, order, position_ids, P + length + A, P, N, A, mode)
