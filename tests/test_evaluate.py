@@ -1,4 +1,5 @@
 """The evaluator on checkpoints of which the answers are known, and on the mini model."""
+# ruff: noqa: F811
 
 import json
 import subprocess
@@ -6,15 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import nanogap
-from nanogap.evaluate import ablate
-from nanogap.evaluate import __main__ as evaluate
-from nanogap.evaluate import journal
 from nanogap.cli import answer_for
+from nanogap.evaluate import __main__ as evaluate
+from nanogap.evaluate import ablate, journal, plot
 from nanogap.evaluate.__main__ import drawn_data, first
 from nanogap.evaluate.refcoco import Example
+from nanogap.gap import MODES
+from nanogap.models.llava import Llava
+from nanogap.prune import STRATEGIES, View, VisualTokens
+from nanogap.weights import default_weights
 from tests.test_run import finder, weights  # noqa: F401
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -46,7 +51,7 @@ def annotations(tmp_path: Path) -> Path:
 
 def run(*arguments: object) -> int:
     argv = [*map(str, arguments), "--device", "cpu"]
-    return answer_for("nanogap.evaluate", evaluate.command, argv)
+    return answer_for("nanogap.evaluate", evaluate.main, argv)
 
 
 def report(capsys) -> dict:
@@ -70,10 +75,17 @@ def test_the_limit_counts_expressions_and_not_images():
     assert first(examples, None) == examples
 
 
+class IMAGE:
+    """16 visual tokens in one view."""
+
+    n_visual = 16
+    views = [View(VisualTokens(torch.zeros(16, 1), 4, 4), torch.arange(16))]
+
+
 def test_mode_full_comes_once_and_the_same_budget_once():
     class Args:
         mode, prune, keep, ablate = ["full", "gap"], ["random", "spatial"], ["50%", "4", "8"], False
-    assert evaluate.runs_asked(Args, 16) == [
+    assert evaluate.runs_asked(Args, IMAGE) == [
         ("none", 16, "full"), ("random", 8, "gap"), ("random", 4, "gap"), ("spatial", 8, "gap"),
         ("spatial", 4, "gap")]
 
@@ -81,7 +93,7 @@ def test_mode_full_comes_once_and_the_same_budget_once():
 def test_the_ablation_asks_all_its_cases_in_place_of_modes():
     class Args:
         mode, prune, keep, ablate = ["full", "gap"], ["random"], ["4", "8"], True
-    runs = evaluate.runs_asked(Args, 16)
+    runs = evaluate.runs_asked(Args, IMAGE)
     assert len(runs) == len(ablate.WHOLE) + 2 * len(ablate.PRUNED)
     assert runs[0] == ("none", 16, "nothing changed")
     assert runs[-1] == ("random", 8, "original, text collides")
@@ -103,9 +115,11 @@ def test_boxes_are_mapped_back_and_scored_by_the_protocol(
     assert [line["iou"] for line in lines] == pytest.approx(ious)
     assert lines[0]["box"] == pytest.approx(box)
     assert lines[1] | {"box": 0, "iou": 0, "prefill_ms": 0, "decode_ms": 0} == {
-        "id": "2", "expression": "thing 1", "mode": "full", "prune": "none", "keep": 16, "box": 0,
+        "id": "2", "image": "a.jpg", "expression": "thing 1", "mode": "full", "prune": "none",
+        "keep": 16, "box": 0,
         "text": "[0.10, 0.25, 0.50, 0.60]", "truth": [20, 0, 100, 35], "iou": 0,
-        "visual_tokens": 16, "prefill_ms": 0, "decode_ms": 0}
+        "visual_tokens": 16, "kept": list(range(16)), "padding": 0.5, "prefill_ms": 0,
+        "decode_ms": 0}
     document = report(capsys)
     assert document["protocol"] == protocol
     assert document["runs"][0]["accuracy"] == (0.25 if protocol == "lmms-eval" else 0.5)
@@ -136,11 +150,11 @@ def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path
     picture = annotations.with_name("plot.png")
     assert run("--weights", finder, "--data", annotations, "--json", "--plot", picture) == 0
     document = report(capsys)
-    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "layer", "picture",
-                             "expressions", "of", "missing_images", "runs"}
+    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "layer",
+                             "picture", "expressions", "of", "missing_images", "runs"}
     assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
     assert [row["mode"] for row in document["runs"]] == ["full", "shifted", "permuted", "gap"]
-    assert Image.open(picture).width == 1000
+    assert Image.open(picture).width == plot.WIDTH
 
 
 # ----- every strategy, budget and mode ------------------------------------------------------------
@@ -156,30 +170,41 @@ def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
 
 
 def test_each_image_is_looked_at_once_and_its_prefix_is_read_once(folder, tmp_path, monkeypatch):
-    from nanogap.models.llava import Llava
-    looks, plain = [], Llava.look
+    encoded, prefixes = [], []
+    encode_image, prefill = Llava.encode_image, nanogap.ground.prefill
 
-    def look(self, image, share=False, **options):
+    def encode(self, image, needs=(), share=False):
         if share:
-            looks.append(image)
-        return plain(self, image, share, **options)
+            encoded.append(image)
+        return encode_image(self, image, needs, share)
 
-    monkeypatch.setattr(Llava, "look", look)
+    def read(model, x, layout, *more, **options):
+        if layout.A == 0:
+            prefixes.append(x)
+        return prefill(model, x, layout, *more, **options)
+
+    monkeypatch.setattr(Llava, "encode_image", encode)
+    monkeypatch.setattr(nanogap.ground, "prefill", read)
     assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
-    assert len(looks) == 2                                                     # 8 expressions and 1
+    assert len(encoded) == 2                                                   # 8 expressions and 1
+    assert len(prefixes) == 2 * 3                                              # images, runs
 
 
 def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
     seeds = []
-    monkeypatch.setattr(evaluate, "ask", lambda model, look, expression, run, seed:
+    monkeypatch.setattr(evaluate, "ask", lambda model, image, expression, run, seed, layer:
                         seeds.append(seed) or {"text": "", "box": None})
 
     class Model:
-        look = staticmethod(lambda image, share: Image.new("RGB", (9, 9)))
+        encode_image = staticmethod(lambda image, share: Image.new("RGB", (9, 9)))
+        parse_box = None
 
-    todo = [(Example(number, lambda: None, []), ("random", 4, "gap"), ("x", "thing", (0, 0, 1, 1)))
-            for number in (0, 3)]
-    assert len(list(evaluate.answers(Model, todo, 10, "pixels"))) == 2
+    class Args:
+        seed, layer, protocol = 10, 2, "pixels"
+
+    todo = [(Example(number, "a.jpg", (9, 9), lambda: None, []), ("random", 4, "gap"),
+             ("x", "thing", (0, 0, 1, 1))) for number in (0, 3)]
+    assert len(list(evaluate.answers(Model, todo, Args))) == 2
     assert seeds == [10, 13]
 
 
@@ -189,6 +214,46 @@ def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, capsys):
                "--json") == 0
     assert [row["mode"] for row in report(capsys)["runs"]] == [*ablate.WHOLE, *ablate.PRUNED]
     assert Image.open(picture).height > 14 * 40
+
+
+def test_every_mode_can_be_asked_of_every_strategy(folder, capsys):
+    assert run("--weights", folder, "--limit", 1, "--keep", 4, "--mode", *MODES, "--prune",
+               "spatial", "prumerge", "fastv", "--json") == 0
+    rows = report(capsys)["runs"]
+    assert [(row["prune"], row["mode"]) for row in rows] == [
+        ("none", "full"), *((prune, mode) for prune in ("spatial", "prumerge", "fastv")
+                            for mode in MODES if mode != "full")]
+
+
+def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.prune, "STRATEGIES", dict(STRATEGIES))
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\nfrom nanogap.prune import Kept\n\n"
+                    "def top_left(seen, budget, generator):\n"
+                    "    return Kept(torch.arange(budget))\n")
+    out = tmp_path / "answers.jsonl"
+    assert run("--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
+               f"{file}:top_left", "--out", out) == 0
+    answer = json.loads(out.read_text())
+    assert (answer["prune"], answer["kept"]) == ("top_left", [0, 1, 2])
+    assert answer["padding"] == 0.0
+    assert "top_left" in capsys.readouterr().out
+
+
+def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, capsys):
+    """3 layers of 16 tokens, of which 4 stay: before the last one (16 + 16 + 4) / 3."""
+    tokens = []
+    for layer in (1, 2):
+        assert run("--weights", folder, "--limit", 1, "--keep", 4, "--mode", "gap", "--prune",
+                   "fastv", "--layer", layer, "--json") == 0
+        tokens.append(report(capsys)["runs"][0]["visual_tokens"])
+    assert tokens == [8, 12]
+
+
+def test_the_weights_that_ship_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--limit", 1, "--mode", "full") == 0
+    assert capsys.readouterr().out.startswith(str(default_weights()))
 
 
 # ----- long runs ----------------------------------------------------------------------------------
@@ -248,7 +313,7 @@ def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder,
 
 
 def test_the_clip_that_reads_the_expression_is_a_setting():
-    args = evaluate.parse(["--weights", str(ROOT / "weights" / "mini")])
+    args = evaluate.parse_arguments(["--weights", str(ROOT / "weights" / "mini")])
     model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
     before = evaluate.settings(args, model, data)
     assert before == evaluate.settings(args, model, data)
@@ -288,14 +353,18 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     (["--data", "coco.json"], "--data coco.json cannot be read (No such file or directory); give"),
     (["--keep", "0"], "'0' is not a number of visual tokens such as 64"),
     (["--keep", "17"], "cannot keep 17 of 16 visual tokens"),
-    (["--prune", "best"], "invalid choice: 'best'"),
+    (["--prune", "best"], "unknown strategy 'best': choose from random, "),
+    (["--prune", "mine.py:best"], "there is no file mine.py; give FILE.py:NAME"),
     (["--prune", "random", "--keep", "auto"], "random needs a budget"),
     (["--ablate", "--mode", "gap"], "--ablate has its own modes"),
-    (["--ablate", "--keep", "auto"], "--ablate has its own modes, needs budgets"),
-    (["--ablate", "--prune", "spatial"], "takes the strategies random and cls_attention"),
+    (["--ablate", "--keep", "auto"], "random needs a budget"),
+    (["--layer", "3", "--prune", "fastv"], "fastv cannot cut before layer 3 of 3"),
+    (["--family", "llava"], "--family says whose format --score reads"),
+    (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say there"),
     (["--limit", "0"], "--limit 0 asks nothing"),
     (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),
-    (["--plot", "x.txt"], "--plot x.txt: a picture cannot be written with that ending; use .png or .jpg"),
+    (["--plot", "x.txt"], "--plot x.txt: a picture cannot be written with that ending; use .png "
+     "or .jpg"),
 ])
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
         folder, tmp_path, capsys, arguments: list, message: str):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogap.evaluate import journal
 from nanogap.cli import NanogapError
+from nanogap.evaluate import journal
 
 SETTINGS = {"weights": "mini 1234", "seed": 0}
 

@@ -34,6 +34,7 @@ QWEN = [{"image": f"data/coco/train2014/{NAME}.jpg", "sent": said, "bbox": box, 
 VLM_R1 = [{"image": f"coco/train2014/{NAME}.jpg", "problem": f"Please provide ... {said}.",
            "normal_caption": said, "solution": box, "normalized_solution": [0, 0, 999, 999], **SIZE}
           for said, box in SAID]
+OWN = [{"image": f"{NAME}.jpg", "expression": said, "box": box} for said, box in SAID]
 REFS = [{"ref_id": 1, "ann_id": 71, "image_id": 7, "split": "val", "file_name": "COCO_7_71.jpg",
          "sentences": [{"sent_id": 100, "sent": "the man", "raw": "THE MAN!", "tokens": []},
                        {"sent_id": 101, "sent": "man on left", "raw": "Man left", "tokens": []}]},
@@ -71,8 +72,9 @@ def told(data: Data) -> list[tuple[str, list]]:
 
 @pytest.mark.parametrize("text", [
     json.dumps(MINIGPT), lines(SHIKRA), lines(QWEN), json.dumps(VLM_R1),
-    lines(MINIGPT), json.dumps(QWEN, indent=2), "\ufeff\n" + lines(SHIKRA),
-], ids=["MiniGPT-v2", "Shikra", "Qwen", "VLM-R1", "lines of MiniGPT's", "indented", "with a BOM"])
+    lines(OWN), lines(MINIGPT), json.dumps(QWEN, indent=2), "\ufeff\n" + lines(SHIKRA),
+], ids=["MiniGPT-v2", "Shikra", "Qwen", "VLM-R1", "one's own", "lines of MiniGPT's", "indented",
+        "with a BOM"])
 def test_all_forms_say_the_same_and_the_name_of_the_file_says_nothing(folder: Path, text: str):
     data = read_data(write(folder, text), folder)
     assert told(data) == SAID and data.expressions == 3
@@ -114,7 +116,8 @@ def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
         read_data(write(folder, lines(QWEN)), folder, "val")
 
 
-BOX = '"width": 40, "height": 30, "image": "a.jpg", "sent": "x", "bbox": '
+def qwen(box: str) -> str:
+    return f'{{"width": 40, "height": 30, "image": "a.jpg", "sent": "x", "bbox": {box}}}'
 
 
 @pytest.mark.parametrize("text, message", [
@@ -130,15 +133,18 @@ BOX = '"width": 40, "height": 30, "image": "a.jpg", "sent": "x", "bbox": '
     (json.dumps(INSTANCES), "line 1 is an annotation of no form that is read here: MiniGPT-v2"),
     ('[{"image": "a.jpg"}, 5]', "entry 1 is an annotation of no form"),
     (lines(QWEN) + '{"image": "a.jpg", "sent": "x"}', "line 4 lacks bbox, height, width, which"),
+    (lines([OWN[0] | {"width": 40}]), "line 1 lacks height, which the form of nanogap has"),
+    (lines(OWN) + lines([OWN[0] | {"box": [5, 5, 9, 35]}]), "line 4: the box .*reaches out of its "
+     "image, 40 x 30 pixels"),
     (lines(QWEN) + "5", "line 4 lacks bbox, height, image, sent, width"),
-    ("{%s[1, 2, 3]}" % BOX, r"line 1: the box \[1, 2, 3\] is not four numbers"),
-    ("{%s[1, 2, NaN, 4]}" % BOX, r"the box \[1, 2, nan, 4\] is not four numbers"),
-    ("{%s[1, 2, 1e400, 4]}" % BOX, "is not four numbers"),
-    ('{%s"1234"}' % BOX, "is not four numbers"),
-    ("{%s[5, 5, 5, 9]}" % BOX, r"the box \[5, 5, 5, 9\] has no area"),
-    ("{%s[5, 5, 9, 35]}" % BOX, "reaches out of its image, 40 x 30 pixels"),
-    ("{%s[1, 1, 9, 9]}" % BOX.replace('"x"', '" "'), "line 1: the expression is empty"),
-    ("{%s[1, 1, 9, 9]}" % BOX.replace("40", '"40"'), "line 1: the image and the expression must"),
+    (qwen("[1, 2, 3]"), r"line 1: the box \[1, 2, 3\] is not four numbers"),
+    (qwen("[1, 2, NaN, 4]"), r"the box \[1, 2, nan, 4\] is not four numbers"),
+    (qwen("[1, 2, 1e400, 4]"), "is not four numbers"),
+    (qwen('"1234"'), "is not four numbers"),
+    (qwen("[5, 5, 5, 9]"), r"the box \[5, 5, 5, 9\] has no area"),
+    (qwen("[5, 5, 9, 35]"), "reaches out of its image, 40 x 30 pixels"),
+    (qwen("[1, 1, 9, 9]").replace('"x"', '" "'), "line 1: the expression is empty"),
+    (qwen("[1, 1, 9, 9]").replace("40", '"40"'), "line 1: the image and the expression must"),
 ])
 def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, message: str):
     with pytest.raises(NanogapError, match=message) as caught:
@@ -183,6 +189,26 @@ def test_an_image_of_another_size_is_another_image(folder: Path):
     example, = read_data(write(folder, lines(QWEN)), folder).examples
     with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
         example.image()
+
+
+def test_an_image_of_ones_own_says_its_size_itself(folder: Path):
+    example, = read_data(write(folder, lines(OWN)), folder).examples
+    assert (example.name, example.size) == (f"{NAME}.jpg", (40, 30))
+    assert example.image().size == (40, 30)
+    example, = read_data(write(folder, lines([own | SIZE for own in OWN])), folder).examples
+    assert example.size == (40, 30)
+    Image.new("RGB", (80, 60)).save(folder / f"{NAME}.jpg")
+    with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
+        example.image()
+
+
+def test_where_no_picture_is_opened_none_is_missed_but_for_its_size(tmp_path: Path):
+    """As for --score, which needs nothing but the size."""
+    data = read_data(write(tmp_path, lines(SHIKRA)), None, pictures=False)
+    assert (told(data), data.missing, data.examples[0].size) == (SAID, [], (40, 30))
+    both = lines([*OWN, OWN[0] | SIZE | {"image": "b.jpg"}])
+    data = read_data(write(tmp_path, both), None, pictures=False)
+    assert (told(data), data.missing) == (SAID[:1], [f"{NAME}.jpg"])
 
 
 def test_the_digest_changes_with_any_box_or_word(folder: Path):

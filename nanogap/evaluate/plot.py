@@ -25,7 +25,7 @@ Point = tuple[float, float]
 Font = Any                                    # Pillow has two types of it
 
 
-class Style(NamedTuple):
+class Line(NamedTuple):
     """How a mode is drawn."""
 
     colour: str
@@ -35,26 +35,23 @@ class Style(NamedTuple):
     hollow: bool = False
 
 
-def styled(mode: str, corners: int, turn: int) -> Style:
-    """A mode that is drawn in answers, too: in the colour and with the dash that it has there."""
-    return Style(STYLES[mode][0], STYLES[mode][2], corners, turn)
-
-
-LINES = {
-    "full":                    styled("full", 32, 0),
-    "shifted":                 styled("shifted", 32, 0),
-    "permuted":                styled("permuted", 4, 0),
-    "gap":                     styled("gap", 4, 45),
-    "ranked, original":        Style("#009e73", None, 3, 0),
-    "compact, text not moved": Style("#f0e442", (14, 10), 3, 180),
-    "original, text collides": Style("#d55e00", (10, 14), 5, 0),
+MARKERS = {                   # corners and turn; all tokens have none
+    "shifted":                 (32, 0),
+    "permuted":                (4, 0),
+    "gap":                     (4, 45),
+    "ranked, original":        (3, 0),
+    "compact, text not moved": (3, 180),
+    "original, text collides": (5, 0),
 }
-OTHER = Style("#bdbdbd", None, 32, 0, hollow=True)   # a mode of another program
+OTHER = Line("#bdbdbd", None, 32, 0, hollow=True)   # a mode of another program
 
 
-def style_of(mode: str) -> Style:
-    """How a mode is drawn, in every picture."""
-    return LINES.get(mode, OTHER)
+def line_of(mode: str) -> Line:
+    """How a mode is drawn, in every picture: in the colour and dash of its boxes (draw.py)."""
+    if mode not in STYLES:
+        return OTHER
+    colour, _, dash = STYLES[mode]
+    return Line(colour, dash, *MARKERS.get(mode, (32, 0)))
 
 
 def are_cases(rows: Sequence[dict]) -> bool:
@@ -79,14 +76,14 @@ def ticks(top: float) -> list[float]:
     return [i / 10 for i in range(0, round(top * 10) + 1, 2 if top > 0.5 else 1)]
 
 
-def marker(pen: ImageDraw.ImageDraw, at: Point, style: Style) -> None:
+def marker(pen: ImageDraw.ImageDraw, at: Point, style: Line) -> None:
     """The mark of a mode at a place."""
     inside = PAGE if style.hollow else style.colour
     pen.regular_polygon((*at, 11), style.corners, style.turn, inside, PAGE)
     pen.regular_polygon((*at, 10), style.corners, style.turn, inside, style.colour, 3)
 
 
-def stroke(pen: ImageDraw.ImageDraw, points: Sequence[Point], style: Style) -> None:
+def stroke(pen: ImageDraw.ImageDraw, points: Sequence[Point], style: Line) -> None:
     """A line through points in the colour and with the dash of a mode."""
     for a, b in zip(points, points[1:], strict=False):
         for piece in dashes(a, b, style.dash):
@@ -145,10 +142,10 @@ def draw_whole(pen: ImageDraw.ImageDraw, axes: Axes, row: dict) -> None:
     """All tokens: a line across the panel, and its interval as a band."""
     y = axes.y(row["accuracy"])
     pen.rectangle((axes.left, axes.y(row["high"]), axes.right, axes.y(row["low"])), BAND)
-    stroke(pen, [(axes.left, y), (axes.right, y)], style_of("full"))
+    stroke(pen, [(axes.left, y), (axes.right, y)], line_of("full"))
 
 
-def draw_mode(pen: ImageDraw.ImageDraw, axes: Axes, rows: Sequence[dict], style: Style,
+def draw_mode(pen: ImageDraw.ImageDraw, axes: Axes, rows: Sequence[dict], style: Line,
               shift: float) -> None:
     """The line of one mode: points with their intervals, moved sideways by some pixels."""
     rows = sorted(rows, key=lambda row: row["visual_tokens"])
@@ -205,7 +202,7 @@ def draw_panels(rows: Sequence[dict]) -> Image.Image:
         draw_axes(pen, font, axes, mine, strategy, named=axes.left == LEFT)
         for index, mode in enumerate(modes):
             shift = 7 * (index - (len(modes) - 1) / 2)
-            draw_mode(pen, axes, [row for row in mine if row["mode"] == mode], style_of(mode),
+            draw_mode(pen, axes, [row for row in mine if row["mode"] == mode], line_of(mode),
                       shift)
     pen.text((20, 16), "share found, with 95 % intervals", PAPER, font, "lt")
     pen.text(((LEFT + WIDTH - RIGHT) / 2, bottom), "visual tokens", PAPER, font, "mt")
@@ -234,7 +231,7 @@ def draw_legend(pen: ImageDraw.ImageDraw, font: Font, rows: list[list[tuple[str,
     for index, row in enumerate(rows):
         y = top + ROW * (index + 0.5)
         for mode, x in row:
-            style = style_of(mode)
+            style = line_of(mode)
             stroke(pen, [(x, y), (x + 74, y)], style)
             if mode != "full":
                 marker(pen, (x + 37, y), style)
@@ -261,8 +258,8 @@ def draw_rows(rows: Sequence[dict]) -> Image.Image:
         y = TOP + TITLE + ROW * (index + 0.5)
         pen.text((20, y), row["mode"], PAPER, font, "lm")
         pen.text((start - 16, y), kept(row), PAPER, font, "rm")
-        pen.line((x(row["low"]), y, x(row["high"]), y), style_of("gap").colour, 4)
-        marker(pen, (x(row["accuracy"]), y), Style(PAPER, None, 32, 0))
+        pen.line((x(row["low"]), y, x(row["high"]), y), line_of("gap").colour, 4)
+        marker(pen, (x(row["accuracy"]), y), Line(PAPER, None, 32, 0))
         pen.text((WIDTH - 20, y), f"{row['accuracy']:.3f}", PAPER, font, "rm")
     pen.text((20, 16), "share found, with 95 % intervals", PAPER, font, "lt")
     return picture
