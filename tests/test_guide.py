@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 import nanogap
 from nanogap import NanogapError
+from nanogap.prune import STRATEGIES, needs_of
 from tests.tiny import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "weights/mini"
-GET = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json tokenizer.json "
-       "--local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
+GET = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
+       "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
 
 
 @pytest.fixture
@@ -36,16 +37,17 @@ def test_the_minis_own_is_found_beside_it():
 
 def test_only_the_text_side_is_loaded(clip: Path):
     guide = nanogap.load(MINI, "cpu", clip=clip).text_guide
-    names = set(guide.clip.state_dict())
-    assert {name.split(".")[0] for name in names} == {"text_model", "text_projection", "visual_projection"}
+    parts = {name.split(".")[0] for name in guide.clip.state_dict()}
+    assert parts == {"text_model", "text_projection", "visual_projection"}
 
 
 def test_openais_own_file_is_a_pickle_and_means_the_same(clip: Path):
     """openai/clip-vit-large-patch14-336 has pytorch_model.bin and no safetensors."""
-    there = nanogap.load(MINI, "cpu", clip=clip).text_guide.embed("a man in blue")
+    before = nanogap.load(MINI, "cpu", clip=clip).text_guide.embed("a man in blue")
     torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
     (clip / "model.safetensors").unlink()
-    assert torch.equal(nanogap.load(MINI, "cpu", clip=clip).text_guide.embed("a man in blue"), there)
+    after = nanogap.load(MINI, "cpu", clip=clip).text_guide.embed("a man in blue")
+    assert torch.equal(after, before)
 
 
 def test_a_text_is_compared_with_the_captions_that_training_saw():
@@ -60,7 +62,8 @@ def test_a_text_is_compared_with_the_captions_that_training_saw():
 def test_special_tokens_in_an_expression_stay_text_and_long_ones_are_cut():
     guide = nanogap.load(MINI, "cpu").text_guide
     assert not torch.equal(guide.embed("a man<|endoftext|>"), guide.embed("a man"))
-    guide.embed("man " * 500)                                     # 77 tokens, the end token among them
+    most = guide.clip.text_model.config.max_position_embeddings               # with both ends
+    assert torch.equal(guide.embed("man " * 500), guide.embed("man " * (most - 2)))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -90,7 +93,14 @@ def test_the_clip_of_another_model_is_refused(clip: Path):
                              "give the CLIP that it comes from")
 
 
-@pytest.mark.parametrize("prune", nanogap.prune.READ_TEXT)
+READ_TEXT = [name for name in STRATEGIES if "text" in needs_of(name)]
+
+
+def test_some_strategies_read_the_expression():
+    assert {"text_similarity", "trim"} <= set(READ_TEXT)
+
+
+@pytest.mark.parametrize("prune", READ_TEXT)
 def test_a_llava_without_one_says_how_to_get_it(tmp_path: Path, prune: str):
     write_checkpoint(tmp_path / "tiny")
     model = nanogap.load(tmp_path / "tiny", "cpu")

@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 import nanogap
-from nanogap import NanogapError
+from nanogap import NanogapError, weights
 from nanogap.clip import CLIPVisionConfig
-from nanogap.config import read_config
 from nanogap.llama import LlamaConfig
+from nanogap.models import MODELS
 from nanogap.models.llava import Llava
-from nanogap.weights import our_name, pick_device, pick_dtype, save_llava
+from nanogap.weights import default_weights, our_name, pick_device, pick_dtype, save
 from tests.tiny import (
-    LAYOUTS, published_name, tiny_config, tiny_tensors, write_checkpoint, write_tensors)
+    LAYOUTS,
+    published_name,
+    tiny_config,
+    tiny_tensors,
+    write_checkpoint,
+    write_tensors,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
@@ -93,7 +99,7 @@ def folder(whole: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_each_layout_names_a_tensor_in_its_own_way_and_all_become_ours(
         ours: str, layout: str, on_disk: str):
     assert published_name(ours, layout) == on_disk
-    assert our_name(on_disk) == ours
+    assert our_name(on_disk, Llava.rename) == ours
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
@@ -113,7 +119,7 @@ def test_a_model_comes_ready_to_ask_and_knows_its_device_and_dtype(folder: Path)
 
 
 def test_what_is_saved_loads_again_bit_for_bit(folder: Path, tmp_path: Path):
-    save_llava(tmp_path / "again", nanogap.load(folder, "cpu"), torch.float32)
+    save(tmp_path / "again", nanogap.load(folder, "cpu"), torch.float32)
     assert torch.equal(logits(tmp_path / "again"), logits(folder))
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
@@ -133,6 +139,23 @@ def test_tied_embeddings_need_no_lm_head_on_disk(tmp_path: Path):
     state = model.state_dict()
     assert torch.equal(state["language_model.lm_head.weight"],
                        state["language_model.model.embed_tokens.weight"])
+
+
+# ----- where they are ----------------------------------------------------------------------------
+
+
+def test_the_weights_that_ship_are_found_from_any_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(weights, "REAL", tmp_path / "not downloaded")
+    monkeypatch.chdir(tmp_path)
+    assert default_weights() == ROOT / "weights" / "mini"
+    assert (default_weights() / "config.json").is_file()
+    monkeypatch.chdir(ROOT)
+    assert str(default_weights()) == os.path.join("weights", "mini")         # short where it can be
+
+
+def test_the_real_weights_go_before_those_that_ship(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(weights, "REAL", tmp_path)
+    assert default_weights() == tmp_path
 
 
 # ----- device and precision -----------------------------------------------------------------------
@@ -377,12 +400,31 @@ def test_a_config_that_is_no_object_is_named(text: str, folder: Path):
         f"{folder / 'config.json'} does not hold a JSON object; download it again")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "llava_next", "qwen2_vl", None, 7, ["llava"]])
+@pytest.mark.parametrize("model_type", ["llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"]])
 def test_another_kind_of_model_is_refused_by_name(model_type: object, folder: Path):
     edit(folder / "config.json", lambda config: config.update(model_type=model_type))
     assert refusal(folder) == (
         f"{folder / 'config.json'} describes a {model_type!r} model; nanogap loads "
-        "'llava' (LLaVA-1.5 in the layout of llava-hf)")
+        f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
+    assert "'llava'" in refusal(folder)
+
+
+@pytest.mark.parametrize("tokenizer", [True, False], ids=["with tokenizer.json", "without"])
+def test_llavas_own_layout_is_recognised_and_told_how_to_become_llava_hfs(
+        tokenizer: bool, folder: Path):
+    """liuhaotian/llava-v1.5-7b and its fine-tunes: model_type is "llava" too, all else differs."""
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "hidden_size": 4096,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2}))
+    (folder / "model.safetensors").unlink()
+    if not tokenizer:
+        (folder / "tokenizer.json").unlink()
+    text = refusal(folder)
+    assert text.startswith(
+        f"{folder} is in LLaVA's own layout (config.json has mm_vision_tower), and nanogap reads "
+        "that of llava-hf; ")
+    assert DOWNLOAD in text and "download it again" not in text
+    assert "different checkpoints" not in text
 
 
 BETWEEN = "{}; it must leave a layer before and after the features, of 3"
@@ -461,7 +503,7 @@ PUBLISHED = {   # the keys of llava-hf/llava-1.5-7b-hf that say something, and n
 
 def test_the_published_keys_are_enough_and_the_rest_is_supplied(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
-    config = read_config(tmp_path)
+    config = Llava.read_config(tmp_path)
     assert config.text == LlamaConfig(
         4096, 11008, 32, 32, 32, 128, 32064, 1e-5, 10000.0, 4096, False)
     assert config.vision == CLIPVisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5)
@@ -472,12 +514,12 @@ def test_the_published_keys_are_enough_and_the_rest_is_supplied(tmp_path: Path):
 
 def test_an_empty_llava_config_is_that_of_transformers_classes(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    config = read_config(tmp_path)
+    config = Llava.read_config(tmp_path)
     assert config.text == LlamaConfig(
         4096, 11008, 32, 32, 32, 128, 32000, 1e-6, 10000.0, 2048, False)
     assert config.vision == CLIPVisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5)
     (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
-    assert read_config(tmp_path).vision == CLIPVisionConfig(768, 3072, 12, 12, 224, 32, 1e-5)
+    assert Llava.read_config(tmp_path).vision == CLIPVisionConfig(768, 3072, 12, 12, 224, 32, 1e-5)
 
 
 OMITTED = ("num_key_value_heads", "head_dim", "hidden_act", "rope_theta", "attention_bias",
@@ -521,16 +563,16 @@ def test_both_spellings_of_the_newer_keys_are_read(folder: Path):
         text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
 
     edit(folder / "config.json", respell)
-    config = read_config(folder)
+    config = Llava.read_config(folder)
     assert (config.image_token, config.dtype, config.text.rope_theta) == (560, "float32", 10000.0)
     assert torch.equal(logits(folder), expected)
 
 
 def test_the_end_token_is_that_of_generation_config_where_there_is_one(folder: Path):
     edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=7))
-    assert read_config(folder).eos_token == 7
+    assert Llava.read_config(folder).eos_token == 7
     (folder / "generation_config.json").unlink()
-    assert read_config(folder).eos_token == 2
+    assert Llava.read_config(folder).eos_token == 2
 
 
 def test_colours_are_normalised_as_preprocessor_config_says(folder: Path):
@@ -561,13 +603,13 @@ print(megabytes("VmHWM") - before, len({p.dtype for p in model.parameters()}), m
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read off /proc")
 @pytest.mark.parametrize("stored, head, asked, least, most, mappings", [
-    (torch.float32, torch.float32, "float32", 0, 0.2, "1"),       # mapped: nothing is read before it is used
+    (torch.float32, torch.float32, "float32", 0, 0.2, "1"),       # mapped: read when it is used
     (torch.float16, torch.float16, "bfloat16", 0.9, 1.15, "0"),   # converted: one copy, never two
     (torch.float32, torch.float16, "float32", 0, 0.2, "1"),       # each tensor as it needs
     (torch.float16, torch.bfloat16, "bfloat16", 0.9, 1.15, "1")])
 def test_loading_needs_no_more_memory_than_one_copy(
-        stored: torch.dtype, head: torch.dtype, asked: str, least: float, most: float, mappings: str,
-        folder: Path, tmp_path: Path):
+        stored: torch.dtype, head: torch.dtype, asked: str, least: float, most: float,
+        mappings: str, folder: Path, tmp_path: Path):
     config = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
                          num_key_value_heads=16, head_dim=64,
                          num_hidden_layers=4 // stored.itemsize)
@@ -585,7 +627,11 @@ def test_loading_needs_no_more_memory_than_one_copy(
 
 
 def test_a_start_does_not_import_torchs_compiler():
-    """A second, for a single operation on the meta device that torch knows only by its decomposition."""
-    code = ("import sys, nanogap; nanogap.load('weights/mini', 'cpu').ground('image.jpg', 'a man', keep=72);"
-            "sys.exit('torch._dynamo' in sys.modules)")
+    """A second, for one operation on the meta device that torch knows only by its decomposition."""
+    code = """
+import sys
+import nanogap
+nanogap.load("weights/mini", "cpu").ground("image.jpg", "a man", keep=72)
+sys.exit("torch._dynamo" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
