@@ -163,3 +163,7 @@ def test_the_evaluators_own_file_gives_the_same_table(
     assert answer_for("nanogap.evaluate", evaluate.main, [*shared, "--score", str(out)]) == 0
     scored = capsys.readouterr().out.splitlines()
     assert scored[1:] == asked[1:] and len(scored) == 3 + 7
+    if protocol == "lmms-eval":
+        argv = ["--data", str(data), "--score", str(out)]
+        assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
+        assert "holds boxes as lmms-eval reads them" in capsys.readouterr().err

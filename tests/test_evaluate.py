@@ -236,8 +236,22 @@ def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, mon
                f"{file}:top_left", "--out", out) == 0
     answer = json.loads(out.read_text())
     assert (answer["prune"], answer["kept"]) == ("top_left", [0, 1, 2])
-    assert answer["padding"] == 0.0
     assert "top_left" in capsys.readouterr().out
+
+
+def test_answers_of_a_strategy_that_was_edited_are_not_mixed_with_the_old_ones(
+        folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.prune, "STRATEGIES", dict(STRATEGIES))
+    file, out = tmp_path / "mine.py", tmp_path / "answers.jsonl"
+    code = "from nanogap.prune import Kept, random as mine\n"
+    asked = ["--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
+             f"{file}:mine", "--out", out]
+    file.write_text(code)
+    assert run(*asked) == 0
+    assert run(*asked, "--resume") == 0
+    file.write_text(code + "# edited\n")
+    assert run(*asked, "--resume") == 2
+    assert "was made with another strategy file, " in capsys.readouterr().err
 
 
 def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, capsys):

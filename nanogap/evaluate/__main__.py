@@ -180,7 +180,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--weights", type=Path, metavar="DIR", help=f"default: {default_weights()}")
+    add("--weights", type=Path, metavar="DIR", help="default: " + str(default_weights()).replace("%", "%%"))
     add("--data", default="scenes:val", metavar="FILE|scenes[:SPLIT]",
         help="drawn scenes, or annotations: refs(unc).p of RefCOCO, the JSON of MiniGPT-v2, "
              "Shikra, Qwen-VL or VLM-R1, or lines of your own, "
@@ -201,7 +201,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="instead of modes: IDs and order changed without pruning, then all modes that prune")
     add("--score", type=Path, metavar="FILE.jsonl",
         help='ask no model: score the answers of any program, lines of {"id", "box"} in pixels, '
-             'or {"id", "text"}; ids are those of --out')
+             'or {"id", "text"}; an id is a number, from 1, of an annotation in its file, sent_id '
+             "of refs(unc).p, or as --out has it, such as val/0/0 of drawn scenes")
     add("--family", choices=MODELS, help="whose format --score reads in texts (default: llava)")
     add("--protocol", choices=PROTOCOLS, default="pixels",
         help="how others count: minigpt, lmms-eval (default: %(default)s)")
@@ -240,7 +241,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         check_picture("--plot", args.plot)
     if args.out:
         journal.check_out(args.out, args.resume)
-    args.prune = [prune.find(name) for name in args.prune or ["random"]]
+    names = args.prune or ["random"]
+    args.prune = [prune.find(name) for name in names]
+    args.files = [name.rpartition(":")[0] for name in names if ":" in name]
     args.weights = args.weights or default_weights()
     args.keep = args.keep or ["50%"]
     args.mode = args.mode or DEFAULT_MODES
@@ -253,10 +256,14 @@ def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
     parts = [model, model.text_guide.clip] if model.text_guide else [model]
     numbers = [p.flatten()[:64].tolist() for part in parts for p in part.parameters()]
     digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]
-    return {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
+    made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"{args.weights.resolve().name} {digest}",
             "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,
             "protocol": args.protocol, "layer": args.layer}
+    if args.files:
+        code = b"".join(Path(file).read_bytes() for file in args.files)
+        made["strategy file"] = hashlib.sha256(code).hexdigest()[:8]
+    return made
 
 
 # ----- the report ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogap.cli import NanogapError
+from nanogap.evaluate.journal import beside
 from nanogap.evaluate.refcoco import Data, Example, documents, is_box, read_file
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.image import Box
@@ -31,6 +32,7 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], family: ty
     """
     asked = {question[0]: (example, question)
              for example in examples for question in example.questions}
+    check_protocol(path, protocol)
     runs: dict[Run, dict[str, dict]] = {}
     for where, item in documents(path, read_file("--score", path, "give a file of answers")):
         check_answer(where, item, protocol)
@@ -55,6 +57,16 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], family: ty
             records.append(found.get(id_) or record(nothing, run, example, expression, truth,
                                                     family, protocol))
     return records, {run: len(asked) - len(found) for run, found in runs.items()}
+
+
+def check_protocol(path: Path, protocol: str) -> None:
+    """Refuse a file of the evaluator's whose boxes are lmms-eval's reading, and not the model's."""
+    settings = beside(path)[0]
+    if protocol == "lmms-eval" or not settings.is_file():
+        return
+    if '"protocol": "lmms-eval"' in settings.read_text(errors="replace"):
+        raise NanogapError(f"{path} holds boxes as lmms-eval reads them ({settings.name}); give "
+                           "--protocol lmms-eval")
 
 
 def check_answer(where: str, item: Any, protocol: str) -> None:

@@ -49,13 +49,13 @@ def check_settings(path: Path, settings: dict) -> None:
     file = beside(path)[0]
     try:
         made = json.loads(file.read_text()) if file.exists() else settings
-        differs = [key for key in settings if made[key] != settings[key]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        differs = [key for key in settings if made.get(key) != settings[key]]
+    except (OSError, ValueError, AttributeError) as error:
         raise NanogapError(f"--resume: {file} cannot be read ({error}); give a new file") from None
     if differs:
         key = differs[0]
-        raise NanogapError(f"--resume: {path} was made with another {key}, {made[key]} and not "
-                           f"{settings[key]}; give that one, or a new file")
+        raise NanogapError(f"--resume: {path} was made with another {key}, {made.get(key)} and "
+                           f"not {settings[key]}; give that one, or a new file")
 
 
 def read_lines(path: Path) -> list[dict]:
