@@ -8,6 +8,8 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,20 +20,34 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import nanogap
-from nanogap import gap
+from nanogap import gap, llama
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
-from nanogap.config import read_clip_config, read_config
-from nanogap.image import to_pixel_values
+from nanogap.config import read_clip_config
+from nanogap.image import Pad, to_pixel_values
 from nanogap.llama import LlamaConfig
-from nanogap.models.llava import Llava
-from nanogap.prompt import encode_prompt, where_is
+from nanogap.models.llava import VICUNA, Llava
 from nanogap.prune import Kept
 from nanogap.scenes import scene
 from nanogap.train.tokenizer import train_clip_tokenizer
-from nanogap.weights import fill, our_name, save_clip
+from nanogap.weights import load_into, our_name, save_clip
 from tests.reference.make_reference import (
-    CASES, KEEP, NEW_TOKENS, OUTPUTS, POSITIONS, PROMPT, PRUNED, VOCABULARY, expand, load_theirs,
-    pixel_values, their_answer, their_features, their_pruned_answer)
+    CASES,
+    KEEP,
+    NEW_TOKENS,
+    OUTPUTS,
+    POSITIONS,
+    PROMPT,
+    PRUNED,
+    VOCABULARY,
+    expand,
+    load_theirs,
+    pixel_values,
+    their_answer,
+    their_features,
+    their_generate,
+    their_pruned_answer,
+    their_pruned_prompt,
+)
 from tests.tiny import IMAGE_TOKEN, LAYOUTS, draw, tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,12 +73,20 @@ def assert_same(ours: Tensor, theirs: Tensor, largest: float | None = None) -> N
 def our_answer(model: Llava, prompt: list[int], pixels: Tensor, keep: list[int] | None = None,
                mode: str = "full", new_tokens: int = NEW_TOKENS) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the whole prompt, and the greedy words after it."""
-    input_ids, keep = torch.tensor(prompt), None if keep is None else torch.tensor(keep)
-    logits = model(input_ids, pixels, keep, mode)
-    features = model.vision_tower(pixels).features[0]
-    keep = torch.arange(len(features)) if keep is None else keep
-    fed = model.sequence(input_ids, features, Kept(keep), mode)
-    return logits, model.generate(fed.embeddings, fed.position_ids, fed.next_position, new_tokens)
+    input_ids = torch.tensor(prompt)
+    image = model.encode_pixels(pixels, pixels.shape[-1], pixels.shape[-2])
+    kept = Kept(torch.arange(image.n_visual) if keep is None else torch.tensor(keep))
+    P, A = model.around_image(input_ids)
+    layout = gap.lay_out(kept.keep, P, image.n_visual, A, mode)
+    x = model.embed(input_ids, image, kept, layout.order)                     # (1, T, C)
+    logits = model(input_ids, pixels, None if keep is None else kept.keep, mode)
+    return logits, model.generate(x, layout, new_tokens)
+
+
+def our_features(model: Llava, pixels: Tensor) -> Tensor:
+    """Patch features (N, C) before the projector."""
+    with torch.no_grad():
+        return model.encode_pixels(pixels, pixels.shape[-1], pixels.shape[-2]).features
 
 
 # ----- stored numbers -----------------------------------------------------------------------------
@@ -89,9 +113,7 @@ def test_a_tiny_checkpoint_gives_the_logits_and_words_that_transformers_gave(
 
 def test_patch_features_are_those_of_the_second_to_last_layer_without_cls(
         stored: dict, tmp_path: Path):
-    model = nanogap.load(write_checkpoint(tmp_path), "cpu")
-    with torch.no_grad():
-        features = model.vision_tower(pixel_values()).features[0]
+    features = our_features(nanogap.load(write_checkpoint(tmp_path), "cpu"), pixel_values())
     assert features.shape == (16, 32)
     assert_same(features[[0, 7, 15], :6], stored["cases"]["layout a"]["features"])
 
@@ -112,10 +134,9 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
 @pytest.mark.parametrize("mode", PRUNED)
 def test_the_position_ids_written_by_hand_are_those_of_gap(mode: str):
     order, by_hand = PRUNED[mode]
-    keep = torch.tensor(KEEP)
-    ids, next_position = gap.position_ids(keep, 5, 16, 6, mode)
-    assert gap.arrange(keep, gap.MODES[mode][0]).tolist() == order
-    assert (ids.tolist(), next_position) == (by_hand, by_hand[-1] + 1)
+    layout = gap.lay_out(torch.tensor(KEEP), 5, 16, 6, mode)
+    assert layout.keep.tolist() == order
+    assert (layout.position_ids.tolist(), layout.next_position) == (by_hand, by_hand[-1] + 1)
 
 
 def test_the_stored_numbers_differ_from_case_to_case_and_from_mode_to_mode(stored: dict):
@@ -161,8 +182,18 @@ def test_every_logit_and_every_word_is_that_of_transformers(pair):
 @live
 def test_every_patch_feature_is_that_of_transformers(pair):
     ours, theirs, _, pixels, _ = pair
-    with torch.no_grad():
-        assert_same(ours.vision_tower(pixels).features[0], their_features(theirs, pixels))
+    assert_same(our_features(ours, pixels), their_features(theirs, pixels))
+
+
+def by_hand(ours: Llava, prompt: list[int], keep: list[int],
+            mode: str) -> tuple[list[int], list[int]]:
+    """In which order patches are fed in a mode, and all position IDs, without nanogap.gap."""
+    P, N = prompt.index(ours.config.image_token), ours.config.vision.grid ** 2
+    order = keep if mode == "permuted" else sorted(keep)
+    if mode == "gap":
+        visual = [P + patch for patch in order]
+        return order, [*range(P), *visual, *range(P + N, N + len(prompt) - 1)]
+    return order, list(range(len(prompt) - 1 + len(keep)))
 
 
 @live
@@ -170,15 +201,73 @@ def test_every_patch_feature_is_that_of_transformers(pair):
 def test_a_pruned_prompt_is_what_transformers_makes_of_the_same_tokens_at_the_same_ids(
         pair, mode: str):
     ours, theirs, prompt, pixels, keep = pair
-    P, N = prompt.index(ours.config.image_token), ours.config.vision.grid ** 2
-    order = keep if mode == "permuted" else sorted(keep)
-    ids = list(range(len(prompt) - 1 + len(keep)))
-    if mode == "gap":
-        ids = [*range(P), *(P + patch for patch in order), *range(P + N, N + len(prompt) - 1)]
+    order, ids = by_hand(ours, prompt, keep, mode)
     logits, words = our_answer(ours, prompt, pixels, keep, mode, new_tokens=32)
     expected, expected_words = their_pruned_answer(theirs, prompt, pixels, order, ids, 32)
     assert_same(logits, expected)
     assert words == expected_words
+
+
+@contextmanager
+def their_positions(theirs: torch.nn.Module) -> Iterator[list[list[int]]]:
+    """The position IDs that their RoPE is given, pass by pass."""
+    passes: list[list[int]] = []
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        passes.append(ids.flatten().tolist())
+
+    rope = theirs.model.language_model.rotary_emb
+    hook = rope.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def our_positions(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The position IDs that our RoPE is given from now on, pass by pass."""
+    passes: list[list[int]] = []
+    angles: Callable = llama.rope_angles
+
+    def record(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        passes.append(position_ids.flatten().tolist())
+        return angles(position_ids, head_dim, theta)
+
+    monkeypatch.setattr(llama, "rope_angles", record)
+    return passes
+
+
+@live
+def test_generate_of_transformers_counts_on_from_the_last_position_id(pair, monkeypatch):
+    """GAP for a model of transformers is one call: what README.md says of 5.23.0 and 5.24.0.
+
+    The prompt is read at its own IDs, with gaps between them, and token t of the answer at the last
+    ID + 1 + t, whatever the length of the cache; the words are ours.
+    """
+    ours, theirs, prompt, pixels, keep = pair
+    order, ids = by_hand(ours, prompt, keep, "gap")
+    x = their_pruned_prompt(theirs, prompt, pixels, order)
+    with their_positions(theirs) as passes:
+        words = their_generate(theirs, x, ids, 32)
+    assert len(words) > 8 and ids[-1] + 1 > len(ids)                          # there are gaps
+    assert passes == [ids, *([ids[-1] + 1 + t] for t in range(len(words) - 1))]
+    our_passes = our_positions(monkeypatch)
+    _, our_words = our_answer(ours, prompt, pixels, keep, "gap", new_tokens=32)
+    assert our_passes[1:] == passes                                           # [0]: logits alone
+    assert our_words == words
+
+
+@live
+def test_the_loop_for_older_versions_of_transformers_is_the_one_call(pair):
+    """README.md's loop: every new token at the next ID, in a cache that is passed along."""
+    ours, theirs, prompt, pixels, keep = pair
+    order, ids = by_hand(ours, prompt, keep, "gap")
+    with their_positions(theirs) as passes:
+        _, words = their_pruned_answer(theirs, prompt, pixels, order, ids, 32)
+    assert passes == [ids, *([ids[-1] + 1 + t] for t in range(len(words) - 1))]
+    x = their_pruned_prompt(theirs, prompt, pixels, order)
+    assert their_generate(theirs, x, ids, 32) == words
 
 
 @live
@@ -253,7 +342,7 @@ def test_pixel_values_are_those_of_the_processor_that_pads(transformers, width: 
     pads = transformers.LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     expected = pads(noise(width, height), return_tensors="pt")["pixel_values"]
-    ours = to_pixel_values(noise(width, height), 336)
+    ours = to_pixel_values(Pad().fit(noise(width, height), 336))
     assert ours.shape == (1, 3, 336, 336)
     assert float((ours - expected).abs().max()) <= 1e-6
 
@@ -263,7 +352,8 @@ def test_a_square_needs_no_padding_and_is_what_clips_own_processor_makes_of_it(t
     own = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     expected = own(noise(500, 500), return_tensors="pt")["pixel_values"]
-    assert float((to_pixel_values(noise(500, 500), 336) - expected).abs().max()) <= 1e-6
+    ours = to_pixel_values(Pad().fit(noise(500, 500), 336))
+    assert float((ours - expected).abs().max()) <= 1e-6
 
 
 @live
@@ -271,7 +361,8 @@ def test_the_processor_that_crops_sees_another_picture(transformers):
     crops = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     expected = crops(noise(640, 427), return_tensors="pt")["pixel_values"]
-    assert float((to_pixel_values(noise(640, 427), 336) - expected).abs().mean()) > 0.1
+    ours = to_pixel_values(Pad().fit(noise(640, 427), 336))
+    assert float((ours - expected).abs().mean()) > 0.1
 
 
 # ----- CLIP with its text tower -------------------------------------------------------------------
@@ -280,7 +371,7 @@ def test_the_processor_that_crops_sees_another_picture(transformers):
 def load_clip(folder: Path) -> CLIP:
     """Both towers, as save_clip wrote them."""
     clip = CLIP(*read_clip_config(folder))
-    fill(clip, folder, torch.device("cpu"), torch.float32, "nothing")
+    load_into(clip, folder, torch.device("cpu"), torch.float32, "nothing")
     return clip
 
 
@@ -320,17 +411,21 @@ def test_both_towers_of_clip_give_the_features_of_transformers(transformers, cli
 
 @live
 def test_words_and_patches_stand_in_the_space_of_transformers(transformers):
-    """What TRIM compares: text_embeds, and patches through post_layernorm and visual_projection, raw."""
-    model, folder = nanogap.load(MINI, "cpu", "float32"), MINI / "clip_text"
-    seen = model.with_text(model.look(ROOT / "image.jpg").seen, "the man on the left")
+    """What TRIM compares: text_embeds, and patches after post_layernorm and projection, raw."""
+    folder = MINI / "clip_text"
+    model = nanogap.load(MINI, "cpu", "float32")
+    image = model.encode_image(ROOT / "image.jpg")
+    seen = model.see(image, {"text", "aligned"}, "the man on the left")[0].seen
     theirs = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = torch.tensor([tokenizer.encode("the man on the left").ids])
     with torch.no_grad():
-        assert_same(seen.text, theirs.text_projection(theirs.text_model(input_ids=ids).pooler_output)[0])
-        hidden = theirs.vision_model(model.prepare_image(Image.open(ROOT / "image.jpg")),
-                                     output_hidden_states=True).hidden_states[-2][0, 1:]
-        assert_same(seen.aligned, theirs.visual_projection(theirs.vision_model.post_layernorm(hidden)))
+        text = theirs.text_projection(theirs.text_model(input_ids=ids).pooler_output)[0]
+        out = theirs.vision_model(model.prepare_image(ROOT / "image.jpg"),
+                                  output_hidden_states=True)
+        patches = theirs.vision_model.post_layernorm(out.hidden_states[-2][0, 1:])
+        assert_same(seen.text, text)
+        assert_same(seen.aligned, theirs.visual_projection(patches))
 
 
 # ----- the published files ------------------------------------------------------------------------
@@ -347,7 +442,8 @@ GOLDEN = [   # "the man on the left", 63 tokens before the image is expanded
 def test_the_published_tokenizer_makes_63_ids_with_a_lone_space_on_both_sides_of_the_image():
     tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
     assert len(GOLDEN) == 63 and GOLDEN[34:37] == [29871, 32000, 29871]
-    assert encode_prompt(tokenizer, where_is("the man on the left"), 1, 32000) == GOLDEN
+    question = VICUNA.question("the man on the left")
+    assert VICUNA.encode(tokenizer, question, 1, 32000) == GOLDEN
 
 
 @needs_published
@@ -358,7 +454,7 @@ def test_the_published_tokenizer_needs_24_tokens_for_a_box():
 
 @needs_published
 def test_the_published_config_is_read_and_what_it_omits_is_supplied():
-    config = read_config(PUBLISHED)
+    config = Llava.read_config(PUBLISHED)
     assert config.text == LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, head_dim=128, vocab_size=32064, rms_norm_eps=1e-5,
@@ -374,8 +470,8 @@ def test_the_published_config_is_read_and_what_it_omits_is_supplied():
 def test_the_686_published_names_are_those_of_the_model_one_to_one():
     index = json.loads((PUBLISHED / "model.safetensors.index.json").read_text())
     with torch.device("meta"):
-        model = Llava(read_config(PUBLISHED))
-    names = [our_name(name) for name in index["weight_map"]]
+        model = Llava(Llava.read_config(PUBLISHED))
+    names = [our_name(name, Llava.rename) for name in index["weight_map"]]
     assert len(names) == 686 and sorted(names) == sorted(model.state_dict())
     size = 2 * sum(p.numel() for p in model.parameters())                     # float16
     assert size == index["metadata"]["total_size"] == 14_126_854_144

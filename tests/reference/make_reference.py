@@ -85,25 +85,53 @@ def their_answer(theirs: torch.nn.Module, input_ids: Tensor, pixels: Tensor,
 
 
 @torch.no_grad()
+def their_pruned_prompt(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
+                        order: Sequence[int]) -> Tensor:
+    """Embeddings (1, P + K + A, C) of the prompt with the patches `order` in place of its image."""
+    place = list(prompt).index(theirs.config.image_token_id)
+    embed_tokens = theirs.model.language_model.embed_tokens
+    visual = theirs.model.get_image_features(pixel_values=pixels).pooler_output[0]     # (N, C)
+    before = embed_tokens(torch.tensor(prompt[:place]))                       # (P, C)
+    after = embed_tokens(torch.tensor(prompt[place + 1:]))                    # (A, C)
+    return torch.cat([before, visual[list(order)], after])[None]
+
+
+@torch.no_grad()
+def their_generate(theirs: torch.nn.Module, x: Tensor, position_ids: Sequence[int],
+                   new_tokens: int) -> list[int]:
+    """The greedy words after embeddings (1, T, C) at the position IDs given, in one call.
+
+    transformers 5.23.0 and 5.24.0 count on from the last ID; older versions do not: for these
+    `their_pruned_answer` is the loop.
+    """
+    words = theirs.generate(
+        inputs_embeds=x, position_ids=torch.tensor([position_ids]),
+        attention_mask=torch.ones(x.shape[:2], dtype=torch.long), max_new_tokens=new_tokens,
+        do_sample=False)
+    return words[0].tolist()
+
+
+@torch.no_grad()
 def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
                         order: Sequence[int], position_ids: Sequence[int],
                         new_tokens: int) -> tuple[Tensor, list[int]]:
-    """The same of transformers' decoder, fed the patches `order` alone, at the position IDs given.
+    """Logits (T, V) of a pruned prompt at the position IDs given, and the greedy words after it.
 
     With a cache: without one, and without a mask, transformers takes a gap in the position IDs for
-    the border between two packed sequences, and lets neither side see the other.
+    the border between two packed sequences, and lets neither side see the other.  The cache is
+    passed by place: its name is `past_key_values` up to 5.23, and `cache` from 5.24 on.
     """
-    decoder, place = theirs.model.language_model, list(prompt).index(theirs.config.image_token_id)
-    visual = theirs.model.multi_modal_projector(their_features(theirs, pixels)[list(order)])
-    before, after = torch.tensor(prompt[:place]), torch.tensor(prompt[place + 1:])
-    x = torch.cat([decoder.embed_tokens(before), visual, decoder.embed_tokens(after)])
-    out = decoder(inputs_embeds=x[None], position_ids=torch.tensor([position_ids]), use_cache=True)
-    logits = theirs.lm_head(out.last_hidden_state)[0]
-    words, last = [int(logits[-1].argmax())], position_ids[-1]
+    from transformers import DynamicCache
+    decoder = theirs.model.language_model
+    x = their_pruned_prompt(theirs, prompt, pixels, order)                    # (1, T, C)
+    cache = DynamicCache(config=decoder.config)
+    out = decoder(None, None, torch.tensor([position_ids]), cache, x)
+    logits = theirs.lm_head(out.last_hidden_state)[0]                         # (T, V)
+    words = [int(logits[-1].argmax())]
+    position = position_ids[-1]
     while len(words) < new_tokens and words[-1] != theirs.generation_config.eos_token_id:
-        last += 1
-        out = decoder(input_ids=torch.tensor([words[-1:]]), position_ids=torch.tensor([[last]]),
-                      past_key_values=out.past_key_values, use_cache=True)
+        position += 1
+        out = decoder(torch.tensor([words[-1:]]), None, torch.tensor([[position]]), cache)
         words.append(int(theirs.lm_head(out.last_hidden_state)[0, -1].argmax()))
     return logits, words
 
