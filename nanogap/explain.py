@@ -1,33 +1,39 @@
 """One query, walked through: every shape, every position ID, every cache row, in 80 columns.
 
-In:  a model, a look at an image, and the results of some modes.  Out: text on stdout.
+In:  a model, an image as it saw it, and the results of some modes.  Out: text on stdout.
+Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
 import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
 from nanogap.gap import MODES
-from nanogap.models.llava import Llava, Look, Result
-from nanogap.prompt import parse_box
+from nanogap.ground import EncodedImage, Result
+from nanogap.models import VLM
+from nanogap.prune import View
+
+# ----- how it is set ------------------------------------------------------------------------------
 
 
-def kept_grid(keep: list[int], grid: int) -> str:
-    """The patches as the model sees them: # for one that was kept, . for one that was dropped."""
-    kept = set(keep)
-    marks = ["#" if index in kept else "." for index in range(grid * grid)]
-    return "\n".join("      " + " ".join(marks[at:at + grid]) for at in range(0, grid * grid, grid))
+def kept_grid(keep: Collection[int], view: View) -> str:
+    """The patches of a view: # for one that was kept, . for one that was dropped."""
+    marks = ["#" if index in keep else "." for index in view.index.tolist()]
+    rows, columns = view.seen.rows, view.seen.columns
+    return "\n".join("      " + " ".join(marks[row * columns:(row + 1) * columns])
+                     for row in range(rows))
 
 
-def ranges(numbers: list[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """Consecutive numbers in short: 0..35 37 40..41."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
-            runs[-1][1:] = [n]
+            runs[-1] = [runs[-1][0], n]
         else:
             runs.append([n])
-    return " ".join(f"{r[0]}..{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+    return " ".join("..".join(map(str, run)) for run in runs)
 
 
 def columns(text: str) -> int:
@@ -37,7 +43,8 @@ def columns(text: str) -> int:
 
 def wrapped(text: str, indent: int = 6, width: int = 79) -> str:
     """Break a line at spaces to stay within 80 columns; a word that is longer is broken as well."""
-    lines, line = [], ""
+    lines = []
+    line = ""
     for word in text.split(" "):
         if line and columns(line + word) > width - indent:
             lines.append(line)
@@ -56,98 +63,152 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def across(rows: dict[str, list[object]], width: int = 80) -> str:
-    """A table on its side, one column for each token; where the terminal ends it goes on below."""
-    blocks, room = [], 0
-    for column in zip(*rows.values()):
-        size = 1 + max(columns(str(cell)) for cell in column)
+def across(names: Sequence[str], tokens: Sequence[Sequence[object]], width: int = 80) -> str:
+    """A table on its side, one column for each token; where the terminal ends it goes on below.
+
+    names:  of its rows
+    tokens: for each token one cell in each row
+    """
+    blocks: list[list[str]] = []
+    room = 0
+    for token in tokens:
+        cells = [str(cell) for cell in token]
+        size = 1 + max(map(columns, cells))
         if size > room:
-            blocks.append([f"   {name:10}" for name in rows])
+            blocks.append([f"   {name:10}" for name in names])
             room = width - 13
         room -= size
-        blocks[-1] = [line + " " * (size - columns(str(cell))) + str(cell)
-                      for line, cell in zip(blocks[-1], column)]
+        for row, cell in enumerate(cells):
+            blocks[-1][row] += " " * (size - columns(cell)) + cell
     return "\n\n".join("\n".join(line.rstrip() for line in block) for block in blocks)
 
 
-def piece(model: Llava, token: int) -> str:
+def piece(model: VLM, token: int) -> str:
     """How the tokenizer spells a token; some models have rows for tokens that it does not know."""
     return visible(model.tokenizer.id_to_token(token) or f"<{token}>")
 
 
-def explain(model: Llava, look: Look, expression: str, results: dict[str, Result]) -> None:
+# ----- one query ----------------------------------------------------------------------------------
+
+
+def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str, Result]) -> None:
     """Print each stage of a query with its shapes, and each mode with its IDs."""
-    c, seen = model.config, look.seen
-    N, grid, side = len(seen.features), seen.grid, max(look.width, look.height)
     input_ids = model.prompt(expression)
+    explain_image(model, image)
+    explain_pruning(image, results)
     P, A = model.around_image(input_ids)
-    print("\n1  The image becomes a square, and the square becomes patches")
-    print(f"   {look.width} x {look.height} pixels, padded to {side} x {side},")
-    print(f"   resized to pixel_values (1, 3, {c.vision.image_size}, {c.vision.image_size})")
-    print("\n2  CLIP turns patches into features")
-    print(f"   {grid} x {grid} patches of {c.vision.patch_size} pixels and CLS through "
-          f"{model.vision_tower.depth} of {c.vision.num_hidden_layers} layers:")
-    print(f"   features {tuple(seen.features.shape)}, in raster order: row by row")
-    pruned = next((r for mode, r in results.items() if mode != "full"), None)
-    print("\n3  Pruning keeps some of them (#) and drops the rest (.)")
-    if pruned is None:
-        print(f"   not in mode full: all {N} patches stay")
-    else:
-        print(f"   {len(pruned.keep)} of {N} patches stay:")
-        print(kept_grid(pruned.keep.tolist(), grid))
-        print(f"   counted in raster order from 0 to {N - 1} these are (keep):")
-        print(wrapped(ranges(sorted(pruned.keep.tolist()))))
     print("\n4  The prompt: words, and one <image> token where the patches go")
     print(f"   P = {P} tokens before the image, A = {A} after it; "
-          f"decoder width {c.text.hidden_size}")
-    print(wrapped(" ".join(piece(model, i) for i in input_ids.tolist())))
+          f"decoder width {model.config.text.hidden_size}")
+    print(wrapped(" ".join(piece(model, token) for token in input_ids.tolist())))
     print("   Three numbers must not be confused: keep, the place of a patch in the image;")
     print("   the position ID, by which RoPE turns a token; and its row in the KV cache.")
     for number, (mode, result) in enumerate(results.items(), 5):
-        order, kind = MODES[mode]
-        print(f"\n{number}  Mode {mode}: {order} order, {kind} position IDs")
-        explain_prompt(model, result, input_ids, N)
+        order, visual_ids, text_ids = MODES[mode]
+        print(f"\n{number}  Mode {mode}: {order} order, {visual_ids} position IDs")
+        if text_ids != visual_ids:
+            print(f"   and {text_ids} ones for the text after the image")
+        explain_prompt(model, result, input_ids, image.n_visual)
         explain_answer(model, result)
 
 
-def explain_prompt(model: Llava, result: Result, input_ids: Tensor, N: int) -> None:
+def explain_image(model: VLM, image: EncodedImage) -> None:
+    """Print what becomes of the picture before anything is pruned."""
+    vision = model.config.vision
+    depth = model.get_submodule("vision_tower").depth
+    side = max(image.width, image.height)
+    print("\n1  The image becomes a square, and the square becomes patches")
+    print(f"   {image.width} x {image.height} pixels, padded to {side} x {side},")
+    print(f"   resized to pixel_values (1, 3, {vision.image_size}, {vision.image_size})")
+    print("\n2  CLIP turns patches into features")
+    for view in image.views:
+        print(f"   {view.seen.rows} x {view.seen.columns} patches of {vision.patch_size} pixels "
+              f"and CLS through {depth} of {vision.num_hidden_layers} layers:")
+    print(f"   features {tuple(image.features.shape)}, in raster order: row by row")
+
+
+def explain_pruning(image: EncodedImage, results: dict[str, Result]) -> None:
+    """Print which patches were kept; all modes but full keep the same."""
+    N = image.n_visual
+    print("\n3  Pruning keeps some of them (#) and drops the rest (.)")
+    pruned = next((result for mode, result in results.items() if mode != "full"), None)
+    if pruned is None:
+        print(f"   not in mode full: all {N} patches stay")
+        return
+    keep = sorted(pruned.keep.tolist())
+    print(f"   {len(keep)} of {N} patches stay:")
+    print("\n\n".join(kept_grid(set(keep), view) for view in image.views))
+    print(f"   counted in raster order from 0 to {N - 1} these are (keep):")
+    print(wrapped(ranges(keep)))
+
+
+def explain_prompt(model: VLM, result: Result, input_ids: Tensor, N: int) -> None:
     """Print what one mode feeds: all position IDs, and the tokens at either end of each part."""
-    keep, ids = result.keep.tolist(), result.position_ids.tolist()
+    ids = result.position_ids.tolist()
     P, A = model.around_image(input_ids)
-    K, M = len(keep), len(ids) - P - len(keep) - A                            # M were added
+    K = len(result.keep)
+    M = len(ids) - P - K - A
     shape = f"(1, {len(ids)}, {model.config.text.hidden_size})"
     if result.visual_tokens == K + M:
         print(f"   embeddings {shape} at cache rows 0..{len(ids) - 1}: rows have no gaps")
     else:
-        print(f"   {model.fastv_layer} layers read the whole sequence, all {N} patches; "
-              "behind FastV's cut it is")
-        print(f"   {shape} at cache rows 0..{len(ids) - 1}, and all below is about that part")
+        print(f"   the first layers read the whole sequence, all {N} patches;")
+        print(f"   behind the last cut it is {shape} at cache rows 0..{len(ids) - 1},")
+        print("   and all below is about that part")
     added = f" + M = {M} added" if M else ""
     print(f"   position IDs: P = {P} tokens | K = {K} patches{added} | A = {A} tokens")
     parts = ids[:P], ids[P:P + K + M], ids[P + K + M:]
     print(wrapped(" | ".join(ranges(part) for part in parts)))
-    words = [(piece(model, i)[:20], i, "") for i in input_ids.tolist()]
-    before = [(*word, at) for at, word in enumerate(words[:P])]
-    patches = [("patch", "", k, P + k) for k in keep] + [("added", "", "", "")] * M
-    after = [(*word, P + N + at) for at, word in enumerate(words[P + 1:])]
-    table = [(*token, ids[row], row) for row, token in enumerate(before + patches + after)]
-    ends = {0, 1, P - 1, P, P + 1, P + 2, P + K - 1, P + K + M - 1, P + K + M, len(ids) - 1}
-    shown = []
-    for row in sorted(ends):
-        shown += [("..",) * 6] * (row > 0 and row - 1 not in ends) + [table[row]]
     names = ("token", "token ID", "keep", "ID before", "ID now", "cache row")
-    print(across(dict(zip(names, map(list, zip(*shown))))))
+    tokens = prompt_tokens(model, result, input_ids, N)
+    shown: list[tuple] = []
+    last = -1
+    for row in ends_of_parts(P, K, M, A):
+        if row > last + 1:
+            shown.append(("..",) * len(names))
+        shown.append((*tokens[row], ids[row], row))
+        last = row
+    print(across(names, shown))
 
 
-def explain_answer(model: Llava, result: Result) -> None:
+def prompt_tokens(model: VLM, result: Result, input_ids: Tensor, N: int) -> list[tuple]:
+    """Each token of what was fed: its name, token ID, keep, and position ID before pruning."""
+    P, A = model.around_image(input_ids)
+    tokens: list[tuple] = []
+    for place, token in enumerate(input_ids.tolist()):
+        if place < P:
+            tokens.append((piece(model, token)[:20], token, "", place))
+        elif place > P:
+            tokens.append((piece(model, token)[:20], token, "", N + place - 1))
+        else:
+            tokens += [("patch", "", index, P + index) for index in result.keep.tolist()]
+            n_added = len(result.position_ids) - P - len(result.keep) - A
+            tokens += [("added", "", "", "") for _ in range(n_added)]
+    return tokens
+
+
+def ends_of_parts(P: int, K: int, M: int, A: int) -> list[int]:
+    """The rows at either end of [before | kept | added | after], each once and in order."""
+    before = {0, 1, P - 1}
+    kept = {P, P + 1, P + 2, P + K - 1}
+    added = {P + K + M - 1}
+    after = {P + K + M, P + K + M + A - 1}
+    return sorted(before | kept | added | after)
+
+
+def explain_answer(model: VLM, result: Result) -> None:
     """Print what the model answers, token by token, and the box in it."""
-    tokens, rows = result.tokens, len(result.position_ids)
-    ids = list(range(result.next_position, result.next_position + len(tokens)))
+    tokens = result.tokens
+    rows = len(result.position_ids)
     print(f"   the answer: {len(tokens)} tokens in {result.timings['passes']} more passes "
           "of the decoder, the last never fed")
-    print(across({"token": [piece(model, i)[:20] for i in tokens], "token ID": tokens,
-                  "ID now": ids, "cache row": [*range(rows, rows + len(tokens) - 1), "-"]}))
+    shown: list[tuple] = []
+    for t, token in enumerate(tokens):
+        row = rows + t if t < len(tokens) - 1 else "-"
+        shown.append((piece(model, token)[:20], token, result.next_position + t, row))
+    print(across(("token", "token ID", "ID now", "cache row"), shown))
     print("   in words, in fractions of the square, in pixels of the image:")
     print(wrapped(visible(result.text)))
-    print(f"      {parse_box(result.text) or 'no box'}")
-    print(f"      {result.box and tuple(round(v, 1) for v in result.box) or 'no box'}")
+    print(f"      {model.parse_box(result.text) or 'no box'}")
+    box = "no box" if result.box is None else tuple(round(v, 1) for v in result.box)
+    print(f"      {box}")

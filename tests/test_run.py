@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import nanogap
 import run
-from nanogap.cli import keep_argument, tokens_to_keep
+from nanogap import weights as checkpoints
+from nanogap.cli import keep_argument
 from nanogap.clip import CLIPVisionTower
-from nanogap.explain import columns
 from nanogap.draw import save_picture
-from nanogap.weights import save_llava
+from nanogap.explain import columns
+from nanogap.gap import MODES
+from nanogap.prune import STRATEGIES, budget_of
 from tests.tiny import write_checkpoint
 
 ROOT = Path(run.__file__).parent
@@ -55,7 +58,7 @@ def finder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         embed[said] = torch.eye(embed.shape[1])[step]
         head[following, step] = 1
     folder = tmp_path_factory.mktemp("finder")
-    save_llava(folder, model, torch.float32)
+    checkpoints.save(folder, model, torch.float32)
     return folder
 
 
@@ -76,16 +79,17 @@ def test_the_table_has_a_line_for_each_mode_and_the_picture_is_saved(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{finder} on cpu, float32"
     assert " ".join(lines[1].split()) == (
-        "mode tokens position IDs box (pixels) IoU prefill decode KV MB")
+        "mode tokens position IDs box (pixels) IoU prefill decode KV MB words")
     # 33 tokens before, 16 patches, 20 after; (0.10, 0.25) of the square is pixel (10, 25 - 25)
     shown = [re.split(r"  +", line)[:5] for line in lines[2:5]]
     assert shown == [["full", "16", "0..68", "10, 0, 50, 35", "1.00"],
                      ["shifted", "4", "0..56", "10, 0, 50, 35", "1.00"],
                      ["gap", "4", "0..68", "10, 0, 50, 35", "1.00"]]
+    assert all(line.endswith(f"  {BOX}") for line in lines[2:5])
     assert re.fullmatch(r"The image was encoded once \(\d+ ms\).  "
                         r"IoU is with the box of the full run.", lines[5])
     assert lines[6:] == ["picture: answer.png"]
-    assert all(len(line) <= 80 for line in lines[1:])
+    assert all(len(line) <= 114 for line in lines[1:])
     assert Image.open("answer.png").width == 988 and not list(Path().glob("*.partial"))
 
 
@@ -114,6 +118,24 @@ def test_an_answer_without_a_box_has_none_and_no_iou(
     assert run.main([photo, "the man", "--weights", str(weights), "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [(r["box"], r["iou_with_full"]) for r in runs] == [(None, None)] * 3
+
+
+def test_in_the_table_a_missing_box_is_a_dash_and_long_words_are_cut_and_spelled_out(
+        capsys: pytest.CaptureFixture):
+    timings = {"vision_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0}
+    common = {"visual_tokens": 4, "position_ids": [0, 56], "kv_bytes": 2 ** 20, "timings": timings,
+              "box": None, "iou_with_full": None}
+    run.print_table({"runs": [
+        {"mode": "gap", "text": "a man\n\x1b[31m in blue, to the left of the dog", **common},
+        {"mode": "shifted", "text": "人" * 40, **common},
+        {"mode": "compact, text not moved", "text": "", **common}]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("  a man\\n\\x1b[31m in blue, to t...")
+    assert lines[2].endswith("  " + "人" * 14 + "...")
+    assert all(re.search(r"0\.\.56 +- +2 ms +3 ms +1\.0", line) for line in lines[1:4])
+    starts = {line.index("  2 ms") for line in lines[1:4]}
+    assert len(starts) == 1 and lines[3] == lines[3].rstrip()            # one below the other
+    assert all(columns(line) <= 130 for line in lines)
 
 
 def test_modes_are_run_in_the_order_given_and_once_each(
@@ -147,7 +169,51 @@ def test_a_strategy_that_finds_its_own_budget_is_given_none(
                      "--keep", "auto"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["keep"] is None and 1 < document["runs"][1]["visual_tokens"] <= 17
-    assert tokens_to_keep(keep_argument("auto"), 16) is None
+    assert budget_of(keep_argument("auto"), 16) is None
+
+
+def test_a_strategy_of_ones_own_is_given_by_its_file_and_name(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    Path("mine.py").write_text("import torch\nfrom nanogap.prune import Kept, strategy\n\n"
+                               "@strategy()\ndef corner(seen, budget, generator):\n"
+                               "    return Kept(torch.arange(budget))\n")
+    argv = [photo, "x", "--weights", str(finder), "--prune", "mine.py:corner", "--keep", "3",
+            "--mode", "gap"]
+    with patch.dict(STRATEGIES):                              # as before, afterwards
+        assert run.main([*argv, "--explain"]) == 0
+        assert "      # # # .\n      . . . .\n" in capsys.readouterr().out
+        assert run.main([*argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["prune"] == "mine.py:corner"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_answered_and_drawn(
+        mode: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "x", "--weights", str(finder), "--mode", mode, "--keep", "4"]) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith(f"{mode} ") and row.endswith(f"  {BOX}")
+    assert Path("answer.png").exists()
+
+
+def test_the_help_names_every_strategy_and_every_mode(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in STRATEGIES) and "FILE.py:NAME" in shown
+    assert all(mode in shown for mode in MODES)
+
+
+def test_layer_says_before_which_layer_fastv_cuts(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--json", "--prune", "fastv", "--keep", "4",
+            "--mode", "gap", "--layer"]
+    tokens = []
+    for layer in ("1", "2"):
+        assert run.main([*argv, layer]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["runs"][0]["visual_tokens"])
+    assert tokens == [(16 + 4 + 4) / 3, (16 + 16 + 4) / 3]
+    assert run.main([*argv, "3"]) == 2
+    assert "fastv cannot cut before layer 3 of 3" in capsys.readouterr().err
 
 
 def test_a_clip_given_by_name_is_what_the_strategy_reads_with(
@@ -176,7 +242,7 @@ def test_no_draft_means_a_pass_for_each_token_and_the_same_words(
 @pytest.mark.parametrize(
     "keep, tokens", [("1", 1), ("16", 16), ("1%", 1), ("25%", 4), ("100%", 16)])
 def test_keep_is_a_number_of_tokens_or_a_share(keep: str, tokens: int):
-    assert tokens_to_keep(keep_argument(keep), 16) == tokens
+    assert budget_of(keep_argument(keep), 16) == tokens
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (20000, 300)])
@@ -197,7 +263,9 @@ def test_any_expression_works_and_is_explained_in_80_columns(
     argv = [photo, expression, "--weights", str(weights), "--explain", "--mode", "gap"]
     assert run.main(argv) == 0
     lines = capsys.readouterr().out.split("\n")[1:]
-    assert max(columns(line) for line in lines) <= 80
+    table = next(i for i, line in enumerate(lines) if line.startswith("mode  "))
+    assert max(columns(line) for line in lines[:table]) <= 80
+    assert max(columns(line) for line in lines[table:]) <= 114
     assert all(line.isprintable() for line in lines)
     assert Image.open("answer.png").size == (988, 660)        # with two lines of caption
 
@@ -232,7 +300,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     before = sorted(Path().rglob("*"))
     assert run.main(argv) == 2
     out, err = capsys.readouterr()
-    err = "".join(line for line in err.splitlines(True) if not line.endswith(" ...\n"))  # of a slow machine
+    lines = [line for line in err.splitlines(True) if not line.endswith(" ...\n")]
+    err = "".join(lines)                                      # without those of a slow machine
     assert err.startswith("run.py: ") and err.count("\n") == 1 and err.endswith("\n")
     assert "Traceback" not in out + err and "picture:" not in out
     assert sorted(Path().rglob("*")) == before
@@ -252,12 +321,25 @@ def test_a_strategy_that_cannot_find_a_budget_needs_one(
         " (those that find one themselves are prumerge, prumerge_plus, trim)")
 
 
-def test_the_default_weights_are_named_as_seen_from_here(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(run, "REAL", tmp_path / "none")
-    monkeypatch.chdir(run.ROOT)
-    assert run.default_weights() == Path("weights/mini")
-    monkeypatch.chdir(tmp_path)
-    assert run.default_weights() == run.MINI
+def test_the_default_weights_are_found_from_any_folder(
+        photo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """And named as seen from there; of drawn scenes one is told only where they are meant."""
+    monkeypatch.setattr(checkpoints, "REAL", Path("nowhere").resolve())
+    assert run.main([photo, "the man", "--mode", "gap"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{ROOT / 'weights/mini'} on cpu, float32"
+    assert lines[1].startswith("These weights know drawn scenes only")
+    monkeypatch.chdir(ROOT)
+    assert checkpoints.default_weights() == Path("weights/mini")
+
+
+@pytest.mark.parametrize("name, message", [
+    ("nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py; give FILE.py:NAME"),
+    ("empty.py:f", "empty.py has no function 'f'; give FILE.py:NAME")])
+def test_a_strategy_that_no_file_holds_is_refused_before_any_work(
+        name: str, message: str, photo: str, capsys: pytest.CaptureFixture):
+    Path("empty.py").touch()
+    assert refused([photo, "x", "--weights", "nowhere", "--prune", name], capsys) == message
 
 
 @pytest.mark.parametrize("keep, message", [
@@ -285,7 +367,7 @@ def test_keep_out_of_range_is_refused_in_every_mode(
     (["photo.png", " \t\n\u3000"],
      'the expression is empty; name a thing, such as "the man on the left"'),
     (["photo.png", "x", "--prune", "magic"],
-     "argument --prune: invalid choice: 'magic' (choose from "),
+     "unknown strategy 'magic': choose from random, spatial, "),
     (["photo.png", "x", "--mode", "gap", "Full"],
      "argument --mode: invalid choice: 'Full' (choose from "),
     (["photo.png", "x", "--device", "tpu"],
