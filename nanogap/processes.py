@@ -1,6 +1,7 @@
 """Several processes under torchrun: who they are, and how their records come together.
 
-In:  the environment that torchrun sets.  Out: rank and number of the processes, and the records of all.
+In:  the environment that torchrun sets.
+Out: rank and number of the processes, and the records of all of them.
 """
 
 import atexit
@@ -20,6 +21,13 @@ def join() -> tuple[int, int]:
     atexit.register(dist.destroy_process_group)   # its threads may not outlive the interpreter
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return dist.get_rank(), dist.get_world_size()
+
+
+def joined() -> tuple[int, int]:
+    """The same, of processes that have joined before."""
+    if not dist.is_initialized():
+        return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 

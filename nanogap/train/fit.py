@@ -1,12 +1,14 @@
-"""The training loop that all courses share, and where it takes up again after an interruption.
+"""The training loop that all stages share, and how it goes on after an interruption.
 
-In:  a model, a loss, data.  Out: the model, trained; on the way a line of progress and a saved state.
-Run under torchrun, every process takes its own batches and the gradients are averaged.
+In:  a model, a loss, data.
+Out: the model, trained; on the way a line of progress and a saved state.
+
+Under torchrun every process takes its own batches, and the gradients are averaged.
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,139 +17,225 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogap.cli import NanogapError
-from nanogap.train.objectives import Asked, Batch, Draw, Scenes
+from nanogap.processes import joined
 from nanogap.scenes import draw_scene
+from nanogap.train.objectives import Batch, Draw, Mixture, Scenes
 
-TIMED = 20           # steps by which --minutes is turned into a number of steps, again and again
+TIMED = 20           # steps after which --minutes is turned into a number of steps, again and again
+REPORT_EVERY = 50    # steps
 SAVE_EVERY = 120.0   # seconds
 
 
 @dataclass(frozen=True)
-class Course:
-    """A part of the training, with a warm-up and a decay of its own; figures are per process and step."""
+class TrainingStage:
+    """A part of the training with its own warm-up and decay; numbers are per process and step."""
 
     name: str
-    minutes: float            # two CPU cores; also its share of --minutes
+    minutes: float            # on two CPU cores; also its share of --minutes
     steps: int
     images: int
     rate: float               # AdamW's
-    asked: Asked | None = None
+    asked: Mixture | None = None
     muon_rate: float | None = None
-    rate_left: float = 0.0    # share of the rates to which they decay
+    rate_left: float = 0.0    # the share of the rates that is left at the end
     draw: Draw = draw_scene
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """The mean of the gradients over all processes, in one message."""
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
+# ----- where training stands ----------------------------------------------------------------------
 
 
 @dataclass
 class Progress:
-    """Where training stands; saved as it goes, so that it continues after an interruption."""
+    """Where training stands; it is saved on the way, so that training can be interrupted."""
 
     path: Path
     settings: dict
-    steps: list[int]                              # of each course
-    minutes: list[float] | None                   # of each course: sets the steps by how long the first take
-    course: int = 0
+    steps: list[int]                              # of each stage
+    minutes: list[float] | None                   # of each stage, where they decide its steps
+    stage: int = 0
     step: int = 0
     clip: dict = field(default_factory=dict)      # weights of CLIP, once trained
-    state: dict = field(default_factory=dict)     # weights and optimizers of the course under way
+    state: dict = field(default_factory=dict)     # weights and optimizers of the current stage
 
-    KEPT = ("settings", "steps", "course", "step", "clip", "state")
+    KEPT = ("settings", "steps", "stage", "step", "clip", "state")
 
     def save(self) -> None:
+        """Write the whole file or nothing."""
         partial = self.path.with_suffix(".partial")
         torch.save({key: getattr(self, key) for key in self.KEPT}, partial)
         partial.replace(self.path)
 
     def load(self) -> None:
-        """Take up where an earlier run stopped, if there is one."""
+        """Go on where an earlier run stopped, if there was one.
+
+        raises: NanogapError where the file is broken, or of a training with other settings
+        """
         if not self.path.exists():
             return
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        if saved["settings"] != self.settings:
-            raise NanogapError(f"{self.path} is of a training with other settings ({saved['settings']}); "
-                               "delete it to start anew")
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            settings = saved["settings"]
+        except Exception as error:   # whatever an unpickler comes upon
+            raise NanogapError(f"{self.path} cannot be read ({type(error).__name__}); "
+                               "delete it to start anew") from None
+        if settings != self.settings:
+            raise NanogapError(f"{self.path} is of a training with other settings ({settings}), "
+                               "or of an older version; delete it to start anew")
         for key in self.KEPT:
             setattr(self, key, saved[key])
 
+    def restore(self, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
+        """Give a model and its optimizers what was saved in this stage, if there is anything."""
+        if not self.state:
+            return
+        model.load_state_dict(self.state["model"])
+        # none at the beginning of a stage
+        for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
+            stepper.load_state_dict(state)
+
+    def keep(self, step: int, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
+        """Save the state within a stage."""
+        self.step = step
+        self.state = {"model": model.state_dict(),
+                      "optimizers": [stepper.state_dict() for stepper in steppers]}
+        self.save()
+
+    def end_stage(self, model: nn.Module) -> None:
+        """The next stage begins with this model and with new optimizers."""
+        self.stage += 1
+        self.step = 0
+        self.state = {"model": model.state_dict(), "optimizers": []}
+
     def choose_steps(self, done: int, seconds: float, seconds_per_step: float) -> int:
-        """Turn what is left of a course's minutes into steps, the same number in all processes."""
-        left = (60 * self.minutes[self.course] - seconds) / seconds_per_step
+        """Turn what is left of a stage's minutes into steps, the same number in all processes."""
+        assert self.minutes is not None
+        left = (60 * self.minutes[self.stage] - seconds) / seconds_per_step
         chosen = torch.tensor(done + max(int(left), 1))
         if dist.is_initialized():
             dist.broadcast(chosen, 0)
-        self.steps[self.course] = int(chosen)
+        self.steps[self.stage] = int(chosen)
         return int(chosen)
 
 
-def optimizers(model: nn.Module, course: Course) -> list[torch.optim.Optimizer]:
-    """AdamW; where the course has a rate for it, Muon for the matrices between the words and the answer.
+class Pace:
+    """How many steps a stage takes: as many as were given, or as fit into its minutes."""
 
-    Muon takes a step of one size in every direction of a matrix (kellerjordan.github.io/posts/muon).
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.by_minutes = progress.minutes is not None and progress.step == 0
+        self.begun = self.timed = time.time()
+
+    def steps(self, step: int) -> int:
+        """The number of steps, as it looks before this one."""
+        steps = self.progress.steps[self.progress.stage]
+        due = step > 0 and step % TIMED == 0 and step <= max(TIMED, steps / 2)
+        if not (self.by_minutes and due):
+            return steps
+        now = time.time()
+        seconds_per_step = (now - self.timed) / TIMED   # of the last: the first are slow on a GPU
+        self.timed = now
+        return self.progress.choose_steps(step, now - self.begun, seconds_per_step)
+
+
+class Report:
+    """A line of progress now and then, with a running mean of the loss."""
+
+    def __init__(self, name: str, start: int, begun: float) -> None:
+        self.name, self.start, self.begun = name, start, begun
+        self.average: float | None = None
+
+    def add(self, loss: float, done: int, steps: int) -> None:
+        """Note the loss of a step; `done` steps of `steps` are done with it."""
+        self.average = loss if self.average is None else 0.98 * self.average + 0.02 * loss
+        if done % REPORT_EVERY == 0 and joined()[0] == 0:
+            left = (time.time() - self.begun) / (done - self.start) * (steps - done)
+            print(f"{self.name:5}  step {done}/{steps}  loss {self.average:.3f}  "
+                  f"{left / 60:.0f} min to go", flush=True)
+
+
+# ----- a step -------------------------------------------------------------------------------------
+
+
+def optimizers(model: nn.Module, stage: TrainingStage) -> list[torch.optim.Optimizer]:
+    """AdamW; where the stage has a rate for it, Muon for the matrices of projector and decoder.
+
+    Embeddings and the head stay with AdamW.  Muon takes a step of one size in every direction of a
+    matrix (kellerjordan.github.io/posts/muon).
     """
-    inner, outer = [], []
+    matrices, others = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            between = p.dim() == 2 and "embed" not in name and "lm_head" not in name
-            (inner if course.muon_rate and between else outer).append(p)
-    adamw = torch.optim.AdamW(outer, lr=course.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    return [adamw, torch.optim.Muon(inner, lr=course.muon_rate, weight_decay=0.01)] if inner else [adamw]
+        if not p.requires_grad:
+            continue
+        inner = p.dim() == 2 and "embed" not in name and "lm_head" not in name
+        if stage.muon_rate and inner:
+            matrices.append(p)
+        else:
+            others.append(p)
+    steppers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        others, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    if stage.muon_rate and matrices:
+        steppers.append(torch.optim.Muon(matrices, lr=stage.muon_rate, weight_decay=0.01))
+    return steppers
 
 
 def rate_share(step: int, steps: int, left: float) -> float:
-    """How much of its rate a course goes at: it warms up over 200 steps, and decays to what is left."""
+    """The share of the rates at a step: it rises over 200 steps, and decays to what is left."""
     return min((step + 1) / 200, 1 - (1 - left) * step / steps)
 
 
-def fit(course: Course, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes,
-        progress: Progress, workers: int) -> None:
-    """One course, from the first step or from where it was interrupted; reports, and saves as it goes."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def take_step(model: nn.Module, steppers: Sequence[torch.optim.Optimizer], loss: Tensor,
+              share: float) -> float:
+    """Change the weights by the gradients of a loss, at a share of the rates; returns the loss."""
+    for stepper in steppers:
+        for group in stepper.param_groups:
+            group["lr"] = stepper.defaults["lr"] * share
     parameters = [p for p in model.parameters() if p.requires_grad]
-    steppers = optimizers(model, course)
-    if progress.state:
-        model.load_state_dict(progress.state["model"])
-        for stepper, state in zip(steppers, progress.state["optimizers"]):
-            stepper.load_state_dict(state)
-    start, average = progress.step, None
-    planned = progress.minutes is not None and start == 0
-    begun = saved = timed = time.time()
-    batches = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers,
-                                          sampler=range(start * world + rank, sys.maxsize, world))
-    for step, batch in enumerate(batches, start):
-        steps = progress.steps[progress.course]
-        if planned and step and step % TIMED == 0 and step <= max(TIMED, steps / 2):
-            before, timed = timed, time.time()      # the first steps are slow, above all on a GPU
-            steps = progress.choose_steps(step, timed - begun, (timed - before) / TIMED)
+    loss.backward()
+    if joined()[1] > 1:
+        average_gradients(parameters)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for stepper in steppers:
+        stepper.step()
+        stepper.zero_grad()
+    return loss.item()
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """The mean of the gradients over all processes, in one message."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+# ----- a stage ------------------------------------------------------------------------------------
+
+
+def fit(stage: TrainingStage, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes,
+        progress: Progress, workers: int) -> None:
+    """One stage, from its first step or from where it was interrupted."""
+    steppers = optimizers(model, stage)
+    progress.restore(model, steppers)
+    pace = Pace(progress)
+    report = Report(stage.name, progress.step, pace.begun)
+    saved = pace.begun
+    for step, batch in enumerate(batches_from(progress.step, data, workers), progress.step):
+        steps = pace.steps(step)
         if step >= steps:
             break
-        for stepper in steppers:
-            for group in stepper.param_groups:
-                group["lr"] = stepper.defaults["lr"] * rate_share(step, steps, course.rate_left)
-        loss = loss_of(batch)
-        loss.backward()
-        if world > 1:
-            average_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad()
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if rank == 0 and (step + 1) % 50 == 0:
-            left = (time.time() - begun) / (step + 1 - start) * (steps - step - 1)
-            print(f"{course.name:5}  step {step + 1}/{steps}  loss {average:.3f}  {left / 60:.0f} min to go",
-                  flush=True)
-        if rank == 0 and time.time() - saved > SAVE_EVERY:
-            progress.step, saved = step + 1, time.time()
-            progress.state = {"model": model.state_dict(),
-                              "optimizers": [stepper.state_dict() for stepper in steppers]}
-            progress.save()
-    progress.course, progress.step = progress.course + 1, 0
-    progress.state = {"model": model.state_dict(), "optimizers": []}          # the next begins with new ones
+        share = rate_share(step, steps, stage.rate_left)
+        loss = take_step(model, steppers, loss_of(batch), share)
+        report.add(loss, step + 1, steps)
+        if joined()[0] == 0 and time.time() - saved > SAVE_EVERY:
+            saved = time.time()
+            progress.keep(step + 1, model, steppers)
+    progress.end_stage(model)
+
+
+def batches_from(step: int, data: Scenes, workers: int) -> Iterable[Batch]:
+    """The batches of this process, from a step on."""
+    rank, world = joined()
+    sampler = range(step * world + rank, sys.maxsize, world)
+    return torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, sampler=sampler)

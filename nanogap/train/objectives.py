@@ -1,10 +1,12 @@
-"""What the mini model is trained to do: the losses of both stages, and the scenes they are taken on.
+"""What the mini model is trained to do: the losses of CLIP and of LLaVA, and the scenes they use.
 
-In:  a batch of drawn scenes.  Out: a loss to go down.
+In:  a batch of drawn scenes.  Out: a loss to minimise.
 
-Stage 0, CLIP (arXiv 2103.00020): which captions are true of which scene.  Stage 1, LLaVA
-(arXiv 2304.08485): the next token of the answers.  Nothing in here knows of pruning: no token is ever
-dropped and no position ID changed in training.
+CLIP (arXiv 2103.00020) learns which captions are true of which scene, LLaVA (arXiv 2304.08485) the
+next token of the answers.  Nothing here knows of pruning: in training no token is dropped and no
+position ID changed.
+Letters: B images, N visual tokens of each, P tokens before them, Q questions of one kind, T tokens,
+V vocabulary, M tokens of all answers.
 """
 
 import os
@@ -21,14 +23,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.clip import CLIP
-from nanogap.image import box_to_square, to_pixel_values
-from nanogap.models.llava import Llava
-from nanogap.prompt import BEFORE_IMAGE, DESCRIBE, encode, encode_prompt, format_box, where_is
+from nanogap.image import Pad, to_pixel_values
+from nanogap.models import VLM
+from nanogap.prompt import DESCRIBE, encode
 from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
 
 # ----- data ---------------------------------------------------------------------------------------
 
 Draw = Callable[[random.Random, int], Scene]
+Batch = tuple[Tensor, list[Scene], random.Random]
+PADDED = Pad()
 
 
 def draw_single(rng: random.Random, size: int) -> Scene:
@@ -37,14 +41,20 @@ def draw_single(rng: random.Random, size: int) -> Scene:
 
 
 def draw_alike(rng: random.Random, size: int) -> Scene:
-    """Draw two to four things, four times in five of one kind, else of one colour, and name all in full."""
+    """Draw two to four things that are alike, each named by kind and colour.
+
+    Four times in five they are of one kind, else of one colour.
+    """
     count = rng.randint(2, 4)
-    kinds, colours = rng.sample(list(KINDS), count), rng.sample(list(COLOURS), count)
-    alike = kinds if rng.random() < 0.8 else colours
-    alike[1:] = alike[:1] * (count - 1)
-    drawn = draw_scene(rng, size, list(zip(kinds, colours)))
-    names = [(f"the {named(thing.kind, thing.colour)}", i) for i, thing in enumerate(drawn.things)]
-    return replace(drawn, expressions=tuple(names))
+    kinds = rng.sample(list(KINDS), count)
+    colours = rng.sample(list(COLOURS), count)
+    if rng.random() < 0.8:
+        kinds = kinds[:1] * count
+    else:
+        colours = colours[:1] * count
+    drawn = draw_scene(rng, size, list(zip(kinds, colours, strict=True)))
+    names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
+    return replace(drawn, expressions=tuple((name, i) for i, name in enumerate(names)))
 
 
 def draw_often_alike(rng: random.Random, size: int) -> Scene:
@@ -55,29 +65,38 @@ def draw_often_alike(rng: random.Random, size: int) -> Scene:
 class Scenes(torch.utils.data.Dataset):
     """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
 
-    A split of `nanogap.scenes` is one word, so these seeds, of several, are never a split's.
+    A split of `nanogap.scenes` is one word, so these seeds, of several words, are never a split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int, draw: Draw = draw_scene) -> None:
-        self.seed, self.images, self.image_size, self.draw = seed, images, image_size, draw
+    def __init__(self, seed: str, images: int, image_size: int, draw: Draw = draw_scene,
+                 frame: Pad = PADDED) -> None:
+        self.seed = seed
+        self.images = images
+        self.image_size = image_size
+        self.draw = draw
+        self.frame = frame
 
-    def __getitem__(self, index: int) -> "Batch":
+    def __getitem__(self, index: int) -> Batch:
         rng = random.Random(f"train {self.seed} {index}")
-        # pictures are drawn just as large as the model sees them, or twice as large
-        scenes = [self.draw(rng, rng.choice((1, 2)) * self.image_size) for _ in range(self.images)]
-        pixels = torch.cat([to_pixel_values(scene.image, self.image_size) for scene in scenes])
-        # of the pictures only the size is asked from here on: workers need not send them
-        scenes = [replace(scene, image=Image.new("1", scene.image.size)) for scene in scenes]
-        return pixels, scenes, rng                                            # pixels (B, 3, S, S)
+        scenes = []
+        pixels = []
+        for _ in range(self.images):
+            # pictures are as large as the model sees them, or twice as large
+            scene = self.draw(rng, rng.choice((1, 2)) * self.image_size)
+            pixels.append(to_pixel_values(self.frame.fit(scene.image, self.image_size)))
+            # from here on only the size of a picture is needed: workers need not send it
+            scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
+        return torch.cat(pixels), scenes, rng                                 # pixels (B, 3, S, S)
 
 
-Batch = tuple[Tensor, list[Scene], random.Random]
-
-# ----- stage 0: CLIP ------------------------------------------------------------------------------
+# ----- CLIP ---------------------------------------------------------------------------------------
 
 
 def contents(things: Iterable[Thing]) -> Counter:
-    """How many of which kind and colour: a caption is true of an image that holds at least as much."""
+    """How many there are of each kind and colour.
+
+    A caption is true of an image that holds at least what the caption names.
+    """
     return Counter((thing.kind, thing.colour) for thing in things)
 
 
@@ -85,9 +104,9 @@ SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colou
 
 
 def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.device) -> Tensor:
-    """CLIP's symmetric contrastive loss between images and the captions that may be true of them.
+    """CLIP's symmetric contrastive loss between B images and C captions that may be true of them.
 
-    There is a caption for each image, which names all that is in it, and one for each single thing that
+    There is a caption for each image, which names everything in it, and one for each thing that
     there can be ("a red car").  Several are true of an image, so the targets are equal shares.
     """
     pixels, scenes, rng = batch
@@ -96,47 +115,34 @@ def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.devi
     held = [contents(scene.things) for scene in scenes]
     claims = held + [contents([thing]) for thing in SINGLES]
     truth = torch.tensor([[float(claim <= have) for claim in claims] for have in held])
-    truth = truth.to(device)                                                  # (B, M)
-    texts = torch.cat([clip.text_features(torch.tensor([e.ids for e in tokenizer.encode_batch(some)],
-                                                       device=device)) for some in (wholes, singles)])
-    logits = clip.logit_scale.exp() * clip.image_features(pixels.to(device)) @ texts.T  # (B, M)
+    truth = truth.to(device)                                                  # (B, C)
+    texts = torch.cat([text_features(clip, tokenizer, captions, device)
+                       for captions in (wholes, singles)])                    # (C, E)
+    images = clip.image_features(pixels.to(device))                           # (B, E)
+    logits = clip.logit_scale.exp() * images @ texts.T                        # (B, C)
     by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
-    told = truth.sum(0) > 0                                                   # captions true of any image
-    by_text = F.cross_entropy(logits.T[told], (truth / truth.sum(0)).T[told])
+    true = truth.sum(0) > 0                                                   # (C,) of any image
+    by_text = F.cross_entropy(logits.T[true], (truth / truth.sum(0)).T[true])
     return (by_image + by_text) / 2
 
 
-# ----- stage 1: LLaVA -----------------------------------------------------------------------------
+def text_features(clip: CLIP, tokenizer: Tokenizer, texts: list[str],
+                  device: torch.device) -> Tensor:
+    """Texts, padded to the longest, in CLIP's space of images and texts (len(texts), E)."""
+    ids = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
+    return clip.text_features(torch.tensor(ids, device=device))
 
 
-class SharedPast:
-    """Keys and values of a prefix that several sequences continue; unlike KVCache, with gradients.
-
-    All questions about an image share the image, and all images the system sentence: each is run once.
-    Sequence i of the new batch continues sequence `parents[i]` of the old one.
-    """
-
-    siblings, mask = 1, None                                                  # the order says who sees whom
-
-    def __init__(self, past: "SharedPast | None" = None, parents: Tensor | None = None) -> None:
-        self.past, self.parents = past, parents
-        self.rows: list[tuple[Tensor, Tensor]] = []                           # per layer (B, G, R, D)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.past is not None:
-            old_k, old_v = self.past.rows[layer]
-            k, v = torch.cat([old_k[self.parents], k], 2), torch.cat([old_v[self.parents], v], 2)
-        self.rows.append((k, v))
-        return k, v
+# ----- what LLaVA is asked ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How many questions a step asks at most, and what tokens of the answers weigh in the loss."""
+class Mixture:
+    """How many questions a step asks at most, and what the answers' tokens weigh in the loss."""
 
     boxes: int                     # where something is
     finds: int = 0                 # the same, but the answer stops at "[0.1": which thing it is
-    words: int = 0                 # that a word answers
+    words: int = 0                 # answered with a word
     descriptions: int = 8          # of an image
     hundredths: float = 1.0        # of boxes
     find: float = 1.0              # the last token of a find; those before it weigh nothing
@@ -145,102 +151,162 @@ class Asked:
 
 @dataclass
 class Task:
-    """Questions of one kind about B images: what stands after each image, what is to be said."""
+    """Q questions of one kind about B images."""
 
-    weights: tuple[float, ...]     # of an answer's tokens in the loss, from the first and over again
-    prompts: list[list[int]] = field(default_factory=list)       # Q times the text after the image
-    answers: list[list[int]] = field(default_factory=list)       # Q times the answer; if whole, with its end
+    weights: tuple[float, ...]     # of an answer's tokens in the loss; they repeat from the first
+    prompts: list[list[int]] = field(default_factory=list)       # the text after the image
+    answers: list[list[int]] = field(default_factory=list)       # with the end token, if whole
     about: list[int] = field(default_factory=list)               # which of the images
 
     def token_weights(self) -> Tensor:
-        """Of all tokens of the answers (M,)."""
-        return torch.tensor([weight for answer in self.answers
-                             for weight, _ in zip(cycle(self.weights), answer)])
+        """The weights of all tokens of the answers (M,)."""
+        weights = []
+        for answer in self.answers:
+            weights += [weight for weight, _ in zip(cycle(self.weights), answer, strict=False)]
+        return torch.tensor(weights)
+
+    def add(self, model: VLM, question: str, answer: str, image: int,
+            tokens: int | None = None) -> None:
+        """Ask about an image; `tokens` cuts the answer off."""
+        c = model.config
+        prompt = model.template.encode(model.tokenizer, question, c.bos_token, c.image_token)
+        said = encode(model.tokenizer, answer) + [c.eos_token]
+        self.prompts.append(prompt[prompt.index(c.image_token) + 1:])
+        self.answers.append(said[:tokens])
+        self.about.append(image)
+
+
+def tasks(model: VLM, scenes: list[Scene], mixture: Mixture, rng: random.Random) -> list[Task]:
+    """Questions for boxes, for their first tenths, for words, and for descriptions."""
+    boxes = Task((1.0, 1.0, 1.0, 1.0, mixture.hundredths, 1.0))   # "[0.12, 0.34, 0.56, 0.78]"
+    finds = Task((0.0, 0.0, 0.0, mixture.find))                   # "[0.1"
+    words = Task((mixture.word,))
+    descriptions = Task((1.0,))
+    places = [(i, expression, thing) for i, scene in enumerate(scenes)
+              for expression, thing in scene.expressions]
+    for task, count, tokens in ((boxes, mixture.boxes, None), (finds, mixture.finds, 4)):
+        for i, expression, thing in rng.sample(places, min(count, len(places))):
+            picture = scenes[i].image
+            box = model.frame.from_pixels(scenes[i].things[thing].box, *picture.size)
+            answer = model.box_format.say(box)
+            task.add(model, model.question(expression), answer, i, tokens)
+    short = [(i, question, word) for i, scene in enumerate(scenes)
+             for question, word in short_questions(scene, rng)]
+    for i, question, word in rng.sample(short, min(mixture.words, len(short))):
+        words.add(model, question, word, i)
+    for i, scene in enumerate(scenes[:mixture.descriptions]):
+        descriptions.add(model, DESCRIBE, caption(scene.things, rng), i)
+    return [task for task in (boxes, finds, words, descriptions) if task.about]
 
 
 def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Yield questions that a word answers, such as LLaVA-1.5's mixture has them (VQAv2, GQA)."""
+    """Yield questions with one word for an answer, as in LLaVA-1.5's own mixture (VQAv2, GQA)."""
     for expression, thing in scene.expressions:
         if not {*COLOURS} & {*expression.split()}:
-            yield f"What colour is the {expression.removeprefix('the ')}?", scene.things[thing].colour
+            question = f"What colour is the {expression.removeprefix('the ')}?"
+            yield question, scene.things[thing].colour
     there = [(thing.kind, thing.colour) for thing in scene.things]
     for kind, colour in there:
         if [c for _, c in there].count(colour) == 1:
             yield f"What is {colour}?", kind
-        other_colour, other_kind = (kind, rng.choice([*COLOURS])), (rng.choice([*KINDS]), colour)
+        other_colour = (kind, rng.choice([*COLOURS]))
+        other_kind = (rng.choice([*KINDS]), colour)
         asked = rng.choice([(kind, colour), (kind, colour), other_colour, other_kind])
-        one = caption([Thing(*asked, (0.0, 0.0, 1.0, 1.0))], rng)                 # "a red car"
+        one = caption([Thing(*asked, (0.0, 0.0, 1.0, 1.0))], rng)             # "a red car"
         yield f"Is there {one}?", "yes" if asked in there else "no"
 
 
-def tasks(model: Llava, scenes: list[Scene], asked: Asked, rng: random.Random) -> list[Task]:
-    """Questions for boxes, for their first tenths, for words, and for descriptions of the first scenes."""
-    c, words, descriptions = model.config, Task((asked.word,)), Task((1.0,))
-    finds = Task((0.0, 0.0, 0.0, asked.find))                                 # "[0.1"
-    boxes = Task((1.0, 1.0, 1.0, 1.0, asked.hundredths, 1.0))                 # "[0.12, 0.34, 0.56, 0.78]"
-
-    def add(task: Task, question: str, answer: str, i: int, tokens: int | None = None) -> None:
-        prompt = encode_prompt(model.tokenizer, question, c.bos_token, c.image_token)
-        task.prompts.append(prompt[prompt.index(c.image_token) + 1:])
-        task.answers.append((encode(model.tokenizer, answer) + [c.eos_token])[:tokens])
-        task.about.append(i)
-
-    every = [(i, *told) for i, scene in enumerate(scenes) for told in scene.expressions]
-    for task, count, tokens in ((boxes, asked.boxes, None), (finds, asked.finds, 4)):
-        for i, expression, thing in rng.sample(every, min(count, len(every))):
-            box = box_to_square(scenes[i].things[thing].box, *scenes[i].image.size)
-            add(task, where_is(expression), format_box(box), i, tokens)
-    every = [(i, *told) for i, scene in enumerate(scenes) for told in short_questions(scene, rng)]
-    for i, question, word in rng.sample(every, min(asked.words, len(every))):
-        add(words, question, word, i)
-    for i, scene in enumerate(scenes[:asked.descriptions]):
-        add(descriptions, DESCRIBE, caption(scene.things, rng), i)
-    return [task for task in (boxes, finds, words, descriptions) if task.about]
+# ----- LLaVA --------------------------------------------------------------------------------------
 
 
-def read_answers(model: Llava, task: Task, past: SharedPast, start: int) -> tuple[Tensor, Tensor]:
+class SharedPast:
+    """Rows of a prefix that several sequences continue; unlike a KVCache's, with gradients.
+
+    All questions about an image share the image, and all images share the system sentence: each is
+    run once.  Sequence i of the new batch continues sequence `parents[i]` of the old one.
+    """
+
+    lengths: list[int]   # rows in use, per layer
+
+    def __init__(self, layers: int, past: "SharedPast | None" = None,
+                 parents: Tensor | None = None) -> None:
+        self.past = past
+        self.parents = parents
+        self.lengths = [0] * layers
+        if past is not None:
+            self.lengths = list(past.lengths)
+        self.rows: list[tuple[Tensor, Tensor]] = []   # (B, G, R, D) each, per layer
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (B, G, T, D) behind the rows of the past; return all rows (B, G, R, D)."""
+        if self.past is not None:
+            old_k, old_v = self.past.rows[layer]
+            k = torch.cat([old_k[self.parents], k], dim=2)                    # (B, G, R, D)
+            v = torch.cat([old_v[self.parents], v], dim=2)
+        self.rows.append((k, v))
+        self.lengths[layer] = k.shape[2]
+        return k, v
+
+    def below(self, parents: Tensor) -> "SharedPast":
+        """A past for sequences that continue this one."""
+        return SharedPast(len(self.lengths), self, parents)
+
+    @property
+    def sequences(self) -> int:
+        """B: how many sequences there are."""
+        return len(self.rows[0][0])
+
+
+def read_answers(model: VLM, task: Task, past: SharedPast, start: int) -> tuple[Tensor, Tensor]:
     """The logits (M, V) of all tokens of the answers, and which tokens they should be (M,).
 
     past: the images, and what stands before them; start: the position ID that comes next
     """
     decoder, device = model.language_model.model, model.device
+    # what all questions begin with is run once for each image
     shared = len(os.path.commonprefix([prompt[:-1] for prompt in task.prompts]))
-    head = torch.tensor(task.prompts[0][:shared], device=device)
-    below_head = SharedPast(past, torch.arange(len(past.rows[0][0]), device=device))
-    decoder(decoder.embed_tokens(head).expand(len(past.rows[0][0]), -1, -1),
-            start + torch.arange(shared, device=device), below_head)
-
-    rows = [prompt[shared:] + answer for prompt, answer in zip(task.prompts, task.answers)]
-    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+    head = torch.tensor(task.prompts[0][:shared], device=device)              # (shared,)
+    below_head = past.below(torch.arange(past.sequences, device=device))
+    x = decoder.embed_tokens(head).expand(past.sequences, -1, -1)             # (B, shared, C)
+    decoder(x, start + torch.arange(shared, device=device), below_head)
+    # and then the rest of each question, with its answer
+    rows = [prompt[shared:] + answer
+            for prompt, answer in zip(task.prompts, task.answers, strict=True)]
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    tokens = tokens.to(device)                                                # (Q, T)
     first = torch.tensor([len(prompt) - shared for prompt in task.prompts], device=device)
     last = torch.tensor([len(row) for row in rows], device=device)
-    at = torch.arange(1, tokens.shape[1], device=device)
+    at = torch.arange(1, tokens.shape[1], device=device)                      # (T - 1,)
     in_answer = (at >= first[:, None]) & (at < last[:, None])                 # (Q, T - 1)
-    below_questions = SharedPast(below_head, torch.tensor(task.about, device=device))
-    hidden = decoder(decoder.embed_tokens(tokens[:, :-1]), start + shared + at - 1, below_questions)
-    return model.language_model.lm_head(hidden[in_answer]).float(), tokens[:, 1:][in_answer]
+    below_questions = below_head.below(torch.tensor(task.about, device=device))
+    x = decoder.embed_tokens(tokens[:, :-1])                                  # (Q, T - 1, C)
+    hidden = decoder(x, start + shared + at - 1, below_questions)             # (Q, T - 1, C)
+    return model.language_model.logits(hidden[in_answer]), tokens[:, 1:][in_answer]
 
 
-def llava_loss(model: Llava, batch: Batch, device: torch.device, asked: Asked) -> Tensor:
+def llava_loss(model: VLM, batch: Batch, device: torch.device, mixture: Mixture) -> Tensor:
     """Next-token cross-entropy on the answers, the weighted mean over all their tokens.
 
-    Every question sees the system sentence, its image and itself only, at the position IDs that it would
-    have alone; so the sequences form a tree, and each level of it is run once:
+    Every question sees only the system sentence, its image and itself, at the position IDs that it
+    would have alone.  So the sequences form a tree, and each level of it is run once:
     [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
     """
     pixels, scenes, rng = batch
     decoder = model.language_model.model
-    with torch.no_grad():
-        features = model.vision_tower(pixels.to(device)).features             # (B, N, C), frozen
-    system = torch.tensor(encode(model.tokenizer, BEFORE_IMAGE), device=device)
-    system = torch.cat([system.new_tensor([model.config.bos_token]), system])
+    with torch.no_grad():                                                     # the tower is frozen
+        _, hidden = model.get_submodule("vision_tower")(pixels.to(device))    # (B, 1 + N, C)
+        features = hidden[:, 1:]                                              # (B, N, C)
+    words = [model.config.bos_token, *encode(model.tokenizer, model.template.before)]
+    system = torch.tensor(words, device=device)                               # (P,)
     P, N = len(system), features.shape[1]
-    below_system = SharedPast()
+    below_system = SharedPast(len(decoder.layers))
     decoder(decoder.embed_tokens(system)[None], torch.arange(P, device=device), below_system)
-    below_image = SharedPast(below_system, torch.zeros(len(scenes), dtype=torch.long, device=device))
-    decoder(model.multi_modal_projector(features), P + torch.arange(N, device=device), below_image)
-    questions = tasks(model, scenes, asked, rng)
-    logits, targets = zip(*(read_answers(model, task, below_image, P + N) for task in questions))
+    below_image = below_system.below(torch.zeros(len(scenes), dtype=torch.long, device=device))
+    decoder(model.project(features), P + torch.arange(N, device=device), below_image)
+    questions = tasks(model, scenes, mixture, rng)
+    read = [read_answers(model, task, below_image, P + N) for task in questions]
+    logits = torch.cat([logits for logits, _ in read])                        # (M, V)
+    targets = torch.cat([targets for _, targets in read])                     # (M,)
     weights = torch.cat([task.token_weights() for task in questions]).to(device)
-    losses = F.cross_entropy(torch.cat(logits), torch.cat(targets), reduction="none")
+    losses = F.cross_entropy(logits, targets, reduction="none")               # (M,)
     return (losses * weights).sum() / weights.sum()
