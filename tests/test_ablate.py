@@ -61,6 +61,19 @@ def test_the_seed_is_that_of_the_random_order(model: VLM):
     assert said[0] == said[1] != said[2]
 
 
+def test_where_the_order_is_permuted_tokens_are_fed_in_it(model: VLM, monkeypatch):
+    image, fed = model.encode_image(ROOT / "image.jpg"), {}
+    monkeypatch.setattr(model, "generate",
+                        lambda x, layout, most: fed.update({layout.order: x}) or [])
+    for name in ("nothing changed", "order permuted"):
+        ablate.ask(model, image, "the man on the left", name, 3)
+    (_, plain), (order, permuted) = fed.items()
+    P, A = model.around_image(model.prompt("the man on the left"))
+    assert order.tolist() != sorted(order.tolist()) == list(range(144))
+    assert torch.allclose(permuted[0, P:-A], plain[0, P:-A][order], atol=1e-5)
+    assert torch.equal(permuted[0, :P], plain[0, :P])
+
+
 def test_moving_every_id_changes_no_logit_and_moving_the_image_and_what_follows_does(model: VLM):
     """So what "image and text + 100" changes is the distance to the text before, and that alone."""
     image = model.encode_image(ROOT / "image.jpg")

@@ -216,6 +216,13 @@ def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, capsys):
     assert Image.open(picture).height > 14 * 40
 
 
+def test_padding_is_counted_in_every_case_of_the_ablation(folder, annotations, capsys):
+    """A picture of 200 x 100 leaves the first and the last of four rows empty."""
+    assert run("--weights", folder, "--data", annotations, "--limit", 1, "--keep", 16, "--ablate",
+               "--json") == 0
+    assert [row["padding"] for row in report(capsys)["runs"]] == [0.5] * 14
+
+
 def test_every_mode_can_be_asked_of_every_strategy(folder, capsys):
     assert run("--weights", folder, "--limit", 1, "--keep", 4, "--mode", *MODES, "--prune",
                "spatial", "prumerge", "fastv", "--json") == 0

@@ -180,7 +180,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--weights", type=Path, metavar="DIR", help="default: " + str(default_weights()).replace("%", "%%"))
+    found = str(default_weights()).replace("%", "%%")
+    add("--weights", type=Path, metavar="DIR", help=f"default: {found}")
     add("--data", default="scenes:val", metavar="FILE|scenes[:SPLIT]",
         help="drawn scenes, or annotations: refs(unc).p of RefCOCO, the JSON of MiniGPT-v2, "
              "Shikra, Qwen-VL or VLM-R1, or lines of your own, "
