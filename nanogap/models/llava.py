@@ -116,7 +116,8 @@ class Llava(VLM):
 
     def fields(self, image: EncodedImage, view: int, needs: Collection[str]) -> dict[str, Tensor]:
         """What strategies need to see."""
-        return self.vision_tower.fields(*image.hidden, needs)
+        before, after = image.hidden                                          # (1 + N, C) each
+        return self.vision_tower.fields(before, after, needs)
 
     def project(self, features: Tensor) -> Tensor:
         """Visual tokens (K, C) -> as the decoder is fed them (K, C')."""
