@@ -88,7 +88,10 @@ def family_of(folder: Path) -> type[VLM]:
         if os.path.isdir(folder):
             what = "has no config.json, so it is not a checkpoint"
         raise NanogapError(f"{folder} {what}; get the published weights with {DOWNLOAD}")
-    found = read_json(folder / "config.json").get("model_type")
+    config = read_json(folder / "config.json")
+    found = config.get("model_type")
+    if "mm_vision_tower" in config:        # in LLaVA's own layout the type has other names as well
+        found = "llava"
     if not isinstance(found, str) or found not in MODELS:
         known = ", ".join(map(repr, MODELS))
         raise NanogapError(f"{folder / 'config.json'} describes a {found!r:.80} model; "

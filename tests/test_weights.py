@@ -409,12 +409,13 @@ def test_another_kind_of_model_is_refused_by_name(model_type: object, folder: Pa
     assert "'llava'" in refusal(folder)
 
 
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
 @pytest.mark.parametrize("tokenizer", [True, False], ids=["with tokenizer.json", "without"])
 def test_llavas_own_layout_is_recognised_and_told_how_to_become_llava_hfs(
-        tokenizer: bool, folder: Path):
+        tokenizer: bool, model_type: str, folder: Path):
     """liuhaotian/llava-v1.5-7b and its fine-tunes: model_type is "llava" too, all else differs."""
     (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "hidden_size": 4096,
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": model_type, "hidden_size": 4096,
         "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2}))
     (folder / "model.safetensors").unlink()
     if not tokenizer:
