@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import run
-from nanogap import gap, prune
+from nanogap import gap
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.train import __main__ as train
 from tests.markdown import broken_links, commands, is_the_evaluators, what_is_wrong_with
@@ -31,13 +31,21 @@ def test_the_two_commands_do_their_own_set_up():
 
 
 def test_the_quoted_lines_of_gap_stand_in_gap():
-    assert block("    if ids ==") in (ROOT / "nanogap" / "gap.py").read_text()
+    lines = block("    visual =")
+    assert "GAP, 1" in lines and "GAP, 2" in lines
+    assert lines in (ROOT / "nanogap" / "gap.py").read_text()
+
+
+def test_the_readme_is_at_most_150_lines():
+    assert README.count("\n") <= 150
 
 
 def test_every_source_file_is_in_the_reading_order_and_every_link_leads_somewhere():
     named = set(re.findall(r"`(nanogap/\w+\.py|run\.py)`", README))
     there = {f"nanogap/{p.name}" for p in (ROOT / "nanogap").glob("*.py")} - {"nanogap/__init__.py"}
     assert named == there | {"run.py"}
+    folders = {f"nanogap/{p.parent.name}/" for p in (ROOT / "nanogap").glob("*/__init__.py")}
+    assert folders == set(re.findall(r"`(nanogap/\w+/)`", README))
     assert [f"README.md:{line}: {link}" for line, link in broken_links(README)] == []
 
 
@@ -66,11 +74,11 @@ def test_the_other_commands_take_the_arguments_that_are_given_here(tmp_path, mon
     words = block("python -m nanogap.evaluate").replace("\\\n", " ").split()[3:]
     at = words.index("--limit") + 1
     words[at] = "1"
-    evaluate.command(words)
-    steps = " ".join(str(course.steps) for course in train.COURSES)
+    evaluate.main(words)
+    steps = " ".join(str(stage.steps) for stage in train.CPU.stages)
     training = "torchrun --nproc-per-node 2 -m nanogap.train --device cpu --out weights/mini"
-    assert f"{training} --steps {steps}\n" in README
-    assert train.RECIPES and "STRATEGIES" in README and prune.STRATEGIES
+    log = (ROOT / "nanogap" / "train" / "LOG.md").read_text()
+    assert f"{training} --steps {steps}" in README and f"{training} --steps {steps}\n" in log
 
 
 def test_every_command_is_real():
@@ -100,7 +108,7 @@ def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path):
 
 def test_the_recipe_for_other_code_gives_the_ids_of_gap():
     line = next(line for line in README.splitlines() if line.startswith("position_ids = torch.cat"))
-    names = {"torch": torch, "P": 3, "N": 16, "A": 2, "keep": torch.tensor([2, 5, 9])}
+    names: dict = {"torch": torch, "P": 3, "N": 16, "A": 2, "keep": torch.tensor([2, 5, 9])}
     exec(line, names)
     expected, following = gap.position_ids(names["keep"], 3, 16, 2, "gap")
     assert names["position_ids"].tolist() == [expected.tolist()] and following == 3 + 16 + 2
