@@ -1,5 +1,5 @@
 """What nanogap.bench reports: keys and arithmetic, never times.  And what it measures with: random
-weights in every size, decoding by graphs, a last layer that works for the asked tokens alone.
+weights of every size, and decoding with graphs.
 """
 
 import json
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import nanogap
-from nanogap import NanogapError
+from nanogap import NanogapError, weights
 from nanogap.bench import __main__ as bench
 from nanogap.bench import sizes
-from nanogap.cli import answer_for
 from nanogap.bench.graph import GraphedDecoder
+from nanogap.bench.sizes import random_model, save_random
+from nanogap.cli import answer_for
 from nanogap.llama import KVCache, LlamaConfig
-from nanogap.models.llava import LlavaConfig
-from nanogap.bench.sizes import random_llava, save_random
+from nanogap.models.llava import Llava
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -71,7 +71,8 @@ def test_ratios_are_quotients_of_the_medians_beside_them(capsys, tiny):
         assert run["full_over_this"] == {key: full[key] / run[key] for key in bench.BOUGHT}
         flop = bench.prefill_flop(nanogap.load(tiny).config.text, run["prompt_tokens"])
         assert run["prefill_tflop_s"] == pytest.approx(flop / (run["prefill_ms"] / 1e3) / 1e12)
-        assert run["prefill_share"] == pytest.approx(run["prefill_tflop_s"] / said["matmul_tflop_s"])
+        share = run["prefill_tflop_s"] / said["matmul_tflop_s"]
+        assert run["prefill_share"] == pytest.approx(share)
         assert run["decode_share"] == pytest.approx(run["decode_gb_s"] / said["copy_gb_s"])
     assert said["ours"]["load_over_read"] == said["ours"]["load_s"] / said["read_s"]
     assert said["ours"]["weight_bytes"] == said["parameters"] * 4
@@ -86,18 +87,19 @@ def test_the_table_says_what_pruning_buys_and_the_json_comes_last(capsys):
 def test_the_work_of_a_prefill_by_hand():
     """T = 3 tokens, 2 layers, C = 8, 2 heads and 1 key-value head of 4 channels, 16 inside the MLP.
 
-    Weights of k and v: 2 * 8 * 4 = 64, for 3 tokens in both layers.  Of q, o and the MLP: 2 * 64 + 3 * 128
-    = 512, for 3 tokens and then for 1.  The head: 80.  Looks: 1 + 2 + 3, then 3; each 2 * 2 * 8.
+    Weights of k and v: 2 * 8 * 4 = 64, for 3 tokens in both layers.  Of q, o and the MLP:
+    2 * 64 + 3 * 128 = 512, for 3 tokens and then for 1.  The head: 80.  Looks: 1 + 2 + 3, then 3;
+    each 2 * 2 * 8.
     """
     config = LlamaConfig(8, 16, 2, 2, 1, head_dim=4, vocab_size=10)
     assert bench.prefill_flop(config, 3) == 2 * (64 * 6 + 512 * 4 + 80) + 32 * 9
 
 
 def test_a_pass_reads_all_weights_but_the_embeddings_and_the_cache():
-    """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; another norm, and the head 640 x 64."""
-    model = random_llava("tiny", CPU, torch.bfloat16)
-    weights = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
-    assert bench.pass_bytes(model, 1000) == 2 * weights + 1000
+    """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; then a norm, and the head 640 x 64."""
+    model = random_model("tiny", CPU, torch.bfloat16)
+    parameters = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
+    assert bench.pass_bytes(model, 1000) == 2 * parameters + 1000
 
 
 # ----- against transformers -----------------------------------------------------------------------
@@ -110,7 +112,8 @@ def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
     assert said["theirs"]["same_tokens"] and said["theirs"]["library"].startswith("transformers ")
     for run in said["runs"]:
         assert run["theirs_over_this"]["pass_ms"] == said["theirs"]["pass_ms"] / run["pass_ms"]
-        assert run["theirs_over_this"]["drafted_box_ms"] == said["theirs"]["box_ms"] / run["drafted_box_ms"]
+        drafted = said["theirs"]["box_ms"] / run["drafted_box_ms"]
+        assert run["theirs_over_this"]["drafted_box_ms"] == drafted
     assert "times faster than transformers" in before
 
 
@@ -124,8 +127,27 @@ def test_agreement_one_after_the_other(capsys, tiny):
 
 def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(NanogapError, match="not installed here; get it with `pip install transformers"):
+    message = "not installed here; get it with `pip install transformers"
+    with pytest.raises(NanogapError, match=message):
         bench.command(["--against", "transformers"])
+
+
+# ----- strategies of one's own --------------------------------------------------------------------
+
+
+def test_a_strategy_of_ones_own_is_measured_by_its_file(capsys, tiny, tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\nfrom nanogap.prune import Kept, strategy\n\n\n"
+                                      "@strategy()\ndef first_ones(seen, budget, generator):\n"
+                                      "    return Kept(torch.arange(budget))\n")
+    name = f"{tmp_path / 'mine.py'}:first_ones"
+    said, _ = document(capsys, "--weights", str(tiny), "--keep", "5", "--prune", name, "--json")
+    runs = [(run["prune"], run["visual_tokens"]) for run in said["runs"]]
+    assert runs == [("none", 16), ("first_ones", 5)]
+
+
+def test_without_weights_the_default_ones_are_measured(monkeypatch, tiny, capsys):
+    monkeypatch.setattr(weights, "default_weights", lambda: tiny)
+    assert document(capsys, "--json")[0]["weights"] == str(tiny)
 
 
 # ----- mistakes -----------------------------------------------------------------------------------
@@ -140,6 +162,9 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     (["--rounds", "0"], "nothing would be measured"),
     (["--keep", "0"], "is not a number of visual tokens"),
     (["--random", "tiny", "--keep", "17"], "cannot keep 17 of 16 visual tokens"),
+    (["--random", "tiny", "--keep", "auto"], "cls_attention needs a budget"),
+    (["--random", "tiny", "--prune", "nothing"], "unknown strategy 'nothing'"),
+    (["--random", "tiny", "--prune", "nowhere.py:mine"], "there is no file nowhere.py"),
     (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
 ])
 def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
@@ -149,9 +174,11 @@ def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
 
 
 def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeypatch):
-    with pytest.raises(NanogapError, match="is there already; give a new folder, or measure what is in it"):
+    message = "is there already; give a new folder, or measure what is in it"
+    with pytest.raises(NanogapError, match=message):
         save_random("tiny", tiny, CPU, torch.bfloat16)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 13 * 10 ** 9))
+    usage = shutil._ntuple_diskusage(0, 0, 13 * 10 ** 9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(NanogapError, match="7b takes 14.1 GB and 13.0 GB are free"):
         save_random("7b", tmp_path / "7b", CPU, torch.bfloat16)
 
@@ -160,7 +187,8 @@ def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeyp
 
 
 def test_random_weights_come_back_from_disk_as_they_were_drawn(tiny):
-    drawn, loaded = random_llava("tiny", CPU, torch.bfloat16), nanogap.load(tiny, "cpu", "bfloat16")
+    drawn = random_model("tiny", CPU, torch.bfloat16)
+    loaded = nanogap.load(tiny, "cpu", "bfloat16")
     assert loaded.config == drawn.config
     for name, value in drawn.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
@@ -168,14 +196,13 @@ def test_random_weights_come_back_from_disk_as_they_were_drawn(tiny):
 
 @pytest.mark.parametrize("size, parameters", [("7b", 7.06e9), ("13b", 13.35e9), ("350m", 0.35e9)])
 def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
-    vision, text = sizes.SIZES[size]
-    model = sizes.empty_llava(LlavaConfig(text, vision))
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
-    assert vision.grid ** 2 == 576
+    assert sizes.count_parameters(size) == pytest.approx(parameters, rel=0.01)
+    assert isinstance(sizes.empty_model(size), Llava)
+    assert sizes.SIZES[size].vision.grid ** 2 == 576
 
 
 def test_signals_neither_explode_nor_vanish_in_random_weights():
-    model = random_llava("tiny", CPU, torch.float32)
+    model = random_model("tiny", CPU, torch.float32)
     logits = model(model.prompt("the man"), model.prepare_image(bench.IMAGE))
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(-1).unique()) > 20
@@ -184,51 +211,60 @@ def test_signals_neither_explode_nor_vanish_in_random_weights():
 # ----- what makes it fast -------------------------------------------------------------------------
 
 
-def test_the_last_layer_works_for_the_last_tokens_alone():
-    """The same logits as of the whole sequence, and the same cache."""
-    model = random_llava("tiny", CPU, torch.float32)
-    x, ids = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0)), torch.arange(9) * 3
-    caches = [KVCache(model.config.text, 9, x) for _ in range(2)]
-    whole = model.language_model(x, ids, caches[0])
-    for last in (1, 4, 9):
-        caches[1].lengths = [0, 0, 0]
-        some = model.language_model(x, ids, caches[1], last)
-        assert some.shape == (1, last, 640)
-        assert torch.allclose(some, whole[:, -last:], atol=1e-5)
-        assert torch.allclose(caches[1].keys, caches[0].keys, atol=1e-5)
+def test_a_graphed_pass_gives_the_logits_of_the_model():
+    """Of all tokens of a pass, with alternatives and without, for two prompts in turns."""
+    model = random_model("tiny", CPU, torch.float32).language_model
+    graphed = GraphedDecoder(model)
+    generator = torch.Generator().manual_seed(0)
+    for rows, T, alternatives in ((9, 1, 1), (9, 5, 1), (9, 5, 3), (70, 5, 3), (9, 5, 5)):
+        prompt = torch.randn(1, rows, 64, generator=generator)
+        x = torch.randn(1, T, 64, generator=generator)
+        ids = torch.arange(rows) * 3
+        places = ids[-1] + 1 + torch.arange(T)
+        caches = [KVCache(model.model.config, rows + T + 2, x) for _ in range(2)]
+        for cache in caches:
+            model(prompt, ids, cache)
+        plain = model(x, places, caches[0], alternatives)
+        logits = graphed(x, places, caches[1], alternatives)
+        assert logits.shape == (1, T, 640)
+        assert torch.allclose(logits, plain, atol=1e-5)
+        assert caches[1].lengths == caches[0].lengths == [rows + T] * 3
+    assert sorted(graphed.recordings) == [
+        (64, 1, 1), (64, 5, 1), (64, 5, 3), (64, 5, 5), (128, 5, 3)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
     """On a CPU the same code runs unrecorded: a cache of a fixed number of rows, and a mask."""
     model = nanogap.load(MINI, device, "float32")
-    look, questions = model.look(bench.IMAGE), [("full", None, 25), ("gap", 36, 25), ("full", None, 9)]
+    image = model.encode_image(bench.IMAGE)
+    questions = [("full", None, 25), ("gap", 36, 25), ("full", None, 9)]
 
     def said(drafts: bool) -> list:
-        return [model.ground(look, bench.EXPRESSION, "random", keep, mode, max_new_tokens=most, drafts=drafts)
-                for mode, keep, most in questions]
+        return [model.ground(image, bench.EXPRESSION, "random", keep, mode, max_new_tokens=most,
+                             drafts=drafts) for mode, keep, most in questions]
 
     plain = said(False) + said(True)
-    model.graphed = GraphedDecoder(model.language_model)
+    model.decoder = GraphedDecoder(model.language_model)
     graphed = said(False) + said(True)
     assert [r.tokens for r in graphed] == [r.tokens for r in plain]
     assert [r.kv_bytes for r in graphed] == [r.kv_bytes for r in plain]
     assert [r.timings["passes"] for r in graphed] == [r.timings["passes"] for r in plain]
-    assert {rows % 64 for rows, _, _ in model.graphed.recordings} == {0}
+    assert {rows % 64 for rows, _, _ in model.decoder.recordings} == {0}
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_pass_never_waits_for_the_gpu(dtype: torch.dtype):
-    model = random_llava("tiny", torch.device("cuda"), dtype)
+    model = random_model("tiny", torch.device("cuda"), dtype)
     x, ids = torch.randn(1, 9, 64, device="cuda", dtype=dtype), torch.arange(9, device="cuda")
     pixels = model.prepare_image(bench.IMAGE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.vision_tower(pixels, for_pruning=True)
+        before, after = model.vision_tower(pixels)
+        model.vision_tower.fields(before[0], after[0], {"cls", "cls_attention", "keys"})
         cache = KVCache(model.config.text, 16, x)
-        model.language_model(x, ids, cache, 1)
-        cache.siblings = 3
-        model.language_model(x[:, :5], 9 + ids[:5], cache, 5)
+        model.language_model(x, ids, cache, last=1)
+        model.language_model(x[:, :5], 9 + ids[:5], cache, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,6 +1,6 @@
-"""What the machine can do, and what a model takes of it: time, memory, and the limits of both.
+"""The machine: what it can do at most, and how much time and memory a model takes.
 
-In:  a device, and a piece of work.  Out: seconds, bytes, and how many of them a second.
+In:  a device, and something to run.  Out: seconds, bytes, and bytes and operations a second.
 
 Limits are measured, not looked up: a large copy, and a large matrix product, each the best of five.
 """
@@ -9,16 +9,19 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from nanogap.models.llava import clock
+from nanogap.models import clock
 from nanogap.weights import DOWNLOAD, shards
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a piece of work takes, the best of five."""
+    """Seconds that some work takes: the best of five, after one more that is not counted."""
     times = []
     for _ in range(6):
         start = clock(device)
@@ -28,16 +31,24 @@ def fastest(work: Callable[[], object], device: torch.device) -> float:
 
 
 def limits(device: torch.device, dtype: torch.dtype) -> dict:
-    """What the machine can do: bytes copied (read and written), and a large matrix product."""
-    side, size = (8192, 1 << 30) if device.type == "cuda" else (2048, 1 << 26)
-    a, m = torch.rand(size, device=device), torch.randn(side, side, device=device).to(dtype)
-    b = torch.empty_like(a)
-    return {"copy_gb_s": 2 * a.nbytes / fastest(lambda: b.copy_(a), device) / 1e9,
-            "matmul_tflop_s": 2 * side ** 3 / fastest(lambda: m @ m, device) / 1e12}
+    """The limits of a device: bytes copied (read and written), and a large matrix product."""
+    side, size = 2048, 1 << 26
+    if device.type == "cuda":
+        side, size = 8192, 1 << 30
+    source = torch.rand(size, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    copying = fastest(lambda: target.copy_(source), device)
+    multiplying = fastest(lambda: matrix @ matrix, device)
+    return {"copy_gb_s": 2 * source.nbytes / copying / 1e9,
+            "matmul_tflop_s": 2 * side ** 3 / multiplying / 1e12}
 
 
 def memory(device: torch.device, forget_peak: bool = False) -> tuple[int, int]:
-    """Bytes of memory in use now and at the most; on a CPU the process's, by Linux (elsewhere 0, 0)."""
+    """Bytes of memory in use, now and at the most; elsewhere than on CUDA those of the process.
+
+    0 and 0 where the system does not tell (it is Linux that does).
+    """
     if device.type == "cuda":
         if forget_peak:
             torch.cuda.reset_peak_memory_stats(device)
@@ -47,18 +58,20 @@ def memory(device: torch.device, forget_peak: bool = False) -> tuple[int, int]:
     if forget_peak:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    return tuple(1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "VmHWM"))
+    kilobytes = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+)", status))
+    return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
 
-def first_use(get: Callable[[], nn.Module], use: Callable[[nn.Module], object],
-              device: torch.device) -> tuple[nn.Module, dict]:
-    """Load a model, use it once, and tell what that took."""
+def first_use(get: Callable[[], Model], use: Callable[[Model], object],
+              device: torch.device) -> tuple[Model, dict]:
+    """Load a model and use it once: the model, and how much time and memory that took."""
     in_use, _ = memory(device, forget_peak=True)
     start = clock(device)
     model = get()
     for parameter in model.parameters():
-        parameter.view(-1)[::1024].sum()                                      # memory-mapped: read it now
-    load_s, size = clock(device) - start, sum(p.nbytes for p in model.parameters())
+        parameter.view(-1)[::1024].sum()   # where it is memory-mapped, this reads it
+    load_s = clock(device) - start
+    size = sum(p.nbytes for p in model.parameters())
     use(model)
     peak = memory(device)[1] - in_use
     return model, {"load_s": load_s, "weight_bytes": size, "peak_bytes": peak,
@@ -66,7 +79,7 @@ def first_use(get: Callable[[], nn.Module], use: Callable[[nn.Module], object],
 
 
 def read_files(folder: Path) -> float:
-    """Seconds to read the bytes of a checkpoint once, into memory of their own."""
+    """Seconds to read all bytes of a checkpoint once."""
     start = time.perf_counter()
     for path in shards(folder, DOWNLOAD):
         with path.open("rb", buffering=0) as file:

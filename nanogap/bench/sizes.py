@@ -1,62 +1,76 @@
-"""LLaVA's sizes with random weights: all that speed and memory ask of a model.
+"""Published sizes with random weights, which are enough to measure speed and memory.
 
-In:  the name of a size.  Out: a `Llava` that answers nonsense at the speed of the real one, or a folder
-in the published layout.
+In:  the name of a size.
+Out: a model that runs at the speed of the real one and answers nonsense, or a folder of its weights
+     in the published layout.
 
 Weights are normal with standard deviation fan_in^-1/2, and biases 0: signals neither explode nor
-vanish.  The words are those of weights/mini, at the front of a vocabulary of the published size.
+vanish.  The tokens are those of weights/mini, at the front of a vocabulary of the published size.
 """
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nanogap.clip import CLIPVisionConfig
 from nanogap.cli import NanogapError
+from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.models.llava import Llava, LlavaConfig
-from nanogap.train.tokenizer import IMAGE
-from nanogap.weights import read_tokenizer, save_llava
+from nanogap.models import MODELS, VLM
+from nanogap.weights import MINI, read_tokenizer, save
 
-WORDS = Path(__file__).resolve().parents[2] / "weights" / "mini"
+IMAGE = "<image>"   # the image token in weights/mini
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model's configuration holds besides its tokens."""
+
+    vision: CLIPVisionConfig
+    text: LlamaConfig
+    family: str = "llava"    # one of nanogap.models.MODELS
+
 
 SEVEN = LlamaConfig(vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
 SIZES = {
-    "7b": (CLIPVisionConfig(), SEVEN),
-    "13b": (CLIPVisionConfig(),
-            replace(SEVEN, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                    num_attention_heads=40, num_key_value_heads=40)),
+    "7b": Size(CLIPVisionConfig(), SEVEN),
+    "13b": Size(
+        CLIPVisionConfig(),
+        replace(SEVEN, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                num_attention_heads=40, num_key_value_heads=40)),
     # 576 patches, and most of the work in the decoder, as in the large ones
-    "350m": (CLIPVisionConfig(512, 2048, 8, 8),
-             replace(SEVEN, hidden_size=1024, intermediate_size=2816, num_hidden_layers=20,
-                     num_attention_heads=16, num_key_value_heads=16, head_dim=64)),
-    "tiny": (CLIPVisionConfig(32, 64, 3, 2, 56, 14),
-             replace(SEVEN, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-                     num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=640)),
+    "350m": Size(
+        CLIPVisionConfig(512, 2048, 8, 8),
+        replace(SEVEN, hidden_size=1024, intermediate_size=2816, num_hidden_layers=20,
+                num_attention_heads=16, num_key_value_heads=16, head_dim=64)),
+    "tiny": Size(
+        CLIPVisionConfig(32, 64, 3, 2, 56, 14),
+        replace(SEVEN, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=640)),
 }
 
 
-def empty_llava(config: LlavaConfig) -> Llava:
-    """All the shapes and no memory."""
+def empty_model(size: str, image_token: int = 0, dtype: str = "float32") -> VLM:
+    """A model of a size with all shapes and no memory (meta device)."""
+    entry = SIZES[size]
+    family = MODELS[entry.family]
+    config = family.Config(entry.text, entry.vision, image_token, dtype=dtype)
     with torch.device("meta"):
-        return Llava(config)
+        return family(config)
 
 
 def count_parameters(size: str) -> int:
-    """Of a model of a size."""
-    vision, text = SIZES[size]
-    return sum(p.numel() for p in empty_llava(LlavaConfig(text, vision)).parameters())
+    """How many parameters a model of a size has."""
+    return sum(p.numel() for p in empty_model(size).parameters())
 
 
 @torch.no_grad()
-def random_llava(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Llava:
-    """A model of a size, drawn in place: it never takes more memory than its weights."""
-    vision, text = SIZES[size]
-    tokenizer = read_tokenizer(WORDS, text.vocab_size)
-    config = LlavaConfig(text, vision, tokenizer.token_to_id(IMAGE), dtype=str(dtype).removeprefix("torch."))
-    model = empty_llava(config).to(dtype)
+def random_model(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> VLM:
+    """A model of a size with random weights, drawn in place: no more memory than they take."""
+    tokenizer = read_tokenizer(MINI, SIZES[size].text.vocab_size)
+    name = str(dtype).removeprefix("torch.")
+    model = empty_model(size, tokenizer.token_to_id(IMAGE), name).to(dtype)   # type: ignore[arg-type]
     model.to_empty(device=device).requires_grad_(False).eval()
     model.tokenizer = tokenizer
     generator = torch.Generator(device).manual_seed(seed)
@@ -72,21 +86,21 @@ def random_llava(size: str, device: torch.device, dtype: torch.dtype, seed: int 
 
 
 def save_random(size: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Write random weights in the layout of llava-hf/llava-1.5-7b-hf.
+    """Write random weights in the published layout.
 
-    raises: NanogapError where there is something already, or too little room
+    raises: NanogapError where the folder is not empty, or has too little room
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what is in it "
-                           f"with --weights {folder}")
+        raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what "
+                           f"is in it with --weights {folder}")
     needed = dtype.itemsize * count_parameters(size)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < 1.01 * needed:
-            raise NanogapError(f"--save {folder}: {size} takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-                               "are free; give a folder on another disk")
-        save_llava(folder, random_llava(size, device, dtype), dtype)
+            raise NanogapError(f"--save {folder}: {size} takes {needed / 1e9:.1f} GB and "
+                               f"{free / 1e9:.1f} GB are free; give a folder on another disk")
+        save(folder, random_model(size, device, dtype), dtype)
     except OSError as error:
         raise NanogapError(f"--save {folder} cannot be written ({error.strerror or error}); "
                            "give another folder") from None
