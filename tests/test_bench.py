@@ -96,7 +96,7 @@ def test_the_work_of_a_prefill_by_hand():
 
 
 def test_a_pass_reads_all_weights_but_the_embeddings_and_the_cache():
-    """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; then a norm, and the head 640 x 64."""
+    """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; a norm; the head 640 x 64."""
     model = random_model("tiny", CPU, torch.bfloat16)
     parameters = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
     assert bench.pass_bytes(model, 1000) == 2 * parameters + 1000
