@@ -334,9 +334,20 @@ def test_padding_by_hand_on_a_wide_picture(model):
 
 def test_a_patch_that_shows_a_strip_of_the_picture_is_no_padding(model):
     """60 x 40: 15 pixels a patch and 10 of padding, so each row shows some of the picture."""
-    image = model.encode_image(Image.new("RGB", (60, 40), "red"))
-    assert image.at[0].tolist() == [0, -10, 15, 5]
-    assert model.ground(image, "the man", mode="full", max_new_tokens=1).padding == 0
+    for size, first in (((60, 40), [0, -10, 15, 5]), ((40, 60), [-10, 0, 5, 15])):
+        image = model.encode_image(Image.new("RGB", size, "red"))
+        assert image.at[0].tolist() == first
+        assert model.ground(image, "the man", mode="full", max_new_tokens=1).padding == 0
+
+
+def test_padding_is_counted_among_what_the_last_layers_see(model):
+    """FastV is fed all patches, half of them padding; what counts is what it keeps of them."""
+    image = model.encode_image(Image.new("RGB", (160, 80), "red"))
+    kept = [model.ground(image, "the man", "fastv", K, max_new_tokens=1) for K in (1, 3, 5)]
+    for result in kept:
+        in_padding = sum(patch // 4 in (0, 3) for patch in result.keep.tolist())
+        assert result.padding == pytest.approx(in_padding / len(result.keep))
+        assert result.padding != 0.5                                    # an odd number has no half
 
 
 # ----- what questions share -----------------------------------------------------------------------

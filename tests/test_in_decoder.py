@@ -13,7 +13,7 @@ from nanogap.in_decoder import FASTV_LAYER, Cut, Prefilled, Stage, cuts_of, pref
 from nanogap.llama import KVCache, rope_angles, rotate
 from nanogap.models.llava import Llava
 from nanogap.prompt import Draft
-from nanogap.prune import Kept, View, VisualTokens
+from nanogap.prune import STRATEGIES, Kept, View, VisualTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the man"
@@ -243,6 +243,19 @@ def test_two_cuts_with_a_cache_say_what_whole_passes_say(model: Llava, mode: str
         said.append(int(model.language_model.lm_head(decoder.norm(fewest))[0, -1].argmax()))
         x = torch.cat([x, decoder.embed_tokens(torch.tensor([[said[-1]]]))], 1)
     assert said == tokens
+
+
+def test_a_cut_that_draws_lots_draws_those_of_the_seed(monkeypatch: pytest.MonkeyPatch):
+    def lots(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+        return Kept(torch.randperm(len(seen.features), generator=generator)[:budget])
+
+    monkeypatch.setitem(STRATEGIES, "lots", lots)
+    view = View(VisualTokens(torch.zeros(16, 1), 4, 4), torch.arange(16))
+    drawn = []
+    for seed in (0, 0, 1):
+        cut, = cuts_of("lots", [view], 5, seed, layer=1, layers=3)
+        drawn.append(cut.choose(torch.zeros(2, 16)).keep.tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_views_of_a_picture_share_the_budget_of_a_cut():
