@@ -24,7 +24,7 @@ from nanogap.explain import columns, explain, visible
 from nanogap.gap import MODES
 from nanogap.ground import EncodedImage, Result
 from nanogap.image import open_image
-from nanogap.in_decoder import FASTV_LAYER
+from nanogap.in_decoder import cuts_in_words
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of, check, find, needs_of
 from nanogap.weights import DTYPES, MINI, default_weights
@@ -51,9 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="full: nothing pruned; shifted, permuted: kept tokens renumbered; gap: their own "
              "position IDs; or, in quotes, a mix of these: "
              f"{'; '.join(mode for mode in MODES if ',' in mode)} (default: full shifted gap)")
-    add("--layer", metavar="K", type=whole_number, default=FASTV_LAYER,
-        help="of fastv: the decoder's layer, from 1 on, before which it prunes "
-             "(default: %(default)s)")
+    add("--layer", metavar="K", type=whole_number,
+        help="of fastv: the decoder's layer, from 1 on, before which it prunes (default: 2 of 32, "
+             "and as early in others)")
     add("--clip", metavar="DIR", type=Path,
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--no-draft", dest="drafts", action="store_false",
@@ -157,6 +157,10 @@ def show(args: argparse.Namespace, query: Query, results: dict[str, Result]) -> 
     if args.explain:
         explain(query.model, query.encoded, args.expression, results)
     print_table(document)
+    cut = next((result for result in results.values() if result.cuts), None)
+    if cut is not None:
+        layers = len(query.model.language_model.model.layers)
+        print(cuts_in_words(query.prune, cut.cuts, layers) + ".")
     print(f"picture: {args.out}")
 
 

@@ -18,7 +18,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are NanogapErrors."""
 
     def error(self, message: str) -> NoReturn:
-        quotes = " (several words want quotes around them)" if message.startswith("unrecognized") else ""
+        quotes = ""
+        if message.startswith("unrecognized"):
+            quotes = " (several words want quotes around them)"
         raise NanogapError(f"{message}{quotes}; see `{self.prog} --help`")
 
 
@@ -30,7 +32,7 @@ def whole_number(text: str) -> int:
 
 
 def keep_argument(text: str) -> str:
-    """Check the form of --keep, "64" or "25%" or "auto"; its range is checked when the model is known."""
+    """Check the form of --keep, "64" or "25%" or "auto"; its range depends on the model."""
     number = text.removesuffix("%")
     if text == "auto":
         return text

@@ -152,7 +152,11 @@ def explain_prompt(model: VLM, result: Result, input_ids: Tensor, N: int) -> Non
     if result.visual_tokens == K + M:
         print(f"   embeddings {shape} at cache rows 0..{len(ids) - 1}: rows have no gaps")
     else:
-        print(f"   the first layers read the whole sequence, all {N} patches;")
+        layers = len(model.language_model.model.layers)
+        print(f"   the first {result.cuts[0][0]} of {layers} layers read the whole sequence, "
+              f"all {N} patches;")
+        for layer, count in result.cuts:
+            print(f"   before layer {layer}, counted from 0, it is cut to {count} visual tokens;")
         print(f"   behind the last cut it is {shape} at cache rows 0..{len(ids) - 1},")
         print("   and all below is about that part")
     added = f" + M = {M} added" if M else ""

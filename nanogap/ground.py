@@ -28,10 +28,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanogap import gap
+from nanogap.cli import NanogapError
 from nanogap.decode import decode, decode_drafted
 from nanogap.gap import Layout
 from nanogap.image import Box
-from nanogap.in_decoder import FASTV_LAYER, Cut, Prefilled, cuts_of, prefill
+from nanogap.in_decoder import Cut, Prefilled, cuts_of, prefill
 from nanogap.llama import Decoder, KVCache, LlamaForCausalLM
 from nanogap.prompt import DESCRIBE, BoxFormat, Form, draft
 from nanogap.prune import Kept, View, budget_of, find, in_decoder, needs_of, select
@@ -82,6 +83,7 @@ class Result:
     text: str                 # what the model said
     keep: Tensor              # (K,) indices of the visual tokens that it saw, in sequence order
     visual_tokens: float      # kept and added tokens; the mean over layers where these differ
+    cuts: list[tuple[int, int]]   # (layer, visual tokens from there on), of pruning in the decoder
     position_ids: Tensor      # (T,) the prompt as RoPE saw it (after the last cut)
     next_position: int        # ID of the first generated token (after the last cut)
     tokens: list[int]         # what it generated, the end token included
@@ -123,7 +125,7 @@ class Model(Protocol):
 
 def ground(model: Model, image: Image.Image | str | Path | EncodedImage, expression: str,
            prune: str = "cls_attention", keep: int | str | Tensor | None = "50%", mode: str = "gap",
-           seed: int = 0, *, layer: int = FASTV_LAYER, max_new_tokens: int = MAX_NEW_TOKENS,
+           seed: int = 0, *, layer: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS,
            drafts: bool = True, on_token: Callable[[int], None] | None = None,
            question: str | None = None) -> Result:
     """Find what an expression refers to.
@@ -134,7 +136,7 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
                     indices (K,) of your own, the most important first.  Mode "full" keeps all
     mode:           one of gap.MODES
     seed:           of the strategies that draw lots
-    layer:          of FastV: the decoder's layer before which it prunes
+    layer:          of FastV: the decoder's layer before which it prunes; None: its published one
     max_new_tokens: the answer is cut off there
     drafts:         whether a pass may be fed several tokens (decode.py); the words are the same
     on_token:       called with each token ID as it comes
@@ -167,13 +169,14 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
     layout = prompt.layout
     return Result(
         box_in(text, model, image), text, layout.keep.clone(), prompt.visual_tokens(),
+        [(stage.start, stage.layout.visual_tokens) for stage in prompt.stages[1:]],
         layout.position_ids.cpu().clone(), layout.next_position, tokens, timings,
         prompt.cache.bytes_in_use(), image.padding(layout.keep))              # no inference tensors
 
 
 def describe(model: Model, image: Image.Image | str | Path | EncodedImage,
              prune: str = "cls_attention", keep: int | str | Tensor | None = "50%",
-             mode: str = "gap", seed: int = 0, *, layer: int = FASTV_LAYER,
+             mode: str = "gap", seed: int = 0, *, layer: int | None = None,
              max_new_tokens: int = 2 * MAX_NEW_TOKENS,
              drafts: bool = True, on_token: Callable[[int], None] | None = None) -> Result:
     """Say what is in a picture; the arguments are those of `ground`."""
@@ -194,7 +197,7 @@ class Query:
     keep: int | str | Tensor | None
     mode: str
     seed: int
-    layer: int
+    layer: int | None
 
     def needs(self) -> frozenset[str]:
         """What must be seen in the picture for that."""
@@ -209,12 +212,15 @@ def choose(model: Model, image: EncodedImage, query: Query) -> tuple[Kept, list[
     if query.mode == "full":
         return everything, []
     if isinstance(query.keep, Tensor):
+        if query.keep.numel() == 0:
+            raise NanogapError("keep names no visual token: give at least one index")
         return Kept(query.keep.cpu()), []
-    views = model.see(image, query.needs(), query.expression)
-    budget = budget_of(query.keep, sum(len(view.index) for view in views))
+    budget = budget_of(query.keep, sum(len(view.index) for view in image.views))
     if in_decoder(query.prune):
         layers = len(model.language_model.model.layers)
-        return everything, cuts_of(query.prune, views, budget, query.seed, query.layer, layers)
+        return everything, cuts_of(query.prune, image.n_visual, budget, query.seed, layers,
+                                   query.layer)
+    views = model.see(image, query.needs(), query.expression)
     return select(query.prune, views, budget, query.seed), []
 
 

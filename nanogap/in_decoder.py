@@ -4,17 +4,23 @@ In:  a prompt with its visual tokens, and a list of cuts.
 Out: logits, and a cache whose later layers hold fewer rows where there were cuts.
 
 With an empty list this is prefill as everybody knows it.  A cut stands before a layer.  The layers
-below it have read everything, and what the prompt's last token looked at there says which visual
-tokens stay.  The mode decides about their order and IDs (gap.py), as it does before the decoder.
-FastV (arXiv 2403.06764) is one cut.  Its published code lets the kept tokens have their old
-position IDs, so it has always been GAP; mode "shifted" shows what renumbering would have cost.
-Its own names for the budget are K, the layer before which it cuts, and R, the share that it drops.
-Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it; H heads,
-T tokens in the sequence, D of them drafted, R rows in the cache.
+below it have read everything, and what the text looks at there says which visual tokens stay.  The
+mode decides about their order and IDs (gap.py), as it does before the decoder.  Three methods:
+
+    fastv           one cut, early                            arXiv 2403.06764
+    pyramiddrop     three, which keep the same share each     arXiv 2410.17247
+    sparsevlm       three; text tokens that look at the       arXiv 2410.04417
+    sparsevlm_plus  image most decide, and not the last one   (version 2 of its code)
+
+Their published codes keep the old position IDs (FastV, SparseVLM's version 2) or renumber what is
+left at each cut (PyramidDrop, SparseVLM's version 1); here each can be asked in every mode.
+Letters: P tokens before the image, N visual tokens, n of them at a cut, K kept, M added, A tokens
+after the image; H heads, T tokens in the sequence, D of them drafted, Q that look at the others.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import ceil
 from typing import cast
 
 import torch
@@ -25,17 +31,21 @@ from nanogap.cli import NanogapError
 from nanogap.gap import Layout
 from nanogap.llama import Decoder, KVCache, LlamaDecoderLayer, LlamaForCausalLM, rope_angles, rotate
 from nanogap.prompt import NOTHING, Draft
-from nanogap.prune import Kept, View, VisualTokens, check, ranked, select, strategy
+from nanogap.prune import Kept, View, VisualTokens, check, ranked, select, strategy, without
 
-FASTV_LAYER = 2   # FastV's K: how many layers see all tokens, where nothing else is asked for
+PUBLISHED_LAYERS = 32   # of the decoder for which the methods give their layers
+FASTV_LAYER = 2         # FastV's K, of so many
+SPARSE_LAYERS = (3, 7, 16)   # SparseVLM prunes what layers 2, 6 and 15 give out, counted from 0
+SPARSE_TOKENS = 576
+SPARSE_BUDGETS = {      # what its code calls a budget: tokens kept at each cut, without those added
+    "sparsevlm": {
+        192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "sparsevlm_plus": {
+        192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Visual tokens are dropped before a layer."""
-
-    layer: int                         # counted from 0
-    choose: Callable[[Tensor], Kept]   # of n visual tokens, by the last token's attention (H, n)
+# ----- who stays ----------------------------------------------------------------------------------
 
 
 @strategy(needs={"attention"})
@@ -47,44 +57,226 @@ def fastv(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
     return Kept(ranked(seen.attention.float().mean(0), budget))
 
 
-def cuts_of(name: str, views: Sequence[View], budget: int | None, seed: int, layer: int,
-            layers: int) -> list[Cut]:
-    """The cuts of a strategy in a decoder of so many layers.
+@strategy(needs={"attention"}, finds_budget=True)
+def pyramiddrop(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+    """The same at each of three cuts, by the layer that comes next: PyramidDrop, arXiv 2410.17247.
 
-    layer:  before which FastV cuts
-    raises: NanogapError for a layer or a budget that there cannot be
+    Without a budget half of the tokens go at each cut, as in the paper.
     """
-    check(name, sum(len(view.index) for view in views), budget)
-    if not 0 < layer < layers:
-        raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: "
+    return Kept(ranked(seen.attention.float().mean(0), budget).sort().values)
+
+
+@strategy(needs={"attention"})
+def sparsevlm(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+    """Patches that the raters attend to, and clusters of some others: SparseVLM, arXiv 2410.04417.
+
+    Of those dropped, the best 30 % and one are clustered, ten to a cluster, and the mean of each
+    cluster is added behind the kept ones.
+    differs: the code adds random noise to break ties among densities; here there is none
+    """
+    scores = seen.attention.float().mean(0)                      # (n,)
+    keep = ranked(scores, budget).sort().values
+    dropped = without(keep, len(scores))
+    if len(dropped) == 0:
+        return Kept(keep)
+    recycled = dropped[ranked(scores[dropped], int(0.3 * len(dropped)) + 1)]
+    return Kept(keep, added=clusters(seen.features[recycled], len(recycled) // 10 + 1))
+
+
+@strategy(needs={"attention"})
+def sparsevlm_plus(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+    """Patches that the raters attend to in the heads that look at the image most: SparseVLM+.
+
+    The code takes 14 heads, of the 32 of a 7B; of other numbers it is the same share here.  No
+    token is added.
+    """
+    attention = seen.attention.float()                           # (H, n)
+    heads = ranked(attention.sum(1), max(1, round(len(attention) * 14 / 32)))
+    return Kept(ranked(attention[heads].mean(0), budget).sort().values)
+
+
+def clusters(x: Tensor, count: int) -> Tensor:
+    """The means (count, C) of so many clusters of tokens (m, C), by density peaks among neighbours.
+
+    A centre is dense, and far from any that is denser; the others go to the nearest centre.
+    source: cluster_and_merge in SparseVLM's code, after DPC-KNN
+    """
+    points = x.float()
+    distance = torch.cdist(points, points) / points.shape[1] ** 0.5           # (m, m)
+    nearest = distance.sort(dim=1).values[:, :count]                          # itself among them
+    density = (-nearest.pow(2).mean(1)).exp()                                 # (m,)
+    denser = density[None, :] > density[:, None]
+    far = torch.where(denser, distance, distance.max()).min(1).values         # from any denser one
+    centres = ranked(far * density, count)
+    member = distance[centres].argmin(0)                                      # (m,) one each
+    member[centres] = torch.arange(count, device=x.device)
+    share = torch.nn.functional.one_hot(member, count).T.float()              # (count, m)
+    return (share @ points / share.sum(1, keepdim=True)).to(x.dtype)
+
+
+# ----- where, and how many ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Visual tokens are dropped before a layer."""
+
+    layer: int                               # counted from 0
+    choose: Callable[[VisualTokens], Kept]   # of n hidden states, with the attention to them
+    ahead: bool = False       # by the attention of this layer; else of the one before it
+    raters: bool = False      # of the raters among the text; else of its last token
+    corrected: bool = False   # divided by what RoPE alone makes of it
+
+
+def scaled(published: Sequence[int], layers: int) -> list[int]:
+    """Layers of a published decoder in one of another depth, each higher than the last."""
+    found: list[int] = []
+    for layer in published:
+        lowest = found[-1] + 1 if found else 1
+        at = max(round(layer * layers / PUBLISHED_LAYERS), lowest)
+        if at < layers:
+            found.append(at)
+    return found
+
+
+def mean_tokens(N: int, cuts: Sequence[tuple[int, int]], layers: int, recycles: bool) -> float:
+    """Visual tokens in the mean over the inputs of all layers.
+
+    cuts:     (layer, tokens that are kept from there on)
+    recycles: whether clusters of dropped ones are added to them, as `sparsevlm` does
+    """
+    total, start, n = 0, 0, N
+    for layer, kept in cuts:
+        total += (layer - start) * n
+        dropped = max(n - kept, 0)
+        start = layer
+        n = min(n, kept)
+        if recycles and dropped:
+            n += (int(0.3 * dropped) + 1) // 10 + 1
+    return (total + (layers - start) * n) / layers
+
+
+def plan(name: str, N: int, budget: int | None, layers: int,
+         layer: int | None = None) -> list[tuple[int, int]]:
+    """The cuts of a method as (layer, tokens that are kept), for a budget in the mean over layers.
+
+    budget: None where the method has a rule of its own
+    layer:  FastV's K, if not its published one
+    raises: NanogapError where there is no such layer, or the mean cannot be so low
+    """
+    check(name, N, budget)
+    at = where(name, layers, layer)
+    if budget is None:
+        return [(before, int(N * 0.5 ** (i + 1))) for i, before in enumerate(at)]
+    published = SPARSE_BUDGETS.get(name, {})
+    if (N, layers) == (SPARSE_TOKENS, PUBLISHED_LAYERS) and budget in published:
+        return list(zip(at, published[budget], strict=True))
+
+    def cuts(size: float) -> list[tuple[int, int]]:
+        shares = shares_of(name, size, budget / N, len(at))
+        return [(before, max(1, min(N, round(N * share))))
+                for before, share in zip(at, shares, strict=True)]
+
+    def mean(size: float) -> float:
+        return mean_tokens(N, cuts(size), layers, name == "sparsevlm")
+
+    lowest = mean(0)
+    if budget < lowest:
+        raise NanogapError(f"{name} cannot keep {budget} of {N} visual tokens in the mean over "
+                           f"{layers} layers, of which {at[0]} see all: keep from "
+                           f"{ceil(lowest)} to {N}")
+    low, high = 0.0, float(SPARSE_TOKENS)             # the largest size whose mean is no more
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) <= budget else (low, middle)
+    return cuts(low)
+
+
+def shares_of(name: str, size: float, share: float, count: int) -> list[float]:
+    """Which share of the visual tokens a method keeps at each of its cuts, for a size to be found.
+
+    share: of them in the mean, by which SparseVLM takes the nearest of its published budgets
+    """
+    published = SPARSE_BUDGETS.get(name)
+    if published is None:
+        return [size ** (i + 1) for i in range(count)]
+    nearest = min(published, key=lambda own: abs(own / SPARSE_TOKENS - share))
+    return [size * kept / SPARSE_TOKENS for kept in published[nearest][:count]]
+
+
+def where(name: str, layers: int, layer: int | None) -> list[int]:
+    """Before which layers a method cuts in a decoder of so many; one of your own cuts as FastV."""
+    if name in SPARSE_BUDGETS:
+        at = scaled(SPARSE_LAYERS, layers)
+    elif name == "pyramiddrop":
+        at = scaled([PUBLISHED_LAYERS * quarter // 4 for quarter in (1, 2, 3)], layers)
+    else:
+        at = scaled([FASTV_LAYER], layers) if layer is None else [layer]
+    if not at or not 0 < at[0] < layers:
+        raise NanogapError(f"{name} cannot cut before layer {layer or 1} of {layers}: "
                            f"choose one from 1 to {layers - 1}")
-
-    def choose(attention: Tensor) -> Kept:
-        looked_at = []
-        for view in views:
-            fields = {"attention": attention[:, view.index.to(attention.device)]}   # (H, n)
-            seen = replace(view.seen, fields=view.seen.fields | fields)
-            looked_at.append(replace(view, seen=seen))
-        return select(name, looked_at, budget, seed)
-
-    return [Cut(layer, choose)]
+    return at
 
 
-def last_token_looks_at(model: LlamaForCausalLM, layer: int, x: Tensor, position: Tensor,
-                        cache: KVCache) -> Tensor:
-    """Attention weights (H, R) of one layer's last token over all R rows, written out.
+def cuts_of(name: str, N: int, budget: int | None, seed: int, layers: int,
+            layer: int | None = None) -> list[Cut]:
+    """The cuts of a strategy in a decoder of so many layers: see `plan`."""
+    def cut(before: int, kept: int) -> Cut:
+        def choose(seen: VisualTokens) -> Kept:
+            n = len(seen.features)
+            return select(name, [View(seen, torch.arange(n))], min(kept, n), seed)
+        return Cut(before, choose, ahead=name == "pyramiddrop", raters=name in SPARSE_BUDGETS,
+                   corrected=name == "sparsevlm_plus")
 
-    x: (1, 1, C), the last token as that layer was fed it; position: (1,), its position ID
+    return [cut(before, kept) for before, kept in plan(name, N, budget, layers, layer)]
+
+
+def cuts_in_words(name: str, cuts: Sequence[tuple[int, int]], layers: int) -> str:
+    """The same for people, in one line."""
+    left = ", ".join(f"{kept} from layer {layer} on" for layer, kept in cuts)
+    return f"{name} in {layers} layers, counted from 0: visual tokens cut to {left}"
+
+
+# ----- who looks at what --------------------------------------------------------------------------
+
+
+def raters_of(x: Tensor, layout: Layout) -> Tensor:
+    """Which tokens after the image are about it: places (Q,), counted from the end, -1 the last.
+
+    x: (1, T, C) embeddings of the prompt.  A rater's share of the products with visual tokens is
+    above the mean; where all are equal, the last token rates.  source: SparseVLM's code
+    """
+    end = layout.P + layout.visual_tokens
+    visual, text = x[0, layout.P:end].float(), x[0, end:].float()             # (n, C), (A, C)
+    share = (visual @ text.T).softmax(1).mean(0)                              # (A,)
+    raters = (share > share.mean()).nonzero()[:, 0]
+    return raters - len(text) if len(raters) else raters.new_tensor([-1])
+
+
+def attention_to_image(model: LlamaForCausalLM, layer: int, x: Tensor, queries: Tensor,
+                       layout: Layout, corrected: bool = False) -> Tensor:
+    """How much some tokens look at the visual ones in a layer, the mean over these tokens: (H, n).
+
+    x:         (1, T, C), what that layer is fed; queries: (Q,) places of the tokens that look
+    corrected: weights are divided by the products of vectors of ones under RoPE
     """
     block = cast(LlamaDecoderLayer, model.model.layers[layer])
-    attention, config, rows = block.self_attn, model.model.config, cache.lengths[layer]
-    cos, sin = rope_angles(position, config.head_dim, config.rope_theta)
-    q = attention.split(attention.q_proj(block.input_layernorm(x)))           # (1, H, 1, D)
-    q = rotate(q, cos.to(x.dtype), sin.to(x.dtype))                           # (1, H, 1, D)
-    k = cache.keys[layer, :, :, :rows]                                        # (1, G, R, D), turned
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)                  # (1, H, R, D)
-    scores = q @ k.transpose(2, 3) * config.head_dim ** -0.5  # (1,H,1,D) x (1,H,D,R) -> (1,H,1,R)
-    return scores.float().softmax(-1)[0, :, 0]
+    attention, config, T = block.self_attn, model.model.config, x.shape[1]
+    ids = layout.position_ids.to(x.device)                                    # (T,)
+    cos, sin = (t.to(x.dtype) for t in rope_angles(ids, config.head_dim, config.rope_theta))
+    h = block.input_layernorm(x)                                              # (1, T, C)
+    q = attention.split(attention.q_proj(h[:, queries]))                      # (1, H, Q, D)
+    q = rotate(q, cos[queries], sin[queries])
+    k = rotate(attention.split(attention.k_proj(h)), cos, sin)                # (1, G, T, D)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)                  # (1, H, T, D)
+    scores = q @ k.transpose(2, 3) * config.head_dim ** -0.5                  # (1, H, Q, T)
+    later = torch.arange(T, device=x.device) > queries[:, None]               # (Q, T)
+    weights = scores.float().masked_fill(later, float("-inf")).softmax(-1)[0]
+    if corrected:
+        ones = torch.ones(1, 1, T, config.head_dim, device=x.device)
+        turned = rotate(ones, cos.float(), sin.float())[0, 0]                 # (T, D)
+        weights = weights / (turned[queries] @ turned.T * config.head_dim ** -0.5)
+    return weights[:, :, layout.P:layout.P + layout.visual_tokens].mean(1)
 
 
 # ----- reading ------------------------------------------------------------------------------------
@@ -168,8 +360,9 @@ def prefill(model: LlamaForCausalLM, x: Tensor, layout: Layout, cuts: Sequence[C
     cache, stages = KVCache(decoder.config, len(ids) + room, x), [Stage(0, layout)]
     read = cache.copy(prefix) if prefix else 0
     x, ids = x[:, read:], ids[read:]
+    raters = raters_of(x, layout) if any(cut.raters for cut in cuts) else None
     for cut in cuts:
-        x, stage = run_to(cut, model, x, stages[-1], cache)
+        x, stage = run_to(cut, model, x, stages[-1], cache, raters)
         stages.append(stage)
         ids = stage.layout.position_ids.to(x.device)
     x = decoder.run(x, ids, cache, stages[-1].start, None, drafted.alternatives)
@@ -177,17 +370,29 @@ def prefill(model: LlamaForCausalLM, x: Tensor, layout: Layout, cuts: Sequence[C
     return Prefilled(model, cache, logits, drafted, stages)
 
 
-def run_to(cut: Cut, model: LlamaForCausalLM, x: Tensor, stage: Stage,
-           cache: KVCache) -> tuple[Tensor, Stage]:
-    """Run a stage up to a cut: what stays of the sequence (1, T, C), and the next stage."""
-    layout, decoder = stage.layout, model.model
+def run_to(cut: Cut, model: LlamaForCausalLM, x: Tensor, stage: Stage, cache: KVCache,
+           raters: Tensor | None) -> tuple[Tensor, Stage]:
+    """Run a stage up to a cut: what stays of the sequence (1, T, C), and the next stage.
+
+    raters: (Q,) places of text tokens, counted from the end of the sequence: -1 is the last
+    """
+    decoder, layout, T = model.model, stage.layout, x.shape[1]
     P, n, ids = layout.P, layout.visual_tokens, layout.position_ids.to(x.device)
-    x = decoder.run(x, ids, cache, stage.start, cut.layer - 1)                # (1, T, C)
-    last = x[:, -1:]
-    x = decoder.run(x, ids, cache, cut.layer - 1, cut.layer)
-    weights = last_token_looks_at(model, cut.layer - 1, last, ids[-1:], cache)  # (H, T)
-    kept = cut.choose(weights[:, P:P + n]).keep                               # (K,), of the n
-    left = gap.drop(layout, kept)
-    rows = torch.arange(len(ids), device=x.device)
-    stays = torch.cat([rows[:P], P + kept[left.order].to(x.device), rows[P + n:]])
-    return x[:, stays], Stage(cut.layer, left)
+    attending = cut.layer if cut.ahead else cut.layer - 1
+    fed = decoder.run(x, ids, cache, stage.start, attending)                  # (1, T, C)
+    x = decoder.run(fed, ids, cache, attending, cut.layer)                    # (1, T, C)
+    last = torch.tensor([-1], device=x.device)
+    queries = T + (raters if raters is not None and cut.raters else last)     # (Q,)
+    attention = attention_to_image(model, attending, fed, queries, layout, cut.corrected)
+    hidden = x[0, P:P + n]                                                    # (n, C)
+    kept = cut.choose(VisualTokens(hidden, 1, n, {"attention": attention}))
+
+    patch = kept.keep < len(layout.keep)          # the others were added at an earlier cut
+    added = int((~patch).sum()) + kept.n_added
+    left = gap.lay_out(layout.keep[kept.keep[patch]], P, layout.N, layout.A, layout.mode, added)
+    order = torch.cat([patch.nonzero()[left.order, 0], (~patch).nonzero()[:, 0]])
+    visual = hidden[kept.keep.to(x.device)] if kept.features is None else kept.features
+    parts = [x[0, :P], visual[order.to(x.device)], x[0, P + n:]]
+    if kept.added is not None:
+        parts.insert(2, kept.added)
+    return torch.cat(parts)[None], Stage(cut.layer, left)

@@ -35,7 +35,7 @@ from nanogap.evaluate.score import PROTOCOLS, TIMES, Run, score, summary, table
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
 from nanogap.image import Box
-from nanogap.in_decoder import FASTV_LAYER
+from nanogap.in_decoder import cuts_in_words, plan
 from nanogap.models import MODELS, VLM
 from nanogap.processes import gather, join
 from nanogap.scenes import scene
@@ -113,7 +113,7 @@ def runs_asked(args: argparse.Namespace, image: EncodedImage) -> list[Run]:
 # ----- asking -------------------------------------------------------------------------------------
 
 
-def ground(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int, layer: int,
+def ground(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int, layer: int | None,
            max_new_tokens: int = MAX_NEW_TOKENS) -> Result:
     """Ask in one of the modes."""
     name, keep, mode = run
@@ -124,7 +124,7 @@ def ground(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int
 
 
 def ask(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int,
-        layer: int) -> dict:
+        layer: int | None) -> dict:
     """What the model says, and what it took."""
     if run[2] in ablate.WHOLE:
         text, box = ablate.ask(model, image, expression, run[2], seed)
@@ -138,7 +138,7 @@ def ask(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int,
 
 
 def rehearse(model: VLM, image: EncodedImage, expression: str, runs: Sequence[Run], seed: int,
-             layer: int) -> None:
+             layer: int | None) -> None:
     """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
     for run in runs:
         if run[2] in MODES:
@@ -194,8 +194,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: 50%%; auto: what the strategy finds itself")
     add("--mode", nargs="+", choices=MODES, metavar="MODE",
         help=f"any of {'; '.join(MODES)} (default: the first four)")
-    add("--layer", type=whole_number, metavar="K", default=FASTV_LAYER,
-        help="of fastv: the decoder's layer before which it prunes (default: %(default)s)")
+    add("--layer", type=whole_number, metavar="K",
+        help="of fastv: the decoder's layer before which it prunes (default: 2 of 32, and as early "
+             "in others)")
     add("--clip", type=Path, metavar="DIR",
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true",
@@ -342,11 +343,19 @@ def ask_model(args: argparse.Namespace) -> None:
     rows = [summary(records, run, args.protocol) for run in runs]
     title = (f"{args.weights}, {data.name}, {rows[0]['expressions']} expressions, "
              f"seed {args.seed}, {made['device']}, {made['dtype']}")
-    notes = []
+    notes = cut_notes(runs, image.n_visual, model, args.layer)
     if data.missing:
         there = sum(len(example.questions) for example in data.examples)
-        notes = [f"covers {there} of {data.expressions} expressions: {missing(data)}"]
+        notes += [f"covers {there} of {data.expressions} expressions: {missing(data)}"]
     print_report(args, title, made | {"weights": str(args.weights)}, data, rows, notes)
+
+
+def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM, layer: int | None) -> list[str]:
+    """Where those that prune in the decoder cut, a line for each budget."""
+    layers = len(model.language_model.model.layers)
+    asked = dict.fromkeys((name, keep) for name, keep, _ in runs if name in prune.STRATEGIES)
+    return [cuts_in_words(name, plan(name, n_visual, keep, layers, layer), layers)
+            for name, keep in asked if prune.in_decoder(name)]
 
 
 def main(argv: Sequence[str] | None) -> None:

@@ -148,6 +148,8 @@ class VLM(nn.Module):
         self.see(encoded, set(needs) - {"text"}, "")
         return replace(encoded, vision_ms=self.clock() - start, share=share)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> list[View]:
         """The views of a picture, each with what a strategy needs to see and nothing else."""
         views = []
