@@ -88,6 +88,16 @@ def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode:
     return layout.position_ids, layout.next_position
 
 
+def keep_ids(ids_of_all: Tensor, stays: Tensor) -> tuple[Tensor, int]:
+    """GAP for IDs of any dimension: what stays keeps its ID, and the answer comes after them all.
+
+    ids_of_all: (T,) or (3, T) position IDs of one unpruned prompt; three are those of M-RoPE
+    stays:      (T',) indices of the tokens that stay, text included, in the order of the prompt
+    returns:    their IDs (T',) or (3, T'), and the ID of the first generated token
+    """
+    return ids_of_all[..., stays], int(ids_of_all.max()) + 1
+
+
 def check(keep: Tensor, N: int, mode: str) -> None:
     """Refuse what no model could be fed: see `lay_out`."""
     check_mode(mode)
