@@ -283,3 +283,9 @@ def test_a_broken_state_is_refused(tmp_path: Path, data: bytes):
     (tmp_path / "training.pt").write_bytes(data)
     with pytest.raises(NanogapError, match="training.pt cannot be read .* delete it to start anew"):
         train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NanogapError, match="file/out cannot be written .*; give another folder"):
+        train.train(tmp_path / "file" / "out", TINY, CPU, steps=[1, 1, 1, 1])

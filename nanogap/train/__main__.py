@@ -9,7 +9,9 @@ Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLI
 The losses are in objectives.py, the scenes in nanogap/scenes.py.
 """
 
+import errno
 import math
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -186,7 +188,7 @@ def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
 
 def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
                 minutes: float | None) -> Progress:
-    """Where a training stands that goes into a folder: see `train`."""
+    """How far the training in a folder has come; the arguments are those of `train`."""
     stages = recipe.stages
     settings = {"seed": seed, "size": recipe.vision.image_size,
                 "stages": [stage.name for stage in stages]}
@@ -201,6 +203,17 @@ def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
     return progress
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder to write to; NanogapError where that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+    except OSError as error:
+        raise NanogapError(f"--out {out} cannot be written ({error.strerror or error}); "
+                           "give another folder") from None
+
+
 def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
           steps: list[int] | None = None, minutes: float | None = None, workers: int = 0) -> None:
     """All stages, from nothing to a folder that `nanogap.load` and transformers read.
@@ -211,7 +224,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
     first = recipe.stages[0]
     size, frame = recipe.vision.image_size, MODELS[recipe.family].frame
     progress = progress_of(out, recipe, seed, steps, minutes)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     clip, words = new_clip(recipe, seed)
     clip.to(device)
     if progress.stage == 0:
@@ -225,7 +238,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
     clip.load_state_dict(progress.clip)
     model = new_model(recipe, seed, clip).to(device)
     for stage in recipe.stages[progress.stage:]:
-        assert stage.asked is not None                                        # only CLIP's is
+        assert stage.asked is not None                                        # it is for CLIP alone
         loss_of = partial(llava_loss, model, device=device, mixture=stage.asked)
         data = Scenes(f"{seed} {stage.name}", stage.images, size, stage.draw, frame)
         fit(stage, model, loss_of, data, progress, workers)
