@@ -21,7 +21,7 @@ from nanogap.cli import NanogapError, Parser, answer_for
 from nanogap.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
 from nanogap.image import open_image
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES
+from nanogap.prune import STRATEGIES, in_decoder
 from nanogap.scenes import scene
 from nanogap.weights import MINI, load
 
@@ -169,11 +169,15 @@ def places(model: VLM) -> Image.Image:
 
 
 def strategies(model: VLM) -> Image.Image:
-    """A quarter of the patches of image.jpg, as each strategy chooses them for one expression."""
+    """A quarter of the patches of image.jpg, as each strategy chooses them for one expression.
+
+    Those that prune in the decoder keep a half in the mean over layers; what is left is shown.
+    """
     square = Square(model)
     panels = []
     for name in STRATEGIES:
-        result = model.ground(square.encoded, EXPRESSION, name, "25%", "gap", max_new_tokens=1)
+        budget = "50%" if in_decoder(name) else "25%"
+        result = model.ground(square.encoded, EXPRESSION, name, budget, "gap", max_new_tokens=1)
         keep = result.keep.tolist()
         dimmed = dim_dropped(square.picture, keep, square.cells())
         panels.append((dimmed, f"{name}, {len(keep)}"))

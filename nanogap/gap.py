@@ -73,14 +73,6 @@ def lay_out(keep: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> Layo
     return Layout(keep, order, position_ids, P + length + A, P, N, A, mode)
 
 
-def drop(layout: Layout, kept: Tensor) -> Layout:
-    """Lay out what is left of a layout, in the same mode: for pruning between two layers.
-
-    kept: (K',) places among its K visual tokens, the most important first
-    """
-    return lay_out(layout.keep[kept], layout.P, layout.N, layout.A, layout.mode)
-
-
 def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode: str,
                  n_added: int = 0) -> tuple[Tensor, int]:
     """The position IDs of `lay_out` alone, and the ID of the first generated token."""

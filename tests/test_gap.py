@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from nanogap import NanogapError, gap
+from nanogap import NanogapError
 from nanogap.gap import MODES, Layout, lay_out, position_ids
 
 RANKED = [9, 2, 14, 5]       # the kept patches, by score
@@ -148,16 +148,6 @@ def test_tokens_that_a_method_adds_go_last_and_have_no_place_of_their_own(mode: 
     assert layout.position_ids.tolist() == [0, 1, 2, *visual, *text]
     assert layout.next_position == following
     assert layout.visual_tokens == 4 and len(layout.keep) == len(layout.order) == 2
-
-
-def test_what_is_dropped_later_is_laid_out_in_the_same_mode():
-    """Places 3 and 0 of the sequence: of patches 2 5 9 14 the last and the first."""
-    left = gap.drop(laid_out("gap"), torch.tensor([3, 0]))
-    assert left.keep.tolist() == [2, 14] and left.order.tolist() == [1, 0]
-    assert left.position_ids.tolist() == [0, 1, 2, 5, 17, 19, 20] and left.next_position == 21
-    left = gap.drop(laid_out("permuted"), torch.tensor([3, 0]))
-    assert left.keep.tolist() == [5, 9] and left.order.tolist() == [0, 1]
-    assert left.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6] and left.next_position == 7
 
 
 # ----- one function in the place of three ---------------------------------------------------------

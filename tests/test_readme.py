@@ -6,10 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 import run
-from nanogap import gap
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.train import __main__ as train
 from tests.markdown import broken_links, commands, is_the_evaluators, what_is_wrong_with
@@ -24,7 +21,8 @@ def block(start: str) -> str:
 
 
 def test_the_two_commands_do_their_own_set_up():
-    assert 'pip install -r requirements.txt && python run.py image.jpg "the man on the left"\n' in README
+    set_up = "pip install -r requirements.txt && python"
+    assert f'{set_up} run.py image.jpg "the man on the left"\n' in README
     assert "pip install -r requirements.txt && python -m pytest\n" in README
     needed = [re.split("[=>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
     assert needed == ["torch", "safetensors", "tokenizers", "pillow", "pytest"]
@@ -65,7 +63,8 @@ def test_the_python_example_says_what_the_command_says(capsys, monkeypatch):
     code = next(text for kind, text in BLOCKS if kind == "python" and "nanogap.load" in text)
     exec(compile(ast.parse(code), "README.md", "exec"), {})
     box = ast.literal_eval(re.search(r"\] (\(.*\))", capsys.readouterr().out).group(1))
-    line = next(line for line in block("weights/mini on cpu").split("\n") if line.startswith("gap "))
+    lines = block("weights/mini on cpu").split("\n")
+    line = next(line for line in lines if line.startswith("gap "))
     assert ", ".join(f"{v:.0f}" for v in box) in line
 
 
@@ -82,7 +81,7 @@ def test_the_other_commands_take_the_arguments_that_are_given_here(tmp_path, mon
 
 
 def test_every_command_is_real():
-    """Its program, module, files and flags are there, and the strategies and modes that it names."""
+    """Its program, module, files and flags are there, and the strategies and modes it names."""
     wrong = [f"README.md:{line}: {command}: {what_is_wrong_with(command)}"
              for line, command in commands(README) if what_is_wrong_with(command)]
     assert not wrong, "\n".join(wrong)
@@ -99,16 +98,8 @@ def test_the_tutorial_is_linked():
 def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path):
     from PIL import Image, ImageChops
     split, index = re.search(r"nanogap\.scenes (\w+) (\d+) image\.jpg", README).groups()
-    subprocess.run([sys.executable, "-m", "nanogap.scenes", split, index, str(tmp_path / "image.jpg")],
-                   check=True, cwd=ROOT, capture_output=True)
+    command = [sys.executable, "-m", "nanogap.scenes", split, index, str(tmp_path / "image.jpg")]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     shipped, drawn = Image.open(ROOT / "image.jpg"), Image.open(tmp_path / "image.jpg")
     assert shipped.size == drawn.size
     assert max(high for _, high in ImageChops.difference(shipped, drawn).getextrema()) <= 8
-
-
-def test_the_recipe_for_other_code_gives_the_ids_of_gap():
-    line = next(line for line in README.splitlines() if line.startswith("position_ids = torch.cat"))
-    names: dict = {"torch": torch, "P": 3, "N": 16, "A": 2, "keep": torch.tensor([2, 5, 9])}
-    exec(line, names)
-    expected, following = gap.position_ids(names["keep"], 3, 16, 2, "gap")
-    assert names["position_ids"].tolist() == [expected.tolist()] and following == 3 + 16 + 2
