@@ -1,4 +1,4 @@
-"""How the house is built: imports run downwards, the method knows no wing, models/ alone names models."""
+"""How the house is built: imports run downwards, the method knows no wing, models/ names models."""
 
 import ast
 import re
@@ -79,7 +79,8 @@ def test_a_wing_that_uses_another_wings_file_says_why(path: Path):
         if isinstance(node, ast.ImportFrom) and node.module:
             there = wing(f"{node.module}.x")
             if there and there != wing(module(path)):
-                said = lines[node.lineno - 2].strip().startswith("#") or "#" in lines[node.lineno - 1]
+                above = lines[node.lineno - 2].strip().startswith("#")
+                said = above or "#" in lines[node.lineno - 1]
                 assert said, f"{path.name}:{node.lineno} imports from {there}/ without a reason"
 
 

@@ -1,4 +1,4 @@
-"""tutorial.md runs: its Python, in order and in one namespace; its output, quotations, commands, links.
+"""tutorial.md runs: its Python, in order and in one namespace; outputs, quotations, commands, links.
 
 After new weights, `python -m tests.test_tutorial` makes its output blocks and its pictures again.
 """
@@ -10,6 +10,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,8 +21,15 @@ from PIL import Image, ImageChops, ImageStat
 import nanogap
 from nanogap import figures
 from nanogap.prune import STRATEGIES
-from tests.markdown import (ROOT, Block, blocks, broken_links, commands, is_the_evaluators,
-                            what_is_wrong_with)
+from tests.markdown import (
+    ROOT,
+    Block,
+    blocks,
+    broken_links,
+    commands,
+    is_the_evaluators,
+    what_is_wrong_with,
+)
 
 TUTORIAL = ROOT / "tutorial.md"
 TEXT = TUTORIAL.read_text()
@@ -32,7 +40,7 @@ PICTURES = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT)
 
 
 def output(index: int) -> Block | None:
-    """The block of output that belongs to a block of Python: the next one, if nothing is between."""
+    """The block of output that belongs to a block of Python: the next, if nothing is between."""
     after = BLOCKS[index + 1:index + 2]
     between = TEXT.split("\n")[BLOCKS[index].end:after[0].line - 2] if after else ["nothing"]
     return after[0] if after and after[0].info == "text" and not "".join(between).strip() else None
@@ -89,8 +97,8 @@ def test_every_python_block_runs_and_prints_what_stands_below_it(index: int, ses
         assert not printed, f"tutorial.md:{at} prints, and no text block follows:\n{printed}"
     elif printed != stripped(told.text):
         differ = "\n".join(difflib.ndiff(stripped(told.text).split("\n"), printed.split("\n")))
-        pytest.fail(f"tutorial.md:{told.line} is not what is printed; `python -m tests.test_tutorial` "
-                    f"makes it again:\n{differ}", pytrace=False)
+        pytest.fail(f"tutorial.md:{told.line} is not what is printed; "
+                    f"`python -m tests.test_tutorial` makes it again:\n{differ}", pytrace=False)
 
 
 @pytest.mark.parametrize("block", QUOTED, ids=lambda block: f"line-{block.line}")
@@ -117,7 +125,7 @@ def test_every_command_is_real():
 
 def test_output_below_a_command_of_the_evaluator_looks_like_its_own():
     """It is pasted, not run: 500 expressions take minutes."""
-    for before, block in zip(BLOCKS, BLOCKS[1:]):
+    for before, block in pairwise(BLOCKS):
         if before.info == "sh" and "nanogap.evaluate" in before.text and block.info == "text":
             assert is_the_evaluators(block.text), f"tutorial.md:{block.line} is not the evaluator's"
 
@@ -127,7 +135,8 @@ def test_every_link_leads_somewhere():
 
 
 def test_nothing_is_left_to_be_filled_in():
-    left = [i for i, line in enumerate(TEXT.split("\n"), 1) if re.search("<!-- (paste|check)", line)]
+    lines = enumerate(TEXT.split("\n"), 1)
+    left = [i for i, line in lines if re.search("<!-- (paste|check)", line)]
     assert not left, f"tutorial.md: lines {left} wait to be checked or filled in"
 
 
