@@ -162,7 +162,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     """Softmax attention in which the last query sees all keys, the one before it one key less, ...
 
     q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
-    mask: (M, R), added to the scores of the last M queries; the others look at the first T - M keys.
+    mask: (M, R), added to the scores of the last M queries; the others see the first T - M keys.
           None only where T is 1 or R.  Position IDs play no part.
     """
     gqa, T = q.shape[1] != k.shape[1], q.shape[2]

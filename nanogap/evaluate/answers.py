@@ -113,4 +113,4 @@ def box_of(item: dict, family: type[VLM], width: int, height: int) -> Box | None
         box = said and family.frame.to_pixels(said, width, height)
     if box is None or not (box[0] < box[2] and box[1] < box[3]):
         return None
-    return tuple(box)                                                         # type: ignore[return-value]
+    return tuple(box)   # type: ignore[return-value]
