@@ -1,4 +1,4 @@
-"""tutorial.md runs: its Python, in order, in one namespace; its outputs, quotations, commands, links.
+"""tutorial.md runs: its Python in order, in one namespace; its outputs, quotations, commands.
 
 After new weights, `python -m tests.test_tutorial` makes its output blocks and its pictures again.
 """

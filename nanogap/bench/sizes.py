@@ -70,8 +70,8 @@ def random_model(size: str, device: torch.device, dtype: torch.dtype, seed: int 
     """A model of a size with random weights, drawn in place: no more memory than they take."""
     tokenizer = read_tokenizer(MINI, SIZES[size].text.vocab_size)
     name = str(dtype).removeprefix("torch.")
-    model = empty_model(size, tokenizer.token_to_id(IMAGE), name)
-    model.to(dtype)   # type: ignore[arg-type]
+    image_token = tokenizer.token_to_id(IMAGE) or 0
+    model = empty_model(size, image_token, name).to(dtype)
     model.to_empty(device=device).requires_grad_(False).eval()
     model.tokenizer = tokenizer
     generator = torch.Generator(device).manual_seed(seed)
