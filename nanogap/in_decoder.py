@@ -58,11 +58,14 @@ def fastv(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
 
 
 @strategy(needs={"attention"}, finds_budget=True)
-def pyramiddrop(seen: VisualTokens, budget: int, generator: torch.Generator) -> Kept:
+def pyramiddrop(seen: VisualTokens, budget: int | None, generator: torch.Generator) -> Kept:
     """The same at each of three cuts, by the layer that comes next: PyramidDrop, arXiv 2410.17247.
 
     Without a budget half of the tokens go at each cut, as in the paper.
+    differs: of a single token the code would keep none; here it stays
     """
+    if budget is None:
+        budget = max(1, len(seen.features) // 2)
     return Kept(ranked(seen.attention.float().mean(0), budget).sort().values)
 
 
@@ -102,7 +105,9 @@ def clusters(x: Tensor, count: int) -> Tensor:
     source: cluster_and_merge in SparseVLM's code, after DPC-KNN
     """
     points = x.float()
-    distance = torch.cdist(points, points) / points.shape[1] ** 0.5           # (m, m)
+    exact = "donot_use_mm_for_euclid_dist"   # a product of matrices leaves none of small distances
+    distance = torch.cdist(points, points, compute_mode=exact)                # (m, m)
+    distance = distance / points.shape[1] ** 0.5
     nearest = distance.sort(dim=1).values[:, :count]                          # itself among them
     density = (-nearest.pow(2).mean(1)).exp()                                 # (m,)
     denser = density[None, :] > density[:, None]
@@ -139,35 +144,50 @@ def scaled(published: Sequence[int], layers: int) -> list[int]:
     return found
 
 
-def mean_tokens(N: int, cuts: Sequence[tuple[int, int]], layers: int, recycles: bool) -> float:
-    """Visual tokens in the mean over the inputs of all layers.
+def counts(N: int, cuts: Sequence[tuple[int, int | None]],
+           recycles: bool) -> list[tuple[int, int | None]]:
+    """Visual tokens from each cut on, as (layer, how many), those that are added included.
 
     cuts:     (layer, tokens that are kept from there on)
     recycles: whether clusters of dropped ones are added to them, as `sparsevlm` does
     """
-    total, start, n = 0, 0, N
+    found: list[tuple[int, int | None]] = []
+    n = N
     for layer, kept in cuts:
+        if kept is not None:
+            dropped = max(n - kept, 0)
+            n = min(n, kept)
+            if recycles and dropped:
+                n += (int(0.3 * dropped) + 1) // 10 + 1
+        found.append((layer, None if kept is None else n))
+    return found
+
+
+def mean_tokens(N: int, cuts: Sequence[tuple[int, int]], layers: int, recycles: bool) -> float:
+    """Visual tokens in the mean over the inputs of all layers: see `counts`."""
+    total, start, n = 0, 0, N
+    for layer, left in counts(N, cuts, recycles):
         total += (layer - start) * n
-        dropped = max(n - kept, 0)
         start = layer
-        n = min(n, kept)
-        if recycles and dropped:
-            n += (int(0.3 * dropped) + 1) // 10 + 1
+        n = cast(int, left)                           # since each of `cuts` is one
     return (total + (layers - start) * n) / layers
 
 
 def plan(name: str, N: int, budget: int | None, layers: int,
-         layer: int | None = None) -> list[tuple[int, int]]:
+         layer: int | None = None) -> list[tuple[int, int | None]]:
     """The cuts of a method as (layer, tokens that are kept), for a budget in the mean over layers.
 
-    budget: None where the method has a rule of its own
-    layer:  FastV's K, if not its published one
-    raises: NanogapError where there is no such layer, or the mean cannot be so low
+    budget:  None where the method has a rule of its own
+    layer:   FastV's K, if not its published one
+    returns: None for what a strategy of your own finds only when it sees the tokens
+    raises:  NanogapError where there is no such layer, or the mean cannot be so low
     """
     check(name, N, budget)
     at = where(name, layers, layer)
     if budget is None:
-        return [(before, int(N * 0.5 ** (i + 1))) for i, before in enumerate(at)]
+        halves = name == "pyramiddrop"
+        return [(before, max(1, N // 2 ** (i + 1)) if halves else None)
+                for i, before in enumerate(at)]
     published = SPARSE_BUDGETS.get(name, {})
     if (N, layers) == (SPARSE_TOKENS, PUBLISHED_LAYERS) and budget in published:
         return list(zip(at, published[budget], strict=True))
@@ -185,11 +205,19 @@ def plan(name: str, N: int, budget: int | None, layers: int,
         raise NanogapError(f"{name} cannot keep {budget} of {N} visual tokens in the mean over "
                            f"{layers} layers, of which {at[0]} see all: keep from "
                            f"{ceil(lowest)} to {N}")
-    low, high = 0.0, float(SPARSE_TOKENS)             # the largest size whose mean is no more
-    for _ in range(64):
+    return list(cuts(largest(lambda size: mean(size) <= budget, SPARSE_TOKENS)))
+
+
+def largest(fits: Callable[[float], bool], high: float) -> float:
+    """The largest size up to `high` that fits, where 0 does, and all below one that does."""
+    low = 0.0
+    for _ in range(64):                               # halves: more than a float can tell apart
         middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) <= budget else (low, middle)
-    return cuts(low)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def shares_of(name: str, size: float, share: float, count: int) -> list[float]:
@@ -206,14 +234,17 @@ def shares_of(name: str, size: float, share: float, count: int) -> list[float]:
 
 def where(name: str, layers: int, layer: int | None) -> list[int]:
     """Before which layers a method cuts in a decoder of so many; one of your own cuts as FastV."""
+    if layers < 2:
+        raise NanogapError(f"{name} prunes between two layers of the decoder, and this one has "
+                           f"{layers}: choose a strategy that prunes before it")
     if name in SPARSE_BUDGETS:
         at = scaled(SPARSE_LAYERS, layers)
     elif name == "pyramiddrop":
         at = scaled([PUBLISHED_LAYERS * quarter // 4 for quarter in (1, 2, 3)], layers)
     else:
         at = scaled([FASTV_LAYER], layers) if layer is None else [layer]
-    if not at or not 0 < at[0] < layers:
-        raise NanogapError(f"{name} cannot cut before layer {layer or 1} of {layers}: "
+    if not 0 < at[0] < layers:
+        raise NanogapError(f"{name} cannot cut before layer {at[0]} of {layers}: "
                            f"choose one from 1 to {layers - 1}")
     return at
 
@@ -221,19 +252,20 @@ def where(name: str, layers: int, layer: int | None) -> list[int]:
 def cuts_of(name: str, N: int, budget: int | None, seed: int, layers: int,
             layer: int | None = None) -> list[Cut]:
     """The cuts of a strategy in a decoder of so many layers: see `plan`."""
-    def cut(before: int, kept: int) -> Cut:
+    def cut(before: int, kept: int | None) -> Cut:
         def choose(seen: VisualTokens) -> Kept:
             n = len(seen.features)
-            return select(name, [View(seen, torch.arange(n))], min(kept, n), seed)
+            most = None if kept is None else min(kept, n)
+            return select(name, [View(seen, torch.arange(n))], most, seed)
         return Cut(before, choose, ahead=name == "pyramiddrop", raters=name in SPARSE_BUDGETS,
                    corrected=name == "sparsevlm_plus")
 
     return [cut(before, kept) for before, kept in plan(name, N, budget, layers, layer)]
 
 
-def cuts_in_words(name: str, cuts: Sequence[tuple[int, int]], layers: int) -> str:
+def cuts_in_words(name: str, cuts: Sequence[tuple[int, int | None]], layers: int) -> str:
     """The same for people, in one line."""
-    left = ", ".join(f"{kept} from layer {layer} on" for layer, kept in cuts)
+    left = ", ".join(f"{kept or 'what it finds'} from layer {layer} on" for layer, kept in cuts)
     return f"{name} in {layers} layers, counted from 0: visual tokens cut to {left}"
 
 
@@ -365,8 +397,9 @@ def prefill(model: LlamaForCausalLM, x: Tensor, layout: Layout, cuts: Sequence[C
         x, stage = run_to(cut, model, x, stages[-1], cache, raters)
         stages.append(stage)
         ids = stage.layout.position_ids.to(x.device)
-    x = decoder.run(x, ids, cache, stages[-1].start, None, drafted.alternatives)
-    logits = model.logits(decoder.norm(x), 1 + len(drafted.tokens))[0]        # (1 + D, V)
+    x = decoder.run(x, ids, cache, stages[-1].start, None, drafted.alternatives,
+                    last=1 + len(drafted.tokens))                             # (1, 1 + D, C)
+    logits = model.logits(decoder.norm(x))[0]                                 # (1 + D, V)
     return Prefilled(model, cache, logits, drafted, stages)
 
 
@@ -376,23 +409,39 @@ def run_to(cut: Cut, model: LlamaForCausalLM, x: Tensor, stage: Stage, cache: KV
 
     raters: (Q,) places of text tokens, counted from the end of the sequence: -1 is the last
     """
-    decoder, layout, T = model.model, stage.layout, x.shape[1]
-    P, n, ids = layout.P, layout.visual_tokens, layout.position_ids.to(x.device)
+    decoder, layout = model.model, stage.layout
+    ids = layout.position_ids.to(x.device)                                    # (T,)
     attending = cut.layer if cut.ahead else cut.layer - 1
     fed = decoder.run(x, ids, cache, stage.start, attending)                  # (1, T, C)
     x = decoder.run(fed, ids, cache, attending, cut.layer)                    # (1, T, C)
-    last = torch.tensor([-1], device=x.device)
-    queries = T + (raters if raters is not None and cut.raters else last)     # (Q,)
+    looking = torch.tensor([-1], device=x.device)
+    if cut.raters and raters is not None:
+        looking = raters
+    queries = x.shape[1] + looking                                            # (Q,)
     attention = attention_to_image(model, attending, fed, queries, layout, cut.corrected)
-    hidden = x[0, P:P + n]                                                    # (n, C)
+    n = layout.visual_tokens
+    hidden = x[0, layout.P:layout.P + n]                                      # (n, C)
     kept = cut.choose(VisualTokens(hidden, 1, n, {"attention": attention}))
+    x, layout = leave(x, layout, kept)
+    return x, Stage(cut.layer, layout)
 
-    patch = kept.keep < len(layout.keep)          # the others were added at an earlier cut
-    added = int((~patch).sum()) + kept.n_added
-    left = gap.lay_out(layout.keep[kept.keep[patch]], P, layout.N, layout.A, layout.mode, added)
-    order = torch.cat([patch.nonzero()[left.order, 0], (~patch).nonzero()[:, 0]])
-    visual = hidden[kept.keep.to(x.device)] if kept.features is None else kept.features
-    parts = [x[0, :P], visual[order.to(x.device)], x[0, P + n:]]
+
+def leave(x: Tensor, layout: Layout, kept: Kept) -> tuple[Tensor, Layout]:
+    """What stays of a sequence (1, T, C), and which token stands where in it.
+
+    kept: places among the visual tokens: patches first, then those added at earlier cuts, which
+          have no place in the image and stay behind the patches
+    """
+    P, end = layout.P, layout.P + layout.visual_tokens
+    patch = kept.keep < len(layout.keep)                                      # (K,)
+    patches = patch.nonzero()[:, 0]
+    others = (~patch).nonzero()[:, 0]
+    left = gap.lay_out(layout.keep[kept.keep[patches]], P, layout.N, layout.A, layout.mode,
+                       len(others) + kept.n_added)
+    order = torch.cat([patches[left.order], others]).to(x.device)             # (K,)
+    visual = x[0, P:end][kept.keep.to(x.device)] if kept.features is None else kept.features
+    parts = [x[0, :P], visual[order]]
     if kept.added is not None:
-        parts.insert(2, kept.added)
-    return torch.cat(parts)[None], Stage(cut.layer, left)
+        parts.append(kept.added)
+    parts.append(x[0, end:])
+    return torch.cat(parts)[None], left

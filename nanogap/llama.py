@@ -193,15 +193,19 @@ class LlamaAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)           # (B, heads, T, D)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Rows | None = None,
-                mask: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far."""
-        q = rotate(self.split(self.q_proj(x)), cos, sin)                      # (B, H, T, D)
+                mask: Tensor | None = None, first: int = 0) -> Tensor:
+        """Tokens (B, T, C), turned by the angles of their position IDs, look at all rows so far.
+
+        first: only the tokens from this one on look, and come back (B, T - first, C)
+        """
+        q = self.split(self.q_proj(x[:, first:]))                             # (B, H, T - first, D)
+        q = rotate(q, cos[..., first:, :], sin[..., first:, :])
         k = rotate(self.split(self.k_proj(x)), cos, sin)                      # (B, G, T, D)
         v = self.split(self.v_proj(x))                                        # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                             # (B, G, R, D)
-        y = causal_attention(q, k, v, mask)                                   # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, T, C)
+        y = causal_attention(q, k, v, mask)                                   # (B, H, T - first, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, T - first, C)
 
 
 class LlamaMLP(nn.Module):
@@ -224,9 +228,10 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Rows | None = None,
-                mask: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)  # (B, T, C)
-        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, T, C)
+                mask: Tensor | None = None, first: int = 0) -> Tensor:
+        seen = self.self_attn(self.input_layernorm(x), cos, sin, cache, mask, first)
+        x = x[:, first:] + seen                                               # (B, T - first, C)
+        return x + self.mlp(self.post_attention_layernorm(x))                 # (B, T - first, C)
 
 
 class LlamaModel(nn.Module):
@@ -239,26 +244,33 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, position_ids: Tensor, cache: Rows | None = None,
-                alternatives: int = 1, mask: Tensor | None = None) -> Tensor:
+                alternatives: int = 1, mask: Tensor | None = None,
+                last: int | None = None) -> Tensor:
         """Embeddings (B, T, C) at position_ids (T,) or (B, T) -> hidden states (B, T, C)."""
-        return self.norm(self.run(x, position_ids, cache, 0, None, alternatives, mask))
+        return self.norm(self.run(x, position_ids, cache, 0, None, alternatives, mask, last))
 
     def run(self, x: Tensor, position_ids: Tensor, cache: Rows | None = None, start: int = 0,
-            stop: int | None = None, alternatives: int = 1, mask: Tensor | None = None) -> Tensor:
+            stop: int | None = None, alternatives: int = 1, mask: Tensor | None = None,
+            last: int | None = None) -> Tensor:
         """The same through the layers from `start` up to but without `stop`, before the last norm.
 
         alternatives: so many of the last tokens do not see one another (see mask_of)
         mask:         (T, R), where the new rows are not the next of the cache; None: made here
+        last:         only so many tokens look in the last of these layers, and come back
         """
         cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         if position_ids.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]                             # (B, 1, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        T = x.shape[1]
+        R = T + (cache.lengths[start] if cache is not None else 0)
         if mask is None:
-            T = x.shape[1]
-            R = T + (cache.lengths[start] if cache is not None else 0)
             mask = causal_mask(T, R, alternatives, x)
-        for layer in list(self.layers)[start:stop]:                        # a slice is a new module
+        layers = list(self.layers)[start:stop]                                # not a new ModuleList
+        for layer in layers:
+            if last is not None and layer is layers[-1]:
+                mask = causal_mask(last, R, alternatives, x)
+                return layer(x, cos, sin, cache, mask, T - last)              # (B, last, C)
             x = layer(x, cos, sin, cache, mask)                               # (B, T, C)
         return x
 
@@ -272,11 +284,11 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, cache: Rows | None = None,
                 alternatives: int = 1, last: int | None = None) -> Tensor:
         """Embeddings (B, T, C) -> logits (B, T, V) in float32, or of so many `last` tokens."""
-        return self.logits(self.model(x, position_ids, cache, alternatives), last)
+        return self.logits(self.model(x, position_ids, cache, alternatives, last=last))
 
-    def logits(self, hidden: Tensor, last: int | None = None) -> Tensor:
-        """Hidden states (B, T, C), after the last norm -> logits (B, T or `last`, V) in float32."""
-        return self.lm_head(hidden if last is None else hidden[:, -last:]).float()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, T, C), after the last norm -> logits (B, T, V) in float32."""
+        return self.lm_head(hidden).float()
 
 
 # a pass: embeddings (1, T, C), position_ids (T,), cache, alternatives -> logits (1, T, V)
