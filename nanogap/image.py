@@ -100,7 +100,9 @@ class Pad:
     def fit(self, image: Image.Image, size: int) -> Image.Image:
         """The padded picture, size x size pixels."""
         if max(image.size) > MAX_SIDE:
-            image = ImageOps.contain(image, (4 * size, 4 * size))
+            scale = 4 * size / max(image.size)
+            small = [max(1, round(side * scale)) for side in image.size]      # a hair stays a pixel
+            image = image.resize((small[0], small[1]), Image.Resampling.BICUBIC)
         return self.square(image).resize((size, size), Image.Resampling.BICUBIC)
 
     def offset(self, width: int, height: int) -> tuple[int, int]:
