@@ -60,7 +60,9 @@ class EncodedImage:
         return len(self.at)
 
     def padding(self, keep: Tensor) -> float:
-        """Which share of the tokens (K,) shows no part of the picture."""
+        """Which share of the tokens (K,) shows no part of the picture; 0 where there are none."""
+        if len(keep) == 0:        # as where SparseVLM keeps only what it added at an earlier cut
+            return 0.0
         x1, y1, x2, y2 = self.at[keep.cpu()].T
         outside = (x2 <= 0) | (y2 <= 0) | (x1 >= self.width) | (y1 >= self.height)
         return float(outside.float().mean())

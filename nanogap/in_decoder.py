@@ -75,7 +75,7 @@ def sparsevlm(seen: VisualTokens, budget: int, generator: torch.Generator) -> Ke
 
     Of those dropped, the best 30 % and one are clustered, ten to a cluster, and the mean of each
     cluster is added behind the kept ones.
-    differs: the code adds random noise to break ties among densities; here there is none
+    differs: see `clusters`
     """
     scores = seen.attention.float().mean(0)                      # (n,)
     keep = ranked(scores, budget).sort().values
@@ -102,15 +102,19 @@ def clusters(x: Tensor, count: int) -> Tensor:
     """The means (count, C) of so many clusters of tokens (m, C), by density peaks among neighbours.
 
     A centre is dense, and far from any that is denser; the others go to the nearest centre.
-    source: cluster_and_merge in SparseVLM's code, after DPC-KNN
+    differs: the code adds random noise, so that no two are equally dense, as nearest neighbours of
+             each other are among two clusters; here the first of them counts as denser
+    source:  cluster_and_merge in SparseVLM's code, after DPC-KNN
     """
     points = x.float()
-    exact = "donot_use_mm_for_euclid_dist"   # a product of matrices leaves none of small distances
+    exact = "donot_use_mm_for_euclid_dist"   # a matrix product would lose small distances
     distance = torch.cdist(points, points, compute_mode=exact)                # (m, m)
     distance = distance / points.shape[1] ** 0.5
     nearest = distance.sort(dim=1).values[:, :count]                          # itself among them
     density = (-nearest.pow(2).mean(1)).exp()                                 # (m,)
-    denser = density[None, :] > density[:, None]
+    earlier = torch.ones_like(distance).tril(-1).bool()
+    equal = density[None, :] == density[:, None]
+    denser = (density[None, :] > density[:, None]) | (equal & earlier)        # (m, m)
     far = torch.where(denser, distance, distance.max()).min(1).values         # from any denser one
     centres = ranked(far * density, count)
     member = distance[centres].argmin(0)                                      # (m,) one each

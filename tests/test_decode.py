@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from nanogap.ground import EncodedImage
 from nanogap.in_decoder import Prefilled, prefill
 from nanogap.models.llava import Llava
 from nanogap.prompt import TWO_DECIMALS, Draft, Form, draft, encode, format_box
-from nanogap.prune import STRATEGIES, Kept
+from nanogap.prune import STRATEGIES, Kept, in_decoder
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,37 +126,46 @@ def shown(mini: Llava) -> EncodedImage:
     return mini.encode_image(ROOT / "image.jpg")
 
 
-@pytest.mark.parametrize("prune", STRATEGIES)
+MODES_TOO = ("random", "prumerge", "sparsevlm")   # that are asked in all: one of them adds a token,
+                                                  # and one cuts in the decoder and adds some there
+
+
+def asked(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Strategies in mode gap, and a few of them in every mode."""
+    return [(name, mode) for name in names for mode in MODES
+            if mode == "gap" or name in MODES_TOO]
+
+
+def budget(prune: str, keep: int) -> dict[str, int]:
+    """So many tokens in every layer; or behind the second of four layers, 144 before it."""
+    if prune == "fastv":
+        return {"keep": (144 + keep) // 2, "layer": 2}
+    return {"keep": max(keep, 45) if in_decoder(prune) else keep}
+
+
+@pytest.mark.parametrize("prune, mode", asked(STRATEGIES))
 def test_drafting_says_the_same_in_every_mode_and_strategy(mini: Llava, shown: EncodedImage,
-                                                           prune: str):
-    for mode in MODES:
-        drafted = mini.ground(shown, "the man on the left", prune, 12, mode)
-        plain = mini.ground(shown, "the man on the left", prune, 12, mode, drafts=False)
+                                                           prune: str, mode: str):
+    for keep in (12, 36):
+        question = (shown, "the man on the left", prune)
+        options = {"mode": mode, **budget(prune, keep)}
+        drafted = mini.ground(*question, **options)
+        plain = mini.ground(*question, **options, drafts=False)
         assert drafted.tokens == plain.tokens and drafted.kv_bytes == plain.kv_bytes
         assert drafted.box == plain.box and drafted.text == plain.text
         assert plain.timings["passes"] == len(plain.tokens) - 1
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("prune", ["random", "fastv"])
-def test_drafting_says_the_same_with_a_quarter_of_the_tokens(mini: Llava, shown: EncodedImage,
-                                                             mode: str, prune: str):
-    drafted = mini.ground(shown, "the man on the left", prune, 36, mode)
-    plain = mini.ground(shown, "the man on the left", prune, 36, mode, drafts=False)
-    assert drafted.tokens == plain.tokens and drafted.kv_bytes == plain.kv_bytes
-    assert plain.timings["passes"] == len(plain.tokens) - 1
-
-
 def test_a_box_takes_four_passes_where_one_token_each_takes_24(mini: Llava, shown: EncodedImage):
     for prune, passes in (("random", 4), ("fastv", 5)):    # FastV drafts nothing behind the prompt
-        drafted = mini.ground(shown, "the man on the left", prune, 72, "gap")
+        drafted = mini.ground(shown, "the man on the left", prune, **budget(prune, 72))
         assert drafted.timings["new_tokens"] == 25 and drafted.timings["passes"] == passes
     plain = mini.ground(shown, "the man on the left", mode="full", drafts=False)
     assert plain.timings["passes"] == 24
 
 
 @pytest.mark.parametrize("most", [*range(1, 26), 32])
-@pytest.mark.parametrize("options", [{"mode": "full"}, {"prune": "fastv", "keep": 72}],
+@pytest.mark.parametrize("options", [{"mode": "full"}, {"prune": "fastv", "keep": 108, "layer": 2}],
                          ids=["full", "fastv"])
 def test_drafts_never_say_more_than_was_asked_for(mini: Llava, shown: EncodedImage, most: int,
                                                   options: dict):
@@ -190,7 +200,8 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> Fed:
 def test_token_t_is_fed_at_next_position_plus_t(mini: Llava, shown: EncodedImage, fed: Fed,
                                                 mode: str, prune: str):
     """Whatever the length of the cache, which under GAP is another number."""
-    result = mini.ground(shown, "the man on the left", prune, 36, mode, drafts=False)
+    result = mini.ground(shown, "the man on the left", prune, mode=mode, drafts=False,
+                         **budget(prune, 36))
     P, A = mini.around_image(mini.prompt("the man on the left"))
     compact = MODES[mode][2] == "compact"
     K = 144 if mode == "full" else 36 + (prune == "prumerge")
@@ -206,7 +217,7 @@ def test_token_t_is_fed_at_next_position_plus_t(mini: Llava, shown: EncodedImage
 def test_drafted_tokens_are_fed_at_their_own_places_too(mini: Llava, shown: EncodedImage, fed: Fed,
                                                         mode: str, prune: str):
     """One place behind the other, and all alternatives at the last."""
-    result = mini.ground(shown, "the man on the left", prune, 36, mode)
+    result = mini.ground(shown, "the man on the left", prune, mode=mode, **budget(prune, 36))
     P, A = mini.around_image(mini.prompt("the man on the left"))
     first = P + 144 + A if prune == "fastv" else result.next_position
     starts = []
@@ -227,10 +238,12 @@ def test_drafted_tokens_are_fed_at_their_own_places_too(mini: Llava, shown: Enco
 def test_questions_that_share_an_image_get_the_answers_that_they_get_alone(
         mini: Llava, shown: EncodedImage, prune: str):
     shared = mini.encode_image(ROOT / "image.jpg", share=True)
-    for mode in MODES:
+    for _, mode in asked([prune]):
         for expression in ("the man on the left", "the biggest man", "the man on the right"):
-            one = mini.ground(shown, expression, prune, 36, mode)
-            other = mini.ground(shared, expression, prune, 36, mode)
+            question = (expression, prune)
+            options = {"mode": mode, **budget(prune, 36)}
+            one = mini.ground(shown, *question, **options)
+            other = mini.ground(shared, *question, **options)
             assert one.tokens == other.tokens and torch.equal(one.position_ids, other.position_ids)
 
 

@@ -116,7 +116,7 @@ def test_only_what_is_needed_is_computed_and_only_once(model, picture, monkeypat
     model.ground(image, "the man", "random", 4, max_new_tokens=1)
     model.ground(image, "the man", mode="full", max_new_tokens=1)
     model.ground(image, "the man", keep=torch.tensor([3]), max_new_tokens=1)
-    model.ground(image, "the man", "fastv", 4, max_new_tokens=1)
+    model.ground(image, "the man", "fastv", 8, max_new_tokens=1)
     assert made == [] and image.views[0].seen.fields == {}
     for _ in range(2):
         model.ground(image, "the man", "visionzip", 4, max_new_tokens=1)
@@ -343,11 +343,20 @@ def test_a_patch_that_shows_a_strip_of_the_picture_is_no_padding(model):
 def test_padding_is_counted_among_what_the_last_layers_see(model):
     """FastV is fed all patches, half of them padding; what counts is what it keeps of them."""
     image = model.encode_image(Image.new("RGB", (160, 80), "red"))
-    kept = [model.ground(image, "the man", "fastv", K, max_new_tokens=1) for K in (1, 3, 5)]
+    kept = [model.ground(image, "the man", "fastv", keep, layer=1, max_new_tokens=1)
+            for keep in (6, 9, 10)]
+    assert [len(result.keep) for result in kept] == [1, 5, 7]
     for result in kept:
         in_padding = sum(patch // 4 in (0, 3) for patch in result.keep.tolist())
         assert result.padding == pytest.approx(in_padding / len(result.keep))
         assert result.padding != 0.5                                    # an odd number has no half
+
+
+def test_where_no_patch_is_kept_there_is_no_padding(model):
+    """As where SparseVLM keeps only tokens that it added at an earlier cut: a number, not a NaN."""
+    image = model.encode_image(Image.new("RGB", (160, 80), "red"))
+    assert image.padding(torch.tensor([]).long()) == 0
+    assert image.padding(torch.tensor([0, 5])) == 0.5
 
 
 # ----- what questions share -----------------------------------------------------------------------

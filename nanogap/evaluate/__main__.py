@@ -35,7 +35,7 @@ from nanogap.evaluate.score import PROTOCOLS, TIMES, Run, score, summary, table
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
 from nanogap.image import Box
-from nanogap.in_decoder import cuts_in_words, plan
+from nanogap.in_decoder import counts, cuts_in_words, plan
 from nanogap.models import MODELS, VLM
 from nanogap.processes import gather, join
 from nanogap.scenes import scene
@@ -354,8 +354,12 @@ def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM, layer: int | None)
     """Where those that prune in the decoder cut, a line for each budget."""
     layers = len(model.language_model.model.layers)
     asked = dict.fromkeys((name, keep) for name, keep, _ in runs if name in prune.STRATEGIES)
-    return [cuts_in_words(name, plan(name, n_visual, keep, layers, layer), layers)
-            for name, keep in asked if prune.in_decoder(name)]
+    notes = []
+    for name, keep in asked:
+        if prune.in_decoder(name):
+            cuts = plan(name, n_visual, keep, layers, layer)
+            notes.append(cuts_in_words(name, counts(n_visual, cuts, name == "sparsevlm"), layers))
+    return notes
 
 
 def main(argv: Sequence[str] | None) -> None:
