@@ -5,6 +5,12 @@
 In:  an image and a referring expression.  Out: a table, and one picture of all the boxes.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback while this is imported
+
 import argparse
 import json
 import sys
@@ -18,14 +24,15 @@ from PIL import Image
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.cli import Parser, answer_for, keep_argument, whole_number
-from nanogap.draw import agreement, check_picture, draw_results, save_picture, shortened
+from nanogap.cli import Parser, answer_for, keep_argument, path_argument, tell, whole_number
+from nanogap.draw import agreement, draw_results, shortened
 from nanogap.explain import columns, explain, visible
 from nanogap.gap import MODES
 from nanogap.ground import EncodedImage, Result
 from nanogap.image import open_image
 from nanogap.in_decoder import cuts_in_words
 from nanogap.models import VLM
+from nanogap.output import check_picture, save_picture
 from nanogap.prune import STRATEGIES, budget_of, check, find, needs_of
 from nanogap.weights import DTYPES, MINI, default_weights
 
@@ -41,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("image", metavar="IMAGE", help="any picture that Pillow reads")
     add("expression", metavar="EXPRESSION", help='what to look for, such as "the man on the left"')
-    add("--weights", metavar="DIR", type=Path,
+    add("--weights", metavar="DIR", type=path_argument,
         help="default: weights/llava-1.5-7b-hf where that is present, else weights/mini")
     add("--prune", metavar="NAME", default="random",
         help=f"{', '.join(STRATEGIES)}, or FILE.py:NAME for one of your own (default: %(default)s)")
@@ -54,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layer", metavar="K", type=whole_number,
         help="of fastv: the decoder's layer, from 1 on, before which it prunes (default: 2 of 32, "
              "and as early in others)")
-    add("--clip", metavar="DIR", type=Path,
+    add("--clip", metavar="DIR", type=path_argument,
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--no-draft", dest="drafts", action="store_false",
         help="one token in each pass of the decoder; the words are the same")
@@ -62,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--seed", type=whole_number, default=0,
         help="of the random strategy (default: %(default)s)")
-    add("--out", metavar="PICTURE", type=Path, default=Path("answer.png"),
+    add("--out", metavar="PICTURE", type=path_argument, default=Path("answer.png"),
         help="default: %(default)s")
     add("--json", action="store_true", help="print one JSON document instead of the table")
     add("--explain", action="store_true", help="print every shape and every ID on the way")
@@ -86,7 +93,7 @@ class Query:
 @contextmanager
 def patience(what: str) -> Iterator[None]:
     """Say on stderr what is going on, where it takes longer than a second."""
-    timer = threading.Timer(1.0, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    timer = threading.Timer(1.0, tell, [f"{what} ..."])
     timer.daemon = True
     timer.start()
     try:

@@ -5,9 +5,15 @@ In:  the words of a command line.  Out: arguments that are checked, and an exit 
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141   # exit statuses; the shell's 128 + signal
 
 
 class NanogapError(ValueError):
@@ -42,20 +48,99 @@ def keep_argument(text: str) -> str:
     return text
 
 
-def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
-               argv: Sequence[str] | None) -> int:
-    """Run a command; its exit status: 2 after one line on stderr for a mistake of the user's."""
+def path_argument(text: str) -> Path:
+    """A path; the empty one would stand for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+# ----- streams ------------------------------------------------------------------------------------
+
+
+def tell(text: str) -> None:
+    """Say on stderr how far the work is; it goes on where nobody can be told."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        to_nowhere(sys.stderr)
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere, or Python would fail with it once more at the end.
+    """
+    with suppress(OSError):               # a stream of a test's has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def ready_streams() -> None:
+    """Make sure that there is a stdout, and that nothing is opened under a stream's number.
+
+    raises: NanogapError where stdout is closed, for nothing could be told
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                  # it takes the lowest number there is
+    if sys.stderr is None:                                  # print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+        raise NanogapError("stdout is closed, so nothing could be told; leave out `>&-`")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")   # where it cannot show an expression
+
+
+# ----- Ctrl-C -------------------------------------------------------------------------------------
+
+
+def leave(*_: object) -> NoReturn:
+    """End at once: nothing has been begun, or all is done."""
+    os._exit(INTERRUPTED)
+
+
+def on_interrupt(handler: Callable, own: bool) -> None:
+    """What Ctrl-C does from now on in a process that runs a command of this project.
+
+    own: whether it is one: a test, or a program that imports nanogap, is left alone
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if own and here and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:   # as `nohup` has it
+        signal.signal(signal.SIGINT, handler)
+
+
+# ----- a command ----------------------------------------------------------------------------------
+
+
+def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
+               argv: Sequence[str] | None) -> int:
+    """Run a command; its exit status.
+
+    0: done, and told;  2: a mistake, in one line on stderr;  130: Ctrl-C;  141: the reader left
+    argv: None takes the process's own, whose interrupts are then handled as well
+    """
+    status = 0
     try:
-        command(argv)
-        sys.stdout.flush()
+        on_interrupt(signal.default_int_handler, argv is None)
+        ready_streams()
+        try:
+            command(argv)
+        finally:                                            # also after --help
+            sys.stdout.flush()
     except NanogapError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:                              # `python run.py ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tell(f"{name}: {' '.join(str(error).split())}")
+        status = MISTAKE
+    except BrokenPipeError:                                 # `python run.py ... | head -1`
+        to_nowhere(sys.stdout)
+        status = READER_LEFT
+    except OSError as error:
+        to_nowhere(sys.stdout)
+        where = error.filename or "stdout"                  # our own files name themselves
+        tell(f"{name}: {where}: {error.strerror or error}; mend that, and run it again")
+        status = MISTAKE
     except KeyboardInterrupt:
-        return 130
-    return 0
+        status = INTERRUPTED
+    on_interrupt(leave, argv is None)
+    return status

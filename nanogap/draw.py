@@ -7,20 +7,14 @@ Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart),
 The widest line is drawn first: where boxes coincide, each still shows inside the one before.
 """
 
-import errno
-import io
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nanogap.cli import NanogapError
 from nanogap.ground import EncodedImage, Result
 from nanogap.image import Box, iou
 
@@ -284,50 +278,3 @@ def draw_results(image: Image.Image, encoded: EncodedImage, expression: str, pru
                for mode, result in results.items()]
     caption = f"\"{' '.join(expression.split())}\"\n{pruned}"
     return draw_answers(image, kept, encoded.at, answers, caption, truth)
-
-
-# ----- on disk ------------------------------------------------------------------------------------
-
-
-def check_picture(flag: str, path: Path, image: str | None = None) -> None:
-    """Refuse a picture that could not be written, or would take the place of the image it shows."""
-    try:
-        Image.init()
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.EXTENSION[path.suffix.lower()])
-    except Exception:   # Pillow only reads that kind, or has no colours in it
-        raise NanogapError(f"{flag} {path}: a picture cannot be written with that ending; "
-                           "use .png or .jpg") from None
-    folder = path.absolute().parent
-    try:
-        if path.is_dir():
-            raise NanogapError(f"{flag} {path} is a folder; give the path of a picture to write")
-        if not folder.is_dir():
-            raise NanogapError(f"{flag} {path} would be in a folder that does not exist; "
-                               f"make it with `mkdir -p {folder}`")
-        if image is not None and path.exists() and path.samefile(image):
-            raise NanogapError(f"{flag} {path} is the image itself; give another path")
-        for there in (folder, path):
-            if there.exists() and not os.access(there, os.W_OK):
-                raise PermissionError(errno.EACCES, "permission denied")
-    except OSError as error:
-        raise unwritable(flag, path, error) from None
-
-
-def unwritable(flag: str, path: Path, error: OSError) -> NanogapError:
-    """The mistake that a failed write is."""
-    why = error.strerror or error
-    return NanogapError(f"{flag} {path} cannot be written ({why}); give another path")
-
-
-def save_picture(flag: str, path: Path, picture: Image.Image) -> None:
-    """Write the whole picture or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        data = io.BytesIO()
-        picture.save(data, Image.EXTENSION[path.suffix.lower()])
-        partial.write_bytes(data.getvalue())
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise unwritable(flag, path, error) from None

@@ -17,10 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
-from nanogap.cli import NanogapError, Parser, answer_for
+from nanogap.cli import NanogapError, Parser, answer_for, path_argument
 from nanogap.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
 from nanogap.image import open_image
 from nanogap.models import VLM
+from nanogap.output import check_file, check_folder, save_picture
 from nanogap.prune import STRATEGIES, in_decoder
 from nanogap.scenes import scene
 from nanogap.weights import MINI, load
@@ -193,11 +194,11 @@ FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
 
 def make(names: Sequence[str], model: VLM, out: Path) -> list[Path]:
     """Draw some of the pictures; their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    paths = [out / f"{name}.png" for name in names]
+    for name, path in zip(names, paths, strict=True):
         picture = FIGURES[name](model).quantize(255, dither=Image.Dither.NONE)
-        picture.save(out / f"{name}.png", optimize=True)
-    return [out / f"{name}.png" for name in names]
+        save_picture("--out", path, picture, optimize=True)
+    return paths
 
 
 def command(argv: Sequence[str] | None) -> None:
@@ -206,16 +207,20 @@ def command(argv: Sequence[str] | None) -> None:
                     description="Draw the pictures of the README and of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"any of {', '.join(FIGURES)} (default: all)")
-    parser.add_argument("--weights", type=Path, default=MINI, metavar="DIR",
+    parser.add_argument("--weights", type=path_argument, default=MINI, metavar="DIR",
                         help="default: weights/mini")
-    parser.add_argument("--out", type=Path, default=ROOT / "nanogap" / "figures", metavar="DIR",
-                        help="default: nanogap/figures")
+    parser.add_argument("--out", type=path_argument, default=ROOT / "nanogap" / "figures",
+                        metavar="DIR", help="default: nanogap/figures")
     args = parser.parse_args(argv)
     unknown = set(args.names) - set(FIGURES)
     if unknown:
         raise NanogapError(f"there is no picture {min(unknown)!r}: "
                            f"choose from {', '.join(FIGURES)}")
-    for path in make(args.names or list(FIGURES), load(args.weights, "cpu", "float32"), args.out):
+    names = args.names or list(FIGURES)
+    check_folder("--out", args.out)
+    for name in names:
+        check_file("--out", args.out / f"{name}.png")
+    for path in make(names, load(args.weights, "cpu", "float32"), args.out):
         print(path)
 
 

@@ -14,14 +14,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import hypot, log
-from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
 
-from nanogap.cli import NanogapError, Parser, answer_for, whole_number
-from nanogap.draw import check_picture
+from nanogap.cli import NanogapError, Parser, answer_for, path_argument, whole_number
 from nanogap.image import Box
+from nanogap.output import check_picture, save_picture
 
 Cast = Sequence[tuple[str, str]]             # (kind, colour) of each thing
 Colour = tuple[int, ...]                     # red, green, blue
@@ -496,7 +495,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m nanogap.scenes", description="Draw one scene.")
     parser.add_argument("split", help="any word; with the index it seeds the scene")
     parser.add_argument("index", type=whole_number)
-    parser.add_argument("out", type=Path, help="picture to write, such as scene.jpg")
+    parser.add_argument("out", type=path_argument, help="picture to write, such as scene.jpg")
     parser.add_argument("--size", type=whole_number, default=672,
                         help="long side, pixels (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -506,11 +505,7 @@ def command(argv: Sequence[str] | None) -> None:
         raise NanogapError("the split is not valid Unicode: type it in UTF-8") from None
     check_picture("OUT", args.out)
     drawn = scene(args.split, args.index, args.size)
-    try:
-        drawn.image.save(args.out, quality=92)
-    except OSError as error:
-        raise NanogapError(f"OUT {args.out} cannot be written ({error.strerror or error}); "
-                           "give another path") from None
+    save_picture("OUT", args.out, drawn.image, quality=92)
     for text, i in drawn.expressions:
         print(f"{text:40} {drawn.things[i].box}")
 

@@ -299,7 +299,7 @@ def test_the_ending_says_which_kind_of_picture_is_written(tmp_path):
     (["test", "7", "folder.jpg"], "OUT folder.jpg is a folder"),
     (["test", "7", "out.txt"], "OUT out.txt: a picture cannot be written with that ending"),
     (["test", "7", "out"], "OUT out: a picture cannot be written with that ending"),
-    (["test", "7", "full.jpg"], "OUT full.jpg cannot be written (No space left on device)"),
+    (["test", "7", "full.jpg"], "OUT full.jpg cannot be written (it is no regular file); give"),
     (["test", "seven", "out.jpg"], "argument index: 'seven' is not a whole number from 0 on"),
     (["test", "-1", "out.jpg"], "argument index: '-1' is not a whole number from 0 on"),
     (["test", "9" * 100, "out.jpg"], "is not a whole number from 0 on"),

@@ -26,8 +26,15 @@ import torch
 from PIL import Image
 
 from nanogap import prune
-from nanogap.cli import NanogapError, Parser, answer_for, keep_argument, whole_number
-from nanogap.draw import check_picture, save_picture
+from nanogap.cli import (
+    NanogapError,
+    Parser,
+    answer_for,
+    keep_argument,
+    path_argument,
+    tell,
+    whole_number,
+)
 from nanogap.evaluate import ablate, journal, plot
 from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.refcoco import Data, Example, read_data
@@ -37,6 +44,7 @@ from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
 from nanogap.image import Box
 from nanogap.in_decoder import counts, cuts_in_words, plan
 from nanogap.models import MODELS, VLM
+from nanogap.output import check_apart, check_picture, save_picture
 from nanogap.processes import gather, join
 from nanogap.scenes import scene
 from nanogap.weights import DTYPES, default_weights, load
@@ -168,8 +176,8 @@ def with_progress(records: Iterator[dict], total: int, rank: int, world: int) ->
         if rank == 0 and time.time() - told >= TELL_EVERY:
             told = time.time()
             rate = count / (told - begun)
-            print(f"{count} of {total} answers{whose}, {rate:.1f} a second, "
-                  f"{(total - count) / rate / 60:.1f} min to go", file=sys.stderr, flush=True)
+            tell(f"{count} of {total} answers{whose}, {rate:.1f} a second, "
+                 f"{(total - count) / rate / 60:.1f} min to go")
         yield record
 
 
@@ -181,13 +189,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m nanogap.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     found = str(default_weights()).replace("%", "%%")
-    add("--weights", type=Path, metavar="DIR", help=f"default: {found}")
+    add("--weights", type=path_argument, metavar="DIR", help=f"default: {found}")
     add("--data", default="scenes:val", metavar="FILE|scenes[:SPLIT]",
         help="drawn scenes, or annotations: refs(unc).p of RefCOCO, the JSON of MiniGPT-v2, "
              "Shikra, Qwen-VL or VLM-R1, or lines of your own, "
              '{"image", "expression", "box": [x1, y1, x2, y2] in pixels} (default: %(default)s)')
     add("--split", help="of refs(unc).p, such as val")
-    add("--images", type=Path, metavar="DIR", help="COCO train2014 (default: the file's folder)")
+    add("--images", type=path_argument, metavar="DIR",
+        help="COCO train2014 (default: the file's folder)")
     add("--prune", nargs="+", metavar="NAME|FILE.py:NAME",
         help=f"any of {', '.join(prune.STRATEGIES)}, or of your own (default: random)")
     add("--keep", nargs="+", type=keep_argument, metavar="N|N%|auto",
@@ -197,11 +206,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layer", type=whole_number, metavar="K",
         help="of fastv: the decoder's layer before which it prunes (default: 2 of 32, and as early "
              "in others)")
-    add("--clip", type=Path, metavar="DIR",
+    add("--clip", type=path_argument, metavar="DIR",
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true",
         help="instead of modes: IDs and order changed without pruning, then all modes that prune")
-    add("--score", type=Path, metavar="FILE.jsonl",
+    add("--score", type=path_argument, metavar="FILE.jsonl",
         help='ask no model: score the answers of any program, lines of {"id", "box"} in pixels, '
              'or {"id", "text"}; an id is a number, from 1, of an annotation in its file, sent_id '
              "of refs(unc).p, or as --out has it, such as val/0/0 of drawn scenes")
@@ -209,10 +218,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--protocol", choices=PROTOCOLS, default="pixels",
         help="how others count: minigpt, lmms-eval (default: %(default)s)")
     add("--limit", type=whole_number, help="expressions (default: all; 500 of drawn scenes)")
-    add("--out", type=Path, metavar="FILE.jsonl", help="one line per answer, as it comes")
+    add("--out", type=path_argument, metavar="FILE.jsonl", help="one line per answer, as it comes")
     add("--resume", action="store_true", help="go on with --out where it stopped")
     add("--json", action="store_true", help="print one JSON document instead of the table")
-    add("--plot", type=Path, metavar="PICTURE", help="draw accuracy over the tokens kept")
+    add("--plot", type=path_argument, metavar="PICTURE", help="draw accuracy over the tokens kept")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--seed", type=whole_number, default=0, help="of what is random (default: %(default)s)")
@@ -239,6 +248,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.data.partition(":")[0] == "scenes" and (args.split or args.images):
         raise NanogapError("--split and --images are for annotations of RefCOCO; for drawn scenes "
                            "give --data scenes:SPLIT")
+    check_apart({"--out": args.out, "--plot": args.plot})
     if args.plot:
         check_picture("--plot", args.plot)
     if args.out:
@@ -279,16 +289,17 @@ def print_report(args: argparse.Namespace, title: str, made: dict, data: Data,
     made:  how it was asked, for the document
     notes: what else has to be said above the table
     """
+    if args.plot:
+        save_picture("--plot", args.plot, plot.draw_rows(rows) if plot.are_cases(rows)
+                     else plot.draw_panels(rows))
     if args.json:
         print(json.dumps({**made, "data": data.name, "expressions": rows[0]["expressions"],
                           "of": data.expressions, "missing_images": data.missing, "runs": rows,
                           "picture": args.plot and str(args.plot)}))
-    else:
-        print(title, PROTOCOLS[args.protocol], *notes, table(rows), sep="\n")
+        return
+    print(title, PROTOCOLS[args.protocol], *notes, table(rows), sep="\n")
     if args.plot:
-        save_picture("--plot", args.plot, plot.draw_rows(rows) if plot.are_cases(rows)
-                     else plot.draw_panels(rows))
-        print(f"picture: {args.plot}", file=sys.stderr if args.json else sys.stdout)
+        print(f"picture: {args.plot}")
 
 
 def missing(data: Data) -> str:
@@ -317,7 +328,7 @@ def ask_model(args: argparse.Namespace) -> None:
     rank, world = join()
     data = data_asked(args)
     if data.missing and rank == 0:
-        print(missing(data), file=sys.stderr)
+        tell(missing(data))
     device, dtype = (None if value == "auto" else value for value in (args.device, args.dtype))
     model = load(args.weights, device, dtype, args.clip)
     made = settings(args, model, data)
