@@ -253,6 +253,36 @@ def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
     assert {rows % 64 for rows, _, _ in model.decoder.recordings} == {0}
 
 
+def test_a_graphed_decoder_stands_aside_where_the_decoder_cuts():
+    """Its passes are over the same rows in all layers; behind a cut there are fewer."""
+    model = nanogap.load(MINI, "cpu", "float32")
+    image = model.encode_image(bench.IMAGE)
+    asked = [("random", 36), ("fastv", 72), ("pyramiddrop", None), ("random", 18),
+             ("sparsevlm", 60), ("sparsevlm_plus", 60), ("random", 36)]
+
+    def said(drafts: bool) -> list:
+        return [model.ground(image, bench.EXPRESSION, name, keep, "gap", drafts=drafts)
+                for name, keep in asked]
+
+    plain = said(False) + said(True)
+    model.decoder = Counted(model.language_model)
+    graphed = said(False) + said(True)
+    assert [r.tokens for r in graphed] == [r.tokens for r in plain]
+    assert [r.kv_bytes for r in graphed] == [r.kv_bytes for r in plain]
+    passes = [result.timings["passes"] for result in graphed]
+    cut = [bool(result.cuts) for result in graphed]
+    assert cut == [name != "random" for name, _ in asked] * 2
+    assert model.decoder.calls == sum(n for n, was in zip(passes, cut, strict=True) if not was) > 0
+
+
+class Counted(GraphedDecoder):
+    calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return super().__call__(*arguments)
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_pass_never_waits_for_the_gpu(dtype: torch.dtype):

@@ -224,7 +224,7 @@ def test_padding_is_counted_in_every_case_of_the_ablation(folder, annotations, c
 
 
 def test_every_mode_can_be_asked_of_every_strategy(folder, capsys):
-    assert run("--weights", folder, "--limit", 1, "--keep", 4, "--mode", *MODES, "--prune",
+    assert run("--weights", folder, "--limit", 1, "--keep", 8, "--mode", *MODES, "--prune",
                "spatial", "prumerge", "fastv", "--json") == 0
     rows = report(capsys)["runs"]
     assert [(row["prune"], row["mode"]) for row in rows] == [
@@ -261,14 +261,27 @@ def test_answers_of_a_strategy_that_was_edited_are_not_mixed_with_the_old_ones(
     assert "was made with another strategy file, " in capsys.readouterr().err
 
 
-def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, capsys):
+def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, tmp_path, capsys):
     """3 layers of 16 tokens, of which 4 stay: before the last one (16 + 16 + 4) / 3."""
-    tokens = []
-    for layer in (1, 2):
-        assert run("--weights", folder, "--limit", 1, "--keep", 4, "--mode", "gap", "--prune",
-                   "fastv", "--layer", layer, "--json") == 0
-        tokens.append(report(capsys)["runs"][0]["visual_tokens"])
-    assert tokens == [8, 12]
+    kept = []
+    for layer, keep in ((1, 8), (2, 12)):
+        out = tmp_path / f"{layer}.jsonl"
+        assert run("--weights", folder, "--limit", 1, "--keep", keep, "--mode", "gap", "--prune",
+                   "fastv", "--layer", layer, "--json", "--out", out) == 0
+        assert report(capsys)["runs"][0]["visual_tokens"] == keep
+        kept.append(len(json.loads(out.read_text())["kept"]))
+    assert kept == [4, 4]
+
+
+def test_where_the_decoder_cuts_is_said_once_for_each_budget(folder, capsys):
+    """The cluster that SparseVLM adds at each cut is counted."""
+    assert run("--weights", folder, "--limit", 1, "--keep", 9, 16, "--mode", "gap", "shifted",
+               "--prune", "random", "fastv", "sparsevlm") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "counted from 0" in line]
+    layers = "in 3 layers, counted from 0: visual tokens cut to"
+    assert lines == [f"fastv {layers} 5 from layer 1 on", f"fastv {layers} 16 from layer 1 on",
+                     f"sparsevlm {layers} 6 from layer 1 on, 5 from layer 2 on",
+                     f"sparsevlm {layers} 16 from layer 1 on, 16 from layer 2 on"]
 
 
 def test_the_weights_that_ship_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
@@ -380,6 +393,8 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     (["--ablate", "--mode", "gap"], "--ablate has its own modes"),
     (["--ablate", "--keep", "auto"], "random needs a budget"),
     (["--layer", "3", "--prune", "fastv"], "fastv cannot cut before layer 3 of 3"),
+    (["--prune", "random", "sparsevlm", "--keep", "6"], "sparsevlm cannot keep 6 of 16 visual "
+     "tokens in the mean over 3 layers, of which 1 see all: keep from 7 to 16"),
     (["--family", "llava"], "--family says whose format --score reads"),
     (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say there"),
     (["--limit", "0"], "--limit 0 asks nothing"),

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden_explain.txt")
 EXPRESSION = "the man on the left"
 BEST_FIRST = torch.randperm(144, generator=torch.Generator().manual_seed(0))[:72]   # random's
-ADDS = ("prumerge", "prumerge_plus", "trim", "visionzip")   # tokens of their own, such as a mean
+ADDS = ("prumerge", "prumerge_plus", "trim", "visionzip", "sparsevlm")   # tokens, such as a mean
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,16 @@ def test_whatever_prunes_is_told_in_80_columns(prune: str, model: VLM):
     assert max(map(columns, text.split("\n"))) <= 80
     assert ("behind the last cut it is" in text) == in_decoder(prune)
     assert (" added | A = " in text) == ("added" in cells(text, "token")) == (prune in ADDS)
+
+
+def test_each_cut_in_the_decoder_is_told(model: VLM):
+    """72 of 144 tokens in the mean: for PyramidDrop 78, 43 and 23 from the second layer on."""
+    text = told(model, "gap", prune="pyramiddrop")
+    assert ("   the first 1 of 4 layers read the whole sequence, all 144 patches;\n"
+            "   before layer 1, counted from 0, it is cut to 78 visual tokens;\n"
+            "   before layer 2, counted from 0, it is cut to 43 visual tokens;\n"
+            "   before layer 3, counted from 0, it is cut to 23 visual tokens;\n") in text
+    assert " | K = 23 patches | A = " in text
 
 
 def test_in_mode_full_nothing_is_pruned(model: VLM):

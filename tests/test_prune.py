@@ -129,7 +129,8 @@ def test_strategies_are_pure(name: str):
     ("cls_similarity", [0, 1, 2, 3]), ("cls_attention", [0, 1, 2, 3]), ("fastv", [0, 1, 2, 3]),
     ("text_similarity", [0, 1, 2, 3]), ("prumerge", [0, 1, 2, 3]), ("trim", [0, 1, 2, 3]),
     ("prumerge_plus", [0, 1, 5, 12]), ("visionzip", [0, 1, 2]), ("divprune", [0, 1, 2, 3]),
-    ("vispruner", [0, 1, 9, 13])])
+    ("vispruner", [0, 1, 9, 13]), ("pyramiddrop", [0, 1, 2, 3]), ("sparsevlm", [0, 1, 2, 3]),
+    ("sparsevlm_plus", [0, 1, 2, 3])])
 def test_ties_go_to_the_lower_index_and_nothing_is_divided_by_zero(name: str, keep: list[int]):
     """An image of zeros: every score is a tie, every vector has length zero."""
     blank = each(seen(), torch.zeros_like)

@@ -205,15 +205,29 @@ def test_the_help_names_every_strategy_and_every_mode(capsys: pytest.CaptureFixt
 
 def test_layer_says_before_which_layer_fastv_cuts(
         photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    argv = [photo, "x", "--weights", str(finder), "--json", "--prune", "fastv", "--keep", "4",
-            "--mode", "gap", "--layer"]
+    argv = [photo, "x", "--weights", str(finder), "--json", "--prune", "fastv", "--mode", "gap"]
     tokens = []
-    for layer in ("1", "2"):
-        assert run.main([*argv, layer]) == 0
+    for layer, keep in ("1", "8"), ("2", "12"):
+        assert run.main([*argv, "--layer", layer, "--keep", keep]) == 0
         tokens.append(json.loads(capsys.readouterr().out)["runs"][0]["visual_tokens"])
     assert tokens == [(16 + 4 + 4) / 3, (16 + 16 + 4) / 3]
-    assert run.main([*argv, "3"]) == 2
+    assert run.main([*argv, "--layer", "3"]) == 2
     assert "fastv cannot cut before layer 3 of 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, cuts", [
+    (["fastv", "--keep", "12", "--layer", "2"], "4 from layer 2 on"),
+    (["pyramiddrop", "--keep", "auto"], "8 from layer 1 on, 4 from layer 2 on"),
+    (["sparsevlm", "--keep", "9"], "6 from layer 1 on, 5 from layer 2 on"),
+    (["random"], None)])
+def test_the_table_says_where_the_decoder_cuts(
+        argv: list[str], cuts: str | None, photo: str, finder: Path,
+        capsys: pytest.CaptureFixture):
+    """With the one cluster that SparseVLM adds at each cut."""
+    assert run.main([photo, "x", "--weights", str(finder), "--prune", *argv]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "counted from 0" in line]
+    assert lines == ([f"{argv[0]} in 3 layers, counted from 0: visual tokens cut to {cuts}."]
+                     if cuts else [])
 
 
 def test_a_clip_given_by_name_is_what_the_strategy_reads_with(
@@ -318,7 +332,15 @@ def test_a_strategy_that_cannot_find_a_budget_needs_one(
     argv = [photo, "x", "--weights", str(finder), "--keep", "auto"]
     assert refused(argv, capsys) == (
         "random needs a budget: keep from 1 to 16 visual tokens, or 1% to 100%"
-        " (those that find one themselves are prumerge, prumerge_plus, trim)")
+        " (those that find one themselves are prumerge, prumerge_plus, trim, pyramiddrop)")
+
+
+def test_a_mean_below_what_the_first_layers_see_is_refused(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--keep", "5", "--prune", "fastv"]
+    assert refused(argv, capsys) == (
+        "fastv cannot keep 5 of 16 visual tokens in the mean over 3 layers, of which 1 see all: "
+        "keep from 6 to 16")
 
 
 def test_the_default_weights_are_found_from_any_folder(
