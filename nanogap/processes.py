@@ -14,8 +14,11 @@ import torch.distributed as dist
 
 
 def join() -> tuple[int, int]:
-    """Rank and number of the processes under torchrun; 0 and 1 without."""
-    if "WORLD_SIZE" not in os.environ:
+    """Rank and number of the processes under torchrun; 0 and 1 without.
+
+    It is torchrun's own mark that counts: schedulers set WORLD_SIZE and RANK in any container.
+    """
+    if not dist.is_torchelastic_launched():
         return 0, 1
     dist.init_process_group("gloo", timeout=timedelta(days=30))   # the first to be done waits
     atexit.register(dist.destroy_process_group)   # its threads may not outlive the interpreter

@@ -346,8 +346,9 @@ def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder,
     assert "was made with another weights" in capsys.readouterr().err
 
 
-def test_the_clip_that_reads_the_expression_is_a_setting():
-    args = evaluate.parse_arguments(["--weights", str(ROOT / "weights" / "mini")])
+def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
+    args = evaluate.parse_arguments(["--weights", str(ROOT / "weights" / "mini"),
+                                     "--out", str(tmp_path / "a.jsonl")])
     model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
     before = evaluate.settings(args, model, data)
     assert before == evaluate.settings(args, model, data)

@@ -12,7 +12,10 @@ SETTINGS = {"weights": "mini 1234", "seed": 0}
 
 
 def record(id_: str) -> dict:
-    return dict.fromkeys(journal.KEYS) | {"id": id_, "prune": "random", "keep": 8, "mode": "gap"}
+    return {"id": id_, "image": "a.jpg", "expression": "the man", "mode": "gap", "prune": "random",
+            "keep": 8, "text": "", "box": None, "truth": [0, 0, 8.5, 9], "iou": 0.0,
+            "visual_tokens": 8, "kept": [0, 3], "padding": 0.25, "prefill_ms": 1.5,
+            "decode_ms": None}
 
 
 def write(path: Path, *ids: str, rank: int = 0, world: int = 1) -> None:
@@ -76,7 +79,7 @@ def test_a_file_that_exists_is_continued_or_left_alone(path: Path):
 
 @pytest.mark.parametrize("name, message", [
     ("no/folder/x.jsonl", "in a folder that does not exist; make it with `mkdir -p .*no/folder`"),
-    (".", "cannot be written; give the path of a new file")])
+    (".", "is a folder; give the path of a file to write")])
 def test_a_file_that_cannot_be_begun_is_refused(tmp_path: Path, name: str, message: str):
     with pytest.raises(NanogapError, match=message):
         journal.check_out(tmp_path / name, resume=False)

@@ -13,6 +13,7 @@ and what is asked under one pruning shares what the decoder made of the image.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from nanogap import prune
 from nanogap.cli import (
@@ -265,17 +267,34 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
     """Everything on which answers depend, besides what stands in their own line."""
-    parts = [model, model.text_guide.clip] if model.text_guide else [model]
-    numbers = [p.flatten()[:64].tolist() for part in parts for p in part.parameters()]
-    digest = hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]
+    digest = fingerprint(model) if args.out else ""         # of 14 GB it takes some seconds
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": f"{args.weights.resolve().name} {digest}",
+            "weights": f"{args.weights.resolve().name} {digest}".strip(),
             "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,
             "protocol": args.protocol, "layer": args.layer}
     if args.files:
         code = b"".join(Path(file).read_bytes() for file in args.files)
         made["strategy file"] = hashlib.sha256(code).hexdigest()[:8]
     return made
+
+
+def fingerprint(model: VLM) -> str:
+    """A digest of all on which a model's answers depend: its settings, its words, all its numbers.
+    """
+    said: list[object] = [model.config, model.frame, model.template, model.box_format,
+                          model.tokenizer.to_str()]
+    parts: list[nn.Module] = [model]
+    if model.text_guide:
+        said += [model.text_guide.clip.text_model.config, model.text_guide.tokenizer.to_str()]
+        parts.append(model.text_guide.clip)
+    digest = hashlib.sha256(repr(said).encode())
+    for part in parts:
+        for name, value in part.state_dict().items():
+            value = value.cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            size = value.nbytes                             # without NumPy, and without a copy
+            digest.update((ctypes.c_char * size).from_address(value.data_ptr()))
+    return digest.hexdigest()[:16]
 
 
 # ----- the report ---------------------------------------------------------------------------------
@@ -323,9 +342,8 @@ def score_file(args: argparse.Namespace) -> None:
     print_report(args, title, made, data, rows, notes)
 
 
-def ask_model(args: argparse.Namespace) -> None:
-    """Answer every expression in every run, and report."""
-    rank, world = join()
+def ask_model(args: argparse.Namespace, rank: int, world: int) -> None:
+    """Answer every expression in every run, and report; the process is one of several."""
     data = data_asked(args)
     if data.missing and rank == 0:
         tell(missing(data))
@@ -378,8 +396,12 @@ def main(argv: Sequence[str] | None) -> None:
     args = parse_arguments(argv)
     if args.score:
         score_file(args)
-    else:
-        ask_model(args)
+        return
+    rank, world = join()
+    with journal.own(args.out if rank == 0 else None):
+        if args.out and rank == 0:
+            journal.check_out(args.out, args.resume)        # another run may just have ended
+        ask_model(args, rank, world)
 
 
 if __name__ == "__main__":
