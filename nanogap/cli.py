@@ -20,6 +20,15 @@ class NanogapError(ValueError):
     """A mistake that the user can mend; commands print its text on one line and exit with 2."""
 
 
+class ItemError(NanogapError):
+    """A mistake in one picture or one expression: of many, the others can still be asked."""
+
+
+NOT_FINITE = ("the model computes numbers that are not finite (infinite, or NaN), so there is no "
+              "answer: its weights hold such numbers, or overflow in this dtype; give --dtype "
+              "float32 or bfloat16, or other weights")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are NanogapErrors."""
 

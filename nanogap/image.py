@@ -1,6 +1,6 @@
 """Pixels: from a picture to the square that the model sees, and from its boxes back to the picture.
 
-In:  any image that Pillow reads.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
+In:  any image of the usual kinds.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
 
 A frame says how a picture becomes a square, and where a box in that square lies in the picture.
 Each model has its own; LLaVA pads with CLIP's mean colour before resizing.
@@ -8,64 +8,157 @@ differs: the image processor on the hub crops the sides off instead; the crop lo
 edge, and boxes were trained in the padded square.
 """
 
+import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from nanogap.cli import NanogapError
+from nanogap.cli import ItemError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = (122, 116, 104)   # int(255 * CLIP_MEAN)
 MAX_SIDE = 8192   # a longer image is shrunk first: padded to a square it would take up all memory
+# kinds of files; Pillow reads more, but an EPS file is a program, which it lets Ghostscript run
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
+ORIENTATION = 0x0112           # the number of this tag in EXIF
+Turn = Image.Transpose
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
 
 Box = tuple[float, float, float, float]
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB, upright, the first frame of an animation, over the padding colour.
+# ----- any picture --------------------------------------------------------------------------------
 
-    raises: NanogapError where there is no such file or Pillow cannot read it
+
+def ready(image: Image.Image | str | Path) -> Image.Image:
+    """A picture, or the path of one, as upright RGB over the padding colour, without EXIF.
+
+    raises: ItemError where it cannot be read
     """
+    if isinstance(image, str | os.PathLike):
+        return open_image(image)
+    if not isinstance(image, Image.Image):
+        raise ItemError(f"an image cannot be of type {type(image).__name__}; give a Pillow image, "
+                        "as Image.fromarray makes it, or the path of one")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # as below
+            return to_rgb(image)
+    except (ItemError, MemoryError):
+        raise
+    except Exception as error:   # Pillow reads a file late, and cannot convert every mode
+        raise ItemError(f"the image cannot be read ({reason(error)}); "
+                        "give a whole one in RGB") from None
+
+
+def open_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:
+    """Read an image file as RGB, the first frame of an animation, over the padding colour.
+
+    upright: turned as EXIF says; else as it is stored: annotations are about stored pixels
+    raises:  ItemError where there is no such file, or it is no whole picture of FORMATS
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ItemError(f"{path} is no regular file; give the path of a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # Pillow warns of odd and of large files it can read
-            with Image.open(path) as image:
+            Image.init()
+            formats = [name for name in FORMATS if name in Image.OPEN]   # Pillow 11.0 has no AVIF
+            with Image.open(path, formats=formats) as image:
+                if not upright:
+                    forget_orientation(image)
                 return to_rgb(image)
+    except (ItemError, MemoryError):
+        raise
     except FileNotFoundError:
-        raise NanogapError(f'there is no image "{path}"; give the path of a picture, '
-                           "such as image.jpg") from None
+        raise ItemError(f'there is no image "{path}"; give the path of a picture, '
+                        "such as image.jpg") from None
     except IsADirectoryError:
-        raise NanogapError(f"{path} is a folder; give the path of one picture in it") from None
+        raise ItemError(f"{path} is a folder; give the path of one picture in it") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise NanogapError(f"{path} is too large to be read safely (more than {most} pixels); "
-                           "give a smaller copy") from None
+        raise ItemError(f"{path} is too large to be read safely (more than {most} pixels); "
+                        "give a smaller copy") from None
     except UnidentifiedImageError:
-        raise NanogapError(f"{path} is not an image of any kind that Pillow reads; "
-                           "give a JPEG or PNG file") from None
+        raise ItemError(f"{path} is not an image of a kind that is read here "
+                        f"({', '.join(FORMATS)}); give a JPEG or PNG file") from None
     except Exception as error:   # decoders of broken files raise almost anything
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise NanogapError(f"{path} cannot be read as an image ({reason}); "
-                           "give a whole JPEG or PNG file") from None
+        raise ItemError(f"{path} cannot be read as an image ({reason(error)}); "
+                        "give a whole JPEG or PNG file") from None
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in short."""
+    return getattr(error, "strerror", None) or str(error)[:200] or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as upright RGB; transparent parts show the padding colour."""
+    """Any Pillow image as a new one in upright RGB; transparent parts show the padding colour.
+
+    This is the one place where a picture is turned: what comes out has no EXIF any more.
+    """
     image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                            # 16 bits a pixel
-        image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+    if min(image.size) == 0:
+        raise ItemError("the image has no pixels; give another")
+    turn = orientation(image)
+    image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (*PAD_COLOUR, 255))
         image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+    image = image.convert("RGB")                                              # a copy, always
+    if turn is not None:
+        image = image.transpose(turn)
+    image.info = {}
+    return image
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """How an image has to be turned by its EXIF; broken EXIF says what can be read of it."""
+    with suppress(Exception):
+        image.getexif()                       # raises once, and holds what it could read
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return None
+
+
+def forget_orientation(image: Image.Image) -> None:
+    """Let an image that is not read yet be one that needs no turning, also for Pillow's TIFF."""
+    with suppress(Exception):
+        image.getexif()
+    image.getexif()[ORIENTATION] = 1
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Levels of 16 bits, of 32 bits or in floats as levels of 8 bits; other images as they are.
+
+    For 16 bits the mode says which level is white.  In the other two it is 1, 255 or 65535, the
+    least that is not below the highest level of the image.
+    raises: ItemError where that leaves levels below 0, or a picture that is all but black
+    """
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
+    if image.mode not in ("I", "F"):
+        return image
+    dtype = torch.int32 if image.mode == "I" else torch.float32
+    levels = torch.frombuffer(bytearray(image.tobytes()), dtype=dtype)
+    lowest, highest = levels.min().item(), levels.max().item()                # NaN if there is one
+    scale = 255.0 if highest <= 1 else 1.0 if highest <= 255 else 1 / 256
+    dark = 1 < highest and highest * scale < 16
+    if not (0 <= lowest and highest <= 65535) or dark:
+        raise ItemError(f"the image has levels from {lowest:g} to {highest:g}, and which of them "
+                        "is white cannot be told; save it with 8 bits a channel")
+    return image.point(lambda level: level * scale).convert("L")
 
 
 def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,

@@ -5,6 +5,9 @@ A 400 x 200 picture in its 400 x 400 square has 100 rows of padding above and be
     square (0, 0.25) .. (1, 0.75)   =   picture (0, 0) .. (400, 200)
 """
 
+import io
+import os
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -13,8 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from nanogap.cli import NanogapError
-from nanogap.image import PAD_COLOUR, Pad, iou, open_image, to_pixel_values, to_rgb
+from nanogap.cli import ItemError, NanogapError
+from nanogap.image import (
+    FORMATS,
+    PAD_COLOUR,
+    Pad,
+    iou,
+    open_image,
+    ready,
+    to_pixel_values,
+    to_rgb,
+)
 
 ORANGE = (200, 100, 50)
 PAD = Pad()
@@ -38,6 +50,12 @@ PAD = Pad()
     ("CMYK", (0, 0, 255, 0), (255, 255, 0)),
     ("I", 40000, (156, 156, 156)),
     ("F", 77.0, (77, 77, 77)),
+    ("F", 0.5, (127, 127, 127)),                     # shares of white
+    ("F", 40000.0, (156, 156, 156)),
+    ("F", 0.0, (0, 0, 0)),
+    ("I", 77, (77, 77, 77)),
+    ("I", 1, (255, 255, 255)),
+    ("I", 0, (0, 0, 0)),
 ])
 def test_every_kind_of_pixel_becomes_rgb(mode: str, colour: object, seen: tuple[int, ...],
                                          tmp_path: Path):
@@ -45,6 +63,21 @@ def test_every_kind_of_pixel_becomes_rgb(mode: str, colour: object, seen: tuple[
     Image.new(mode, (3, 2), colour).save(path)
     image = open_image(path)
     assert (image.mode, image.size, image.getpixel((2, 1))) == ("RGB", (3, 2), seen)
+
+
+@pytest.mark.parametrize("mode, darkest, lightest", [
+    ("F", 0.0, float("nan")), ("F", float("-inf"), 1.0), ("F", 0.0, float("inf")),
+    ("F", -0.1, 1.0), ("F", 0.0, 1.05), ("F", 0.0, 1e6), ("F", 0.0, 300.0), ("I", -1, 255),
+    ("I", 0, 7), ("I", 0, 4000), ("I", 0, 65536), ("I", -2 ** 31, 2 ** 31 - 1)])
+def test_levels_of_which_no_one_can_say_what_is_white_are_refused_and_do_not_turn_black(
+        mode: str, darkest: float, lightest: float, tmp_path: Path):
+    image = Image.new(mode, (3, 2), darkest)
+    image.putpixel((1, 1), lightest)
+    with pytest.raises(ItemError, match="which of them is white cannot be told; save it with 8"):
+        ready(image)
+    image.save(tmp_path / "levels.tiff")
+    with pytest.raises(ItemError, match="the image has levels from"):
+        open_image(tmp_path / "levels.tiff")
 
 
 def test_a_palette_is_looked_up_and_its_transparent_entry_is_padding(tmp_path: Path):
@@ -75,6 +108,60 @@ def test_a_photograph_is_turned_upright(orientation: int, stored: Turn, tmp_path
     assert to_rgb(image).tobytes() == upright.tobytes()        # and is not turned a second time
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_what_is_stored_can_be_asked_for_and_is_not_turned_later(
+        orientation: int, kind: str, tmp_path: Path):
+    """Annotations are about stored pixels: 24 x 16, light on the left."""
+    stored = Image.new("L", (24, 16), 0)
+    stored.paste(255, (0, 0, 12, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.convert("RGB").save(tmp_path / "photo", kind, exif=exif)
+    image = open_image(tmp_path / "photo", upright=False)
+    assert image.size == ready(image).size == (24, 16)
+    assert ready(image).tobytes() == image.tobytes()
+    assert image.getpixel((2, 8))[0] > 200 and image.getpixel((22, 8))[0] < 50
+    turned = open_image(tmp_path / "photo")
+    assert turned.size == ((24, 16) if orientation < 5 else (16, 24))
+    with Image.open(tmp_path / "photo") as lazy:
+        assert ready(lazy).tobytes() == ready(lazy).tobytes() == turned.tobytes()
+
+
+def with_exif(kind: str, exif: bytes) -> bytes:
+    """A picture of 3 x 2 with this block of EXIF, spliced in as it is."""
+    data = io.BytesIO()
+    Image.new("RGB", (3, 2), ORANGE).save(data, kind)
+    whole = data.getvalue()
+    if kind == "JPEG":
+        block = b"Exif\0\0" + exif
+        return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + whole[2:]
+    chunk = b"eXIf" + exif
+    return (whole[:33] + struct.pack(">I", len(exif)) + chunk
+            + struct.pack(">I", zlib.crc32(chunk)) + whole[33:])
+
+
+@pytest.mark.filterwarnings("ignore")   # of Pillow's own opener, below
+def test_no_broken_exif_keeps_a_whole_picture_from_being_read(tmp_path: Path):
+    good = Image.Exif()
+    good[0x0112], good[0x011A], good[0x010F] = 6, 72.0, "camera"
+    good = good.tobytes()[6:]
+    draw = random.Random("exif")
+    blocks = [b"", bytes(8), b"II*\0", b"MM\0*" + b"\xff" * 8, good[:-7], good * 3]
+    for _ in range(250):
+        block = bytearray(good)
+        for _ in range(draw.choice([1, 2, 8])):
+            block[draw.randrange(len(block))] = draw.choice([0, 1, 6, 127, 255])
+        blocks.append(bytes(block[:draw.choice([len(block), draw.randrange(len(block))])]))
+    for kind in ("JPEG", "PNG"):
+        for block in blocks:
+            (tmp_path / "photo").write_bytes(with_exif(kind, block))
+            image = open_image(tmp_path / "photo")
+            assert sorted(image.size) == [2, 3], block
+            assert open_image(tmp_path / "photo", upright=False).size == (3, 2), block
+            assert ready(Image.open(tmp_path / "photo")).tobytes() == image.tobytes(), block
+
+
 def test_an_animation_shows_its_first_frame(tmp_path: Path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
@@ -94,6 +181,8 @@ def broken_file(name: str, path: Path) -> Path:
     contents = {"empty.jpg": b"", "words.jpg": b"not a picture",
                 "bomb.png": hollow_png(60000, 60000),
                 "half.jpg": whole.read_bytes()[:900], "hollow.png": hollow_png(4, 4)}
+    if name == "pipe.jpg":
+        os.mkfifo(path / name)
     if name in contents:
         (path / name).write_bytes(contents[name])
     return path / name
@@ -102,8 +191,9 @@ def broken_file(name: str, path: Path) -> Path:
 @pytest.mark.parametrize("name, message", [
     ("missing.jpg", 'there is no image "{}"; give the path of a picture, such as image.jpg'),
     (".", "{} is a folder; give the path of one picture in it"),
-    ("empty.jpg", "{} is not an image of any kind that Pillow reads; give a JPEG or PNG file"),
-    ("words.jpg", "{} is not an image of any kind that Pillow reads; give a JPEG or PNG file"),
+    ("empty.jpg", "{} is not an image of a kind that is read here (AVIF, BMP, GIF, JPEG, "),
+    ("words.jpg", "{} is not an image of a kind that is read here (AVIF, BMP, GIF, JPEG, "),
+    ("pipe.jpg", "{} is no regular file; give the path of a picture"),
     ("half.jpg", "{} cannot be read as an image (image file is truncated"),
     ("hollow.png", "{} cannot be read as an image ("),
     ("whole.jpg/inside.jpg", "{} cannot be read as an image (Not a directory); give a whole JPEG"),
@@ -115,6 +205,43 @@ def test_a_file_that_is_no_picture_is_refused_by_name(name: str, message: str, t
     with pytest.raises(NanogapError) as error:
         open_image(path)
     assert str(error.value).startswith(message.format(path))
+
+
+@pytest.mark.filterwarnings("ignore:IM image format")
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PCX", "SGI", "TGA", "DDS", "ICO", "XBM", "IM"])
+def test_what_is_no_photographic_format_is_not_even_begun(kind: str, tmp_path: Path, monkeypatch):
+    """Whatever its name says; Pillow would let Ghostscript run an EPS file."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript"))
+    assert kind not in FORMATS
+    path = tmp_path / "picture.jpg"
+    Image.new("1" if kind == "XBM" else "RGB", (16, 16)).save(path, kind)
+    with pytest.raises(ItemError, match="is not an image of a kind that is read here"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("thing", [
+    None, 7, b"\xff\xd8" * 9999, bytearray(9999), [1] * 9999, torch.zeros(3, 99, 99), object(),
+    memoryview(bytes(9999)), {"image": "a.jpg"}, io.BytesIO(b"x" * 9999)],
+    ids=lambda thing: type(thing).__name__)
+def test_what_is_neither_an_image_nor_a_path_is_one_short_error(thing: object):
+    with pytest.raises(ItemError) as error:
+        ready(thing)
+    assert str(error.value) == (
+        f"an image cannot be of type {type(thing).__name__}; give a Pillow image, as "
+        "Image.fromarray makes it, or the path of one")
+
+
+@pytest.mark.parametrize("mode", ["empty", "closed", "torn", "La"])
+def test_an_image_of_pillows_that_cannot_be_read_is_one_error_too(mode: str, tmp_path: Path):
+    image = Image.new("La" if mode == "La" else "RGB", (4, 4))
+    if mode == "empty":
+        image = Image.new("RGB", (0, 4))
+    if mode == "closed":
+        image.close()
+    if mode == "torn":
+        image = Image.open(broken_file("half.jpg", tmp_path))
+    with pytest.raises(ItemError, match="the image (cannot be read|has no pixels)"):
+        ready(image)
 
 
 # ----- the square ---------------------------------------------------------------------------------
