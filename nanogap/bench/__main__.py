@@ -30,7 +30,14 @@ from nanogap.bench.graph import GraphedDecoder
 from nanogap.bench.machine import first_use, limits, read_files
 from nanogap.bench.peer import agree, generate, load_peer, peer_times, prompt, their_class
 from nanogap.bench.sizes import SIZES, count_parameters, random_model, save_random
-from nanogap.cli import NanogapError, Parser, answer_for, keep_argument, whole_number
+from nanogap.cli import (
+    NanogapError,
+    Parser,
+    answer_for,
+    keep_argument,
+    path_argument,
+    whole_number,
+)
 from nanogap.llama import LlamaConfig
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of, check, find
@@ -49,11 +56,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.bench", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--weights", type=Path, metavar="DIR",
+    add("--weights", type=path_argument, metavar="DIR",
         help="default: the published ones where they are present, else weights/mini")
     add("--random", choices=SIZES, metavar="SIZE",
         help=f"random weights of a size instead: {', '.join(SIZES)}")
-    add("--save", type=Path, metavar="DIR",
+    add("--save", type=path_argument, metavar="DIR",
         help="write the random weights there first, and load them")
     add("--against", choices=["transformers"], help="run the same there, in turns")
     add("--agree", action="store_true",
@@ -168,7 +175,7 @@ def get_model(args: argparse.Namespace, folder: Path | None, device: torch.devic
         size = count_parameters(args.random)
         dtype = weights.pick_dtype(dtype_name, device, "bfloat16", size)
         model = random_model(args.random, device, dtype)
-    model.config = replace(model.config, eos_token=-1)
+    model.config = replace(model.config, eos_token=-1, other_ends=())
     if args.graph:
         model.decoder = GraphedDecoder(model.language_model)
     return model

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nanogap.models import clock
-from nanogap.weights import DOWNLOAD, shards
+from nanogap.weights import DOWNLOAD, weight_files
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,7 +81,7 @@ def first_use(get: Callable[[], Model], use: Callable[[Model], object],
 def read_files(folder: Path) -> float:
     """Seconds to read all bytes of a checkpoint once."""
     start = time.perf_counter()
-    for path in shards(folder, DOWNLOAD):
+    for path in weight_files(folder, DOWNLOAD):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 26):
                 pass

@@ -92,7 +92,7 @@ def agree(folder: Path, device: torch.device, dtype_name: str | None, image: Ima
     One model is loaded after the other, so memory has to hold only one at a time.
     """
     model = load(folder, device, dtype_name)
-    model.config = replace(model.config, eos_token=-1)
+    model.config = replace(model.config, eos_token=-1, other_ends=())
     dtype = model.dtype
     n_visual = model.encode_image(image).n_visual
     ids = prompt(model, expression, n_visual)                                 # (1, T)

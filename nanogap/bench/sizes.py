@@ -18,6 +18,7 @@ from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
+from nanogap.output import CLAIM, check_folder, claim, whole_checkpoint
 from nanogap.weights import MINI, read_tokenizer, save
 
 IMAGE = "<image>"   # the image token in weights/mini
@@ -91,17 +92,16 @@ def save_random(size: str, folder: Path, device: torch.device, dtype: torch.dtyp
 
     raises: NanogapError where the folder is not empty, or has too little room
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what "
-                           f"is in it with --weights {folder}")
-    needed = dtype.itemsize * count_parameters(size)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    check_folder("--save", folder)
+    with claim("--save", folder):
+        if any(path.name != CLAIM for path in folder.iterdir()):
+            raise NanogapError(f"--save {folder} is there already; give a new folder, or measure "
+                               f"what is in it with --weights {folder}")
+        needed = dtype.itemsize * count_parameters(size)
         free = shutil.disk_usage(folder).free
         if free < 1.01 * needed:
             raise NanogapError(f"--save {folder}: {size} takes {needed / 1e9:.1f} GB and "
                                f"{free / 1e9:.1f} GB are free; give a folder on another disk")
-        save(folder, random_model(size, device, dtype), dtype)
-    except OSError as error:
-        raise NanogapError(f"--save {folder} cannot be written ({error.strerror or error}); "
-                           "give another folder") from None
+        model = random_model(size, device, dtype)
+        with whole_checkpoint("--save", folder) as partial:
+            save(partial, model, dtype)

@@ -1,17 +1,16 @@
 """Train the mini model from nothing: first CLIP, then LLaVA on its frozen vision tower.
 
-    python -m nanogap.train --out weights/mini                                     one process
-    torchrun --nproc-per-node 2 -m nanogap.train --out weights/mini                one per CPU core
+    python -m nanogap.train --out weights/mine                                     one process
+    torchrun --nproc-per-node 2 -m nanogap.train --out weights/mine                one per CPU core
 
 In:  nothing but a seed.
-Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`.
+Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`;
+     all of it comes at the end, and weights that are there already are left alone.
 
 The losses are in objectives.py, the scenes in nanogap/scenes.py.
 """
 
-import errno
 import math
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from nanogap.cli import NanogapError, Parser, answer_for, whole_number
+from nanogap.cli import NanogapError, Parser, answer_for, path_argument, whole_number
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
+from nanogap.output import check_folder, claim, standing, whole_checkpoint
 from nanogap.processes import join, joined
 from nanogap.prompt import DESCRIBE
 from nanogap.scenes import caption, draw_scene
@@ -203,15 +203,12 @@ def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
     return progress
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder to write to; NanogapError where that cannot be done."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
-    except OSError as error:
-        raise NanogapError(f"--out {out} cannot be written ({error.strerror or error}); "
-                           "give another folder") from None
+def check_new(out: Path) -> None:
+    """Refuse a folder with weights in it; beside training.pt there may be some of its own."""
+    there = standing(out)
+    if "config.json" in there or there and not (out / "training.pt").exists():
+        raise NanogapError(f"--out {out} holds weights already ({there[0]}), and they are not "
+                           "overwritten; give a new folder, or move them away")
 
 
 def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
@@ -220,11 +217,23 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
 
     steps:   of each stage; minutes: as many steps as fit into so much time; neither: the recipe's
     workers: processes that draw scenes beside this one
+    raises:  NanogapError where the folder holds weights, or another training writes to it
     """
+    check_folder("--out", out)
+    if joined()[0] > 0:
+        train_stages(out, recipe, device, seed, steps, minutes, workers)
+        return
+    with claim("--out", out):
+        check_new(out)
+        train_stages(out, recipe, device, seed, steps, minutes, workers)
+
+
+def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
+                 steps: list[int] | None, minutes: float | None, workers: int) -> None:
+    """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
     first = recipe.stages[0]
     size, frame = recipe.vision.image_size, MODELS[recipe.family].frame
     progress = progress_of(out, recipe, seed, steps, minutes)
-    make_folder(out)
     clip, words = new_clip(recipe, seed)
     clip.to(device)
     if progress.stage == 0:
@@ -233,9 +242,8 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
         progress.clip = clip.state_dict()
         progress.state = {}
         if joined()[0] == 0:
-            save_clip(out / "clip_text", clip, words)
             progress.save()
-    clip.load_state_dict(progress.clip)
+    progress.give(clip, progress.clip)
     model = new_model(recipe, seed, clip).to(device)
     for stage in recipe.stages[progress.stage:]:
         assert stage.asked is not None                                        # it is for CLIP alone
@@ -243,7 +251,9 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
         data = Scenes(f"{seed} {stage.name}", stage.images, size, stage.draw, frame)
         fit(stage, model, loss_of, data, progress, workers)
     if joined()[0] == 0:
-        save(out, model)
+        with whole_checkpoint("--out", out) as folder:
+            save_clip(folder / "clip_text", clip, words)
+            save(folder, model)
         progress.path.unlink(missing_ok=True)
         print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, progress.steps))}")
 
@@ -252,8 +262,8 @@ def command(argv: Sequence[str] | None) -> None:
     """Check the arguments, join the other processes under torchrun, and train."""
     parser = Parser(prog="python -m nanogap.train",
                     description="Train the mini model from nothing.")
-    parser.add_argument("--out", type=Path, required=True,
-                        help="folder to write; weights/mini is the shipped one")
+    parser.add_argument("--out", type=path_argument, required=True,
+                        help="folder to write; it goes on with a training that was interrupted")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
     length.add_argument("--steps", type=whole_number, nargs=len(CPU.stages),
@@ -269,8 +279,6 @@ def command(argv: Sequence[str] | None) -> None:
     if args.minutes is not None and not 0 < args.minutes < 1e6:
         raise NanogapError(f"--minutes {args.minutes} is no time to train in; "
                            "leave it out for the recipe's steps")
-    if args.out.exists() and not args.out.is_dir():
-        raise NanogapError(f"--out {args.out} is a file; give a folder to write the weights to")
     device = pick_device(args.device)
     if join()[1] > 1:                                                         # under torchrun
         torch.set_num_threads(1)

@@ -6,8 +6,10 @@ Out: the model, trained; on the way a line of progress and a saved state.
 Under torchrun every process takes its own batches, and the gradients are averaged.
 """
 
+import io
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError
+from nanogap.cli import NanogapError, tell
+from nanogap.output import write_whole
 from nanogap.processes import joined
 from nanogap.scenes import draw_scene
 from nanogap.train.objectives import Batch, Draw, Mixture, Scenes
@@ -61,9 +64,9 @@ class Progress:
 
     def save(self) -> None:
         """Write the whole file or nothing."""
-        partial = self.path.with_suffix(".partial")
-        torch.save({key: getattr(self, key) for key in self.KEPT}, partial)
-        partial.replace(self.path)
+        data = io.BytesIO()
+        torch.save({key: getattr(self, key) for key in self.KEPT}, data)
+        write_whole("--out", self.path, data.getvalue())
 
     def load(self) -> None:
         """Go on where an earlier run stopped, if there was one.
@@ -72,26 +75,46 @@ class Progress:
         """
         if not self.path.exists():
             return
+        if not self.path.is_file():
+            raise NanogapError(f"{self.path} is no regular file; give another --out")
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):   # of a file of another kind
+                saved = torch.load(self.path, map_location="cpu", weights_only=True)
             settings = saved["settings"]
+            is_ours = bool(settings == self.settings)
+            if is_ours:
+                check_saved(saved, len(self.steps))
         except Exception as error:   # whatever an unpickler comes upon
             raise NanogapError(f"{self.path} cannot be read ({type(error).__name__}); "
                                "delete it to start anew") from None
-        if settings != self.settings:
-            raise NanogapError(f"{self.path} is of a training with other settings ({settings}), "
-                               "or of an older version; delete it to start anew")
+        if not is_ours:
+            raise NanogapError(f"{self.path} is of a training with other settings "
+                               f"({settings!s:.200}), or of an older version; delete it to start "
+                               "anew")
         for key in self.KEPT:
             setattr(self, key, saved[key])
+
+    def give(self, to: nn.Module | torch.optim.Optimizer, state: dict) -> None:
+        """Give a model or an optimizer what was saved of it.
+
+        raises: NanogapError where it is of another one
+        """
+        try:
+            to.load_state_dict(state)
+            if isinstance(to, torch.optim.Optimizer):
+                check_shapes(to)
+        except Exception as error:   # a state may hold anything
+            raise NanogapError(f"{self.path} is of another model ({type(error).__name__}); "
+                               "delete it to start anew") from None
 
     def restore(self, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Give a model and its optimizers what was saved in this stage, if there is anything."""
         if not self.state:
             return
-        model.load_state_dict(self.state["model"])
+        self.give(model, self.state["model"])
         # none at the beginning of a stage
         for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
-            stepper.load_state_dict(state)
+            self.give(stepper, state)
 
     def keep(self, step: int, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Save the state within a stage."""
@@ -115,6 +138,25 @@ class Progress:
             dist.broadcast(chosen, 0)
         self.steps[self.stage] = int(chosen)
         return int(chosen)
+
+
+def check_saved(saved: dict, stages: int) -> None:
+    """Refuse with ValueError what `Progress.save` has not written."""
+    numbers = [saved["stage"], saved["step"], *saved["steps"]]
+    sound = all(type(number) is int and number >= 0 for number in numbers)
+    sound = sound and len(saved["steps"]) == stages and saved["stage"] <= stages
+    sound = sound and isinstance(saved["clip"], dict) and isinstance(saved["state"], dict)
+    sound = sound and saved["state"].keys() in (set(), {"model", "optimizers"})
+    if not sound:
+        raise ValueError("no saved state")
+
+
+def check_shapes(stepper: torch.optim.Optimizer) -> None:
+    """Refuse with ValueError what an optimizer remembers of parameters of other shapes."""
+    for parameter, remembered in stepper.state.items():
+        for value in remembered.values():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise ValueError("other shapes")
 
 
 class Pace:
@@ -149,8 +191,8 @@ class Report:
         self.average = loss if self.average is None else 0.98 * self.average + 0.02 * loss
         if done % REPORT_EVERY == 0 and joined()[0] == 0:
             left = (time.time() - self.begun) / (done - self.start) * (steps - done)
-            print(f"{self.name:5}  step {done}/{steps}  loss {self.average:.3f}  "
-                  f"{left / 60:.0f} min to go", flush=True)
+            tell(f"{self.name:5}  step {done}/{steps}  loss {self.average:.3f}  "
+                 f"{left / 60:.0f} min to go")
 
 
 # ----- a step -------------------------------------------------------------------------------------
