@@ -184,6 +184,7 @@ def save_picture(flag: str, path: Path, picture: Image.Image, **options: object)
     options: Pillow's, of that kind of picture
     """
     data = io.BytesIO()
+    Image.init()                         # it learns the endings
     try:
         picture.save(data, Image.EXTENSION[path.suffix.lower()], **options)
     except OSError as error:             # a JPEG has at most 65500 pixels a side
