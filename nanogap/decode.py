@@ -19,26 +19,41 @@ equal the other may win, as happens in half precision.
 Letters: T tokens fed in a pass, D of them drafted, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from torch import Tensor
+
+from nanogap.cli import NOT_FINITE, NanogapError
 from nanogap.in_decoder import Prefilled
 from nanogap.prompt import Draft, Form, draft
 
 
-def decode(prompt: Prefilled, max_new_tokens: int, end: int) -> Iterator[int]:
-    """Yield the new tokens one by one, up to `max_new_tokens` or the end token."""
-    token = int(prompt.logits[-1].argmax())
+def decode(prompt: Prefilled, max_new_tokens: int, ends: Collection[int]) -> Iterator[int]:
+    """Yield the new tokens one by one, up to `max_new_tokens` or one that ends an answer."""
+    token = greedy(prompt.logits[-1:])[0]
     yield token
     for t in range(max_new_tokens - 1):
-        if token == end:
+        if token in ends:
             return
         # GAP: token t stands at next_position + t, whatever the length of the cache
         logits = prompt.feed([token], [prompt.next_position + t])             # (1, V)
-        token = int(logits[-1].argmax())
+        token = greedy(logits[-1:])[0]
         yield token
 
 
-def decode_drafted(prompt: Prefilled, max_new_tokens: int, end: int, form: Form) -> Iterator[int]:
+def greedy(logits: Tensor) -> list[int]:
+    """The token of highest logit in each row (T, V).
+
+    raises: NanogapError where logits are not finite, for any token would do then
+    """
+    best = logits.argmax(-1).masked_fill(~logits.isfinite().all(-1), -1).tolist()
+    if -1 in best:
+        raise NanogapError(NOT_FINITE)
+    return best
+
+
+def decode_drafted(prompt: Prefilled, max_new_tokens: int, ends: Collection[int],
+                   form: Form) -> Iterator[int]:
     """Yield the tokens that `decode` yields, in fewer passes where they follow the form.
 
     prompt: read with what was drafted behind it; its cache has room for the widest choice
@@ -48,12 +63,12 @@ def decode_drafted(prompt: Prefilled, max_new_tokens: int, end: int, form: Form)
     prompt_rows = cache.lengths[0] - len(drafted.tokens)
     tokens: list[int] = []
     while True:
-        agreed, new = accepted(logits.argmax(-1).tolist(), drafted)
+        agreed, new = accepted(greedy(logits), drafted)
         cache.drop(len(drafted.tokens) - agreed)
         for token in new:
             tokens.append(token)
             yield token
-            if token == end:
+            if token in ends:
                 return
         if len(tokens) >= max_new_tokens:
             return

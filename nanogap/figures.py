@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from nanogap import gap
 from nanogap.cli import NanogapError, Parser, answer_for, path_argument
 from nanogap.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
+from nanogap.files.output import check_file, check_folder, save_picture
 from nanogap.image import open_image
 from nanogap.models import VLM
-from nanogap.output import check_file, check_folder, save_picture
 from nanogap.prune import STRATEGIES, in_decoder
 from nanogap.scenes import scene
 from nanogap.weights import MINI, load

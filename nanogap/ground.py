@@ -52,6 +52,7 @@ class EncodedImage:
     hidden: Any               # of the vision tower: more fields are made of it when needed
     vision_ms: float = 0.0
     share: bool = False       # whether questions share the decoder's work on the image
+    seen_by: Any = field(default=None, repr=False)   # the state of the weights that encoded it
     prefix: "Prefix | None" = field(default=None, repr=False)
 
     @property
@@ -103,7 +104,7 @@ class Model(Protocol):
     decoder: Decoder | None
 
     @property
-    def end_token(self) -> int: ...
+    def end_tokens(self) -> Collection[int]: ...
 
     def encode_image(self, image: Any, needs: Collection[str] = ()) -> EncodedImage: ...
 
@@ -159,8 +160,8 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
         prompt = read(model, image, x, layout, cuts, form, max_new_tokens)
         prefilled = model.clock()
         tokens = []
-        for token in (decode_drafted(prompt, max_new_tokens, model.end_token, form) if drafts
-                      else decode(prompt, max_new_tokens, model.end_token)):
+        for token in (decode_drafted(prompt, max_new_tokens, model.end_tokens, form) if drafts
+                      else decode(prompt, max_new_tokens, model.end_tokens)):
             tokens.append(token)
             if on_token is not None:
                 on_token(token)

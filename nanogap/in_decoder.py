@@ -159,9 +159,9 @@ def counts(N: int, cuts: Sequence[tuple[int, int | None]],
     n = N
     for layer, kept in cuts:
         if kept is not None:
-            dropped = max(n - kept, 0)
-            n = min(n, kept)
-            if recycles and dropped:
+            dropped = n - kept
+            n = kept
+            if recycles and dropped > 0:
                 n += (int(0.3 * dropped) + 1) // 10 + 1
         found.append((layer, None if kept is None else n))
     return found
@@ -258,9 +258,8 @@ def cuts_of(name: str, N: int, budget: int | None, seed: int, layers: int,
     """The cuts of a strategy in a decoder of so many layers: see `plan`."""
     def cut(before: int, kept: int | None) -> Cut:
         def choose(seen: VisualTokens) -> Kept:
-            n = len(seen.features)
-            most = None if kept is None else min(kept, n)
-            return select(name, [View(seen, torch.arange(n))], most, seed)
+            everything = torch.arange(len(seen.features))
+            return select(name, [View(seen, everything)], kept, seed)
         return Cut(before, choose, ahead=name == "pyramiddrop", raters=name in SPARSE_BUDGETS,
                    corrected=name == "sparsevlm_plus")
 

@@ -19,8 +19,8 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from nanogap.cli import NanogapError, Parser, answer_for, path_argument, whole_number
+from nanogap.files.output import check_picture, save_picture
 from nanogap.image import Box
-from nanogap.output import check_picture, save_picture
 
 Cast = Sequence[tuple[str, str]]             # (kind, colour) of each thing
 Colour = tuple[int, ...]                     # red, green, blue

@@ -9,26 +9,43 @@ Source: the layouts and defaults that transformers 5.23 reads.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.cli import NanogapError
-from nanogap.clip import CLIP, TextGuide
-from nanogap.config import one_line, read_clip_config, read_json, write_json
-from nanogap.models import MODELS, VLM
+from nanogap.clip import CLIP, CLIPVisionConfig, TextGuide
+from nanogap.config import (
+    one_line,
+    own_layout,
+    read_clip_config,
+    read_json,
+    section,
+    write_json,
+)
+from nanogap.files.checkpoint import (
+    Shard,
+    checkpoint_folder,
+    other_form,
+    printable,
+    refuse_adapter,
+    refuse_other_form,
+    weight_files,
+)
+from nanogap.files.tokenizer import check_clip_ends, check_image_token, read_tokenizer
+from nanogap.models import MODELS, VLM, plainly
 
 HERE = Path(__file__).resolve().parent.parent / "weights"
 REAL = HERE / "llava-1.5-7b-hf"
 MINI = HERE / "mini"
 DOWNLOAD = MODELS["llava"].download
+SAMPLE = 1024        # numbers of each matrix by which two vision towers are compared
+FARTHEST = 0.3       # of the sum of their norms; those of two trainings are 0.7 apart
 UNUSED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")       # in older files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,6 +65,7 @@ def our_name(name: str, rename: Sequence[tuple[str, str]]) -> str:
     return name
 
 
+@plainly
 def load(folder: str | Path, device: str | torch.device | None = None,
          dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
     """Load a checkpoint, ready to ground; config.json says which family of nanogap/models it is.
@@ -60,7 +78,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
             expression; None takes `clip_text` in the folder, if it is there
     raises: NanogapError where anything is missing, broken, unknown or of another shape
     """
-    folder = Path(folder)
+    folder = checkpoint_folder(Path(folder))
+    refuse_adapter(folder)
     family = family_of(folder)
     config = family.read_config(folder)
     with torch.device("meta"):
@@ -69,7 +88,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     size = sum(p.numel() for p in model.parameters())
     dtype = pick_dtype(dtype, device, config.dtype, size)
     model.tokenizer = read_tokenizer(folder, config.text.vocab_size)
-    check_image_token(folder, config, model.tokenizer)
+    check_image_token(folder / "tokenizer.json", model.tokenizer, config.image_token,
+                      config.bos_token)
     tied = {}
     if config.text.tie_word_embeddings:
         tied["language_model.lm_head.weight"] = "language_model.model.embed_tokens.weight"
@@ -83,14 +103,15 @@ def load(folder: str | Path, device: str | torch.device | None = None,
 
 def family_of(folder: Path) -> type[VLM]:
     """Which of MODELS a folder holds, by the `model_type` in its config.json."""
-    if not os.path.isfile(folder / "config.json"):
+    if not os.path.exists(folder / "config.json"):
         what = "is not a folder"
         if os.path.isdir(folder):
             what = "has no config.json, so it is not a checkpoint"
-        raise NanogapError(f"{folder} {what}; get the published weights with {DOWNLOAD}")
+        raise NanogapError(other_form(folder) or
+                           f"{folder} {what}; get the published weights with {DOWNLOAD}")
     config = read_json(folder / "config.json")
     found = config.get("model_type")
-    if "mm_vision_tower" in config:        # in LLaVA's own layout the type has other names as well
+    if own_layout(config):                 # the type has other names there as well
         found = "llava"
     if not isinstance(found, str) or found not in MODELS:
         known = ", ".join(map(repr, MODELS))
@@ -102,19 +123,54 @@ def family_of(folder: Path) -> type[VLM]:
 def load_text_guide(folder: Path, model: VLM, device: torch.device,
                     dtype: torch.dtype) -> TextGuide:
     """Text tower and projections of a CLIP, in the layout of openai/clip-vit-large-patch14-336."""
-    download = model.clip_download()
-    if not os.path.isfile(folder / "config.json"):
-        raise NanogapError(f"{folder} has no config.json, so it is no CLIP; get it with {download}")
+    folder, download = checkpoint_folder(folder), model.clip_download()
+    refuse_adapter(folder)
+    if not os.path.exists(folder / "config.json"):
+        raise NanogapError(other_form(folder) or
+                           f"{folder} has no config.json, so it is no CLIP; get it with {download}")
     vision, text, width = read_clip_config(folder)
-    channels = model.config.vision.hidden_size
-    if vision.hidden_size != channels:
-        raise NanogapError(f"{folder} is a CLIP of {vision.hidden_size} channels, and the vision "
-                           f"tower has {channels}: give the CLIP that it comes from")
+    check_sizes(folder, vision, model.config.vision)
+    tokenizer = read_tokenizer(folder, text.vocab_size)
+    ends = section(read_json(folder / "config.json"), "text_config")
+    check_clip_ends(folder / "tokenizer.json", tokenizer, ends.get("eos_token_id"))
     with torch.device("meta"):
         clip = CLIP(vision, text, width)
     del clip.vision_model, clip.logit_scale             # the model has a vision tower of its own
     load_into(clip, folder, device, dtype, download, unused=r"^vision_model\.|^logit_scale$")
-    return TextGuide(clip, read_tokenizer(folder, text.vocab_size))
+    check_tower(folder, model, download)
+    return TextGuide(clip, tokenizer)
+
+
+def check_sizes(folder: Path, found: CLIPVisionConfig, expected: CLIPVisionConfig) -> None:
+    """A CLIP of another size is not the one that the vision tower comes from."""
+    for field in fields(expected):
+        theirs, ours = getattr(found, field.name), getattr(expected, field.name)
+        if theirs != ours:
+            raise NanogapError(f"{folder} is a CLIP of {field.name} {theirs}, and the vision "
+                               f"tower has {ours}: give the CLIP that it comes from")
+
+
+def check_tower(folder: Path, model: VLM, download: str) -> None:
+    """Nor is one of other weights: the beginning of each of the tower's matrices is compared.
+
+    Precisions may differ, and the tower may have been trained a little with the rest.
+    """
+    tower = model.get_submodule("vision_tower")
+    ours = {f"vision_model.{name}": value for name, value in tower.named_parameters()
+            if value.dim() > 1}
+    for path in weight_files(folder, download):
+        shard = Shard(path, torch.device("cpu"))
+        for name in set(shard.names()) & set(ours):
+            a = shard.get(name).flatten()[:SAMPLE].float()
+            b = ours.pop(name).flatten()[:SAMPLE].cpu().float()
+            near = len(a) == len(b) and (a - b).norm() <= FARTHEST * (a.norm() + b.norm())
+            if not near:
+                raise NanogapError(f"{folder} is a CLIP of other weights than the vision tower's "
+                                   f"({path.name}: {name}); get the one that it comes from with "
+                                   f"{download}")
+    if ours:
+        raise NanogapError(f"{folder} lacks {len(ours)} matrices of CLIP's vision tower, by which "
+                           f"it would be known again; get it whole with {download}")
 
 
 def load_into(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype,
@@ -174,136 +230,28 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str,
 # ----- reading ------------------------------------------------------------------------------------
 
 
-def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
-    """tokenizer.json, refused where it is missing, broken, or too large for the embeddings."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise NanogapError(f"{folder} has no tokenizer.json; download it again, whole")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:   # tokenizers raises bare Exceptions
-        raise NanogapError(f"{path} cannot be read ({one_line(error)}); "
-                           "download it again") from None
-    if max(tokenizer.get_vocab().values(), default=0) >= rows:
-        raise NanogapError(f"{path} has more tokens than the model has embeddings "
-                           f"({rows}): it belongs to another checkpoint")
-    return tokenizer
-
-
-def check_image_token(folder: Path, config: Any, tokenizer: Tokenizer) -> None:
-    """Refuse an image token that words could spell: a prompt might hold it twice."""
-    image = config.image_token
-    taken = tokenizer.id_to_token(image)
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    if image == config.bos_token or (taken and image not in special):
-        raise NanogapError(f"config.json: image_token_index is {image}, which stands for "
-                           f"{taken!r:.80} in {folder / 'tokenizer.json'}, so a prompt could hold "
-                           "it twice; download both again")
-
-
-def shards(folder: Path, download: str) -> list[Path]:
-    """The files of a checkpoint's tensors: one, or those that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        for name in ("model.safetensors", "pytorch_model.bin"):   # OpenAI's CLIP has the latter
-            if (folder / name).is_file():
-                return [folder / name]
-        raise NanogapError(f"{folder} holds no model.safetensors and no index of shards; "
-                           f"get the weights with {download}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise NanogapError(f"{index} has no weight_map; download it again")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name:
-            raise NanogapError(f"{index} names {name!r:.200}, which is not a file of this folder; "
-                               "do not trust it")
-        if not os.path.isfile(folder / name):            # False for a name too long for any file
-            raise NanogapError(f"{folder} lacks {printable(name)}, which its index names; "
-                               "run the download again: it continues where it stopped")
-    return [folder / name for name in names]
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file; its mapping lasts as long as any tensor that was taken from it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise NanogapError(f"{path} is cut off or broken ({one_line(error)}); "
-                           "download it again") from None
-
-
-def unpickle(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file that torch.save wrote, mapped into memory; no code in it is run."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not all(map(torch.is_tensor, state.values())):
-            raise ValueError("it holds more than tensors")
-        return {str(name): tensor for name, tensor in state.items()}
-    except Exception as error:   # an unpickler raises almost anything
-        raise NanogapError(f"{path} cannot be read ({one_line(error)}); "
-                           "download it again") from None
-
-
-class Shard:
-    """One file of a checkpoint: the names of its tensors, and each tensor, mapped into memory.
-
-    Tensors that stay as they are share one mapping.  One that will be converted gets its own, which
-    ends with it and gives its pages back: there is one copy in memory, never two.
-    """
-
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.path = path
-        self.shared: dict[str, Tensor] = {}
-        if path.suffix == ".bin":
-            self.shared = unpickle(path)
-            self.all = list(self.shared)
-            return
-        with open_safetensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        self.all = list(tensors)
-        for name, tensor in tensors.items():
-            if (tensor.device, tensor.dtype) == (device, dtype):
-                self.shared[name] = tensor
-
-    def names(self) -> list[str]:
-        """The names of its tensors."""
-        return self.all
-
-    def get(self, name: str) -> Tensor:
-        """The tensor of that name."""
-        if name in self.shared:
-            return self.shared[name]
-        with open_safetensors(self.path) as file:
-            return file.get_tensor(name)
-
-
-def printable(name: str) -> str:
-    """A name from a file, which may hold anything, so that it fits on one line of a message."""
-    return ascii(name)[1:-1][:200]
-
-
 def tensors_of(folder: Path, shapes: dict[str, torch.Size], device: torch.device,
                dtype: torch.dtype, rename: Sequence[tuple[str, str]], unused: re.Pattern[str],
                download: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint under our names, each of the shape that the model expects."""
     tensors: dict[str, Tensor] = {}
     others = "the file and config.json belong to different checkpoints"
-    for path in shards(folder, download):
+    for path in weight_files(folder, download):
         shard = Shard(path, device, dtype)
         for name in shard.names():
             if UNUSED.search(name) or unused.search(name):
                 continue
             ours = our_name(name, rename)
             if ours not in shapes:
+                refuse_other_form(path, name, shard.get(name))
                 raise NanogapError(f"{path} holds {printable(name)}, which is not a part of this "
                                    f"model: {others}")
             if ours in tensors:
                 raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
                                    "another name")
             tensor = shard.get(name)
+            if tensor.dtype.itemsize == 1:
+                refuse_other_form(path, name, tensor)
             if tensor.shape != shapes[ours] or not tensor.is_floating_point():
                 raise NanogapError(f"{path}: {printable(name)} is {tensor.dtype} "
                                    f"{list(tensor.shape)}, and config.json makes it "

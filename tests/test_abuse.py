@@ -21,10 +21,11 @@ from torch import nn
 import nanogap
 from nanogap import NanogapError
 from nanogap.config import read_clip_config
+from nanogap.files.checkpoint import weight_files
 from nanogap.gap import MODES
 from nanogap.models.llava import Llava
 from nanogap.prompt import format_box, parse_box
-from nanogap.weights import DOWNLOAD, load_into, shards
+from nanogap.weights import DOWNLOAD, load_into
 from tests.test_weights import CPU, refusal, set_header, set_key
 from tests.tiny import write_checkpoint, write_shards, write_tensors
 
@@ -153,7 +154,7 @@ def test_a_broken_index_names_its_shards_or_one_line(tmp_path: Path):
     good, kinds = path.read_bytes(), []
     for _ in range(1500):
         path.write_bytes(data := broken(draw, good))
-        kinds.append(answered(lambda: shards(tmp_path, DOWNLOAD), data))
+        kinds.append(answered(lambda: weight_files(tmp_path, DOWNLOAD), data))
     assert set(kinds) == {"value", "error"}
 
 
@@ -273,6 +274,7 @@ def test_indices_to_keep_give_logits_or_the_reason_why_not(keep: object, model: 
 
 
 def test_an_index_that_names_a_shard_too_long_for_any_file_is_refused(folder: Path):
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"x": "x" * 5000}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert refusal(folder) == (f"{folder} lacks {'x' * 200}, which its index names; "
@@ -294,11 +296,13 @@ def test_an_image_token_that_a_prompt_could_hold_twice_is_refused(
     set_key(folder, part, key, image if part is None else 560)
     assert refusal(folder) == (
         f"config.json: image_token_index is {image}, which stands for {taken} in "
-        f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; download both again")
+        f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; "
+        "give the tokenizer.json that the checkpoint was published with")
 
 
 def test_a_pickle_that_holds_more_than_tensors_is_refused(folder: Path):
     (folder / "model.safetensors").unlink()
     torch.save({"epoch": 7}, folder / "pytorch_model.bin")
     assert refusal(folder) == (f"{folder / 'pytorch_model.bin'} cannot be read "
-                               "(it holds more than tensors); download it again")
+                               "(it holds more than tensors); save it again with "
+                               "`torch.save(model.state_dict(), PATH)`")

@@ -88,7 +88,7 @@ def say(model: Llava, image: EncodedImage, form: Form, most: int) -> tuple[list[
     room = most + max(map(len, form), default=0)
     prompt = prefill(model.language_model, x, layout, drafted=draft(form, [], most - 1), room=room)
     said, passes = [], []
-    for token in decode_drafted(prompt, most, model.end_token, form):
+    for token in decode_drafted(prompt, most, model.end_tokens, form):
         said.append(token)
         passes.append(prompt.passes)
     last_pass = passes.count(passes[-1])

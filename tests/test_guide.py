@@ -89,7 +89,7 @@ def test_the_clip_of_another_model_is_refused(clip: Path):
     config = json.loads((clip / "config.json").read_text())
     config["vision_config"] |= {"hidden_size": 64, "num_attention_heads": 4}
     (clip / "config.json").write_text(json.dumps(config))
-    assert refusal(clip) == (f"{clip} is a CLIP of 64 channels, and the vision tower has 128: "
+    assert refusal(clip) == (f"{clip} is a CLIP of hidden_size 64, and the vision tower has 128: "
                              "give the CLIP that it comes from")
 
 

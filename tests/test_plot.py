@@ -9,8 +9,8 @@ from PIL import Image, ImageColor
 from nanogap.cli import NanogapError
 from nanogap.draw import PAGE, STYLES
 from nanogap.evaluate import plot
+from nanogap.files.output import check_picture, save_picture
 from nanogap.gap import MODES
-from nanogap.output import check_picture, save_picture
 
 
 def row(mode: str, tokens: float, accuracy: float, prune: str = "random") -> dict:

@@ -24,8 +24,8 @@ from nanogap import weights as checkpoints
 from nanogap.cli import keep_argument
 from nanogap.clip import CLIPVisionTower
 from nanogap.explain import columns
+from nanogap.files.output import save_picture
 from nanogap.gap import MODES
-from nanogap.output import save_picture
 from nanogap.prune import STRATEGIES, budget_of
 from tests.tiny import write_checkpoint
 

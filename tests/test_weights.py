@@ -222,10 +222,17 @@ def test_a_folder_without_tokenizer_is_to_be_downloaded_again(folder: Path):
     assert refusal(folder) == f"{folder} has no tokenizer.json; download it again, whole"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"type": "BPE"}}', "\0\1"])
+@pytest.mark.parametrize("text", ["", "{", "\0\1"])
 def test_a_broken_tokenizer_is_named(text: str, folder: Path):
     (folder / "tokenizer.json").write_text(text)
     assert refusal(folder).startswith(f"{folder / 'tokenizer.json'} cannot be read (")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"model": {"type": "BPE"}}'])
+def test_what_is_whole_and_no_tokenizer_is_not_fetched_again(text: str, folder: Path):
+    (folder / "tokenizer.json").write_text(text)
+    said = refusal(folder)
+    assert said.startswith(str(folder / "tokenizer.json")) and "download" not in said
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_belongs_elsewhere(tmp_path: Path):
@@ -376,7 +383,8 @@ def test_a_pointer_to_the_file_in_place_of_the_file_is_refused(folder: Path):
 
 def test_an_older_pickle_under_the_name_is_refused_and_not_run(folder: Path):
     torch.save({NORM: torch.ones(64)}, folder / "model.safetensors")
-    assert_broken(folder)
+    assert refusal(folder) == (f"{folder / 'model.safetensors'} is a file of torch.save's under "
+                               "another name; call it pytorch_model.bin")
 
 
 # ----- config.json --------------------------------------------------------------------------------
@@ -393,11 +401,12 @@ def test_a_config_in_another_encoding_is_named(folder: Path):
     assert refusal(folder).startswith(f"{folder / 'config.json'} cannot be read (")
 
 
-@pytest.mark.parametrize("text", ["[]", "1", "null", '"llava"'])
-def test_a_config_that_is_no_object_is_named(text: str, folder: Path):
+@pytest.mark.parametrize("text, kind", [
+    ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str")])
+def test_a_config_that_is_no_object_is_named(text: str, kind: str, folder: Path):
     (folder / "config.json").write_text(text)
-    assert refusal(folder) == (
-        f"{folder / 'config.json'} does not hold a JSON object; download it again")
+    assert refusal(folder) == (f"{folder / 'config.json'} holds no JSON object but a {kind}: "
+                               "it is some other file under this name")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"]])

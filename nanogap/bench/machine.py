@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from nanogap.files.checkpoint import weight_files
 from nanogap.models import clock
-from nanogap.weights import DOWNLOAD, weight_files
+from nanogap.weights import DOWNLOAD
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -16,10 +16,11 @@ import torch
 
 from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig
+from nanogap.files.output import CLAIM, check_folder, claim, whole_checkpoint
+from nanogap.files.tokenizer import read_tokenizer
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
-from nanogap.output import CLAIM, check_folder, claim, whole_checkpoint
-from nanogap.weights import MINI, read_tokenizer, save
+from nanogap.weights import MINI, save
 
 IMAGE = "<image>"   # the image token in weights/mini
 

@@ -41,12 +41,12 @@ from nanogap.evaluate import ablate, journal, plot
 from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.refcoco import Data, Example, read_data
 from nanogap.evaluate.score import PROTOCOLS, TIMES, Run, score, summary, table
+from nanogap.files.output import check_apart, check_picture, save_picture
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
 from nanogap.image import Box
 from nanogap.in_decoder import counts, cuts_in_words, plan
 from nanogap.models import MODELS, VLM
-from nanogap.output import check_apart, check_picture, save_picture
 from nanogap.processes import gather, join
 from nanogap.scenes import scene
 from nanogap.weights import DTYPES, default_weights, load

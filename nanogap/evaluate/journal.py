@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nanogap.cli import NanogapError
-from nanogap.output import check_file, claim, write_whole
+from nanogap.files.output import check_file, claim, write_whole
 
 
 def is_text(value: object) -> bool:

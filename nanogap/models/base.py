@@ -16,8 +16,9 @@ Letters: P tokens before the image, N visual tokens, K of them kept, M added, A 
 
 import time
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from nanogap.clip import TextGuide
 from nanogap.decode import decode
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, describe, ground
-from nanogap.image import Box, Pad, open_image, to_rgb
+from nanogap.image import Box, Pad, ready
 from nanogap.in_decoder import prefill
 from nanogap.llama import Decoder, LlamaForCausalLM
 from nanogap.prompt import BoxFormat, Shares, Template
@@ -47,6 +48,34 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def finite(fields: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuse numbers that no strategy could rank: it is the weights that made them."""
+    for name, field in fields.items():
+        if not bool(field.isfinite().all()):
+            raise NanogapError(f"the model sees numbers in the picture that are not finite ({name} "
+                               f"in {dtype}): its weights are broken, or too large for this "
+                               "precision; try --dtype float32")
+
+
+def plainly(function: Callable) -> Callable:
+    """Let a function make its tensors on the CPU and in float32, as if torch were fresh.
+
+    A program may have set other defaults for its own tensors (torch.set_default_device, _dtype).
+    """
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        if dtype == torch.float32 and device.type == "cpu":
+            return function(*args, **kwargs)
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                return function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(dtype)
+    return run
+
+
 class VLM(nn.Module):
     """A vision tower, a projector and a decoder; each family fills in the rest."""
 
@@ -60,8 +89,8 @@ class VLM(nn.Module):
     language_model: LlamaForCausalLM
     tokenizer: Tokenizer
 
-    ground = ground                            # the method, as model.ground(image, expression, ...)
-    describe = describe
+    ground = plainly(ground)                   # the method, as model.ground(image, expression, ...)
+    describe = plainly(describe)
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -78,8 +107,27 @@ class VLM(nn.Module):
         return self.language_model.lm_head.weight.dtype
 
     @property
-    def end_token(self) -> int:
-        return self.config.eos_token
+    def end_tokens(self) -> tuple[int, ...]:
+        """Any of them ends an answer."""
+        return (self.config.eos_token, *self.config.other_ends)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "VLM":
+        """What moves or converts the weights: .to(), .half(), .cuda() reach the text guide too."""
+        if self.text_guide is not None:
+            self.text_guide.clip._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def state(self) -> tuple:
+        """What tells these weights from others: their precision, changes, and a number of each.
+
+        It takes microseconds for each tensor, for no tensor is read whole.
+        """
+        weights = list(self.parameters())
+        changes = [0 if w.is_inference() else w._version for w in weights]
+        with torch.no_grad():
+            numbers = torch.cat([w.as_strided((1,), (1,), w.storage_offset() + w.numel() // 2)
+                                 for w in weights])
+        return self.device, self.dtype, sum(changes), tuple(numbers.tolist())
 
     def clock(self) -> float:
         """Milliseconds, after all that its device has been asked to do is done."""
@@ -97,8 +145,8 @@ class VLM(nn.Module):
         """The same files again."""
 
     @abstractmethod
-    def prepare_image(self, image: Image.Image | str | Path) -> Tensor:
-        """A picture -> pixel_values (views, 3, S, S), on the model's device."""
+    def pixel_values(self, image: Image.Image) -> Tensor:
+        """A picture that is ready (image.py) -> (views, 3, S, S), on the model's device."""
 
     @abstractmethod
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
@@ -124,6 +172,9 @@ class VLM(nn.Module):
 
     def encode_question(self, question: str) -> Tensor:
         """A whole question as input_ids (T,) with one image token, on the CPU."""
+        if getattr(self, "tokenizer", None) is None:
+            raise NanogapError("the model has no tokenizer, so it can read no question: load it "
+                               "with nanogap.load, or set model.tokenizer")
         c = self.config
         ids = self.template.encode(self.tokenizer, question, c.bos_token, c.image_token)
         return torch.tensor(ids)                                              # (T,)
@@ -132,6 +183,12 @@ class VLM(nn.Module):
         """The question about an expression as input_ids (T,) with one image token, on the CPU."""
         return self.encode_question(self.question(expression))
 
+    @plainly
+    def prepare_image(self, image: Image.Image | str | Path) -> Tensor:
+        """Any picture, or the path of one -> pixel_values (views, 3, S, S)."""
+        return self.pixel_values(ready(image))
+
+    @plainly
     @torch.no_grad()
     def encode_image(self, image: Image.Image | str | Path | EncodedImage,
                      needs: Collection[str] = (), share: bool = False) -> EncodedImage:
@@ -139,14 +196,19 @@ class VLM(nn.Module):
 
         needs: what strategies will look at; more is computed when it is needed
         share: let the questions share the decoder's work on the image as well
+        raises: NanogapError where the image was encoded by other weights, or these see NaN in it
         """
         if isinstance(image, EncodedImage):
+            if image.seen_by is not None and image.seen_by != self.state():
+                raise NanogapError("this image was encoded by another model, or before the weights "
+                                   "changed: call model.encode_image on the picture again")
             return image
-        image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+        image = ready(image)
         start = self.clock()
-        encoded = self.encode_pixels(self.prepare_image(image), *image.size)
+        encoded = self.encode_pixels(self.pixel_values(image), *image.size)
+        finite({"features": encoded.features}, self.dtype)
         self.see(encoded, set(needs) - {"text"}, "")
-        return replace(encoded, vision_ms=self.clock() - start, share=share)
+        return replace(encoded, vision_ms=self.clock() - start, share=share, seen_by=self.state())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -154,6 +216,7 @@ class VLM(nn.Module):
         """The views of a picture, each with what a strategy needs to see and nothing else."""
         views = []
         text = {"text": self.embed_text(expression)} if "text" in needs else {}
+        finite(text, self.dtype)
         for i, view in enumerate(image.views):
             known = view.seen.fields
             missing = set(needs) - set(known) - {"text"}
@@ -162,6 +225,7 @@ class VLM(nn.Module):
             if "aligned" in missing:
                 known["aligned"] = self.align(view.seen.features)
             known |= self.fields(image, i, missing)
+            finite({name: known[name] for name in missing}, self.dtype)
             fields = {name: value for name, value in known.items() if name in needs}
             views.append(replace(view, seen=replace(view.seen, fields=fields | text)))
         return views
@@ -216,6 +280,7 @@ class VLM(nn.Module):
         before, after = embed_tokens(input_ids[:P]), embed_tokens(input_ids[P + 1:])
         return torch.cat([before, visual, after])[None]
 
+    @plainly
     def forward(self, input_ids: Tensor, pixel_values: Tensor, keep: Tensor | None = None,
                 mode: str = "gap", size: tuple[int, int] | None = None) -> Tensor:
         """Logits (P + K + A, V) in float32 of a prompt (T,) with one image token; None keeps all.
@@ -234,7 +299,7 @@ class VLM(nn.Module):
                  max_new_tokens: int = MAX_NEW_TOKENS) -> list[int]:
         """Answer any sequence of embeddings (1, T, C), laid out in any way, greedily."""
         prompt = prefill(self.language_model, x, layout, room=max_new_tokens)
-        return list(decode(prompt, max_new_tokens, self.end_token))
+        return list(decode(prompt, max_new_tokens, self.end_tokens))
 
     def check_length(self, positions: int) -> None:
         """Refuse a question whose position IDs leave the range that the model was made for."""

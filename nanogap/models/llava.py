@@ -22,16 +22,18 @@ from nanogap.config import (
     HUGE,
     LAYERS,
     integer,
+    own_layout,
     read_decoder,
     read_json,
     read_vision,
-    require,
+    refuse_quantised,
+    require_all,
     section,
-    triple,
     write_json,
 )
+from nanogap.files.settings import check_question, read_ends, read_pixels
 from nanogap.ground import EncodedImage
-from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, open_image, to_pixel_values, to_rgb
+from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, to_pixel_values
 from nanogap.llama import LlamaConfig, LlamaForCausalLM
 from nanogap.models.base import VLM
 from nanogap.prompt import TWO_DECIMALS, Template
@@ -47,6 +49,10 @@ VICUNA = Template(
     after="\n{} ASSISTANT:",
     where_is=("Please provide the bounding box coordinate of the region "
               "this sentence describes: {}."))
+# what would change an answer and is not implemented: key -> the values that change nothing
+REQUIRED: dict[str, tuple] = {
+    "projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",),
+    "auto_map": (None, {})}
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class LlavaConfig:
     projector_bias: bool = True
     bos_token: int = 1
     eos_token: int = 2
+    other_ends: tuple[int, ...] = ()       # tokens that end an answer as well
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
     dtype: str = "float32"        # of the checkpoint on disk
@@ -93,15 +100,16 @@ class Llava(VLM):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
+        red, green, blue = (int(255 * share) for share in config.image_mean)
+        self.frame = Pad((red, green, blue))     # LLaVA pads with the mean of the preprocessor
         self.vision_tower = CLIPVisionTower(config.vision, config.vision_feature_layer)
         self.multi_modal_projector = LlavaProjector(config)
         self.language_model = LlamaForCausalLM(config.text)
 
     # ----- what it sees ---------------------------------------------------------------------------
 
-    def prepare_image(self, image: Image.Image | str | Path) -> Tensor:
-        """A picture -> pixel_values (1, 3, S, S), padded to a square, on the model's device."""
-        image = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+    def pixel_values(self, image: Image.Image) -> Tensor:
+        """A picture -> (1, 3, S, S), padded to a square, on the model's device."""
         c = self.config
         square = self.frame.fit(image, c.vision.image_size)
         return to_pixel_values(square, c.image_mean, c.image_std).to(self.device, self.dtype)
@@ -139,13 +147,15 @@ class Llava(VLM):
         raises: NanogapError where one is broken, or describes a model that is not LLaVA-1.5
         """
         config = read_json(folder / "config.json")
-        if "mm_vision_tower" in config:
+        own = own_layout(config)
+        if own:
             raise NanogapError(
-                f"{folder} is in LLaVA's own layout (config.json has mm_vision_tower), and nanogap "
+                f"{folder} is in LLaVA's own layout (config.json has {own}), and nanogap "
                 f"reads that of llava-hf; get the same weights with {DOWNLOAD}, or convert yours "
                 "with convert_llava_weights_to_hf.py of transformers")
-        require(config, "projector_hidden_act", "gelu")
-        require(config, "vision_feature_select_strategy", "default")
+        refuse_quantised(folder, config, section(config, "text_config"))
+        require_all(config, REQUIRED)
+        check_question(folder, SYSTEM)
         tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
         text = read_decoder(section(config, "text_config") | tied)
         vision = read_vision(config)
@@ -154,21 +164,21 @@ class Llava(VLM):
         if not 0 < (layer if layer >= 0 else layer + layers + 1) < layers:
             raise NanogapError(f"config.json: vision_feature_layer is {layer}; it must leave a "
                                f"layer before and after the features, of {layers}")
-        token = "image_token_id" if config.get("image_token_index") is None else "image_token_index"
-        optional = {name: read_json(folder / name) if (folder / name).is_file() else {}
-                    for name in ("generation_config.json", "preprocessor_config.json")}
-        generation, pixels = optional.values()
-        eos = generation.get("eos_token_id", section(config, "text_config").get("eos_token_id"))
-        eos = eos[0] if isinstance(eos, list) and eos else eos               # the first ends a turn
+        tokens = {key: config[key] for key in ("image_token_index", "image_token_id")
+                  if config.get(key) is not None}
+        if len(set(map(str, tokens.values()))) > 1:
+            raise NanogapError(f"config.json: {tokens} name two image tokens; leave one of them")
+        token = next(iter(tokens), "image_token_index")
+        pixels = read_pixels(folder, vision.image_size, vision.patch_size)
+        ends = read_ends(folder, config, section(config, "text_config"), text.vocab_size)
         most = text.vocab_size - 1
         return LlavaConfig(
             text, vision, vision_feature_layer=layer,
             image_token=integer(config, token, 32000, HUGE, 0),
             projector_bias=bool(config.get("multimodal_projector_bias", True)),
             bos_token=integer(section(config, "text_config"), "bos_token_id", 1, most, 0),
-            eos_token=integer({"eos_token_id": eos}, "eos_token_id", 2, most, 0),
-            image_mean=triple(pixels, "image_mean", CLIP_MEAN),
-            image_std=triple(pixels, "image_std", CLIP_STD),
+            eos_token=ends[0], other_ends=ends[1:],
+            image_mean=pixels.mean, image_std=pixels.std,
             dtype=str(config.get("torch_dtype") or config.get("dtype")))
 
     def write_config(self, folder: Path, dtype: str) -> None:
@@ -188,7 +198,8 @@ class Llava(VLM):
             "vision_feature_layer": c.vision_feature_layer,
             "vision_feature_select_strategy": "default"})
         write_json(folder / "generation_config.json",
-                   {"bos_token_id": c.bos_token, "eos_token_id": c.eos_token})
+                   {"bos_token_id": c.bos_token,
+                    "eos_token_id": [c.eos_token, *c.other_ends] if c.other_ends else c.eos_token})
         write_json(folder / "preprocessor_config.json", {
             "image_processor_type": "CLIPImageProcessor", "image_mean": c.image_mean,
             "image_std": c.image_std, "do_resize": True, "size": {"shortest_edge": size},

@@ -24,9 +24,9 @@ from torch import nn
 
 from nanogap.cli import NanogapError, Parser, answer_for, path_argument, whole_number
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from nanogap.files.output import check_folder, claim, standing, whole_checkpoint
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
-from nanogap.output import check_folder, claim, standing, whole_checkpoint
 from nanogap.processes import join, joined
 from nanogap.prompt import DESCRIBE
 from nanogap.scenes import caption, draw_scene

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogap.cli import NanogapError, tell
-from nanogap.output import write_whole
+from nanogap.files.output import write_whole
 from nanogap.processes import joined
 from nanogap.scenes import draw_scene
 from nanogap.train.objectives import Batch, Draw, Mixture, Scenes
