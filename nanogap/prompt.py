@@ -37,6 +37,7 @@ class Template:
     before: str
     after: str
     where_is: str             # the question for a box, with an expression in the place of {}
+    later: str = "USER: {} ASSISTANT:"   # a question that follows an answer
 
     def question(self, expression: str) -> str:
         """The question that the model answers with a box.
@@ -46,13 +47,17 @@ class Template:
         check_expression(expression)
         return self.where_is.format(expression.strip())
 
+    def around(self, question: str) -> tuple[str, str]:
+        """The text before the image, and the text after it."""
+        return self.before, self.after.format(question)
+
     def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
         """Token IDs of the whole prompt, BOS first, with one `image_token` in the image's place.
 
         The text after the image is encoded on its own, as LLaVA does, so it gets a "▁" of its own.
         """
-        after = encode(tokenizer, self.after.format(question))
-        return [bos, *encode(tokenizer, self.before), image_token, *after]
+        before, after = self.around(question)
+        return [bos, *encode(tokenizer, before), image_token, *encode(tokenizer, after)]
 
 
 def check_expression(expression: str) -> None:
@@ -104,7 +109,9 @@ class BoxFormat:
 @lru_cache(maxsize=4)
 def foretold(box_format: BoxFormat, tokenizer: Tokenizer) -> Form:
     """See `BoxFormat.foretell`."""
-    boxes = [encode(tokenizer, box_format.say((digit * 0.11,) * 4)) for digit in range(10)]
+    decimals = box_format.digits // 4
+    ones = int("1" * decimals) / 10 ** decimals                   # 0.11 where boxes have two
+    boxes = [encode(tokenizer, box_format.say((digit * ones,) * 4)) for digit in range(10)]
     if len({len(box) for box in boxes}) > 1:
         return ()
     form = [tuple(dict.fromkeys(tokens)) for tokens in zip(*boxes, strict=True)]

@@ -93,7 +93,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     tied = {}
     if config.text.tie_word_embeddings:
         tied["language_model.lm_head.weight"] = "language_model.model.embed_tokens.weight"
-    load_into(model, folder, device, dtype, DOWNLOAD, family.rename, tied)
+    load_into(model, folder, device, dtype, family.download, family.rename, tied)
     if not clip and os.path.isdir(folder / "clip_text"):
         clip = folder / "clip_text"
     if clip:

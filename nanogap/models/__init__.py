@@ -2,9 +2,11 @@
 
 from nanogap.models.base import VLM, clock, plainly
 from nanogap.models.llava import Llava
+from nanogap.models.shikra import Shikra
 
 MODELS: dict[str, type[VLM]] = {   # by `model_type` in config.json
     "llava": Llava,
+    "shikra": Shikra,
 }
 
 __all__ = ["MODELS", "VLM", "clock", "plainly"]

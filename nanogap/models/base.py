@@ -82,6 +82,7 @@ class VLM(nn.Module):
     Config: ClassVar[type]                     # its configuration, with `text` and `vision` in it
     rename: ClassVar[tuple[tuple[str, str], ...]]  # patterns: names on disk -> names of our modules
     download: ClassVar[str]                    # the command that fetches its published weights
+    special_tokens: ClassVar[tuple[str, ...]]  # behind <unk> <s> </s>; the image's comes first
 
     frame: Pad
     template: Template
@@ -169,6 +170,10 @@ class VLM(nn.Module):
     def question(self, expression: str) -> str:
         """The question that the model answers with a box."""
         return self.template.question(expression)
+
+    def answer(self, box: Shares) -> str:
+        """What the model says of a box in its frame, without the end token."""
+        return self.box_format.say(box)
 
     def encode_question(self, question: str) -> Tensor:
         """A whole question as input_ids (T,) with one image token, on the CPU."""

@@ -10,6 +10,7 @@ processor lacks the system sentence, and LLaVA was trained with it.
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,12 @@ class Llava(VLM):
     frame = Pad()
     template = VICUNA
     box_format = TWO_DECIMALS
+    special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")
+    required: ClassVar[dict[str, tuple]] = REQUIRED
+    # keys of config.json that never differ
+    fixed: ClassVar[dict] = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
     # four layouts: (a) the published one; (b), (c), (d) as transformers has written it since.
     # Modules are named as in (b):
     rename = (
@@ -97,6 +104,8 @@ class Llava(VLM):
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),          # (c), (d)
         (r"^vision_tower\.vision_model\.", "vision_tower."),                  # (a), (c)
     )
+
+    multi_modal_projector: nn.Module
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
@@ -154,7 +163,7 @@ class Llava(VLM):
                 f"reads that of llava-hf; get the same weights with {DOWNLOAD}, or convert yours "
                 "with convert_llava_weights_to_hf.py of transformers")
         refuse_quantised(folder, config, section(config, "text_config"))
-        require_all(config, REQUIRED)
+        require_all(config, cls.required)
         check_question(folder, SYSTEM)
         tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
         text = read_decoder(section(config, "text_config") | tied)
@@ -172,7 +181,7 @@ class Llava(VLM):
         pixels = read_pixels(folder, vision.image_size, vision.patch_size)
         ends = read_ends(folder, config, section(config, "text_config"), text.vocab_size)
         most = text.vocab_size - 1
-        return LlavaConfig(
+        return cls.Config(
             text, vision, vision_feature_layer=layer,
             image_token=integer(config, token, 32000, HUGE, 0),
             projector_bias=bool(config.get("multimodal_projector_bias", True)),
@@ -190,13 +199,12 @@ class Llava(VLM):
         vision = asdict(c.vision) | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
         size = c.vision.image_size
         write_json(folder / "config.json", {
-            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+            **self.fixed,
             "image_token_index": c.image_token, "image_seq_length": c.vision.grid ** 2,
-            "projector_hidden_act": "gelu", "multimodal_projector_bias": c.projector_bias,
+            "multimodal_projector_bias": c.projector_bias,
             "text_config": text, "vision_config": vision, "torch_dtype": dtype,
             "tie_word_embeddings": c.text.tie_word_embeddings,
-            "vision_feature_layer": c.vision_feature_layer,
-            "vision_feature_select_strategy": "default"})
+            "vision_feature_layer": c.vision_feature_layer})
         write_json(folder / "generation_config.json",
                    {"bos_token_id": c.bos_token,
                     "eos_token_id": [c.eos_token, *c.other_ends] if c.other_ends else c.eos_token})

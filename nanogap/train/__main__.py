@@ -40,7 +40,7 @@ from nanogap.train.objectives import (
     llava_loss,
     short_questions,
 )
-from nanogap.train.tokenizer import IMAGE, train_clip_tokenizer, train_llama_tokenizer
+from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
 from nanogap.weights import pick_device, save, save_clip
 
 
@@ -145,8 +145,8 @@ def sentences(seed: int, family: str) -> list[str]:
         asked.append((DESCRIBE, caption(drawn.things, rng)))
         asked += short_questions(drawn, rng)
         for question, answer in asked:
-            prompt = model.template.before + model.template.after.format(question)
-            said.append(f"{prompt} {answer}")
+            before, after = model.template.around(question)
+            said += [before, f"{after} {answer}"]
     return said
 
 
@@ -169,11 +169,12 @@ def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
 
 def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
     """An untrained projector and decoder on CLIP's vision tower, which is frozen."""
-    tokenizer = train_llama_tokenizer(sentences(seed, recipe.family), 640)
+    family = MODELS[recipe.family]
+    tokenizer = train_llama_tokenizer(sentences(seed, recipe.family), 640, family.special_tokens)
     rows = 64 * math.ceil(tokenizer.get_vocab_size() / 64)                    # as published
     decoder = replace(recipe.decoder, vocab_size=rows)
-    family = MODELS[recipe.family]
-    model = family(family.Config(decoder, recipe.vision, tokenizer.token_to_id(IMAGE)))
+    image_token = tokenizer.token_to_id(family.special_tokens[0])
+    model = family(family.Config(decoder, recipe.vision, image_token))
     model.tokenizer = tokenizer
     torch.manual_seed(seed + 1)
     initialise(model, recipe.decoder.num_hidden_layers)
@@ -231,13 +232,13 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
 def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
                  steps: list[int] | None, minutes: float | None, workers: int) -> None:
     """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
-    first = recipe.stages[0]
-    size, frame = recipe.vision.image_size, MODELS[recipe.family].frame
+    first, size = recipe.stages[0], recipe.vision.image_size
     progress = progress_of(out, recipe, seed, steps, minutes)
     clip, words = new_clip(recipe, seed)
+    prepare = new_model(recipe, seed, clip).pixel_values                      # stays on the CPU
     clip.to(device)
     if progress.stage == 0:
-        data = Scenes(f"{seed} clip", first.images, size, first.draw, frame)
+        data = Scenes(f"{seed} clip", first.images, size, prepare, first.draw)
         fit(first, clip, partial(clip_loss, clip, words, device=device), data, progress, workers)
         progress.clip = clip.state_dict()
         progress.state = {}
@@ -248,7 +249,7 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
     for stage in recipe.stages[progress.stage:]:
         assert stage.asked is not None                                        # it is for CLIP alone
         loss_of = partial(llava_loss, model, device=device, mixture=stage.asked)
-        data = Scenes(f"{seed} {stage.name}", stage.images, size, stage.draw, frame)
+        data = Scenes(f"{seed} {stage.name}", stage.images, size, prepare, stage.draw)
         fit(stage, model, loss_of, data, progress, workers)
     if joined()[0] == 0:
         with whole_checkpoint("--out", out) as folder:

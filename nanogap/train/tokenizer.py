@@ -23,8 +23,9 @@ from tokenizers.trainers import BpeTrainer
 IMAGE, PAD = "<image>", "<pad>"
 
 
-def train_llama_tokenizer(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
-    """LLaMA's kind of BPE: <unk> <s> </s>, 256 bytes, then pieces; <image> and <pad> come last."""
+def train_llama_tokenizer(sentences: Iterable[str], vocab_size: int,
+                          special_tokens: Iterable[str] = (IMAGE, PAD)) -> Tokenizer:
+    """LLaMA's kind of BPE: <unk> <s> </s>, 256 bytes, pieces, and a model's own special tokens."""
     learner = Tokenizer(BPE())
     learner.normalizer = normalizers.Sequence([
         normalizers.Prepend("▁"),
@@ -53,7 +54,7 @@ def train_llama_tokenizer(sentences: Iterable[str], vocab_size: int) -> Tokenize
         decoders.ByteFallback(),
         decoders.Fuse(),
         decoders.Strip(" ", 1, 0)])
-    added = (*specials, IMAGE, PAD)
+    added = (*specials, *special_tokens)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
     return tokenizer
 

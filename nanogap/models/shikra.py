@@ -1,0 +1,85 @@
+"""Shikra-7B: CLIP's eyes at 224 pixels, one linear layer, and LLaMA; the image is in a sentence.
+
+In:  a picture in a white square of S x S pixels.  Out: one visual token for each of its patches.
+
+Source: Shikra, arXiv 2306.15195, and shikras/shikra on GitHub, whose question for a box this is.
+It publishes a difference to LLaMA-7B, without the vision tower; nanogap/convert makes of the three
+one folder in the form of llava-hf's, which is read here.
+"""
+
+import re
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from nanogap.cli import NanogapError
+from nanogap.image import Pad
+from nanogap.models.llava import SYSTEM, Llava, LlavaConfig
+from nanogap.prompt import NUMBER, BoxFormat, Template, encode
+
+DOWNLOAD = ("`python -m nanogap.convert shikra --base weights/llama-7b "
+            "--delta weights/shikra-7b-delta-v1 --clip weights/clip-vit-large-patch14 "
+            "--out weights/shikra-7b`")
+CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14 model.safetensors config.json "
+                 "tokenizer.json --local-dir weights/clip-vit-large-patch14` (1.7 GB)")
+PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"
+WHITE = Pad((255, 255, 255))
+THREE_DECIMALS = BoxFormat(       # several boxes have ";" between them; the first is read
+    re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}[;\]]", re.ASCII),
+    "Answer: [{:.3f},{:.3f},{:.3f},{:.3f}] .", digits=12)
+
+
+@dataclass(frozen=True)
+class InSentence(Template):
+    """A question with the image inside: "Where is the man in the image <image>?"
+
+    Of several `<image>` the last is the image, for an expression that spells it stands before it.
+    """
+
+    def around(self, question: str) -> tuple[str, str]:
+        """The text before the image, and the text after it; a question without one begins with it.
+
+        No spaces next to the image: those around added tokens were stripped in training.
+        """
+        first, image, second = question.rpartition("<image>")
+        if not image:
+            first, second = "", question
+        before, after = self.before + first, self.after.format(second)
+        return before.rstrip(), after.lstrip()
+
+    def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
+        """Token IDs of the whole prompt: one `image_token`, in the place of 256 patches."""
+        before, after = self.around(question)
+        start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+        if start is None or end is None:
+            raise NanogapError(f"the tokenizer has no {START} or no {END}, which stand around "
+                               "Shikra's image; give the one that the checkpoint came with")
+        return [bos, *encode(tokenizer, before), start, image_token, end,
+                *encode(tokenizer, after)]
+
+
+SHIKRA = InSentence(
+    before=f"{SYSTEM} USER: ",
+    after="{} ASSISTANT:",
+    where_is=("Can you point out {} in the image <image> "
+              "and provide the coordinates of its location?"))
+
+
+class Shikra(Llava):
+    download = DOWNLOAD
+    frame = WHITE
+    template = SHIKRA
+    box_format = THREE_DECIMALS
+    special_tokens = (PATCH, START, END)
+    fixed = {"model_type": "shikra", "vision_feature_select_strategy": "default"}
+    required = {"vision_feature_select_strategy": ("default",), "auto_map": (None, {})}
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)
+        self.frame = WHITE
+        self.multi_modal_projector = nn.Linear(
+            config.vision.hidden_size, config.text.hidden_size, bias=config.projector_bias)
+
+    def clip_download(self) -> str:
+        return CLIP_DOWNLOAD
