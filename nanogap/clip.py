@@ -11,9 +11,10 @@ Letters: B batch, N patches, C channels, H heads, D head dim; a sequence has 1 +
 first, or T tokens of a text.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -237,10 +238,11 @@ class CLIPTextTower(nn.Module):
 class CLIP(nn.Module):
     """Both towers and their projections into one space, as CLIP trains them."""
 
-    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig,
-                 projection_dim: int) -> None:
+    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int,
+                 tower: Callable[[Any], Any] = CLIPVisionTower) -> None:
+        """tower: makes another vision tower of its sizes; it needs a `pooled` as CLIP's has."""
         super().__init__()
-        self.vision_model = CLIPVisionTower(vision)
+        self.vision_model = tower(vision)
         self.text_model = CLIPTextTower(text)
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)

@@ -3,7 +3,7 @@
 In:  any image of the usual kinds.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
 
 A frame says how a picture becomes a square, and where a box in that square lies in the picture.
-Each model has its own; LLaVA pads with CLIP's mean colour before resizing.
+Each model has its own; LLaVA pads with CLIP's mean colour before resizing, MiniGPT-v2 stretches.
 differs: the image processor on the hub crops the sides off instead; the crop loses targets at the
 edge, and boxes were trained in the padded square.
 """
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -173,6 +174,18 @@ def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,
 # ----- frames -------------------------------------------------------------------------------------
 
 
+class Frame(Protocol):
+    """How a picture becomes a square, and a box in that square a box in the picture."""
+
+    def fit(self, image: Image.Image, size: int) -> Image.Image: ...
+
+    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box: ...
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box: ...
+
+    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Pad:
     """A frame: the picture in the middle of a square of one colour; boxes are shares of it.
@@ -230,6 +243,44 @@ class Pad:
         index = torch.arange(rows * columns)
         x, y = index % columns * side / columns - dx, index // columns * side / rows - dy
         return torch.stack([x, y, x + side / columns, y + side / rows], dim=1)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A frame: the picture is stretched to a square, whatever its shape; boxes are shares of it.
+
+    source: MiniGPT-v2, blip_processors.py
+    """
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """The stretched picture, as wide and as high as its longer side."""
+        return self.fit(image, max(image.size))
+
+    def fit(self, image: Image.Image, size: int) -> Image.Image:
+        """The stretched picture, size x size pixels."""
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+
+    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """Map a box of shares of the picture to its pixels.
+
+        box:     (x1, y1, x2, y2), each in [0, 1]
+        returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
+        raises:  ValueError where x2 <= x1 or y2 <= y1
+        """
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"not a box: {tuple(box)}")
+        x1, y1, x2, y2 = (min(max(share, 0.0), 1.0) for share in box)
+        return x1 * width, y1 * height, x2 * width, y2 * height
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """The way there: a box in pixels of the image -> shares of its sides."""
+        return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+
+    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """Which part of the picture each token shows: (rows * columns, 4), pixels."""
+        index = torch.arange(rows * columns)
+        x, y = index % columns * width / columns, index // columns * height / rows
+        return torch.stack([x, y, x + width / columns, y + height / rows], dim=1)
 
 
 # ----- boxes --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from tokenizers import Tokenizer
 
-from nanogap.cli import NanogapError
+from nanogap.cli import ItemError
 
 DESCRIBE = "Provide a brief description of the given image."   # as LLaVA's first stage asks
 Shares = tuple[float, float, float, float]   # x1, y1, x2, y2, each in [0, 1] of the model's frame
@@ -37,12 +37,13 @@ class Template:
     before: str
     after: str
     where_is: str             # the question for a box, with an expression in the place of {}
+    starts: int = 1           # how many BOS tokens come first
     later: str = "USER: {} ASSISTANT:"   # a question that follows an answer
 
     def question(self, expression: str) -> str:
         """The question that the model answers with a box.
 
-        raises: NanogapError where the expression is blank or is not valid text
+        raises: ItemError where the expression is blank or is not valid text
         """
         check_expression(expression)
         return self.where_is.format(expression.strip())
@@ -57,18 +58,22 @@ class Template:
         The text after the image is encoded on its own, as LLaVA does, so it gets a "▁" of its own.
         """
         before, after = self.around(question)
-        return [bos, *encode(tokenizer, before), image_token, *encode(tokenizer, after)]
+        start = [bos] * self.starts + encode(tokenizer, before)
+        return [*start, image_token, *encode(tokenizer, after)]
 
 
 def check_expression(expression: str) -> None:
     """Refuse what names nothing: see `Template.question`."""
+    if not isinstance(expression, str):
+        raise ItemError(f"an expression is text, and not of type {type(expression).__name__}: "
+                        'give one such as "the man on the left"')
     if not expression.strip():
-        raise NanogapError('the expression is empty, so there is nothing to look for: '
-                           'name a thing, such as "the man on the left"')
+        raise ItemError('the expression is empty, so there is nothing to look for: '
+                        'name a thing, such as "the man on the left"')
     try:
         expression.encode()
     except UnicodeEncodeError:
-        raise NanogapError("the expression is not valid Unicode: type it in UTF-8") from None
+        raise ItemError("the expression is not valid Unicode: type it in UTF-8") from None
 
 
 # ----- the answer ---------------------------------------------------------------------------------
@@ -79,12 +84,15 @@ class BoxFormat:
     """How a model says a box: four numbers in a pattern."""
 
     pattern: re.Pattern[str]      # four groups, one for each number
-    template: str                 # of str.format, four numbers in [0, 1]
+    template: str                 # of str.format, four numbers
     digits: int                   # that are news in it
+    whole: int | None = None      # what is said for 1 where numbers are whole, rounded down
 
     def say(self, box: Shares) -> str:
         """The box as the model says it."""
-        return self.template.format(*box)
+        if self.whole is None:
+            return self.template.format(*box)
+        return self.template.format(*(int(share * self.whole + 1e-6) for share in box))
 
     def parse(self, text: str) -> Shares | None:
         """The first box that an answer holds.
@@ -95,7 +103,7 @@ class BoxFormat:
         match = self.pattern.search(text)
         if match is None:
             return None
-        x1, y1, x2, y2 = (float(v) for v in match.groups())
+        x1, y1, x2, y2 = (float(v) / (self.whole or 1) for v in match.groups())
         return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
 
     def foretell(self, tokenizer: Tokenizer) -> Form:

@@ -9,7 +9,7 @@ Source: the layouts and defaults that transformers 5.23 reads.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def default_weights() -> Path:
 
 
 def our_name(name: str, rename: Sequence[tuple[str, str]]) -> str:
-    """The module path of a published tensor name: `model.language_model.norm.weight` -> ..."""
+    """The module path of a published tensor name, `model.language_model.norm.weight`; or back."""
     for pattern, replacement in rename:
         name = re.sub(pattern, replacement, name)
     return name
@@ -93,7 +93,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     tied = {}
     if config.text.tie_word_embeddings:
         tied["language_model.lm_head.weight"] = "language_model.model.embed_tokens.weight"
-    load_into(model, folder, device, dtype, family.download, family.rename, tied)
+    load_into(model, folder, device, dtype, family.download, family.rename, tied,
+              fitted=family.fitted)
     if not clip and os.path.isdir(folder / "clip_text"):
         clip = folder / "clip_text"
     if clip:
@@ -175,16 +176,19 @@ def check_tower(folder: Path, model: VLM, download: str) -> None:
 
 def load_into(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype,
               download: str, rename: Sequence[tuple[str, str]] = (),
-              tied: dict[str, str] | None = None, unused: str = "$^") -> None:
+              tied: dict[str, str] | None = None, unused: str = "$^",
+              fitted: Callable[[str, Tensor, torch.Size], Tensor] = VLM.fitted) -> None:
     """Give a model on the meta device the tensors of a checkpoint, all of them and no others.
 
     download: the command that gets the checkpoint, for errors
     rename:   patterns from names on disk to names of modules
     tied:     names that may be missing, and the tensors that they share
     unused:   pattern of names on disk that are known and not a part of the model
+    fitted:   a tensor of another shape as the model holds it, if that can be
     """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    tensors = tensors_of(folder, shapes, device, dtype, rename, re.compile(unused), download)
+    tensors = tensors_of(folder, shapes, device, dtype, rename, re.compile(unused), download,
+                         fitted)
     for name, other in (tied or {}).items():
         if name not in tensors and other in tensors:
             tensors[name] = tensors[other]
@@ -232,7 +236,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str,
 
 def tensors_of(folder: Path, shapes: dict[str, torch.Size], device: torch.device,
                dtype: torch.dtype, rename: Sequence[tuple[str, str]], unused: re.Pattern[str],
-               download: str) -> dict[str, Tensor]:
+               download: str,
+               fitted: Callable[[str, Tensor, torch.Size], Tensor]) -> dict[str, Tensor]:
     """All tensors of a checkpoint under our names, each of the shape that the model expects."""
     tensors: dict[str, Tensor] = {}
     others = "the file and config.json belong to different checkpoints"
@@ -252,6 +257,8 @@ def tensors_of(folder: Path, shapes: dict[str, torch.Size], device: torch.device
             tensor = shard.get(name)
             if tensor.dtype.itemsize == 1:
                 refuse_other_form(path, name, tensor)
+            if tensor.is_floating_point():
+                tensor = fitted(ours, tensor, shapes[ours])
             if tensor.shape != shapes[ours] or not tensor.is_floating_point():
                 raise NanogapError(f"{path}: {printable(name)} is {tensor.dtype} "
                                    f"{list(tensor.shape)}, and config.json makes it "
@@ -272,12 +279,11 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 # ----- writing ------------------------------------------------------------------------------------
 
 
-def save_tensors(path: Path, module: nn.Module, dtype: torch.dtype) -> None:
-    """Write a module's tensors, `vision_tower.` with the published `vision_model.` behind it."""
-    state = {}
-    for name, value in module.state_dict().items():
-        published = re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
-        state[published] = value.detach().to("cpu", dtype)
+def save_tensors(path: Path, module: nn.Module, dtype: torch.dtype,
+                 rename: Sequence[tuple[str, str]] = ()) -> None:
+    """Write a module's tensors; rename: patterns from names of modules to names on disk."""
+    state = {our_name(name, rename): value.detach().to("cpu", dtype)
+             for name, value in module.state_dict().items()}
     # safetensors.torch.save_file would need numpy for what these pointers do
     specs = {name: TensorSpec(dtype=str(dtype).removeprefix("torch."), shape=list(value.shape),
                               data_ptr=value.data_ptr(), data_len=value.nbytes)
@@ -293,7 +299,7 @@ def save(folder: Path, model: VLM, dtype: torch.dtype = torch.bfloat16) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.write_config(folder, str(dtype).removeprefix("torch."))
     model.tokenizer.save(str(folder / "tokenizer.json"))
-    save_tensors(folder / "model.safetensors", model, dtype)
+    save_tensors(folder / "model.safetensors", model, dtype, model.on_disk)
 
 
 def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer,

@@ -32,7 +32,7 @@ from nanogap.clip import TextGuide
 from nanogap.decode import decode
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, describe, ground
-from nanogap.image import Box, Pad, ready
+from nanogap.image import Box, Frame, ready
 from nanogap.in_decoder import prefill
 from nanogap.llama import Decoder, LlamaForCausalLM
 from nanogap.prompt import BoxFormat, Shares, Template
@@ -81,10 +81,12 @@ class VLM(nn.Module):
 
     Config: ClassVar[type]                     # its configuration, with `text` and `vision` in it
     rename: ClassVar[tuple[tuple[str, str], ...]]  # patterns: names on disk -> names of our modules
+    on_disk: ClassVar[tuple[tuple[str, str], ...]]  # and the way back, to the published ones
+    Tower: ClassVar[Callable[[Any], Any]]      # of its configuration's `vision`
     download: ClassVar[str]                    # the command that fetches its published weights
     special_tokens: ClassVar[tuple[str, ...]]  # behind <unk> <s> </s>; the image's comes first
 
-    frame: Pad
+    frame: Frame
     template: Template
     box_format: BoxFormat
     language_model: LlamaForCausalLM
@@ -144,6 +146,11 @@ class VLM(nn.Module):
     @abstractmethod
     def write_config(self, folder: Path, dtype: str) -> None:
         """The same files again."""
+
+    @classmethod
+    def fitted(cls, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+        """A tensor on disk as the model holds it: as it is, but where a family says otherwise."""
+        return tensor
 
     @abstractmethod
     def pixel_values(self, image: Image.Image) -> Tensor:

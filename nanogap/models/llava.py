@@ -104,6 +104,8 @@ class Llava(VLM):
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),          # (c), (d)
         (r"^vision_tower\.vision_model\.", "vision_tower."),                  # (a), (c)
     )
+    on_disk = ((r"^vision_tower\.", "vision_tower.vision_model."),)           # (a)
+    Tower = CLIPVisionTower
 
     multi_modal_projector: nn.Module
 

@@ -1,0 +1,161 @@
+"""EVA's vision tower, as MiniGPT-v2 uses it, and what pruning strategies look at in it.
+
+In:  pixel_values (B, 3, S, S), normalised.
+Out: hidden states (B, 1 + N, C), CLS first, and on demand how much CLS attends to each patch.
+
+What differs from CLIP's tower (nanogap/clip.py): queries, keys and values come from one matrix, and
+keys have no bias; the patches' convolution has one; GELU is the exact one; there is no LayerNorm
+before the blocks and none behind them.  Modules are named as in the published eva_vit_g.pth.
+Source: EVA, arXiv 2211.07636; eva_vit.py of Vision-CAIR/MiniGPT-4.
+Letters: B batch, N patches, C channels, H heads, D head dim; a sequence has 1 + N tokens, CLS
+first, or T tokens.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogap.clip import CLIPVisionConfig
+
+
+@dataclass(frozen=True)
+class EvaConfig(CLIPVisionConfig):
+    """The sizes of ViT-g/14 at 448 pixels: 39 of its 40 blocks, as MiniGPT-v2 runs them."""
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int = 448
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+
+
+def interpolate_positions(table: Tensor, grid: int) -> Tensor:
+    """A position table for another number of patches, in float32; the row of CLS stays.
+
+    table:   (1, 1 + n * n, C), of any float type
+    returns: (1, 1 + grid * grid, C)
+    source:  interpolate_pos_embed of MiniGPT-4, bicubic; EVA was trained on 16 x 16 patches
+    """
+    cls, patches = table.float().split([1, table.shape[1] - 1], dim=1)        # (1, n * n, C)
+    n = isqrt(patches.shape[1])
+    square = patches.unflatten(1, (n, n)).permute(0, 3, 1, 2)                 # (1, C, n, n)
+    square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls, square.flatten(2).transpose(1, 2)], dim=1)
+
+
+class EvaAttention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.v_bias = nn.Parameter(torch.zeros(hidden_size))                  # keys have none
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def queries_keys_values(self, x: Tensor) -> Sequence[Tensor]:
+        """Tokens (B, T, C) -> queries, keys and values (B, T, C) each, heads not split."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)          # (B, H, T, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = map(self.split, self.queries_keys_values(x))                # (B, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v)                           # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).flatten(2))                        # (B, T, C)
+
+
+class EvaMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class EvaBlock(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: EvaConfig) -> None:
+        super().__init__()
+        C = config.hidden_size
+        self.norm1 = nn.LayerNorm(C, eps=config.layer_norm_eps)
+        self.attn = EvaAttention(C, config.num_attention_heads)
+        self.norm2 = nn.LayerNorm(C, eps=config.layer_norm_eps)
+        self.mlp = EvaMLP(C, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))                                      # (B, T, C)
+        return x + self.mlp(self.norm2(x))                                    # (B, T, C)
+
+
+class EvaPatches(nn.Module):
+    def __init__(self, config: EvaConfig) -> None:
+        super().__init__()
+        P = config.patch_size
+        self.proj = nn.Conv2d(3, config.hidden_size, kernel_size=P, stride=P)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)             # (B, N, C)
+
+
+class EvaTower(nn.Module):
+    blocks: Sequence[EvaBlock]
+
+    def __init__(self, config: EvaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.depth = config.num_hidden_layers           # the features are those of the last block
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, config.hidden_size))
+        self.patch_embed = EvaPatches(config)
+        self.blocks = nn.ModuleList(                                 # type: ignore[assignment]
+            EvaBlock(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the last block."""
+        patches = self.patch_embed(pixel_values)                              # (B, N, C)
+        cls = self.cls_token.expand(len(patches), -1, -1)                     # (B, 1, C)
+        x = torch.cat([cls, patches], dim=1) + self.pos_embed                 # (B, 1 + N, C)
+        for block in self.blocks[:-1]:
+            x = block(x)                                                      # (B, 1 + N, C)
+        return x, self.blocks[-1](x)
+
+    def fields(self, before: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
+        """What strategies need to see of the last block, patch by patch: see FIELDS in prune.py.
+
+        before: (1 + N, C), as `forward` gives it
+        No layer follows that of the features, so `last_queries` and `last_keys` are its own.
+        """
+        attn = self.blocks[-1].attn
+        queries, keys, _ = attn.queries_keys_values(self.blocks[-1].norm1(before[None]))
+        q, k = attn.split(queries[:, :1]), attn.split(keys)                   # (1, H, 1 + N, D)
+        fields: dict[str, Tensor] = {}
+        if "cls_attention" in needs:
+            # (1,H,1,D) x (1,H,D,1+N) -> (1,H,1,1+N)
+            scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+            fields["cls_attention"] = scores.float().softmax(-1)[0, :, 0, 1:]     # (H, N)
+        if "keys" in needs:
+            fields["keys"] = k.mean(1)[0, 1:]                                 # (N, D)
+        if "last_queries" in needs:
+            fields["last_queries"] = queries[0]                               # (1 + N, C)
+        if "last_keys" in needs:
+            fields["last_keys"] = keys[0]                                     # (1 + N, C)
+        return fields
+
+    def pooled(self, pixel_values: Tensor) -> Tensor:
+        """The tower's summary of an image (B, C), by which it is trained as CLIP's is: CLS.
+
+        It is normalised as MiniGPT-v2 normalises what it reads, without weights of its own.
+        """
+        _, after = self(pixel_values)                                         # (B, 1 + N, C)
+        return F.layer_norm(after[:, 0], after.shape[-1:])

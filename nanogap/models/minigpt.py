@@ -1,0 +1,234 @@
+"""MiniGPT-v2: EVA's eyes, four neighbours to one token, one linear layer, and Llama-2-chat.
+
+In:  a picture, stretched to a square of S x S pixels.
+Out: one visual token for every four patches that stand side by side in a row.
+
+    patches      32 x 32    of 14 x 14 pixels; the position table is interpolated from 16 x 16
+    tokens       32 x 8     each the channels of four patches, one behind the other: 4 x 1408
+    llama_proj   5632 -> 4096
+
+Strategies see the tokens, 256 in 32 rows of 8.  What the tower says of patches, such as how much
+CLS attends to each, is the mean over a token's four; CLS itself is compared with a token, and fed,
+as four times the same.
+
+Three pieces are published: Llama-2-7b-chat-hf, eva_vit_g.pth, and a checkpoint of what was trained;
+nanogap/convert.py merges its LoRA (r 64, alpha 16, q and v) and makes one folder of them:
+    config.json    `model_type` "minigpt_v2", with `text_config` as Llama-2's and `vision_config`
+    safetensors    under the names of the pieces: visual_encoder.{cls_token,pos_embed,
+                   patch_embed.proj.*,blocks.N.*}, ln_vision.*, llama_proj.*,
+                   llama_model.model.* and llama_model.lm_head.weight as in Llama-2
+    tokenizer.json Llama-2's, without an image token: its ID is that behind the last embedding
+`visual_encoder.pos_embed` may keep the size that it is published in: it is interpolated when it is
+loaded.  The published checkpoint has no `ln_vision`, for it was never trained: it normalises and no
+more, with weights of 1 and biases of 0, which the folder holds all the same.
+Source: MiniGPT-v2, arXiv 2310.09478; Vision-CAIR/MiniGPT-4.
+Letters: N visual tokens, C channels of a patch, C' of the decoder, H heads, D head dim.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from math import isqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from nanogap.cli import NanogapError
+from nanogap.config import (
+    HUGE,
+    LAYERS,
+    integer,
+    number,
+    read_decoder,
+    read_json,
+    refuse_quantised,
+    require_all,
+    section,
+    sizes,
+    write_json,
+)
+from nanogap.files.settings import read_ends
+from nanogap.ground import EncodedImage
+from nanogap.image import Stretch, to_pixel_values
+from nanogap.llama import LlamaConfig, LlamaForCausalLM
+from nanogap.models.base import VLM
+from nanogap.models.eva import EvaConfig, EvaTower, interpolate_positions
+from nanogap.prompt import BoxFormat, Template
+from nanogap.prune import View, VisualTokens
+
+DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
+            "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
+            "--out weights/minigpt-v2`")
+MEMBERS = 4     # patches of one row that make a token
+LLAMA_2 = Template(
+    before="[INST] <Img>",
+    after="</Img> {} [/INST]",
+    where_is="[refer] give me the location of {}",
+    starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
+NUMBER = r" *<([0-9]{1,3})> *"
+HUNDREDTHS = BoxFormat(
+    re.compile(r"\{" + 4 * NUMBER + r"\}"),
+    "{{<{}><{}><{}><{}>}}", digits=8, whole=100)
+# what would change an answer and is not implemented: key -> the values that change nothing
+REQUIRED: dict[str, tuple] = {"auto_map": (None, {})}
+VISION: dict[str, tuple] = {"model_type": ("eva_vit_g",), "hidden_act": ("gelu",),
+                            "num_channels": (3,)}
+
+
+@dataclass(frozen=True)
+class MiniGPTConfig:
+    text: LlamaConfig
+    vision: EvaConfig
+    image_token: int = 32000
+    bos_token: int = 1
+    eos_token: int = 2
+    other_ends: tuple[int, ...] = ()       # tokens that end an answer as well
+    dtype: str = "float32"                 # of the checkpoint on disk
+
+    def __post_init__(self) -> None:
+        if self.vision.grid % MEMBERS:
+            raise NanogapError(f"config.json: image_size {self.vision.image_size} makes "
+                               f"{self.vision.grid} patches to a row, and MiniGPT-v2 makes one "
+                               f"token of every {MEMBERS} of them: give a multiple of {MEMBERS}")
+
+
+def four_to_one(patches: Tensor) -> Tensor:
+    """Patches (..., N * 4, C) in raster order -> tokens (..., N, 4 * C): neighbours in a row."""
+    return patches.unflatten(-2, (-1, MEMBERS)).flatten(-2)
+
+
+def mean_of_four(patches: Tensor, dim: int) -> Tensor:
+    """The mean over the four members of each token, along the dimension of the patches."""
+    return patches.unflatten(dim, (-1, MEMBERS)).mean(dim + 1)
+
+
+class PlainNorm(nn.LayerNorm):
+    """LayerNorm in float32, whatever the precision of the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(),
+                         self.bias.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class MiniGPT(VLM):
+    Config = MiniGPTConfig
+    Tower = EvaTower
+    download = DOWNLOAD
+    frame = Stretch()
+    template = LLAMA_2
+    box_format = HUNDREDTHS
+    special_tokens = ("<ImageHere>",)      # of a model that is trained here
+    rename = ((r"^visual_encoder\.", "vision_tower."), (r"^llama_model\.", "language_model."))
+    on_disk = ((r"^vision_tower\.", "visual_encoder."), (r"^language_model\.", "llama_model."))
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__(config)
+        C = config.vision.hidden_size
+        self.vision_tower = EvaTower(config.vision)
+        self.ln_vision = PlainNorm(C, eps=1e-5)
+        self.llama_proj = nn.Linear(MEMBERS * C, config.text.hidden_size)
+        self.language_model = LlamaForCausalLM(config.text)
+
+    # ----- what it sees ---------------------------------------------------------------------------
+
+    def pixel_values(self, image: Image.Image) -> Tensor:
+        """A picture -> (1, 3, S, S), stretched to a square, on the model's device."""
+        square = self.frame.fit(image, self.config.vision.image_size)
+        return to_pixel_values(square).to(self.device, self.dtype)
+
+    def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
+        """One view of grid x grid / 4 tokens; CLS is left out."""
+        before, after = self.vision_tower(pixel_values)                       # (1, 1 + 4 N, C) each
+        seen = self.ln_vision(after[0])                                       # (1 + 4 N, C)
+        features = four_to_one(seen[1:])                                      # (N, 4 C)
+        rows = self.config.vision.grid
+        columns = rows // MEMBERS
+        view = View(VisualTokens(features, rows, columns), torch.arange(len(features)))
+        at = self.frame.cells(rows, columns, width, height)
+        return EncodedImage(width, height, features, [view], at, hidden=(before[0], seen[0]))
+
+    def fields(self, image: EncodedImage, view: int, needs: Collection[str]) -> dict[str, Tensor]:
+        """What strategies need to see, token by token: see FIELDS in prune.py.
+
+        No layer follows that of the features, so `last_queries` and `last_keys` are its own.
+        """
+        before, cls = image.hidden                                            # (1 + 4 N, C), (C,)
+        fields = self.vision_tower.fields(before, needs)
+        if "cls" in needs:
+            fields["cls"] = cls.repeat(MEMBERS)                               # (4 C,)
+        if "cls_attention" in fields:
+            fields["cls_attention"] = mean_of_four(fields["cls_attention"], 1)    # (H, N)
+        if "keys" in fields:
+            fields["keys"] = mean_of_four(fields["keys"], 0)                  # (N, D)
+        for name in fields.keys() & {"last_queries", "last_keys"}:
+            first, patches = fields[name][:1], fields[name][1:]
+            fields[name] = torch.cat([first, mean_of_four(patches, 0)])       # (1 + N, C)
+        return fields
+
+    def project(self, features: Tensor) -> Tensor:
+        """Visual tokens (K, 4 C) -> as the decoder is fed them (K, C')."""
+        return self.llama_proj(features)
+
+    def align(self, features: Tensor) -> Tensor:
+        """There is no space of images and texts: EVA-CLIP's text tower is published apart."""
+        self.guide()
+        raise AssertionError("there is a text tower")
+
+    # ----- its files ------------------------------------------------------------------------------
+
+    @classmethod
+    def fitted(cls, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+        """The position table for as many patches as config.json says; all else as it is."""
+        if name != "vision_tower.pos_embed" or tensor.shape == shape or tensor.dim() != 3:
+            return tensor
+        patches = tensor.shape[1] - 1
+        if patches < 1 or isqrt(patches) ** 2 != patches:
+            return tensor
+        return interpolate_positions(tensor, isqrt(shape[1] - 1))
+
+    @classmethod
+    def read_config(cls, folder: Path) -> MiniGPTConfig:
+        """config.json, and what generation_config.json adds to it.
+
+        raises: NanogapError where one is broken, or describes a model that is not MiniGPT-v2
+        """
+        config = read_json(folder / "config.json")
+        text, vision = section(config, "text_config"), section(config, "vision_config")
+        refuse_quantised(folder, config, text)
+        require_all(config, REQUIRED)
+        decoder = read_decoder(text)
+        ends = read_ends(folder, config, text, decoder.vocab_size)
+        return MiniGPTConfig(
+            decoder, read_eva(vision),
+            image_token=integer(config, "image_token_index", decoder.vocab_size, HUGE, 0),
+            bos_token=integer(text, "bos_token_id", 1, decoder.vocab_size - 1, 0),
+            eos_token=ends[0], other_ends=ends[1:],
+            dtype=str(config.get("torch_dtype") or config.get("dtype")))
+
+    def write_config(self, folder: Path, dtype: str) -> None:
+        """config.json, every key spelled out, and generation_config.json."""
+        c = self.config
+        text = asdict(c.text) | {
+            "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+            "bos_token_id": c.bos_token, "eos_token_id": c.eos_token}
+        vision = asdict(c.vision) | {"model_type": "eva_vit_g", "hidden_act": "gelu"}
+        write_json(folder / "config.json", {
+            "model_type": "minigpt_v2", "image_token_index": c.image_token, "text_config": text,
+            "vision_config": vision, "torch_dtype": dtype})
+        write_json(folder / "generation_config.json",
+                   {"bos_token_id": c.bos_token, "eos_token_id": [c.eos_token, *c.other_ends]})
+
+
+def read_eva(vision: dict) -> EvaConfig:
+    """The vision tower's part of config.json."""
+    require_all(vision, VISION)
+    high = {"num_hidden_layers": LAYERS, "image_size": 1 << 12, "patch_size": 1 << 12}
+    read = EvaConfig(**sizes(vision, EvaConfig(), high),
+                     layer_norm_eps=number(vision, "layer_norm_eps", 1e-6))
+    if read.hidden_size % read.num_attention_heads or read.image_size < read.patch_size:
+        raise NanogapError(f"config.json: vision_config makes no sense: {read}")
+    return read
