@@ -126,6 +126,13 @@ class KVCache:
         """Forget the last rows of every layer; the next ones overwrite them."""
         self.lengths = [length - rows for length in self.lengths]
 
+    def retain(self, start: int, rows: Tensor) -> None:
+        """Of the rows from `start` on only these (n,) stay, moved together."""
+        end = start + len(rows)
+        self.keys[..., start:end, :] = self.keys[..., rows, :]
+        self.values[..., start:end, :] = self.values[..., rows, :]
+        self.lengths = [end] * len(self.lengths)
+
     def bytes_in_use(self) -> int:
         """Keys and values of the rows in use, over all layers."""
         row = self.keys[0, :, :, :1].numel() * self.keys.element_size()
