@@ -10,26 +10,30 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import nanogap
 from nanogap import NanogapError
 from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
-from nanogap.models.llava import Llava
+from nanogap.image import Pad, to_pixel_values
+from nanogap.models import VLM
 from nanogap.scenes import Scene, Thing, draw_scene, named, scene
 from nanogap.train import __main__ as train
 from nanogap.train import fit, objectives
 from nanogap.train.fit import Progress
 from nanogap.train.objectives import (
     SINGLES,
+    Batch,
     Mixture,
     Scenes,
     contents,
+    conversations,
+    decimal_places,
     draw_alike,
     draw_often_alike,
     llava_loss,
     short_questions,
-    tasks,
 )
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -46,44 +50,88 @@ TINY = replace(train.CPU, vision=VISION, projection_dim=8,
 CPU = torch.device("cpu")
 
 
+def no_pixels(_: Image.Image) -> torch.Tensor:
+    return torch.zeros(1, 3, 56, 56)
+
+
 @pytest.fixture(scope="module")
-def model() -> Llava:
+def model() -> VLM:
     return train.new_model(TINY, 0, train.new_clip(TINY, 0)[0])
 
 
-def test_the_loss_on_shared_prefixes_is_the_loss_on_whole_sequences(model: Llava):
-    """Each question alone, as in inference, against all of them behind one image."""
-    pixels, scenes, _ = Scenes("test", 2, 56)[3]
-    before = model.prompt("anything").tolist()
-    before = before[:before.index(model.config.image_token) + 1]
-    asked = tasks(model, scenes, MIXTURE, random.Random(5))
-    assert [len(task.answers) for task in asked] == [6, 4, 5, 2]   # boxes, finds, words, captions
-    losses = []
-    for task in asked:
-        for prompt, answer, i in zip(task.prompts, task.answers, task.about, strict=True):
-            logits = model(torch.tensor(before + prompt + answer[:-1]), pixels[i:i + 1])
-            said = logits[-len(answer):]
-            losses.append(F.cross_entropy(said, torch.tensor(answer), reduction="none"))
-    weights = torch.cat([task.token_weights() for task in asked])
-    alone = (torch.cat(losses) * weights).sum() / weights.sum()
-    together = llava_loss(model, (pixels, scenes, random.Random(5)), CPU, MIXTURE)
-    assert together.item() == pytest.approx(alone.item(), abs=1e-5)
+def drawn(model: VLM, images: int = 2, index: int = 3) -> Batch:
+    pixels, scenes, _ = Scenes("test", images, 56, model.pixel_values)[index]
+    return pixels, scenes, random.Random(5)
 
 
-def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: Llava):
-    scenes = Scenes("test", 2, 56)[3][1]
-    boxes, finds, words, descriptions = tasks(model, scenes, MIXTURE, random.Random(5))
-    tokens = [model.tokenizer.id_to_token(i) for i in boxes.answers[0]]
-    light = [at for at, weight in enumerate(boxes.token_weights()[:25]) if weight == 0.25]
+@pytest.mark.parametrize("later", [0.0, 0.6, 1.0])
+def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversation_alone(
+        model: VLM, monkeypatch: pytest.MonkeyPatch, later: float):
+    mixture = replace(MIXTURE, later=later)
+    pixels, scenes, rng = drawn(model)
+    said = conversations(model, scenes, mixture, rng)
+    losses, weights = [], []
+    for one in said:
+        logits = model(torch.tensor(one.tokens[:-1]), pixels[one.image])      # (T - 1 + N - 1, V)
+        at = [i for i, weight in enumerate(one.weights) if weight > 0]
+        behind = [i - len(one.tokens) for i in at]                # the image stands before answers
+        targets = torch.tensor([one.tokens[i] for i in at])
+        losses.append(F.cross_entropy(logits[behind], targets, reduction="none"))
+        weights += [one.weights[i] for i in at]
+    alone = (torch.cat(losses) * torch.tensor(weights)).sum() / sum(weights)
+    shared = llava_loss(model, drawn(model), CPU, mixture)
+    monkeypatch.setattr(objectives, "can_share", lambda *_: False)
+    whole = llava_loss(model, drawn(model), CPU, mixture)
+    assert whole.item() == pytest.approx(alone.item(), abs=1e-5)
+    assert shared.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_a_share_of_the_questions_comes_after_others_about_the_same_image(model: VLM):
+    """In the form of a conversation, and the loss is on all answers, each with its own weights."""
+    asked = [conversations(model, drawn(model)[1], replace(MIXTURE, later=later), random.Random(5))
+             for later in (0.0, 0.6, 1.0)]
+    kinds = [Counter(one.kind for one in said) for said in asked]
+    assert kinds[0] == {"box": 6, "find": 4, "word": 5, "description": 2}
+    assert 4 < kinds[1]["turns"] < 17 and kinds[2] == {"turns": 17}
+    one = asked[2][0]
+    text = "".join(map(str, (model.tokenizer.id_to_token(i) for i in one.tokens)))
+    user, end = text.count("USER"), text.count("</s>")
+    assert user == end in (2, 3) and text.count("<image>") == 1
+    assert "</s>▁USER:" in text and text.endswith("</s>")
+    assert [one.tokens[i] for i, w in enumerate(one.weights) if w > 0].count(2) == end
+    finds = [one for one in asked[2] if one.weights[-1] == MIXTURE.find]
+    assert len(finds) == 4 and all(one.tokens[-1] != 2 for one in finds)
+
+
+def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: VLM):
+    said = conversations(model, drawn(model)[1], MIXTURE, random.Random(5))
+
+    def answers(kind: str) -> list[tuple[list[str | None], list[float]]]:
+        found = []
+        for one in said:
+            if one.kind == kind:
+                start = max(i for i, token in enumerate(one.tokens)
+                            if model.tokenizer.id_to_token(token) == ":") + 1
+                tokens = [model.tokenizer.id_to_token(token) for token in one.tokens[start:]]
+                found.append((tokens, one.weights[start:]))
+        return found
+
+    tokens, weights = answers("box")[0]
+    light = [at for at, weight in enumerate(weights) if weight == 0.25]
     assert len(tokens) == 25 and light == [4, 10, 16, 22]
     assert all(tokens[at - 2] == "." for at in light)
-    assert words.token_weights().unique().tolist() == [3.0]
-    *start, tenth = (model.tokenizer.id_to_token(i) for i in finds.answers[0])
-    assert start == tokens[:3] and tenth.isdigit()
-    assert finds.token_weights()[:4].tolist() == [0.0, 0.0, 0.0, 20.0]
-    assert descriptions.token_weights().unique().tolist() == [1.0]
-    plain = tasks(model, scenes, Mixture(boxes=6), random.Random(5))
-    assert [task.token_weights().unique().tolist() for task in plain] == [[1.0], [1.0]]
+    assert {weight for _, weights in answers("word") for weight in weights} == {3.0}
+    assert {weight for _, weights in answers("description") for weight in weights} == {1.0}
+    (*start, tenth), weights = answers("find")[0]
+    assert start == tokens[:3] and tenth and tenth.isdigit() and weights == [0.0, 0.0, 0.0, 20.0]
+
+
+@pytest.mark.parametrize("tokens, places", [
+    ("[ 0 . 1 2 , 0 . 3 4 ]", [0, 0, 0, 1, 2, 0, 0, 0, 1, 2, 0]),
+    ("Answer: [ 0 . 1 2 3 , 1 . 0 0 0 ] .", [0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 1, 2, 3, 0, 0]),
+    ("{< 1 2 >< 7 >< 1 0 0 >}", [0, 1, 2, 0, 1, 0, 1, 2, 3, 0])])
+def test_each_digit_of_a_box_has_its_place(tokens: str, places: list[int]):
+    assert decimal_places([*tokens.split(), ""]) == [*places, 0]
 
 
 def test_short_questions_have_one_true_answer():
@@ -108,7 +156,7 @@ def test_short_questions_have_one_true_answer():
     assert min(answers["yes"], answers["no"]) > 50
 
 
-def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(model: Llava):
+def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(model: VLM):
     names = {id(p): name for name, p in model.named_parameters()}
     _, read, find, _ = TINY.stages
     adamw, muon = ({names[id(p)] for group in stepper.param_groups for p in group["params"]}
@@ -127,15 +175,15 @@ def test_a_rate_warms_up_and_decays_to_what_the_stage_leaves():
         assert found == pytest.approx(shares)
 
 
-def test_training_never_touches_the_vision_tower_in_stage_one(model: Llava):
-    llava_loss(model, Scenes("test", 2, 56)[0], CPU, MIXTURE).backward()
+def test_training_never_touches_the_vision_tower_in_stage_one(model: VLM):
+    llava_loss(model, drawn(model), CPU, MIXTURE).backward()
     assert all(p.grad is None for p in model.vision_tower.parameters())
     assert all(p.grad is not None for p in model.multi_modal_projector.parameters())
     model.zero_grad()
 
 
 def test_each_stage_draws_its_own_scenes():
-    data = [Scenes("test", 4, 56, stage.draw) for stage in train.CPU.stages]
+    data = [Scenes("test", 4, 56, no_pixels, stage.draw) for stage in train.CPU.stages]
     counts = [{len(drawn.things) for i in range(9) for drawn in scenes[i][1]} for scenes in data]
     assert [stage.name for stage in train.CPU.stages] == ["CLIP", "read", "find", "box"]
     assert counts.pop(1) == {1}
@@ -162,16 +210,19 @@ def test_two_of_three_scenes_can_show_things_alike():
         names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
         return [expression for expression, _ in drawn.expressions] == names
 
-    data = [Scenes("test", 4, 56, draw) for draw in (draw_often_alike, draw_scene)]
+    data = [Scenes("test", 4, 56, no_pixels, draw) for draw in (draw_often_alike, draw_scene)]
     often, any_scene = (sum(alike(drawn) for i in range(12) for drawn in scenes[i][1])
                         for scenes in data)
     assert 26 <= often <= 40 and any_scene == 0                               # of 48
 
 
 def test_batches_follow_from_the_seed_and_belong_to_no_split():
-    assert torch.equal(Scenes("0 llava", 2, 56)[7][0], Scenes("0 llava", 2, 56)[7][0])
-    assert not torch.equal(Scenes("0 llava", 2, 56)[7][0], Scenes("1 llava", 2, 56)[7][0])
-    drawn = [s.things for s in Scenes("0 llava", 8, 56)[0][1]]
+    def batch(seed: str, images: int = 2, index: int = 7) -> Batch:
+        return Scenes(seed, images, 56, lambda image: to_pixel_values(Pad().fit(image, 56)))[index]
+
+    assert torch.equal(*(torch.cat(batch("0 llava")[0]) for _ in range(2)))
+    assert not torch.equal(*(torch.cat(batch(seed)[0]) for seed in ("0 llava", "1 llava")))
+    drawn = [s.things for s in batch("0 llava", 8, 0)[1]]
     assert scene("train", 0).things not in drawn and scene("val", 0).things not in drawn
 
 
@@ -249,13 +300,13 @@ def test_a_slow_start_does_not_shorten_a_training(tmp_path: Path, monkeypatch, c
     progress = Progress(tmp_path / "training.pt", {}, [stage.steps], [1.0])
     clip, words = train.new_clip(TINY, 0)
     fit.fit(stage, clip, lambda batch: objectives.clip_loss(clip, words, batch, CPU),
-            Scenes("test", 2, 56), progress, 0)
+            Scenes("test", 2, 56, lambda image: to_pixel_values(Pad().fit(image, 56))), progress, 0)
     assert progress.steps[0] >= 30 and told[0] <= 60   # by the first two steps alone about ten
 
 
 def test_workers_send_no_pictures():
     """Which would be most of what goes through their pipe; of a picture, training asks the size."""
-    drawn = Scenes("test", 2, 56)[3][1]
+    drawn = Scenes("test", 2, 56, no_pixels)[3][1]
     assert [s.image.mode for s in drawn] == ["1", "1"]
     assert {s.image.width for s in drawn} <= {56, 112}
     assert len(pickle.dumps(drawn)) < 10_000

@@ -56,7 +56,7 @@ class Recipe:
     family: str = "llava"               # one of nanogap.models.MODELS
 
 
-# Two processes on two CPU cores: LLaVA in miniature, 12 x 12 patches.
+# For two CPU cores: LLaVA in miniature, 12 x 12 patches.
 CPU = Recipe(
     vision=CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
@@ -70,16 +70,17 @@ CPU = Recipe(
         max_position_embeddings=2048),
     projection_dim=128,
     stages=(
-        TrainingStage("CLIP", 28, 4500, 16, 1e-3),
-        TrainingStage("read", 7, 1000, 8, 2.5e-3, Mixture(boxes=64), draw=draw_single),
+        TrainingStage("CLIP", 28, 4500, 32, 1e-3),
+        TrainingStage("read", 7, 1000, 16, 2.5e-3, Mixture(boxes=128, descriptions=16),
+                      draw=draw_single),
         TrainingStage(
-            "find", 36, 2600, 12, 1.5e-3,
-            Mixture(boxes=24, finds=60, words=16, descriptions=4, hundredths=0.25,
+            "find", 36, 2600, 24, 1.5e-3,
+            Mixture(boxes=48, finds=120, words=32, descriptions=8, hundredths=0.25,
                     find=20.0, word=3.0),
             muon_rate=0.006, rate_left=0.5, draw=draw_often_alike),
         TrainingStage(
-            "box", 46, 3250, 8, 1.5e-3,
-            Mixture(boxes=60, finds=24, words=8, descriptions=4, find=6.0, word=3.0),
+            "box", 60, 3250, 16, 1.5e-3,
+            Mixture(boxes=120, finds=48, words=16, descriptions=8, later=0.6, find=6.0, word=3.0),
             muon_rate=0.004),
     ))
 # One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
@@ -102,7 +103,7 @@ GPU = Recipe(
             muon_rate=0.006, rate_left=0.5, draw=draw_often_alike),
         TrainingStage(
             "box", 41, 7000, 16, 1e-3,
-            Mixture(boxes=120, finds=48, words=16, descriptions=8, find=6.0, word=3.0),
+            Mixture(boxes=120, finds=48, words=16, descriptions=8, later=0.6, find=6.0, word=3.0),
             muon_rate=0.004),
     ))
 RECIPES = {"cpu": CPU, "gpu": GPU}
@@ -232,7 +233,8 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
 def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
                  steps: list[int] | None, minutes: float | None, workers: int) -> None:
     """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
-    first, size = recipe.stages[0], recipe.vision.image_size
+    first, *others = (stage.share(joined()[1]) for stage in recipe.stages)
+    size = recipe.vision.image_size
     progress = progress_of(out, recipe, seed, steps, minutes)
     clip, words = new_clip(recipe, seed)
     prepare = new_model(recipe, seed, clip).pixel_values                      # stays on the CPU
@@ -246,7 +248,7 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
             progress.save()
     progress.give(clip, progress.clip)
     model = new_model(recipe, seed, clip).to(device)
-    for stage in recipe.stages[progress.stage:]:
+    for stage in others[progress.stage - 1:]:
         assert stage.asked is not None                                        # it is for CLIP alone
         loss_of = partial(llava_loss, model, device=device, mixture=stage.asked)
         data = Scenes(f"{seed} {stage.name}", stage.images, size, prepare, stage.draw)

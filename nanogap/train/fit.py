@@ -7,11 +7,12 @@ Under torchrun every process takes its own batches, and the gradients are averag
 """
 
 import io
+import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,17 +32,22 @@ SAVE_EVERY = 120.0   # seconds
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """A part of the training with its own warm-up and decay; numbers are per process and step."""
+    """A part of the training with its own warm-up and decay."""
 
     name: str
     minutes: float            # on two CPU cores; also its share of --minutes
     steps: int
-    images: int
+    images: int               # of a step
     rate: float               # AdamW's
     asked: Mixture | None = None
     muon_rate: float | None = None
     rate_left: float = 0.0    # the share of the rates that is left at the end
     draw: Draw = draw_scene
+
+    def share(self, processes: int) -> "TrainingStage":
+        """What each of several processes does of it."""
+        asked = self.asked and self.asked.share(processes)
+        return replace(self, images=math.ceil(self.images / processes), asked=asked)
 
 
 # ----- where training stands ----------------------------------------------------------------------

@@ -3,18 +3,20 @@
 In:  a batch of drawn scenes.  Out: a loss to minimise.
 
 CLIP (arXiv 2103.00020) learns which captions are true of which scene, LLaVA (arXiv 2304.08485) the
-next token of the answers.  Nothing here knows of pruning: in training no token is dropped and no
-position ID changed.
-Letters: B images, N visual tokens of each, P tokens before them, Q questions of one kind, T tokens,
+next token of the answers, of several turns as in its own data.  Nothing here knows of pruning: in
+training no token is dropped and no position ID changed.
+Letters: B images, N visual tokens of an image, P tokens before them, Q conversations, T tokens,
 V vocabulary, M tokens of all answers.
 """
 
+import math
 import os
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import cycle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.clip import CLIP
-from nanogap.image import Pad, to_pixel_values
 from nanogap.models import VLM
 from nanogap.prompt import DESCRIBE, encode
 from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
@@ -31,8 +32,8 @@ from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_sce
 # ----- data ---------------------------------------------------------------------------------------
 
 Draw = Callable[[random.Random, int], Scene]
-Batch = tuple[Tensor, list[Scene], random.Random]
-PADDED = Pad()
+Prepare = Callable[[Image.Image], Tensor]
+Batch = tuple[list[Tensor], list[Scene], random.Random]
 
 
 def draw_single(rng: random.Random, size: int) -> Scene:
@@ -68,13 +69,13 @@ class Scenes(torch.utils.data.Dataset):
     A split of `nanogap.scenes` is one word, so these seeds, of several words, are never a split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int, draw: Draw = draw_scene,
-                 frame: Pad = PADDED) -> None:
+    def __init__(self, seed: str, images: int, image_size: int, prepare: Prepare,
+                 draw: Draw = draw_scene) -> None:
         self.seed = seed
         self.images = images
         self.image_size = image_size
+        self.prepare = prepare        # a model's pixel_values, on the CPU
         self.draw = draw
-        self.frame = frame
 
     def __getitem__(self, index: int) -> Batch:
         rng = random.Random(f"train {self.seed} {index}")
@@ -83,10 +84,10 @@ class Scenes(torch.utils.data.Dataset):
         for _ in range(self.images):
             # pictures are as large as the model sees them, or twice as large
             scene = self.draw(rng, rng.choice((1, 2)) * self.image_size)
-            pixels.append(to_pixel_values(self.frame.fit(scene.image, self.image_size)))
+            pixels.append(self.prepare(scene.image))                          # (views, 3, S, S)
             # from here on only the size of a picture is needed: workers need not send it
             scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
-        return torch.cat(pixels), scenes, rng                                 # pixels (B, 3, S, S)
+        return pixels, scenes, rng
 
 
 # ----- CLIP ---------------------------------------------------------------------------------------
@@ -118,7 +119,8 @@ def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.devi
     truth = truth.to(device)                                                  # (B, C)
     texts = torch.cat([text_features(clip, tokenizer, captions, device)
                        for captions in (wholes, singles)])                    # (C, E)
-    images = clip.image_features(pixels.to(device))                           # (B, E)
+    first_views = torch.cat([views[:1] for views in pixels])                  # (B, 3, S, S)
+    images = clip.image_features(first_views.to(device))                      # (B, E)
     logits = clip.logit_scale.exp() * images @ texts.T                        # (B, C)
     by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
     true = truth.sum(0) > 0                                                   # (C,) of any image
@@ -144,59 +146,112 @@ class Mixture:
     finds: int = 0                 # the same, but the answer stops at "[0.1": which thing it is
     words: int = 0                 # answered with a word
     descriptions: int = 8          # of an image
-    hundredths: float = 1.0        # of boxes
+    later: float = 0.0             # share of the questions that come after one or two others
+    hundredths: float = 1.0        # of boxes, and what is smaller
     find: float = 1.0              # the last token of a find; those before it weigh nothing
     word: float = 1.0              # tokens of short answers; all others weigh 1
 
-
-@dataclass
-class Task:
-    """Q questions of one kind about B images."""
-
-    weights: tuple[float, ...]     # of an answer's tokens in the loss; they repeat from the first
-    prompts: list[list[int]] = field(default_factory=list)       # the text after the image
-    answers: list[list[int]] = field(default_factory=list)       # with the end token, if whole
-    about: list[int] = field(default_factory=list)               # which of the images
-
-    def token_weights(self) -> Tensor:
-        """The weights of all tokens of the answers (M,)."""
-        weights = []
-        for answer in self.answers:
-            weights += [weight for weight, _ in zip(cycle(self.weights), answer, strict=False)]
-        return torch.tensor(weights)
-
-    def add(self, model: VLM, question: str, answer: str, image: int,
-            tokens: int | None = None) -> None:
-        """Ask about an image; `tokens` cuts the answer off."""
-        c = model.config
-        prompt = model.template.encode(model.tokenizer, question, c.bos_token, c.image_token)
-        said = encode(model.tokenizer, answer) + [c.eos_token]
-        self.prompts.append(prompt[prompt.index(c.image_token) + 1:])
-        self.answers.append(said[:tokens])
-        self.about.append(image)
+    def share(self, processes: int) -> "Mixture":
+        """What each of several processes asks of it."""
+        boxes, finds, words, descriptions = (math.ceil(count / processes) for count in (
+            self.boxes, self.finds, self.words, self.descriptions))
+        return replace(self, boxes=boxes, finds=finds, words=words, descriptions=descriptions)
 
 
-def tasks(model: VLM, scenes: list[Scene], mixture: Mixture, rng: random.Random) -> list[Task]:
-    """Questions for boxes, for their first tenths, for words, and for descriptions."""
-    boxes = Task((1.0, 1.0, 1.0, 1.0, mixture.hundredths, 1.0))   # "[0.12, 0.34, 0.56, 0.78]"
-    finds = Task((0.0, 0.0, 0.0, mixture.find))                   # "[0.1"
-    words = Task((mixture.word,))
-    descriptions = Task((1.0,))
+@dataclass(frozen=True)
+class Turn:
+    """A question about one of the images, and the tokens of its answer."""
+
+    kind: str
+    image: int
+    question: str
+    answer: list[int]              # with the end token, if whole
+    weights: list[float]           # of these in the loss
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One or more turns as the model is fed them."""
+
+    kind: str                      # that of its only turn, or "turns"
+    image: int
+    tokens: list[int]              # (T,) with one image token
+    weights: list[float]           # (T,) 0 for what is no answer
+
+
+def conversations(model: VLM, scenes: list[Scene], mixture: Mixture,
+                  rng: random.Random) -> list[Conversation]:
+    """Every question once, alone or after others about the same image."""
+    asked = list(chain(box_turns(model, scenes, mixture, rng),
+                       word_turns(model, scenes, mixture, rng)))
+    said = []
+    for turn in asked:
+        earlier: list[Turn] = []
+        if rng.random() < mixture.later:
+            others = [other for other in asked
+                      if other.image == turn.image and other.kind != "find" and other is not turn]
+            earlier = rng.sample(others, min(rng.randint(1, 2), len(others)))
+        said.append(converse(model, [*earlier, turn]))
+    return said
+
+
+def converse(model: VLM, turns: Sequence[Turn]) -> Conversation:
+    """Turns about an image, one behind the other in the form of the model's template."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for turn in turns:
+        if tokens:
+            asked = encode(model.tokenizer, model.template.later.format(turn.question))
+        else:
+            asked = model.encode_question(turn.question).tolist()
+        tokens += asked + turn.answer
+        weights += [0.0] * len(asked) + turn.weights
+    return Conversation(turns[0].kind if len(turns) == 1 else "turns", turns[0].image, tokens,
+                        weights)
+
+
+def box_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
+              rng: random.Random) -> Iterator[Turn]:
+    """Questions for boxes, and for the first tokens of boxes."""
     places = [(i, expression, thing) for i, scene in enumerate(scenes)
               for expression, thing in scene.expressions]
-    for task, count, tokens in ((boxes, mixture.boxes, None), (finds, mixture.finds, 4)):
+    for kind, count in (("box", mixture.boxes), ("find", mixture.finds)):
         for i, expression, thing in rng.sample(places, min(count, len(places))):
-            picture = scenes[i].image
-            box = model.frame.from_pixels(scenes[i].things[thing].box, *picture.size)
-            answer = model.box_format.say(box)
-            task.add(model, model.question(expression), answer, i, tokens)
+            box = model.frame.from_pixels(scenes[i].things[thing].box, *scenes[i].image.size)
+            answer = encode(model.tokenizer, model.answer(box)) + [model.config.eos_token]
+            places_of = decimal_places([model.tokenizer.decode([token]) for token in answer])
+            weights = [mixture.hundredths if place > 1 else 1.0 for place in places_of]
+            if kind == "find":
+                tenth = places_of.index(1)
+                answer, weights = answer[:tenth + 1], [0.0] * tenth + [mixture.find]
+            yield Turn(kind, i, model.question(expression), answer, weights)
+
+
+def decimal_places(tokens: Sequence[str]) -> list[int]:
+    """Which place of a number each token of a box is: 1 for tenths, 2 hundredths; 0 for the rest.
+
+    In "[0.12" these are the digits behind the point, in "{<12>" (of a hundred) both.
+    """
+    text = "".join(tokens)
+    places = [0] * (len(text) + 1)
+    for number in re.finditer(r"(?:\d+\.)?(\d+)", text):
+        for place, at in enumerate(range(*number.span(1)), 1):
+            places[at] = place
+    return [places[at] for at in accumulate(map(len, tokens[:-1]), initial=0)]
+
+
+def word_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
+               rng: random.Random) -> Iterator[Turn]:
+    """Questions that a word answers, and for descriptions."""
     short = [(i, question, word) for i, scene in enumerate(scenes)
              for question, word in short_questions(scene, rng)]
-    for i, question, word in rng.sample(short, min(mixture.words, len(short))):
-        words.add(model, question, word, i)
-    for i, scene in enumerate(scenes[:mixture.descriptions]):
-        descriptions.add(model, DESCRIBE, caption(scene.things, rng), i)
-    return [task for task in (boxes, finds, words, descriptions) if task.about]
+    said = [("word", i, question, word, mixture.word)
+            for i, question, word in rng.sample(short, min(mixture.words, len(short)))]
+    said += [("description", i, DESCRIBE, caption(scene.things, rng), 1.0)
+             for i, scene in enumerate(scenes[:mixture.descriptions])]
+    for kind, i, question, text, weight in said:
+        answer = encode(model.tokenizer, text) + [model.config.eos_token]
+        yield Turn(kind, i, question, answer, [weight] * len(answer))
 
 
 def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -217,6 +272,54 @@ def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str
 
 
 # ----- LLaVA --------------------------------------------------------------------------------------
+
+
+def llava_loss(model: VLM, batch: Batch, device: torch.device, mixture: Mixture) -> Tensor:
+    """Next-token cross-entropy on the answers, the weighted mean over all their tokens."""
+    pixels, scenes, rng = batch
+    with torch.no_grad():                                                     # the tower is frozen
+        seen = [model.encode_pixels(views.to(device), *scene.image.size)
+                for views, scene in zip(pixels, scenes, strict=True)]
+    visual = [model.fed(image.features, torch.arange(image.n_visual), image) for image in seen]
+    said = conversations(model, scenes, mixture, rng)
+    read = read_sharing if can_share(model, said, visual) else read_whole
+    logits, targets, weights = read(model, said, visual)
+    losses = F.cross_entropy(logits, targets, reduction="none")               # (M,)
+    return (losses * weights).sum() / weights.sum()
+
+
+def read_whole(model: VLM, said: Sequence[Conversation],
+               visual: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Run each conversation as it would run alone, all side by side.
+
+    visual:  of each image, as the decoder is fed them (N, C')
+    returns: of the tokens of all answers, the logits (M, V), which tokens they should be (M,), and
+             what they weigh (M,)
+    """
+    image_token, decoder = model.config.image_token, model.language_model.model
+    rows, row_weights = [], []
+    for one in said:
+        at, N = one.tokens.index(image_token), len(visual[one.image])
+        rows.append(one.tokens[:at] + N * [image_token] + one.tokens[at + 1:])
+        row_weights.append(one.weights[:at] + N * [0.0] + one.weights[at + 1:])
+    tokens, weights = padded(rows, model.device), padded(row_weights, model.device)   # (Q, T)
+    fed = tokens[:, :-1]
+    in_image = (fed == image_token)[..., None]                                # (Q, T - 1, 1)
+    x = decoder.embed_tokens(fed).masked_scatter(
+        in_image, torch.cat([visual[one.image] for one in said]))             # (Q, T - 1, C')
+    hidden = decoder(x, torch.arange(fed.shape[1], device=model.device))
+    wanted = weights[:, 1:] > 0
+    return (model.language_model.logits(hidden[wanted]), tokens[:, 1:][wanted],
+            weights[:, 1:][wanted])
+
+
+def padded(rows: Sequence[list], device: torch.device) -> Tensor:
+    """Rows of different lengths as one tensor, with zeros behind them."""
+    tensors = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+
+# ----- the same, faster on a CPU ------------------------------------------------------------------
 
 
 class SharedPast:
@@ -257,56 +360,63 @@ class SharedPast:
         return len(self.rows[0][0])
 
 
-def read_answers(model: VLM, task: Task, past: SharedPast, start: int) -> tuple[Tensor, Tensor]:
-    """The logits (M, V) of all tokens of the answers, and which tokens they should be (M,).
+def can_share(model: VLM, said: Sequence[Conversation], visual: Sequence[Tensor]) -> bool:
+    """Whether all that is said begins alike, up to the image, and images are of one length.
 
-    past: the images, and what stands before them; start: the position ID that comes next
+    On a GPU a step costs by the number of operations, and whole conversations take fewest.
+    """
+    before = {tuple(one.tokens[:one.tokens.index(model.config.image_token)]) for one in said}
+    return model.device.type == "cpu" and len(before) == len({*map(len, visual)}) == 1
+
+
+def read_sharing(model: VLM, said: Sequence[Conversation],
+                 visual: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `read_whole` returns, in another order; what several sequences share is run once.
+
+    Every conversation sees only the system sentence, its image and itself, at the position IDs that
+    it would have alone.  So the sequences form a tree, and each level of it is run once:
+    [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
+    """
+    decoder, device = model.language_model.model, model.device
+    P, N = said[0].tokens.index(model.config.image_token), len(visual[0])
+    system = torch.tensor(said[0].tokens[:P], device=device)                  # (P,)
+    below_system = SharedPast(len(decoder.layers))
+    decoder(decoder.embed_tokens(system)[None], torch.arange(P, device=device), below_system)
+    below_image = below_system.below(torch.zeros(len(visual), dtype=torch.long, device=device))
+    decoder(torch.stack(list(visual)), P + torch.arange(N, device=device), below_image)
+    kinds = dict.fromkeys(one.kind for one in said)
+    read = [read_kind(model, [one for one in said if one.kind == kind], below_image, P, P + N)
+            for kind in kinds]
+    logits, targets, weights = zip(*read, strict=True)
+    return torch.cat(logits), torch.cat(targets), torch.cat(weights)
+
+
+def first_answer(one: Conversation) -> int:
+    """Where in its tokens the first answer begins."""
+    return next(at for at, weight in enumerate(one.weights) if weight > 0)
+
+
+def read_kind(model: VLM, said: Sequence[Conversation], past: SharedPast, P: int,
+              start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Conversations of one kind below their images; see `read_whole` for what it returns.
+
+    past: the images, and the P tokens before them; start: the position ID that comes next
     """
     decoder, device = model.language_model.model, model.device
     # what all questions begin with is run once for each image
-    shared = len(os.path.commonprefix([prompt[:-1] for prompt in task.prompts]))
-    head = torch.tensor(task.prompts[0][:shared], device=device)              # (shared,)
+    texts = [one.tokens[P + 1:] for one in said]
+    shared = min(len(os.path.commonprefix(texts)), *(first_answer(one) - P - 2 for one in said))
+    head = torch.tensor(texts[0][:shared], device=device)                     # (shared,)
     below_head = past.below(torch.arange(past.sequences, device=device))
-    x = decoder.embed_tokens(head).expand(past.sequences, -1, -1)             # (B, shared, C)
+    x = decoder.embed_tokens(head).expand(past.sequences, -1, -1)             # (B, shared, C')
     decoder(x, start + torch.arange(shared, device=device), below_head)
-    # and then the rest of each question, with its answer
-    rows = [prompt[shared:] + answer
-            for prompt, answer in zip(task.prompts, task.answers, strict=True)]
-    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    tokens = tokens.to(device)                                                # (Q, T)
-    first = torch.tensor([len(prompt) - shared for prompt in task.prompts], device=device)
-    last = torch.tensor([len(row) for row in rows], device=device)
-    at = torch.arange(1, tokens.shape[1], device=device)                      # (T - 1,)
-    in_answer = (at >= first[:, None]) & (at < last[:, None])                 # (Q, T - 1)
-    below_questions = below_head.below(torch.tensor(task.about, device=device))
-    x = decoder.embed_tokens(tokens[:, :-1])                                  # (Q, T - 1, C)
-    hidden = decoder(x, start + shared + at - 1, below_questions)             # (Q, T - 1, C)
-    return model.language_model.logits(hidden[in_answer]), tokens[:, 1:][in_answer]
-
-
-def llava_loss(model: VLM, batch: Batch, device: torch.device, mixture: Mixture) -> Tensor:
-    """Next-token cross-entropy on the answers, the weighted mean over all their tokens.
-
-    Every question sees only the system sentence, its image and itself, at the position IDs that it
-    would have alone.  So the sequences form a tree, and each level of it is run once:
-    [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
-    """
-    pixels, scenes, rng = batch
-    decoder = model.language_model.model
-    with torch.no_grad():                                                     # the tower is frozen
-        _, hidden = model.get_submodule("vision_tower")(pixels.to(device))    # (B, 1 + N, C)
-        features = hidden[:, 1:]                                              # (B, N, C)
-    words = [model.config.bos_token, *encode(model.tokenizer, model.template.before)]
-    system = torch.tensor(words, device=device)                               # (P,)
-    P, N = len(system), features.shape[1]
-    below_system = SharedPast(len(decoder.layers))
-    decoder(decoder.embed_tokens(system)[None], torch.arange(P, device=device), below_system)
-    below_image = below_system.below(torch.zeros(len(scenes), dtype=torch.long, device=device))
-    decoder(model.project(features), P + torch.arange(N, device=device), below_image)
-    questions = tasks(model, scenes, mixture, rng)
-    read = [read_answers(model, task, below_image, P + N) for task in questions]
-    logits = torch.cat([logits for logits, _ in read])                        # (M, V)
-    targets = torch.cat([targets for _, targets in read])                     # (M,)
-    weights = torch.cat([task.token_weights() for task in questions]).to(device)
-    losses = F.cross_entropy(logits, targets, reduction="none")               # (M,)
-    return (losses * weights).sum() / weights.sum()
+    # and then the rest of each
+    tokens = padded([text[shared:] for text in texts], device)                # (Q, T)
+    weights = padded([one.weights[P + 1 + shared:] for one in said], device)
+    at = torch.arange(tokens.shape[1] - 1, device=device)
+    about = torch.tensor([one.image for one in said], device=device)
+    hidden = decoder(decoder.embed_tokens(tokens[:, :-1]), start + shared + at,
+                     below_head.below(about))                                 # (Q, T - 1, C')
+    wanted = weights[:, 1:] > 0
+    return (model.language_model.logits(hidden[wanted]), tokens[:, 1:][wanted],
+            weights[:, 1:][wanted])
