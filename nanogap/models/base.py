@@ -83,6 +83,7 @@ class VLM(nn.Module):
     rename: ClassVar[tuple[tuple[str, str], ...]]  # patterns: names on disk -> names of our modules
     on_disk: ClassVar[tuple[tuple[str, str], ...]]  # and the way back, to the published ones
     Tower: ClassVar[Callable[[Any], Any]]      # of its configuration's `vision`
+    reads_words: ClassVar[bool] = True         # whether its tower comes with one for texts
     download: ClassVar[str]                    # the command that fetches its published weights
     special_tokens: ClassVar[tuple[str, ...]]  # behind <unk> <s> </s>; the image's comes first
 

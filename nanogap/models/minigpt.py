@@ -117,6 +117,7 @@ class PlainNorm(nn.LayerNorm):
 class MiniGPT(VLM):
     Config = MiniGPTConfig
     Tower = EvaTower
+    reads_words = False                    # EVA-CLIP's text tower is published apart
     download = DOWNLOAD
     frame = Stretch()
     template = LLAMA_2
@@ -129,7 +130,7 @@ class MiniGPT(VLM):
         super().__init__(config)
         C = config.vision.hidden_size
         self.vision_tower = EvaTower(config.vision)
-        self.ln_vision = PlainNorm(C, eps=1e-5)
+        self.ln_vision = PlainNorm(C, eps=1e-5).requires_grad_(False)         # never trained
         self.llama_proj = nn.Linear(MEMBERS * C, config.text.hidden_size)
         self.language_model = LlamaForCausalLM(config.text)
 

@@ -12,6 +12,7 @@ The losses are in objectives.py, the scenes in nanogap/scenes.py.
 
 import math
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -118,13 +119,13 @@ def initialise(model: nn.Module, depth: int) -> None:
     Embeddings of CLIP are small, biases 0.
     """
     for name, parameter in model.named_parameters():
-        if "embedding.weight" in name and parameter.dim() == 2:
+        if "embedding.weight" in name and parameter.dim() == 2 or name.endswith("pos_embed"):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith("class_embedding"):
             nn.init.normal_(parameter, std=len(parameter) ** -0.5)
         elif parameter.dim() >= 2:
             std = parameter[0].numel() ** -0.5
-            if name.split(".")[-2] in ("out_proj", "fc2", "o_proj", "down_proj"):
+            if re.search(r"(out_proj|attn\.proj|fc2|o_proj|down_proj)\.weight$", name):
                 std *= (2 * depth) ** -0.5
             nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
@@ -162,7 +163,7 @@ def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
     """An untrained CLIP and its tokenizer."""
     words = train_clip_tokenizer(captions(seed), 256)
     text = replace(recipe.text, vocab_size=words.get_vocab_size())
-    clip = CLIP(recipe.vision, text, recipe.projection_dim)
+    clip = CLIP(recipe.vision, text, recipe.projection_dim, MODELS[recipe.family].Tower)
     torch.manual_seed(seed)
     initialise(clip, recipe.vision.num_hidden_layers)
     return clip, words
@@ -255,7 +256,8 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
         fit(stage, model, loss_of, data, progress, workers)
     if joined()[0] == 0:
         with whole_checkpoint("--out", out) as folder:
-            save_clip(folder / "clip_text", clip, words)
+            if MODELS[recipe.family].reads_words:
+                save_clip(folder / "clip_text", clip, words)
             save(folder, model)
         progress.path.unlink(missing_ok=True)
         print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, progress.steps))}")
