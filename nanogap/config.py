@@ -10,6 +10,7 @@ A key that would change an answer is followed or refused by its name; the others
 import errno
 import json
 import os
+from collections.abc import Sequence
 import re
 import stat
 from dataclasses import asdict
@@ -173,8 +174,14 @@ def refuse_quantised(folder: Path, *parts: dict) -> None:
 # ----- the parts of a model -----------------------------------------------------------------------
 
 # what would change an answer and is not implemented: key -> the values that change nothing
-DECODER = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,),
-           "mlp_bias": (False,), "partial_rotary_factor": (1,)}
+DECODER = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+           "partial_rotary_factor": (1,)}
+# what they leave out, by model_type: a Mistral is a LLaMA with other numbers, and a window
+DECODERS: dict[str, dict] = {
+    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {"intermediate_size": 14336, "max_position_embeddings": 131072,
+                "num_key_value_heads": 8}}
+WINDOW = 4096        # positions that a token of a Mistral sees where sliding_window is left out
 VISION = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu",),
           "num_channels": (3,)}
 
@@ -198,8 +205,29 @@ def read_rope(text: dict) -> float:
     return number(rope, "rope_theta", number(text, "rope_theta", 10000.0))
 
 
-def read_decoder(text: dict) -> LlamaConfig:
-    """The language model's part of config.json."""
+def within_window(text: dict, longest: int) -> int:
+    """How many positions a Mistral can be asked about: a window that hides some is not implemented.
+
+    null means that there is none; where the key is missing transformers has one of 4096, and a
+    prompt that is no longer than that does not meet it.
+    """
+    if "sliding_window" not in text:
+        return min(longest, WINDOW)
+    window = text["sliding_window"]
+    if window is not None and not (isinstance(window, int) and window >= longest):
+        require(text, "sliding_window", None)
+    kind = text.get("model_type") or kinds[0]
+    text = DECODERS[kind] | text
+    return longest
+
+    longest = integer(text, "max_position_embeddings", 2048, HUGE)
+
+def read_decoder(text: dict, kinds: Sequence[str] = ("llama",)) -> LlamaConfig:
+    """The language model's part of config.json.
+
+    kinds: the model_type that it may have, of DECODERS; the first where it says none
+    """
+    require(text, "model_type", *kinds)
     require_all(text, DECODER)
     hidden = integer(text, "hidden_size", 4096)
     heads = integer(text, "num_attention_heads", 32)
@@ -213,7 +241,7 @@ def read_decoder(text: dict) -> LlamaConfig:
         vocab_size=integer(text, "vocab_size", 32000, HUGE),
         rms_norm_eps=number(text, "rms_norm_eps", 1e-6),
         rope_theta=read_rope(text),
-        max_position_embeddings=integer(text, "max_position_embeddings", 2048, HUGE),
+        max_position_embeddings=within_window(text, longest) if kind == "mistral" else longest,
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)))
     if heads % config.num_key_value_heads or config.head_dim % 2:
         raise NanogapError(f"config.json: {heads} attention heads of {config.head_dim} channels do "

@@ -35,7 +35,7 @@ from nanogap.image import Box
 from nanogap.in_decoder import Cut, Prefilled, cuts_of, prefill
 from nanogap.llama import Decoder, KVCache, LlamaForCausalLM
 from nanogap.prompt import DESCRIBE, BoxFormat, Form, draft
-from nanogap.prune import Kept, View, budget_of, find, in_decoder, needs_of, select
+from nanogap.prune import Kept, View, budget_of, close_rows, find, in_decoder, needs_of, select
 
 MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
 
@@ -50,6 +50,7 @@ class EncodedImage:
     views: list[View]         # rectangles of patches, with what strategies asked to see
     at: Tensor                # (N, 4) which part of the picture each token shows, in pixels
     hidden: Any               # of the vision tower: more fields are made of it when needed
+    row_end: Tensor | None = None   # (N,) which token closes the row of each, -1 where none does
     vision_ms: float = 0.0
     share: bool = False       # whether questions share the decoder's work on the image
     seen_by: Any = field(default=None, repr=False)   # the state of the weights that encoded it
@@ -60,11 +61,24 @@ class EncodedImage:
         """N: visual tokens before pruning."""
         return len(self.at)
 
+    @property
+    def n_patches(self) -> int:
+        """How many of them a strategy can choose from: not the ends of rows."""
+        return sum(len(view.index) for view in self.views)
+
+    def patches(self, keep: Tensor) -> Tensor:
+        """Where those of the tokens (K,) lie that show something, not the ends of rows: (n, 4)."""
+        at = self.at[keep.cpu()]
+        return at[at[:, 0] < at[:, 2]]
+
     def padding(self, keep: Tensor) -> float:
-        """Which share of the tokens (K,) shows no part of the picture; 0 where there are none."""
-        if len(keep) == 0:        # as where SparseVLM keeps only what it added at an earlier cut
+        """Which share of the patches among (K,) tokens shows no part of the picture, only padding.
+
+        0 where there are none, as where SparseVLM keeps only what it added at an earlier cut
+        """
+        x1, y1, x2, y2 = self.patches(keep).T
+        if len(x1) == 0:
             return 0.0
-        x1, y1, x2, y2 = self.at[keep.cpu()].T
         outside = (x2 <= 0) | (y2 <= 0) | (x1 >= self.width) | (y1 >= self.height)
         return float(outside.float().mean())
 
@@ -218,13 +232,15 @@ def choose(model: Model, image: EncodedImage, query: Query) -> tuple[Kept, list[
         if query.keep.numel() == 0:
             raise NanogapError("keep names no visual token: give at least one index")
         return Kept(query.keep.cpu()), []
-    budget = budget_of(query.keep, sum(len(view.index) for view in image.views))
-    if in_decoder(query.prune):
+    inside = in_decoder(query.prune)
+    budget = budget_of(query.keep, image.n_visual if inside else image.n_patches)
+    if inside:
         layers = len(model.language_model.model.layers)
         return everything, cuts_of(query.prune, image.n_visual, budget, query.seed, layers,
                                    query.layer)
     views = model.see(image, query.needs(), query.expression)
-    return select(query.prune, views, budget, query.seed), []
+    kept = select(query.prune, views, budget, query.seed)
+    return kept if image.row_end is None else close_rows(kept, image.row_end), []
 
 
 def read(model: Model, image: EncodedImage, x: Tensor, layout: Layout, cuts: list[Cut],

@@ -8,6 +8,7 @@ differs: the image processor on the hub crops the sides off instead; the crop lo
 edge, and boxes were trained in the padded square.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -243,6 +244,101 @@ class Pad:
         index = torch.arange(rows * columns)
         x, y = index % columns * side / columns - dx, index // columns * side / rows - dy
         return torch.stack([x, y, x + side / columns, y + side / rows], dim=1)
+
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A frame: the whole picture squashed to a square, and tiles of it in a higher resolution.
+
+    The tiles are cut out of a canvas, on which the picture is as large as it can be, in the middle,
+    with black around it.
+    pinpoints: (height, width) of each canvas that may be chosen, whole tiles, pixels
+    boxes:     the frame in which boxes are said.  open: LLaVA-1.6's is stated nowhere; that of 1.5
+               is the likeliest, for nothing that is known of the training changed the boxes
+    source:    LLaVA-1.6, `image_aspect_ratio: anyres` and `mm_patch_merge_type: spatial_unpad`, as
+               the hub's processor has it: the original reads (width, height), which changes ties
+    """
+
+    pinpoints: tuple[Size, ...]
+    boxes: Pad = Pad()
+
+    def canvas(self, width: int, height: int) -> Size:
+        """(height, width) of the canvas that shows most of a picture's pixels, and wastes least.
+
+        The first of those that are equally good.
+        """
+        def merit(canvas: Size) -> tuple[int, int]:
+            H, W = canvas
+            scale = min(W / width, H / height)
+            shown = min(int(width * scale) * int(height * scale), width * height)
+            return shown, shown - H * W
+        return max(self.pinpoints, key=merit)
+
+    def placed(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Where the picture lies on its canvas: left, top, width, height, pixels."""
+        H, W = self.canvas(width, height)
+        across, down = W / width, H / height
+        if across < down:
+            size = W, min(math.ceil(height * across), H)
+        else:
+            size = min(math.ceil(width * down), W), H
+        return (W - size[0]) // 2, (H - size[1]) // 2, *size
+
+    def fit(self, image: Image.Image, size: int) -> Image.Image:
+        """The base view: the whole picture, squashed to size x size pixels."""
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+
+    def views(self, image: Image.Image, size: int) -> list[Image.Image]:
+        """The base view, and the tiles of size x size pixels, row by row."""
+        H, W = self.canvas(*image.size)
+        left, top, width, height = self.placed(*image.size)
+        canvas = Image.new("RGB", (W, H))                                     # black
+        canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        tiles = [canvas.crop((x, y, x + size, y + size))
+                 for y in range(0, H, size) for x in range(0, W, size)]
+        return [self.fit(image, size), *tiles]
+
+    def unpadded(self, width: int, height: int, rows: int, columns: int) -> tuple[slice, slice]:
+        """Which rows and columns of the canvas's patches stay: those that show only black do not.
+
+        source: transformers 5.23; the proportions decide, and not where the picture was placed
+        """
+        if width / height > columns / rows:
+            cut = (rows - int(round(height * (columns / width), 7))) // 2
+            return slice(cut, rows - cut), slice(0, columns)
+        cut = (columns - int(round(width * (rows / height), 7))) // 2
+        return slice(0, rows), slice(cut, columns - cut)
+
+    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """Which part of the picture each patch of the base view shows: (rows * columns, 4)."""
+        return cells(rows, columns, (0, 0, width, height))
+
+    def canvas_cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """The same of the patches on the canvas, row by row, pixels of the picture, not clipped."""
+        H, W = self.canvas(width, height)
+        left, top, across, down = self.placed(width, height)
+        x, y = width / across, height / down                  # pixels of the picture to one of it
+        return cells(rows, columns, (-left * x, -top * y, (W - left) * x, (H - top) * y))
+
+    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """A box as the model says it -> pixels of the original image: see `Pad.to_pixels`."""
+        return self.boxes.to_pixels(box, width, height)
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """The way there."""
+        return self.boxes.from_pixels(box, width, height)
+
+
+def cells(rows: int, columns: int, area: Box) -> Tensor:
+    """An area (x1, y1, x2, y2) in rows and columns: (rows * columns, 4), row by row."""
+    x1, y1, x2, y2 = area
+    index = torch.arange(rows * columns)
+    across, down = (x2 - x1) / columns, (y2 - y1) / rows
+    x, y = x1 + index % columns * across, y1 + index // columns * down
+    return torch.stack([x, y, x + across, y + down], dim=1)
 
 
 @dataclass(frozen=True)

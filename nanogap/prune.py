@@ -430,6 +430,30 @@ def join(views: Sequence[View], parts: Sequence[Kept]) -> Kept:
     return Kept(keep, features, torch.cat(added) if added else None)
 
 
+def close_rows(kept: Kept, row_end: Tensor) -> Kept:
+    """Put the token that closes a row behind the last patch of it that was kept.
+
+    row_end: (N,) which visual token closes the row of each, -1 where none does
+    differs: the published codes of pruning for LLaVA-1.6 leave these tokens out; here they stay, as
+             the other tokens that are no patches do.  They have no scores: where patches go by rank
+             a row is closed behind the lowest of it
+    """
+    ends = row_end[kept.keep].tolist()
+    last = {end: i for i, end in enumerate(ends) if end >= 0}                 # of each row
+    rows = []                                                   # of `kept`; -1 for a row's end
+    keep = []
+    for i, (index, end) in enumerate(zip(kept.keep.tolist(), ends, strict=True)):
+        rows.append(i)
+        keep.append(index)
+        if last.get(end) == i:
+            rows.append(-1)
+            keep.append(end)
+    features = kept.features
+    if features is not None:
+        features = torch.cat([features, torch.zeros_like(features[:1])])[rows]   # (K, C)
+    return Kept(torch.tensor(keep), features, kept.added)
+
+
 def shared_out(budget: int, sizes: Sequence[int]) -> list[int]:
     """Whole shares of a budget, in proportion to sizes; the largest fractions are rounded up."""
     exact = [budget * size / sum(sizes) for size in sizes]

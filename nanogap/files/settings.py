@@ -57,16 +57,27 @@ def optional(folder: Path, name: str) -> dict:
 # ----- pixels -------------------------------------------------------------------------------------
 
 
-def read_pixels(folder: Path, image_size: int, patch_size: int) -> Pixels:
-    """preprocessor_config.json, or what transformers 5 writes in its place."""
+def read_processor(folder: Path) -> tuple[str, dict]:
+    """What says how pictures become pixels, and the file that it stands in.
+
+    preprocessor_config.json, or what transformers 5 writes in its place
+    """
     processor = optional(folder, "processor_config.json")
-    require_all(processor, PROCESSOR | {"patch_size": (patch_size,)}, "processor_config.json")
     file, found = "processor_config.json", processor.get("image_processor")
     if found is None:
         file, found = "preprocessor_config.json", optional(folder, "preprocessor_config.json")
     if not isinstance(found, dict):
         raise NanogapError(f"{file}: image_processor is not an object")
-    require_all(found, PIXELS, file)
+    return file, found
+
+
+def read_pixels(folder: Path, image_size: int, patch_size: int,
+                known: dict[str, tuple] = PIXELS) -> Pixels:
+    """Mean and deviation from there; `known`: what else it may say: key -> values."""
+    processor = optional(folder, "processor_config.json")
+    require_all(processor, PROCESSOR | {"patch_size": (patch_size,)}, "processor_config.json")
+    file, found = read_processor(folder)
+    require_all(found, known, file)
     sides = ["size"]
     if found.get("do_center_crop") is not False:
         sides.append("crop_size")
@@ -128,26 +139,35 @@ def read_ends(folder: Path, config: dict, text: dict, vocab_size: int) -> tuple[
 
 # ----- the question -------------------------------------------------------------------------------
 
-# all that a template of Vicuna's says: names in Jinja are text in quotes as well
-SAYS = {"USER", "ASSISTANT", "user", "assistant", "system", "role", "content", "type", "text",
-        "image", "default", "s"}
+# what any chat template says: names in Jinja are text in quotes as well
+SAYS = {"user", "assistant", "system", "role", "content", "type", "text", "image", "default", "s"}
 TAG = re.compile(r"\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
 QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
 
 
-def check_question(folder: Path, system: str) -> None:
-    """Refuse a checkpoint that was trained with another chat template than Vicuna's.
+@dataclass(frozen=True)
+class Chat:
+    """The chat template that a model was trained with, as far as others can be told from it."""
 
-    system: the sentence before the first question, which the hub's own template leaves out
-    """
+    name: str                  # whose it is
+    turns: tuple[str, ...]     # the words that mark whose turn it is; the first must be there
+    system: str = ""           # before the first question, which the hub's own template leaves out
+
+
+VICUNAS = ("ASSISTANT", "USER")
+MISTRAL = Chat("Mistral", ("INST", "SYS"))
+
+
+def check_question(folder: Path, chat: Chat) -> None:
+    """Refuse a checkpoint that was trained with another chat template than the model's."""
     require_all(optional(folder, "tokenizer_config.json"), TOKENIZER, "tokenizer_config.json")
     for file, template in templates(folder):
-        words = set(re.findall(r"[^\W\d_]+", spoken(template).replace(system, " ")))
-        if "ASSISTANT" not in words or words - SAYS:
+        words = set(re.findall(r"[^\W\d_]+", spoken(template).replace(chat.system or "\0", " ")))
+        if chat.turns[0] not in words or words - SAYS - set(chat.turns):
             raise NanogapError(
-                f"{folder / file} holds another chat template than Vicuna's, and nanogap asks in "
-                "that only: a model that was trained with another would answer worse; if this one "
-                "was not, take the template away")
+                f"{folder / file} holds another chat template than {chat.name}'s, and nanogap asks "
+                "in that only: a model that was trained with another would answer worse; if this "
+                "one was not, take the template away")
         return                               # the first is the one that transformers would take
 
 

@@ -95,6 +95,7 @@ class VLM(nn.Module):
 
     ground = plainly(ground)                   # the method, as model.ground(image, expression, ...)
     describe = plainly(describe)
+    ground_all = plainly(ground_all)           # many expressions at once
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -277,13 +278,20 @@ class VLM(nn.Module):
 
         order: (K,) which of the kept tokens comes where, as gap.lay_out says
         """
-        if kept.features is None:
-            features = image.features[kept.keep[order].to(image.features.device)]   # (K, C)
-        else:
+        keep = kept.keep[order].to(image.features.device)                     # (K,)
+        features = image.features[keep]                                       # (K, C)
+        if kept.features is not None:
             features = kept.features[order.to(kept.features.device)]
         if kept.added is not None:
             features = torch.cat([features, kept.added])                      # (K + M, C)
-        return self.splice(input_ids, self.project(features))
+        return self.splice(input_ids, self.fed(features, keep, image))
+
+    def fed(self, features: Tensor, keep: Tensor, image: EncodedImage) -> Tensor:
+        """Visual tokens (K + M, C) as the decoder is fed them (K + M, C').
+
+        keep: (K,) which of the image's N tokens the first K are
+        """
+        return self.project(features)
 
     def splice(self, input_ids: Tensor, visual: Tensor) -> Tensor:
         """Put visual tokens (K, C) in the image token's place: embeddings (1, P + K + A, C)."""

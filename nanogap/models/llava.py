@@ -32,9 +32,9 @@ from nanogap.config import (
     section,
     write_json,
 )
-from nanogap.files.settings import check_question, read_ends, read_pixels
+from nanogap.files.settings import PIXELS, VICUNAS, Chat, check_question, read_ends, read_pixels
 from nanogap.ground import EncodedImage
-from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, to_pixel_values
+from nanogap.image import CLIP_MEAN, CLIP_STD, Frame, Pad, to_pixel_values
 from nanogap.llama import LlamaConfig, LlamaForCausalLM
 from nanogap.models.base import VLM
 from nanogap.prompt import TWO_DECIMALS, Template
@@ -87,18 +87,20 @@ class LlavaProjector(nn.Module):
 class Llava(VLM):
     Config = LlavaConfig
     download = DOWNLOAD
-    frame = Pad()
+    frame: Frame = Pad()
     template = VICUNA
     box_format = TWO_DECIMALS
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")
+    chats: ClassVar[dict[str, Chat]] = {"llama": Chat("Vicuna", VICUNAS, SYSTEM)}  # by decoder
     required: ClassVar[dict[str, tuple]] = REQUIRED
+    pixels: ClassVar[dict[str, tuple]] = PIXELS    # what preprocessor_config.json may say
     # keys of config.json that never differ
     fixed: ClassVar[dict] = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
     # four layouts: (a) the published one; (b), (c), (d) as transformers has written it since.
     # Modules are named as in (b):
-    rename = (
+    rename: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^model\.language_model\.", "language_model.model."),               # (c), (d)
         (r"^lm_head\.", "language_model.lm_head."),                           # (c), (d)
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),          # (c), (d)
@@ -166,9 +168,10 @@ class Llava(VLM):
                 "with convert_llava_weights_to_hf.py of transformers")
         refuse_quantised(folder, config, section(config, "text_config"))
         require_all(config, cls.required)
-        check_question(folder, SYSTEM)
         tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
-        text = read_decoder(section(config, "text_config") | tied)
+        text = read_decoder(section(config, "text_config") | tied, list(cls.chats))
+        kind = section(config, "text_config").get("model_type") or "llama"
+        check_question(folder, cls.chats[kind])
         vision = read_vision(config)
         layer = integer(config, "vision_feature_layer", -2, LAYERS, -LAYERS)
         layers = vision.num_hidden_layers
@@ -180,7 +183,7 @@ class Llava(VLM):
         if len(set(map(str, tokens.values()))) > 1:
             raise NanogapError(f"config.json: {tokens} name two image tokens; leave one of them")
         token = next(iter(tokens), "image_token_index")
-        pixels = read_pixels(folder, vision.image_size, vision.patch_size)
+        pixels = read_pixels(folder, vision.image_size, vision.patch_size, cls.pixels)
         ends = read_ends(folder, config, section(config, "text_config"), text.vocab_size)
         most = text.vocab_size - 1
         return cls.Config(
@@ -194,25 +197,30 @@ class Llava(VLM):
 
     def write_config(self, folder: Path, dtype: str) -> None:
         """config.json as the hub has it, every key spelled out, and the two files beside it."""
+        for name, value in self.settings(dtype).items():
+            write_json(folder / name, value)
+
+    def settings(self, dtype: str) -> dict[str, dict]:
+        """What is written into each of these files."""
         c = self.config
         text = asdict(c.text) | {
             "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
             "bos_token_id": c.bos_token, "eos_token_id": c.eos_token}
         vision = asdict(c.vision) | {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}
         size = c.vision.image_size
-        write_json(folder / "config.json", {
-            **self.fixed,
-            "image_token_index": c.image_token, "image_seq_length": c.vision.grid ** 2,
-            "multimodal_projector_bias": c.projector_bias,
-            "text_config": text, "vision_config": vision, "torch_dtype": dtype,
-            "tie_word_embeddings": c.text.tie_word_embeddings,
-            "vision_feature_layer": c.vision_feature_layer})
-        write_json(folder / "generation_config.json",
-                   {"bos_token_id": c.bos_token,
-                    "eos_token_id": [c.eos_token, *c.other_ends] if c.other_ends else c.eos_token})
-        write_json(folder / "preprocessor_config.json", {
-            "image_processor_type": "CLIPImageProcessor", "image_mean": c.image_mean,
-            "image_std": c.image_std, "do_resize": True, "size": {"shortest_edge": size},
-            "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size},
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "do_convert_rgb": True})
+        ends = [c.eos_token, *c.other_ends] if c.other_ends else c.eos_token
+        return {
+            "config.json": {
+                **self.fixed,
+                "image_token_index": c.image_token, "image_seq_length": c.vision.grid ** 2,
+                "multimodal_projector_bias": c.projector_bias,
+                "text_config": text, "vision_config": vision, "torch_dtype": dtype,
+                "tie_word_embeddings": c.text.tie_word_embeddings,
+                "vision_feature_layer": c.vision_feature_layer},
+            "generation_config.json": {"bos_token_id": c.bos_token, "eos_token_id": ends},
+            "preprocessor_config.json": {
+                "image_processor_type": "CLIPImageProcessor", "image_mean": c.image_mean,
+                "image_std": c.image_std, "do_resize": True, "size": {"shortest_edge": size},
+                "resample": 3, "do_center_crop": True,
+                "crop_size": {"height": size, "width": size}, "do_rescale": True,
+                "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}}
