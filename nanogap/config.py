@@ -10,9 +10,9 @@ A key that would change an answer is followed or refused by its name; the others
 import errno
 import json
 import os
-from collections.abc import Sequence
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,13 +87,13 @@ def unreadable(path: Path, error: BaseException) -> NanogapError:
         return NanogapError(f"{path} cannot be read ({error.strerror}); download it again")
     return NanogapError(f"{path} cannot be read ({one_line(error)}); mend that, and load it again")
 
-
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error of any library says that memory ran out."""
     said = str(error).lower()
     return (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
             or "out of memory" in said or "not enough memory" in said
             or "cannot allocate memory" in said or os.strerror(errno.ENOMEM).lower() in said)
+
 
 
 def one_line(error: BaseException) -> str:
@@ -216,11 +216,8 @@ def within_window(text: dict, longest: int) -> int:
     window = text["sliding_window"]
     if window is not None and not (isinstance(window, int) and window >= longest):
         require(text, "sliding_window", None)
-    kind = text.get("model_type") or kinds[0]
-    text = DECODERS[kind] | text
     return longest
 
-    longest = integer(text, "max_position_embeddings", 2048, HUGE)
 
 def read_decoder(text: dict, kinds: Sequence[str] = ("llama",)) -> LlamaConfig:
     """The language model's part of config.json.
@@ -229,8 +226,11 @@ def read_decoder(text: dict, kinds: Sequence[str] = ("llama",)) -> LlamaConfig:
     """
     require(text, "model_type", *kinds)
     require_all(text, DECODER)
+    kind = text.get("model_type") or kinds[0]
+    text = DECODERS[kind] | text
     hidden = integer(text, "hidden_size", 4096)
     heads = integer(text, "num_attention_heads", 32)
+    longest = integer(text, "max_position_embeddings", 2048, HUGE)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=integer(text, "intermediate_size", 11008),

@@ -95,7 +95,6 @@ class VLM(nn.Module):
 
     ground = plainly(ground)                   # the method, as model.ground(image, expression, ...)
     describe = plainly(describe)
-    ground_all = plainly(ground_all)           # many expressions at once
 
     def __init__(self, config: Any) -> None:
         super().__init__()
