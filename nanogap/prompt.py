@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from tokenizers import Tokenizer
 
@@ -119,12 +119,17 @@ def foretold(box_format: BoxFormat, tokenizer: Tokenizer) -> Form:
     """See `BoxFormat.foretell`."""
     decimals = box_format.digits // 4
     ones = int("1" * decimals) / 10 ** decimals                   # 0.11 where boxes have two
-    boxes = [encode(tokenizer, box_format.say((digit * ones,) * 4)) for digit in range(10)]
+    numbers = [digit * ones for digit in range(10)]
+    if box_format.whole:
+        numbers[0] = 10 / box_format.whole                        # two digits, as the others have
+    boxes = [encode(tokenizer, box_format.say((number,) * 4)) for number in numbers]
     if len({len(box) for box in boxes}) > 1:
         return ()
-    form = [tuple(dict.fromkeys(tokens)) for tokens in zip(*boxes, strict=True)]
-    choices = sum(len(allowed) > 1 for allowed in form)
-    return tuple(form) if choices == box_format.digits else ()
+    places = [tuple(dict.fromkeys(tokens)) for tokens in zip(*boxes, strict=True)]
+    digits = [allowed for allowed in places if len(allowed) > 1]
+    any_digit = tuple(dict.fromkeys(chain.from_iterable(digits)))
+    form = tuple(any_digit if len(allowed) > 1 else allowed for allowed in places)
+    return form if len(digits) == box_format.digits else ()
 
 
 NUMBER = r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*"
@@ -175,8 +180,28 @@ def draft(form: Form, tokens: Sequence[int], free_places: int) -> Draft:
 
     form: as `BoxFormat.foretell` gives it; nothing is drafted where the tokens begin no such box
     """
-    if any(token not in allowed for allowed, token in zip(form, tokens, strict=False)):
-        return NOTHING
-    ahead = form[len(tokens):][:max(free_places, 0)]
-    chain = tuple(allowed[0] for allowed in takewhile(lambda allowed: len(allowed) == 1, ahead))
-    return Draft(chain, ahead[len(chain)] if len(chain) < len(ahead) else ())
+    place = 0
+    for token in tokens:
+        found = next_place(form, place, token)
+        if found is None:
+            return NOTHING
+        place = found
+    ahead = form[place:][:max(free_places, 0)]
+    alone = tuple(allowed[0] for allowed in takewhile(lambda allowed: len(allowed) == 1, ahead))
+    return Draft(alone, ahead[len(alone)] if len(alone) < len(ahead) else ())
+
+
+def next_place(form: Form, place: int, token: int) -> int | None:
+    """The place behind a token that came at this one; None where it does not belong there.
+
+    A number may have a digit fewer than the form, or more: then what follows it comes a place
+    earlier, or later.
+    """
+    last = len(form) - 1
+    if place > last or token in form[place]:
+        return place + 1
+    if len(form[place]) > 1 and token in form[min(place + 1, last)]:          # a digit fewer
+        return place + 2
+    if place > 0 and len(form[place - 1]) > 1 and token in form[place - 1]:   # a digit more
+        return place
+    return None

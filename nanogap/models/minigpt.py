@@ -67,6 +67,7 @@ LLAMA_2 = Template(
     before="[INST] <Img>",
     after="</Img> {} [/INST]",
     where_is="[refer] give me the location of {}",
+    later="[INST] {} [/INST]",
     starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
 NUMBER = r" *<([0-9]{1,3})> *"
 HUNDREDTHS = BoxFormat(
