@@ -1,6 +1,7 @@
 """tokenizer.json: taken where it is a LLaMA's or a CLIP's, and nothing else is built.
 
-In:  a checkpoint's folder, and how many embeddings its model has.  Out: a tokenizer.
+In:  a checkpoint's folder, and how many embeddings its model has; or a LLaMA's pieces and merges.
+Out: a tokenizer.
 
 The library builds whatever a file asks for, patterns and padding without end included, and ends
 the process over some of it.  So the file is looked through first: every part of it has a kind that
@@ -10,10 +11,12 @@ what transformers 5.23 writes in their place.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
 
 from nanogap.cli import NanogapError
 from nanogap.config import one_line, parse_json, printable, read_text
@@ -49,6 +52,7 @@ ADDED: dict[str, tuple] = {
 SPECIAL = "SpecialToken"
 WHOLE = ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
          "post_processor", "decoder", "model")
+START_TOKENS = ("<unk>", "<s>", "</s>")   # IDs 0, 1, 2 of a LLaMA
 MOST_PARTS = 8                        # of a sequence; the longest that is published has four
 
 
@@ -88,6 +92,28 @@ def instead(folder: Path) -> str:
                     "`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of "
                     "transformers")
     return "download it again, whole"
+
+
+def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]],
+                    special_tokens: Iterable[str]) -> Tokenizer:
+    """LLaMA's tokenizer, as the hub has it: BPE with "▁" for a space, and bytes for the unknown.
+
+    special_tokens: a model's own, behind all pieces
+    """
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Prepend("▁"),
+        normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    added = (*START_TOKENS, *special_tokens)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+    return tokenizer
 
 
 # ----- what it may hold ---------------------------------------------------------------------------

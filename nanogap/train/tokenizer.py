@@ -12,13 +12,14 @@ from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
-    decoders,
     normalizers,
     pre_tokenizers,
     processors,
 )
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+
+from nanogap.files.tokenizer import START_TOKENS, llama_tokenizer
 
 IMAGE, PAD = "<image>", "<pad>"
 
@@ -36,27 +37,15 @@ def train_llama_tokenizer(sentences: Iterable[str], vocab_size: int,
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.Split(Regex(r"[^\w▁\[]"), "isolated")])
     printable = [chr(code) for code in range(32 + 1, 127)] + ["▁", "\n"]
-    specials = ["<unk>", "<s>", "</s>"]
     bytes_ = [f"<0x{code:02X}>" for code in range(256)]
     learner.train_from_iterator(sentences, BpeTrainer(
-        vocab_size=vocab_size - len(specials) - len(bytes_), initial_alphabet=printable,
+        vocab_size=vocab_size - len(START_TOKENS) - len(bytes_), initial_alphabet=printable,
         show_progress=False))
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].get)
-    vocab = {piece: i for i, piece in enumerate(specials + bytes_ + pieces)}
+    vocab = {piece: i for i, piece in enumerate([*START_TOKENS, *bytes_, *pieces])}
     merges = [tuple(merge) for merge in learned["merges"]]
-    tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = learner.normalizer
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0)])
-    added = (*specials, *special_tokens)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
-    return tokenizer
+    return llama_tokenizer(vocab, merges, special_tokens)
 
 
 def train_clip_tokenizer(sentences: Iterable[str], vocab_size: int) -> Tokenizer:

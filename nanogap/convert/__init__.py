@@ -1,0 +1,1 @@
+"""From the pieces in which a model is published to one folder that `nanogap.load` reads."""
