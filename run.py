@@ -24,15 +24,24 @@ from PIL import Image
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.cli import Parser, answer_for, keep_argument, path_argument, tell, whole_number
+from nanogap.cli import (
+    Parser,
+    answer_for,
+    count_argument,
+    keep_argument,
+    path_argument,
+    tell,
+    visible,
+    whole_number,
+)
 from nanogap.draw import agreement, draw_results, shortened
-from nanogap.explain import columns, explain, visible
+from nanogap.explain import columns, explain
+from nanogap.files.output import check_picture, save_picture
 from nanogap.gap import MODES
-from nanogap.ground import EncodedImage, Result
+from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
 from nanogap.image import open_image
 from nanogap.in_decoder import cuts_in_words
 from nanogap.models import VLM
-from nanogap.output import check_picture, save_picture
 from nanogap.prune import STRATEGIES, budget_of, check, find, needs_of
 from nanogap.weights import DTYPES, MINI, default_weights
 
@@ -63,6 +72,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
              "and as early in others)")
     add("--clip", metavar="DIR", type=path_argument,
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
+    add("--max-new-tokens", metavar="N", type=count_argument, default=MAX_NEW_TOKENS,
+        help="an answer is cut off there (default: %(default)s)")
     add("--no-draft", dest="drafts", action="store_false",
         help="one token in each pass of the decoder; the words are the same")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -134,7 +145,7 @@ def ask(args: argparse.Namespace, query: Query) -> dict[str, Result]:
         with patience(f"answering in mode {mode}"):
             results[mode] = query.model.ground(
                 query.encoded, args.expression, query.prune, query.keep, mode, args.seed,
-                layer=args.layer, drafts=args.drafts)
+                layer=args.layer, max_new_tokens=args.max_new_tokens, drafts=args.drafts)
     return results
 
 
@@ -168,6 +179,10 @@ def show(args: argparse.Namespace, query: Query, results: dict[str, Result]) -> 
     if cut is not None:
         layers = len(query.model.language_model.model.layers)
         print(cuts_in_words(query.prune, cut.cuts, layers) + ".")
+    for mode, result in results.items():
+        if result.cut_off:
+            print(f"{mode}: the answer was cut off before its end, at {len(result.tokens)} tokens; "
+                  "give it more room with --max-new-tokens.")
     print(f"picture: {args.out}")
 
 
@@ -181,6 +196,7 @@ def report(args: argparse.Namespace, query: Query, results: dict[str, Result]) -
             "visual_tokens": result.visual_tokens,
             "box": list(result.box) if result.box else None,
             "text": result.text,
+            "cut_off": result.cut_off,
             "iou_with_full": agreement(result, full),
             "position_ids": [int(result.position_ids[0]), int(result.position_ids[-1])],
             "next_position": result.next_position,

@@ -4,6 +4,7 @@ In:  the words of a command line.  Out: arguments that are checked, and an exit 
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ class ItemError(NanogapError):
 NOT_FINITE = ("the model computes numbers that are not finite (infinite, or NaN), so there is no "
               "answer: its weights hold such numbers, or overflow in this dtype; give --dtype "
               "float32 or bfloat16, or other weights")
+NO_ROOM = ("memory ran out ({}); end other programs, or take less at a time: another --dtype or "
+           "--device, smaller --weights, a smaller --keep without mode full")
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +47,13 @@ def whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from 0 on")
     return int(text)
+
+
+def count_argument(text: str) -> int:
+    """A whole number from 1 on, such as how many tokens an answer may have."""
+    if not whole_number(text):
+        raise argparse.ArgumentTypeError("0 is not a whole number from 1 on")
+    return whole_number(text)
 
 
 def keep_argument(text: str) -> str:
@@ -67,10 +77,18 @@ def path_argument(text: str) -> Path:
 # ----- streams ------------------------------------------------------------------------------------
 
 
+def visible(text: str) -> str:
+    """A text with line breaks and all else that does not print spelled out, as in "\\n".
+
+    What stands in a file may move the cursor, or change colours, where it is told as it is.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def tell(text: str) -> None:
     """Say on stderr how far the work is; it goes on where nobody can be told."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
     except OSError:
         to_nowhere(sys.stderr)
 
@@ -123,6 +141,21 @@ def on_interrupt(handler: Callable, own: bool) -> None:
 # ----- a command ----------------------------------------------------------------------------------
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of any library says that memory ran out."""
+    said = str(error).lower()
+    return (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+            or "out of memory" in said or "not enough memory" in said
+            or "cannot allocate memory" in said or "can't allocate memory" in said
+            or os.strerror(errno.ENOMEM).lower() in said)
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of an error: torch's own go on about its settings."""
+    said = " ".join(str(error).split()).partition(". ")[0]
+    return said[:200] or type(error).__name__
+
+
 def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
                argv: Sequence[str] | None) -> int:
     """Run a command; its exit status.
@@ -140,6 +173,11 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
             sys.stdout.flush()
     except NanogapError as error:
         tell(f"{name}: {' '.join(str(error).split())}")
+        status = MISTAKE
+    except (MemoryError, RuntimeError) as error:            # in a pass over tokens, say
+        if not lacks_memory(error):
+            raise
+        tell(f"{name}: {NO_ROOM.format(reason(error))}")
         status = MISTAKE
     except BrokenPipeError:                                 # `python run.py ... | head -1`
         to_nowhere(sys.stdout)

@@ -7,16 +7,14 @@ of transformers' configuration classes (5.23); what the file does say is read an
 A key that would change an answer is followed or refused by its name; the others change nothing.
 """
 
-import errno
 import json
-import os
 import re
 import stat
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nanogap.cli import NanogapError
+from nanogap.cli import NanogapError, lacks_memory
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 
@@ -86,14 +84,6 @@ def unreadable(path: Path, error: BaseException) -> NanogapError:
     if isinstance(error, FileNotFoundError):
         return NanogapError(f"{path} cannot be read ({error.strerror}); download it again")
     return NanogapError(f"{path} cannot be read ({one_line(error)}); mend that, and load it again")
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error of any library says that memory ran out."""
-    said = str(error).lower()
-    return (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-            or "out of memory" in said or "not enough memory" in said
-            or "cannot allocate memory" in said or os.strerror(errno.ENOMEM).lower() in said)
-
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
+from nanogap.cli import visible
 from nanogap.gap import MODES
 from nanogap.ground import EncodedImage, Result
 from nanogap.models import VLM
@@ -56,11 +57,6 @@ def wrapped(text: str, indent: int = 6, width: int = 79) -> str:
             line += letter
         line += " "
     return "\n".join(" " * indent + part.rstrip() for part in [*lines, line])
-
-
-def visible(text: str) -> str:
-    """A text with line breaks and all else that does not print spelled out, as in "\\n"."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def across(names: Sequence[str], tokens: Sequence[Sequence[object]], width: int = 80) -> str:

@@ -37,7 +37,7 @@ from nanogap.llama import Decoder, KVCache, LlamaForCausalLM
 from nanogap.prompt import DESCRIBE, BoxFormat, Form, draft
 from nanogap.prune import Kept, View, budget_of, close_rows, find, in_decoder, needs_of, select
 
-MAX_NEW_TOKENS = 32   # "[0.12, 0.34, 0.56, 0.78]" and the end token are 25
+MAX_NEW_TOKENS = 64   # a box and the end token are 25, and a sentence may stand before it
 
 
 @dataclass
@@ -107,6 +107,7 @@ class Result:
     timings: dict             # vision_ms, prefill_ms, decode_ms, new_tokens, passes
     kv_bytes: int             # the cache in the end: keys and values of all rows in use
     padding: float            # share of the kept tokens that show no part of the picture
+    cut_off: bool             # whether the answer was cut off at max_new_tokens, before its end
 
 
 class Model(Protocol):
@@ -188,13 +189,14 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
         box_in(text, model, image), text, layout.keep.clone(), prompt.visual_tokens(),
         [(stage.start, stage.layout.visual_tokens) for stage in prompt.stages[1:]],
         layout.position_ids.cpu().clone(), layout.next_position, tokens, timings,
-        prompt.cache.bytes_in_use(), image.padding(layout.keep))              # no inference tensors
+        prompt.cache.bytes_in_use(), image.padding(layout.keep),              # no inference tensors
+        cut_off=tokens[-1] not in model.end_tokens)
 
 
 def describe(model: Model, image: Image.Image | str | Path | EncodedImage,
              prune: str = "cls_attention", keep: int | str | Tensor | None = "50%",
              mode: str = "gap", seed: int = 0, *, layer: int | None = None,
-             max_new_tokens: int = 2 * MAX_NEW_TOKENS,
+             max_new_tokens: int = MAX_NEW_TOKENS,
              drafts: bool = True, on_token: Callable[[int], None] | None = None) -> Result:
     """Say what is in a picture; the arguments are those of `ground`."""
     return ground(model, image, DESCRIBE, prune, keep, mode, seed, layer=layer,

@@ -51,7 +51,8 @@ def test_what_can_be_asked_of_a_pruned_sequence_are_the_other_modes():
 def test_where_nothing_is_changed_the_model_says_what_it_says_in_mode_full(model: VLM):
     image, expression = model.encode_image(ROOT / "image.jpg"), "the man on the left"
     result = model.ground(image, expression, mode="full")
-    assert ablate.ask(model, image, expression, "nothing changed", 3) == (result.text, result.box)
+    assert ablate.ask(model, image, expression, "nothing changed", 3) == (
+        result.text, result.box, False)
     assert result.box is not None
 
 

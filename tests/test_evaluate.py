@@ -2,6 +2,7 @@
 # ruff: noqa: F811
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_boxes_are_mapped_back_and_scored_by_the_protocol(
     assert lines[1] | {"box": 0, "iou": 0, "prefill_ms": 0, "decode_ms": 0} == {
         "id": "2", "image": "a.jpg", "expression": "thing 1", "mode": "full", "prune": "none",
         "keep": 16, "box": 0,
-        "text": "[0.10, 0.25, 0.50, 0.60]", "truth": [20, 0, 100, 35], "iou": 0,
+        "text": "[0.10, 0.25, 0.50, 0.60]", "truth": [20, 0, 100, 35], "iou": 0, "cut_off": False,
         "visual_tokens": 16, "kept": list(range(16)), "padding": 0.5, "prefill_ms": 0,
         "decode_ms": 0}
     document = report(capsys)
@@ -151,7 +152,8 @@ def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path
     assert run("--weights", finder, "--data", annotations, "--json", "--plot", picture) == 0
     document = report(capsys)
     assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "layer",
-                             "picture", "expressions", "of", "missing_images", "runs"}
+                             "max_new_tokens", "picture", "expressions", "of", "missing_images",
+                             "left_out", "runs"}
     assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
     assert [row["mode"] for row in document["runs"]] == ["full", "shifted", "permuted", "gap"]
     assert Image.open(picture).width == plot.WIDTH
@@ -192,7 +194,7 @@ def test_each_image_is_looked_at_once_and_its_prefix_is_read_once(folder, tmp_pa
 
 def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
     seeds = []
-    monkeypatch.setattr(evaluate, "ask", lambda model, image, expression, run, seed, layer:
+    monkeypatch.setattr(evaluate, "ask", lambda model, image, expression, run, seed, *more:
                         seeds.append(seed) or {"text": "", "box": None})
 
     class Model:
@@ -200,11 +202,11 @@ def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_mis
         parse_box = None
 
     class Args:
-        seed, layer, protocol = 10, 2, "pixels"
+        seed, layer, protocol, max_new_tokens = 10, 2, "pixels", 64
 
     todo = [(Example(number, "a.jpg", (9, 9), lambda: None, []), ("random", 4, "gap"),
              ("x", "thing", (0, 0, 1, 1))) for number in (0, 3)]
-    assert len(list(evaluate.answers(Model, todo, Args))) == 2
+    assert len(list(evaluate.answers(Model, todo, Args, {}))) == 2
     assert seeds == [10, 13]
 
 
@@ -359,7 +361,8 @@ def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
 def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "TELL_EVERY", 0.0)
     assert run("--weights", folder, "--limit", 2, "--mode", "full") == 0
-    one, two = capsys.readouterr().err.splitlines()
+    drawn, one, two = capsys.readouterr().err.splitlines()
+    assert drawn == "drawing scenes: 0 of 2 expressions"
     assert one.startswith("1 of 2 answers, ") and " a second, " in one
     assert two.endswith("0.0 min to go")
 
@@ -375,7 +378,7 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     key = journal.name
     assert sorted(timeless(out), key=key) == sorted(timeless(alone), key=key)
-    assert [line.split()[:2] for line in done.stdout.splitlines()[2:]] == [
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:5]] == [
         ["prune", "keep"], ["none", "16"], ["random", "4"]]
     assert sorted(p.name for p in tmp_path.iterdir() if "answers" in p.name) == [
         "answers.jsonl", "answers.jsonl.settings.json"]
@@ -414,3 +417,142 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
 def test_resume_needs_a_file(capsys):
     assert run("--resume") == 2
     assert "--resume needs the file to go on with: give it with --out" in capsys.readouterr().err
+
+
+# ----- one bad item of thousands ------------------------------------------------------------------
+
+WHOLE = Image.new("RGB", (200, 100))
+
+
+def spoiled(path: Path, how: str) -> None:
+    """A picture that cannot be asked about."""
+    path.unlink()
+    if how == "cut off":
+        Image.effect_noise((200, 100), 50).save(path)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif how == "of another size":
+        Image.new("RGB", (100, 200)).save(path)
+    elif how == "a pipe":
+        os.mkfifo(path)
+    elif how != "gone":
+        path.write_bytes({"empty": b"", "a text": b"hello", "a program": b"%!PS-Adobe-3.0"}[how])
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["sized", "own"])
+@pytest.mark.parametrize("how", ["gone", "cut off", "of another size", "a pipe", "empty", "a text",
+                                 "a program"])
+def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
+        finder, tmp_path, capsys, how: str, sized: bool):
+    """b.jpg is the bad one; it comes first, for the first is looked at to begin with."""
+    if how == "of another size" and not sized:
+        pytest.skip("nothing says its size")
+    size = {"width": 200, "height": 100} if sized else {}
+    entries = [{"image": name, "expression": "thing", "box": [20, 0, 100, 70]} | size
+               for name in ("b.jpg", "a.jpg", "b.jpg", "a.jpg", "a.jpg")]
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    for name in ("a.jpg", "b.jpg"):
+        WHOLE.save(tmp_path / name)
+    spoiled(tmp_path / "b.jpg", how)
+    asked = ["--weights", finder, "--data", data, "--out", tmp_path / "x.jsonl", "--mode", "full"]
+    for again in ((), ("--resume",)):
+        assert run(*asked, *again) == 0
+        printed = capsys.readouterr().out
+        assert "covers 3 of 5 expressions: " in printed and "b.jpg" in printed
+        assert "5 expressions about 2 images, 3 expressions" in printed
+    (tmp_path / "b.jpg").unlink(missing_ok=True)
+    WHOLE.save(tmp_path / "b.jpg")
+    assert run(*asked, "--resume") == 0                              # mended, it is asked after all
+    printed = capsys.readouterr().out
+    assert "covers" not in printed and "2 images, 5 expressions" in printed
+
+
+@pytest.mark.parametrize("bad", ["", "  ", "\n\t", "\ud800", "thing " * 5000])
+def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
+        finder, annotations: Path, capsys, bad: str):
+    lines = annotations.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"expression": bad})
+    annotations.write_text("\n".join(lines[:4]))
+    asked = ["--weights", finder, "--data", annotations, "--out", annotations.with_name("x.jsonl"),
+             "--mode", "full", "gap"]
+    for again in ((), ("--resume",)):
+        assert run(*asked, *again) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2].startswith("covers 3 of 4 expressions: 1 cannot be asked, such as 2: ")
+        assert [line.split()[4] for line in lines[4:6]] == ["0.333", "0.333"]
+    assert run(*asked, "--resume", "--json") == 0
+    document = report(capsys)
+    assert list(document["left_out"]) == ["2"]
+    assert [row["expressions"] for row in document["runs"]] == [3, 3]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"expression": " "}, "holds nothing that can be asked: "),
+    ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: thing"),
+    ({"img_path": "broken.jpg"}, "none of the 1 images can be opened: ")])
+def test_where_nothing_can_be_asked_that_is_an_error(
+        finder, annotations: Path, capsys, change: dict, message: str):
+    annotations.with_name("broken.jpg").write_bytes(b"hello")
+    line = json.loads(annotations.read_text().splitlines()[0])
+    annotations.write_text(json.dumps(line | change))
+    assert run("--weights", finder, "--data", annotations, "--mode", "full") == 2
+    heard = capsys.readouterr()
+    assert message in heard.err and heard.err.count("\n") == 1
+
+
+# ----- answers that are none ----------------------------------------------------------------------
+
+
+def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annotations, capsys):
+    """`finder` says a box, which is one token, and the end."""
+    out = annotations.with_name("x.jsonl")
+    asked = ["--weights", finder, "--data", annotations, "--mode", "full", "gap", "--out", out]
+    assert run(*asked, "--max-new-tokens", 1) == 0
+    assert ("8 of 8 answers were cut off before their end; give them more room with "
+            "--max-new-tokens") in capsys.readouterr().out
+    assert all(json.loads(line)["cut_off"] for line in out.read_text().splitlines())
+    assert run(*asked, "--resume", "--max-new-tokens", 2) == 2
+    assert "was made with another max_new_tokens, 1 and not 2" in capsys.readouterr().err
+    out.unlink(), out.with_name("x.jsonl.settings.json").unlink()
+    assert run(*asked, "--max-new-tokens", 2) == 0
+    assert "cut off" not in capsys.readouterr().out
+    for bad in (0, -1, "x", "9" * 30):
+        assert run(*asked, "--max-new-tokens", bad) == 2
+        assert "argument --max-new-tokens: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total "),
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator:"
+                                " can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")], ids=repr)
+def test_memory_that_runs_out_in_a_pass_is_one_line(folder, capsys, monkeypatch, error: Exception):
+    def full(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    assert run("--weights", folder, "--limit", 1, "--mode", "full") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nanogap.evaluate: memory ran out (") and said.count("\n") == 1
+    assert "another --dtype or --device" in said
+
+
+def test_more_scenes_than_memory_holds_are_refused_at_once(folder, capsys):
+    assert run("--weights", folder, "--limit", 10 ** 9) == 2
+    assert "--limit 1000000000 is more than can be drawn" in capsys.readouterr().err
+
+
+def test_what_stands_in_a_file_cannot_move_the_cursor(finder, annotations: Path, capsys):
+    """Names of pictures, splits, strategies; an escape sequence is spelled out."""
+    entry = json.loads(annotations.read_text().splitlines()[0])
+    lines = [entry, entry | {"img_path": "\x1b[2Jgone\u202e.jpg"}]
+    annotations.write_text("\n".join(map(json.dumps, lines)))
+    given = annotations.with_name("given.jsonl")
+    given.write_text(json.dumps({"id": 1, "box": [1, 2, 3, 4], "prune": "\x1b[2J", "mode": "\x07"}))
+    assert run("--weights", finder, "--data", annotations, "--mode", "full") == 0
+    assert run("--score", given, "--data", annotations) == 0
+    annotations.write_text(json.dumps(lines[1]))
+    assert run("--weights", finder, "--data", annotations) == 2
+    heard = capsys.readouterr()
+    assert all(c.isprintable() or c == "\n" for c in heard.out + heard.err)
+    assert heard.out.count("\\x1b[2J") == 3 and heard.err.count("\\x1b[2J") == 2

@@ -14,8 +14,8 @@ SETTINGS = {"weights": "mini 1234", "seed": 0}
 def record(id_: str) -> dict:
     return {"id": id_, "image": "a.jpg", "expression": "the man", "mode": "gap", "prune": "random",
             "keep": 8, "text": "", "box": None, "truth": [0, 0, 8.5, 9], "iou": 0.0,
-            "visual_tokens": 8, "kept": [0, 3], "padding": 0.25, "prefill_ms": 1.5,
-            "decode_ms": None}
+            "cut_off": False, "visual_tokens": 8, "kept": [0, 3], "padding": 0.25,
+            "prefill_ms": 1.5, "decode_ms": None}
 
 
 def write(path: Path, *ids: str, rank: int = 0, world: int = 1) -> None:

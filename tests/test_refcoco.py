@@ -10,6 +10,7 @@ from PIL import Image
 
 from nanogap.cli import NanogapError
 from nanogap.evaluate.refcoco import Data, read_data
+from nanogap.image import open_image
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = Path(os.environ.get("NANOGAP_REFCOCO", ROOT / "../shared/published/refcoco"))
@@ -229,3 +230,121 @@ def test_the_published_val_split_has_10834_expressions_about_1500_images(tmp_pat
     id_, expression, box = data.examples[0].questions[0]
     assert expression == "bowl behind the others can only see part"
     assert box == pytest.approx((468.3, 0.91, 640.0, 117.03))
+
+
+# ----- frames -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("entries", [QWEN, OWN], ids=["with a size", "without"])
+def test_an_annotated_picture_is_not_turned_for_its_box_is_in_stored_pixels(
+        tmp_path: Path, entries: list, ending: str):
+    data = write(tmp_path, lines([entry | {"image": f"a{ending}"} for entry in entries]))
+    stored = Image.effect_noise((40, 30), 50).convert("RGB")
+    plain = None
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"a{ending}", exif=exif)
+        example, = read_data(data, None).examples
+        plain = plain or example.image().tobytes()
+        assert (example.size, example.image().tobytes()) == ((40, 30), plain), orientation
+        turned = open_image(tmp_path / f"a{ending}").size          # as run.py has it
+        assert turned == ((40, 30) if orientation < 5 else (30, 40))
+
+
+@pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
+@pytest.mark.parametrize("scale", [1, 1000], ids=["shares", "thousandths"])
+def test_boxes_that_are_no_pixels_are_refused(folder: Path, entries: list, scale: int):
+    """In one's own form the picture says how large it is."""
+    key = next(key for key in ("bbox", "solution", "box") if key in entries[0])
+    sides = (40, 30, 40, 30)
+    wrong = [entry | {key: [scale * v / side for v, side in zip(entry[key], sides, strict=True)]}
+             for entry in entries]
+    why = "normalised and not in pixels" if scale == 1 else "boxes are in pixels here"
+    with pytest.raises(NanogapError, match=why):
+        read_data(write(folder, lines(wrong)), folder)
+
+
+# ----- files that someone made to do harm ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "x/../../secret.jpg", "{}/secret.jpg", "..", "/",
+                                  "", ".", "\0", "a\0.jpg", "x" * 5000])
+def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.jpg")
+    entry = QWEN[0] | {"image": name.format(tmp_path)}
+    with pytest.raises(NanogapError, match="none of the 1 images is in"):
+        read_data(write(tmp_path, lines([entry])), folder)
+    Image.new("RGB", (40, 30)).save(folder / "secret.jpg")
+    if name.endswith("secret.jpg"):            # by its name alone it is found in the folder
+        read_data(write(tmp_path, lines([entry])), folder).examples[0].image()
+
+
+def nested(depth: int) -> bytes:
+    """A tuple in a tuple, and so on."""
+    return b"\x80\x02" + b")" + b"\x85" * depth + b"."
+
+
+@pytest.mark.parametrize("data", [
+    nested(1_000_000), b"\x80\x02]" + b"r\xff\xff\xff\x7f" + b".",
+    b"\x80\x02" + b"]" + b"2a" * 1_000_000 + b".", b"\x80\x02\x8b\xff\xff\xff\x7f",
+    b"\x80\x02X\xff\xff\xff\xff", b"\x80\x04\x8d" + b"\xff" * 8, b"I" + b"9" * 5000 + b"\n."],
+    ids=["deep", "memo", "itself", "long", "text", "long text", "digits"])
+def test_a_pickle_that_asks_for_too_much_is_refused_before_it_is_built(folder: Path, data: bytes):
+    write(folder, json.dumps(INSTANCES), "instances.json")
+    with pytest.raises(NanogapError, match="neither JSON nor a whole pickle|is a pickle, but not"):
+        read_data(write(folder, data), folder, "val")
+
+
+HUGE = 10 ** 5000                   # Python prints no number of so many digits
+NASTY = [HUGE, -HUGE, None, [], {}, "x", (1,), float("nan"), 1.5, b"x"]
+
+
+@pytest.mark.parametrize("value", NASTY, ids=lambda value: f"{type(value).__name__}")
+@pytest.mark.parametrize("key", ["ann_id", "image_id", "split", "sentences", "sent_id", "sent"])
+def test_a_pickle_of_other_types_is_one_line(folder: Path, key: str, value: object):
+    """Or the reference counts as one of another split."""
+    wrong = pickle.loads(pickle.dumps(REFS[:1]))
+    (wrong[0] if key in wrong[0] else wrong[0]["sentences"][0])[key] = value
+    if (key, value) in (("split", "x"), ("sent", "x"), ("sentences", [])):
+        return
+    with pytest.raises(NanogapError) as caught:
+        read_data(refs(folder, [*wrong, *REFS[1:]], 2), folder, "val")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "1e999", "null", "[]", "{}", '"x"', "-5", "true"])
+@pytest.mark.parametrize("key", ["id", "bbox", "width", "height"])
+def test_instances_of_other_types_are_one_line(folder: Path, key: str, value: str):
+    path = refs(folder)
+    text = json.dumps(INSTANCES).replace(f'"{key}": 7', f'"{key}": VALUE').replace(
+        '"bbox": [10, 5, 10, 20]', '"bbox": VALUE' if key == "bbox" else '"bbox": [10, 5, 10, 20]')
+    for side in (40, 30):
+        text = text.replace(f'"{key}": {side}', f'"{key}": VALUE')
+    write(folder, text.replace("VALUE", value), "instances.json")
+    with pytest.raises(NanogapError) as caught:
+        read_data(path, folder, "val")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_sentence_that_is_there_twice_is_refused(folder: Path):
+    """Counted twice, it would be answered once."""
+    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
+    with pytest.raises(NanogapError, match="sentence 100 is there twice; take one of them out"):
+        read_data(refs(folder, twice), folder, "val")
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/full", ".", "/dev/null"])
+def test_a_file_that_is_no_file_is_not_read(folder: Path, monkeypatch, name: str):
+    monkeypatch.chdir(folder)
+    os.mkfifo("pipe")
+    with pytest.raises(NanogapError, match=r"--data .* cannot be read \("):
+        read_data(Path(name), folder)
+    path = refs(folder)
+    (folder / "instances.json").unlink()
+    (folder / "instances.json").symlink_to(Path(name).absolute())
+    with pytest.raises(NanogapError, match=r"instances.json cannot be read \("):
+        read_data(path, folder, "val")

@@ -106,11 +106,39 @@ def test_json_is_one_document_and_nothing_else(
     assert [r.pop("kv_bytes") for r in runs] == [2 * 3 * 64 * 4 * rows for rows in (70, 58, 58)]
     assert runs == [
         {"mode": mode, "visual_tokens": tokens, "box": [10.0, 0.0, 50.0, 35.0], "text": BOX,
-         "iou_with_full": 1.0, "position_ids": [0, last], "next_position": last + 1}
+         "cut_off": False, "iou_with_full": 1.0, "position_ids": [0, last],
+         "next_position": last + 1}
         for mode, tokens, last in (("full", 16, 68), ("shifted", 4, 56), ("gap", 4, 68))]
     for timing in timings:
         assert set(timing) == {"vision_ms", "prefill_ms", "decode_ms", "new_tokens", "passes"}
         assert (timing["new_tokens"], timing["passes"]) == (2, 1)
+
+
+def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    """It says a box, which is one token, and its end."""
+    asked = [photo, "the man", "--weights", str(finder), "--mode", "full", "gap", "--keep", "4"]
+    assert run.main([*asked, "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[5:7] == [
+        f"{mode}: the answer was cut off before its end, at 1 tokens; give it more room with "
+        "--max-new-tokens." for mode in ("full", "gap")]
+    assert run.main([*asked, "--max-new-tokens", "1", "--json"]) == 0
+    assert [r["cut_off"] for r in json.loads(capsys.readouterr().out)["runs"]] == [True, True]
+    assert run.main([*asked, "--max-new-tokens", "2"]) == 0
+    assert "cut off" not in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_in_a_pass_is_one_line(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    assert run.main([photo, "the man", "--weights", str(finder)]) == 2
+    assert capsys.readouterr().err == (
+        "run.py: memory ran out (CUDA out of memory); end other programs, or take less at a time: "
+        "another --dtype or --device, smaller --weights, a smaller --keep without mode full\n")
+    assert not Path("answer.png").exists()
 
 
 def test_an_answer_without_a_box_has_none_and_no_iou(
@@ -460,8 +488,9 @@ def test_a_mistake_leaves_an_earlier_picture_alone(
 
 
 @pytest.mark.parametrize("expression, message", [
-    ("a" * 20000, "the expression is too long: with the image the model would need 20099 "),
-    ("人" * 20000, "the expression is too long: with the image the model would need "),
+    ("a" * 20000, "the expression is too long: with the image and room for the answer the model "
+     "would need 20131 "),
+    ("人" * 20000, "the expression is too long: with the image and room for the answer the model "),
     ("a\udcff", "the expression is not valid Unicode: "),        # how argv shows a stray byte
 ])
 def test_an_expression_that_no_model_could_read_is_refused(

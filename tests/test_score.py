@@ -53,7 +53,8 @@ def test_no_box_overlaps_nothing(protocol: str):
 
 def record(iou: float, box: list | None, tokens: float = 8, keep: int | None = 8) -> dict:
     return {"prune": "trim", "keep": keep, "mode": "gap", "iou": iou, "box": box,
-            "padding": 0.25, "visual_tokens": tokens, "prefill_ms": 10 * tokens, "decode_ms": 50.0}
+            "cut_off": False, "padding": 0.25, "visual_tokens": tokens, "prefill_ms": 10 * tokens,
+            "decode_ms": 50.0}
 
 
 BOX = [0, 0, 1, 1]
@@ -65,8 +66,8 @@ def test_a_row_counts_hits_boxes_and_means_of_its_own_run_only():
     low, high = row.pop("low"), row.pop("high")
     assert (low, high) == wilson(2, 4)
     assert row == {"prune": "trim", "keep": 8, "mode": "gap", "expressions": 4, "accuracy": 0.5,
-                   "mean_iou": 0.4975, "no_box": 0.25, "padding": 0.25, "visual_tokens": 8.0,
-                   "prefill_ms": 80.0, "decode_ms": 50.0}
+                   "mean_iou": 0.4975, "no_box": 0.25, "cut_off": 0.0, "padding": 0.25,
+                   "visual_tokens": 8.0, "prefill_ms": 80.0, "decode_ms": 50.0}
 
 
 def test_the_protocol_decides_whether_just_half_counts():

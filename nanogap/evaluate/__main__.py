@@ -8,8 +8,10 @@ In:  weights, expressions with true boxes, and any number of strategies, budgets
      answers of any program.
 Out: a table with 95 % intervals, on demand a picture, a JSON document, and a line for each answer.
 
-An answer without a box counts as wrong.  An image is encoded once for all that is asked about it,
-and what is asked under one pruning shares what the decoder made of the image.
+An answer without a box counts as wrong.  What cannot be asked (a picture that is not there or is
+broken, an expression that is blank or too long) is left out, and the report says what it covers.
+An image is encoded once for all that is asked about it, and what is asked under one pruning shares
+what the decoder made of the image.
 """
 
 import argparse
@@ -29,12 +31,15 @@ from torch import nn
 
 from nanogap import prune
 from nanogap.cli import (
+    ItemError,
     NanogapError,
     Parser,
     answer_for,
+    count_argument,
     keep_argument,
     path_argument,
     tell,
+    visible,
     whole_number,
 )
 from nanogap.evaluate import ablate, journal, plot
@@ -54,6 +59,7 @@ from nanogap.weights import DTYPES, default_weights, load
 Todo = tuple[Example, Run, tuple[str, str, Box]]
 DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 TELL_EVERY = 10.0                   # seconds
+MOST_DRAWN = 1_000_000              # expressions about drawn scenes; they are held in memory
 
 
 # ----- what is asked ------------------------------------------------------------------------------
@@ -75,7 +81,13 @@ def drawn_data(split: str, limit: int) -> Data:
     """The first expressions about drawn scenes; the split's name seeds them (see scenes.py)."""
     examples: list[Example] = []
     count = 0
+    if limit > MOST_DRAWN:
+        raise NanogapError(f"--limit {limit} is more than can be drawn; give at most {MOST_DRAWN}")
+    told = time.time()
     while count < limit:
+        if time.time() - told >= TELL_EVERY:
+            told = time.time()
+            tell(f"drawing scenes: {count} of {limit} expressions")
         number = len(examples)
         drawn = scene(split, number)
         questions = [(f"{split}/{number}/{i}", expression, drawn.things[thing].box)
@@ -83,7 +95,7 @@ def drawn_data(split: str, limit: int) -> Data:
         examples.append(Example(number, f"scenes:{split}/{number}", drawn.image.size,
                                 partial(drawn_image, split, number), questions))
         count += len(questions)
-    return Data(f"scenes:{split}", "", first(examples, limit), limit, [])
+    return Data(f"scenes:{split}", "", first(examples, limit), limit, [], {})
 
 
 def drawn_image(split: str, number: int) -> Image.Image:
@@ -124,7 +136,7 @@ def runs_asked(args: argparse.Namespace, image: EncodedImage) -> list[Run]:
 
 
 def ground(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int, layer: int | None,
-           max_new_tokens: int = MAX_NEW_TOKENS) -> Result:
+           max_new_tokens: int) -> Result:
     """Ask in one of the modes."""
     name, keep, mode = run
     if mode == "full":
@@ -133,36 +145,63 @@ def ground(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int
                         max_new_tokens=max_new_tokens)
 
 
-def ask(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int,
-        layer: int | None) -> dict:
+def ask(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int, layer: int | None,
+        max_new_tokens: int) -> dict:
     """What the model says, and what it took."""
     if run[2] in ablate.WHOLE:
-        text, box = ablate.ask(model, image, expression, run[2], seed)
+        text, box, cut_off = ablate.ask(model, image, expression, run[2], seed, max_new_tokens)
         kept = torch.arange(image.n_visual)
-        return {"text": text, "box": box, "visual_tokens": len(kept), "kept": kept.tolist(),
-                "padding": image.padding(kept), **dict.fromkeys(TIMES)}
-    result = ground(model, image, expression, run, seed, layer)
-    return {"text": result.text, "box": result.box, "visual_tokens": result.visual_tokens,
-            "kept": result.keep.tolist(), "padding": result.padding,
+        return {"text": text, "box": box, "cut_off": cut_off, "visual_tokens": len(kept),
+                "kept": kept.tolist(), "padding": image.padding(kept), **dict.fromkeys(TIMES)}
+    result = ground(model, image, expression, run, seed, layer, max_new_tokens)
+    return {"text": result.text, "box": result.box, "cut_off": result.cut_off,
+            "visual_tokens": result.visual_tokens, "kept": result.keep.tolist(),
+            "padding": result.padding,
             **{key: result.timings[key] for key in TIMES}}
 
 
-def rehearse(model: VLM, image: EncodedImage, expression: str, runs: Sequence[Run], seed: int,
+def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
+    """The first image that can be opened."""
+    for example in examples:
+        try:
+            return model.encode_image(example.image())
+        except ItemError as error:
+            why = error
+    raise NanogapError(f"none of the {len(examples)} images can be opened: {why}")
+
+
+def rehearse(model: VLM, image: EncodedImage, runs: Sequence[Run], seed: int,
              layer: int | None) -> None:
     """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
     for run in runs:
         if run[2] in MODES:
-            ground(model, image, expression, run, seed, layer, max_new_tokens=1)
+            ground(model, image, "thing", run, seed, layer, max_new_tokens=1)
 
 
-def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace) -> Iterator[dict]:
-    """One record for each thing to do, which come sorted by image and then by run."""
-    encoded, image = None, None
+def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
+            left_out: dict[str, str]) -> Iterator[dict]:
+    """One record for each thing to do, which come sorted by image and then by run.
+
+    left_out: takes the expressions that cannot be asked, by their IDs, and why
+    """
+    encoded = None
+    image: EncodedImage | str = ""                          # or why it cannot be opened
     for example, run, (id_, expression, truth) in todo:
-        if image is None or example is not encoded:
+        if example is not encoded:
             encoded = example
-            image = model.encode_image(example.image(), share=True)
-        said = ask(model, image, expression, run, args.seed + example.number, args.layer)
+            try:
+                image = model.encode_image(example.image(), share=True)
+            except ItemError as error:
+                image = str(error)
+        if isinstance(image, str):
+            left_out[id_] = image
+            continue
+        try:
+            said = ask(model, image, expression, run, args.seed + example.number, args.layer,
+                       args.max_new_tokens)
+        except ItemError as error:
+            left_out[id_] = f"{expression:.40}: {error}"
+            continue
         box, iou = score(args.protocol, said["text"], said["box"], truth, image.width,
                          image.height, model.parse_box)
         yield {"id": id_, "image": example.name, "expression": expression, "mode": run[2],
@@ -208,6 +247,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layer", type=whole_number, metavar="K",
         help="of fastv: the decoder's layer before which it prunes (default: 2 of 32, and as early "
              "in others)")
+    add("--max-new-tokens", type=count_argument, default=MAX_NEW_TOKENS, metavar="N",
+        help="an answer is cut off there (default: %(default)s)")
     add("--clip", type=path_argument, metavar="DIR",
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true",
@@ -271,7 +312,7 @@ def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"{args.weights.resolve().name} {digest}".strip(),
             "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,
-            "protocol": args.protocol, "layer": args.layer}
+            "protocol": args.protocol, "layer": args.layer, "max_new_tokens": args.max_new_tokens}
     if args.files:
         code = b"".join(Path(file).read_bytes() for file in args.files)
         made["strategy file"] = hashlib.sha256(code).hexdigest()[:8]
@@ -313,10 +354,13 @@ def print_report(args: argparse.Namespace, title: str, made: dict, data: Data,
                      else plot.draw_panels(rows))
     if args.json:
         print(json.dumps({**made, "data": data.name, "expressions": rows[0]["expressions"],
-                          "of": data.expressions, "missing_images": data.missing, "runs": rows,
+                          "of": data.expressions, "missing_images": data.missing,
+                          "left_out": data.left_out, "runs": rows,
                           "picture": args.plot and str(args.plot)}))
         return
-    print(title, PROTOCOLS[args.protocol], *notes, table(rows), sep="\n")
+    for line in (title, PROTOCOLS[args.protocol], *covers(data), *notes):
+        print(visible(line))
+    print(table(rows), *cut_off(rows), sep="\n")
     if args.plot:
         print(f"picture: {args.plot}")
 
@@ -324,6 +368,37 @@ def print_report(args: argparse.Namespace, title: str, made: dict, data: Data,
 def missing(data: Data) -> str:
     """How many images are not there, and which are the first."""
     return f"{len(data.missing)} images are missing, such as {', '.join(data.missing[:3])}"
+
+
+def covers(data: Data) -> list[str]:
+    """How many expressions a report is about, in a line for each reason why it is not all of them.
+    """
+    there = sum(len(example.questions) for example in data.examples)
+    asked = f"covers {there} of {data.expressions} expressions"
+    lines = []
+    if data.missing:
+        lines.append(f"{asked}: {missing(data)}")
+    if data.left_out:
+        id_, why = next(iter(data.left_out.items()))
+        lines.append(f"{asked}: {len(data.left_out)} cannot be asked, such as {id_}: {why:.300}")
+    return lines
+
+
+def cut_off(rows: Sequence[dict]) -> list[str]:
+    """How many answers had no room to end: such a one is no answer without a box."""
+    count = sum(round((row["cut_off"] or 0) * row["expressions"]) for row in rows)
+    if not count:
+        return []
+    return [f"{count} of {sum(row['expressions'] for row in rows)} answers were cut off before "
+            "their end; give them more room with --max-new-tokens"]
+
+
+def without(data: Data, left_out: dict[str, str]) -> Data:
+    """The data without the expressions that turned out to be such as cannot be asked."""
+    examples = [replace(example, questions=[question for question in example.questions
+                                            if question[0] not in left_out])
+                for example in data.examples]
+    return replace(data, examples=examples, left_out=data.left_out | left_out)
 
 
 def score_file(args: argparse.Namespace) -> None:
@@ -352,30 +427,34 @@ def ask_model(args: argparse.Namespace, rank: int, world: int) -> None:
     made = settings(args, model, data)
     examples = first(data.examples, args.limit)
     earlier = journal.earlier(args.out, made)
-    image = model.encode_image(examples[0].image())
+    image = first_whole(model, examples)
     runs = runs_asked(args, image)
-    rehearse(model, image, examples[0].questions[0][1], runs, args.seed, args.layer)
+    rehearse(model, image, runs, args.seed, args.layer)
     done = {journal.name(record) for record in earlier}
     todo = [(example, run, question) for example in examples[rank::world] for run in runs
             for question in example.questions if (question[0], *run) not in done]
     write = journal.begin(args.out, made, rank, world)
     new = []
-    for record in with_progress(answers(model, todo, args), len(todo), rank, world):
+    left_out: dict[str, str] = {}
+    for record in with_progress(answers(model, todo, args, left_out), len(todo), rank, world):
         write(record)
         new.append(record)
     records = earlier + gather(new, world)
+    for others in gather([left_out], world):
+        left_out |= others
     if rank > 0:
         return
     journal.put_together(args.out, records)
-    ids = {id_ for example in examples for id_, *_ in example.questions}
+    data = without(data, left_out)
+    ids = {id_ for example in examples for id_, *_ in example.questions} - left_out.keys()
+    if not ids:
+        raise NanogapError("none of the expressions can be asked, such as "
+                           "{}: {}".format(*next(iter(left_out.items()))))
     records = [record for record in records if record["id"] in ids]
     rows = [summary(records, run, args.protocol) for run in runs]
     title = (f"{args.weights}, {data.name}, {rows[0]['expressions']} expressions, "
              f"seed {args.seed}, {made['device']}, {made['dtype']}")
     notes = cut_notes(runs, image.n_visual, model, args.layer)
-    if data.missing:
-        there = sum(len(example.questions) for example in data.examples)
-        notes += [f"covers {there} of {data.expressions} expressions: {missing(data)}"]
     print_report(args, title, made | {"weights": str(args.weights)}, data, rows, notes)
 
 

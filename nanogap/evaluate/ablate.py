@@ -55,9 +55,9 @@ def lay_out(name: str, P: int, N: int, A: int, k: Tensor) -> Layout:
 
 
 @torch.inference_mode()
-def ask(model: VLM, image: EncodedImage, expression: str, name: str,
-        seed: int) -> tuple[str, Box | None]:
-    """What the model says in a case of WHOLE, and the box in pixels.
+def ask(model: VLM, image: EncodedImage, expression: str, name: str, seed: int,
+        max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[str, Box | None, bool]:
+    """What the model says in a case of WHOLE, the box in pixels, and whether it was cut off.
 
     seed:   of the random order
     raises: NanogapError where the largest ID is out of the model's range
@@ -67,7 +67,8 @@ def ask(model: VLM, image: EncodedImage, expression: str, name: str,
     N = image.n_visual
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed))   # (N,)
     layout = lay_out(name, P, N, A, shuffled)
-    model.check_length(layout.next_position + MAX_NEW_TOKENS)
+    model.check_length(layout.next_position + max_new_tokens)
     x = model.embed(input_ids, image, Kept(arange(N)), layout.order)          # (1, P + N + A, C)
-    text = model.tokenizer.decode(model.generate(x, layout, MAX_NEW_TOKENS))
-    return text, box_in(text, model, image)
+    tokens = model.generate(x, layout, max_new_tokens)
+    text = model.tokenizer.decode(tokens)
+    return text, box_in(text, model, image), set(tokens).isdisjoint(model.end_tokens)

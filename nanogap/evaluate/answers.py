@@ -14,12 +14,20 @@ from typing import Any
 
 from nanogap.cli import NanogapError
 from nanogap.evaluate.journal import beside
-from nanogap.evaluate.refcoco import Data, Example, documents, is_box, read_file
+from nanogap.evaluate.refcoco import (
+    Data,
+    Example,
+    check_pixels,
+    documents,
+    is_box,
+    read_file,
+    shown,
+)
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.image import Box
 from nanogap.models import VLM
 
-MEASURED = ("visual_tokens", "padding", *TIMES)   # what lines may hold besides
+MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 GIVEN = "given"                                   # strategy and mode where lines do not say them
 
 
@@ -34,9 +42,14 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], family: ty
              for example in examples for question in example.questions}
     check_protocol(path, protocol)
     runs: dict[Run, dict[str, dict]] = {}
+    boxes = []
     for where, item in documents(path, read_file("--score", path, "give a file of answers")):
         check_answer(where, item, protocol)
+        if item.get("box"):
+            boxes.append(item["box"])
         id_ = str(item["id"])
+        if id_ in data.left_out:
+            continue
         if id_ not in asked:
             raise NanogapError(f"{where}: {id_[:80]!r} is none of the {len(asked)} expressions of "
                                f"{data.name}, such as {next(iter(asked))!r}; give the --data "
@@ -47,6 +60,8 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], family: ty
             raise NanogapError(f"{where} answers {id_[:80]!r} again; take one of the lines out")
         example, (_, expression, truth) = asked[id_]
         found[id_] = record(item, run, example, expression, truth, family, protocol)
+    if boxes:
+        check_pixels(path, boxes)
     if not runs:
         raise NanogapError(f"{path} holds no answer; give lines of {{\"id\", \"text\"}} or "
                            "{\"id\", \"box\"}")
@@ -78,18 +93,19 @@ def check_answer(where: str, item: Any, protocol: str) -> None:
         raise NanogapError(f"{where} has neither text nor box; give what was answered, or "
                            "\"box\": null")
     if not isinstance(item.get("text", ""), str):
-        raise NanogapError(f"{where}: the text is {item['text']!r:.80}; give what was said")
+        raise NanogapError(f"{where}: the text is {shown(item['text'])}; give what was said")
     if not (item.get("box") is None or is_box(item["box"])):
-        raise NanogapError(f"{where}: the box {item['box']!r:.80} is not four numbers; give "
+        raise NanogapError(f"{where}: the box {shown(item['box'])} is not four numbers; give "
                            "x1, y1, x2, y2 in pixels, or null")
     if protocol == "lmms-eval" and "text" not in item:
         raise NanogapError(f"{where} has no text, and --protocol lmms-eval reads nothing else; "
                            "choose another protocol")
     for key, kinds, what in (("prune", (str,), "a name"), ("mode", (str,), "a name"),
                              ("keep", (str, int, type(None)), "a number of visual tokens"),
+                             ("cut_off", (bool, type(None)), "true or false"),
                              *((key, (int, float, type(None)), "a number") for key in MEASURED)):
         if key in item and type(item[key]) not in kinds:
-            raise NanogapError(f"{where}: {key} is {item[key]!r:.80}; give {what}")
+            raise NanogapError(f"{where}: {key} is {shown(item[key])}; give {what}")
 
 
 def record(item: dict, run: Run, example: Example, expression: str, truth: Box,
@@ -101,7 +117,7 @@ def record(item: dict, run: Run, example: Example, expression: str, truth: Box,
                      family.box_format.parse)
     return {"id": item["id"], "image": example.name, "expression": expression, "mode": run[2],
             "prune": run[0], "keep": run[1], "text": text, "box": box, "truth": truth, "iou": iou,
-            **{key: item.get(key) for key in MEASURED}}
+            "cut_off": item.get("cut_off"), **{key: item.get(key) for key in MEASURED}}
 
 
 def box_of(item: dict, family: type[VLM], width: int, height: int) -> Box | None:

@@ -31,6 +31,11 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)   # type: ignore[arg-type]
 
 
+def is_yes_or_no(value: object) -> bool:
+    """True or false."""
+    return type(value) is bool
+
+
 def is_time(value: object) -> bool:
     """A number; None in the cases of --ablate that take no times."""
     return value is None or is_number(value)
@@ -59,8 +64,8 @@ def is_box_or_none(value: object) -> bool:
 FIELDS: dict[str, Callable[[object], bool]] = {
     "id": is_text, "image": is_text, "expression": is_text, "mode": is_text, "prune": is_text,
     "keep": is_budget, "text": is_text, "box": is_box_or_none, "truth": is_box, "iou": is_number,
-    "visual_tokens": is_number, "kept": are_numbers, "padding": is_number, "prefill_ms": is_time,
-    "decode_ms": is_time}
+    "cut_off": is_yes_or_no, "visual_tokens": is_number, "kept": are_numbers, "padding": is_number,
+    "prefill_ms": is_time, "decode_ms": is_time}
 KEYS = set(FIELDS)
 
 

@@ -8,6 +8,7 @@ is a little wider.
 
 from collections.abc import Callable, Sequence
 
+from nanogap.cli import visible
 from nanogap.image import Box, iou
 from nanogap.prompt import Shares, parse_box
 
@@ -78,6 +79,7 @@ def summary(records: Sequence[dict], run: Run, protocol: str) -> dict:
             "accuracy": hits / max(len(mine), 1), "low": low, "high": high,
             "mean_iou": mean([r["iou"] for r in mine]),
             "no_box": mean([r["box"] is None for r in mine]),
+            "cut_off": mean([r["cut_off"] for r in mine]),
             **{key: mean([r[key] for r in mine]) for key in ("padding", "visual_tokens", *TIMES)}}
 
 
@@ -112,4 +114,4 @@ def table(rows: Sequence[dict]) -> str:
         if timed:
             line += "".join(f"  {row[key]:5.0f} ms" for key in TIMES)
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(map(visible, lines))        # strategies and modes may stand in a file

@@ -27,7 +27,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError
+from nanogap.cli import ItemError, NanogapError
 from nanogap.clip import TextGuide
 from nanogap.decode import decode
 from nanogap.gap import Layout, lay_out
@@ -325,8 +325,9 @@ class VLM(nn.Module):
         """Refuse a question whose position IDs leave the range that the model was made for."""
         most = self.config.text.max_position_embeddings
         if positions > most:
-            raise NanogapError("the expression is too long: with the image the model would need "
-                               f"{positions} positions and has {most}; shorten it")
+            raise ItemError("the expression is too long: with the image and room for the answer "
+                            f"the model would need {positions} positions and has {most}; shorten "
+                            "it, or give fewer new tokens")
 
     # ----- boxes ----------------------------------------------------------------------------------
 
