@@ -3,7 +3,8 @@
 In:  any image of the usual kinds.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
 
 A frame says how a picture becomes a square, and where a box in that square lies in the picture.
-Each model has its own; LLaVA pads with CLIP's mean colour before resizing, MiniGPT-v2 stretches.
+Each model has its own; LLaVA pads with CLIP's mean colour before resizing, MiniGPT-v2 stretches,
+and LLaVA-1.6 stretches as well, and adds tiles: squares in a higher resolution.
 differs: the image processor on the hub crops the sides off instead; the crop loses targets at the
 edge, and boxes were trained in the padded square.
 """
@@ -36,6 +37,7 @@ TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5
          6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
 
 Box = tuple[float, float, float, float]
+Size = tuple[int, int]
 
 
 # ----- any picture --------------------------------------------------------------------------------
@@ -246,12 +248,47 @@ class Pad:
         return torch.stack([x, y, x + side / columns, y + side / rows], dim=1)
 
 
-Size = tuple[int, int]
+@dataclass(frozen=True)
+class Stretch:
+    """A frame: the picture is stretched to a square, whatever its shape; boxes are shares of it.
+
+    source: MiniGPT-v2, blip_processors.py
+    """
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """The stretched picture, as wide and as high as its longer side."""
+        return self.fit(image, max(image.size))
+
+    def fit(self, image: Image.Image, size: int) -> Image.Image:
+        """The stretched picture, size x size pixels."""
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+
+    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """Map a box of shares of the picture to its pixels.
+
+        box:     (x1, y1, x2, y2), each in [0, 1]
+        returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
+        raises:  ValueError where x2 <= x1 or y2 <= y1
+        """
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise ValueError(f"not a box: {tuple(box)}")
+        x1, y1, x2, y2 = (min(max(share, 0.0), 1.0) for share in box)
+        return x1 * width, y1 * height, x2 * width, y2 * height
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """The way there: a box in pixels of the image -> shares of its sides."""
+        return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+
+    def cells(self, rows: int, columns: int, width: float, height: float) -> Tensor:
+        """Which part of the picture each token shows: (rows * columns, 4), pixels."""
+        index = torch.arange(rows * columns)
+        x, y = index % columns * width / columns, index // columns * height / rows
+        return torch.stack([x, y, x + width / columns, y + height / rows], dim=1)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A frame: the whole picture squashed to a square, and tiles of it in a higher resolution.
+    """A frame: the whole picture stretched to a square, and tiles of it in a higher resolution.
 
     The tiles are cut out of a canvas, on which the picture is as large as it can be, in the middle,
     with black around it.
@@ -288,8 +325,8 @@ class Tiles:
         return (W - size[0]) // 2, (H - size[1]) // 2, *size
 
     def fit(self, image: Image.Image, size: int) -> Image.Image:
-        """The base view: the whole picture, squashed to size x size pixels."""
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        """The base view: the whole picture, stretched to size x size pixels."""
+        return Stretch().fit(image, size)
 
     def views(self, image: Image.Image, size: int) -> list[Image.Image]:
         """The base view, and the tiles of size x size pixels, row by row."""
@@ -314,14 +351,15 @@ class Tiles:
 
     def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
         """Which part of the picture each patch of the base view shows: (rows * columns, 4)."""
-        return cells(rows, columns, (0, 0, width, height))
+        return Stretch().cells(rows, columns, width, height)
 
     def canvas_cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
-        """The same of the patches on the canvas, row by row, pixels of the picture, not clipped."""
+        """The same of the canvas's patches; some show black beside the picture: not clipped."""
         H, W = self.canvas(width, height)
         left, top, across, down = self.placed(width, height)
         x, y = width / across, height / down                  # pixels of the picture to one of it
-        return cells(rows, columns, (-left * x, -top * y, (W - left) * x, (H - top) * y))
+        corner = torch.tensor([left * x, top * y, left * x, top * y])
+        return Stretch().cells(rows, columns, W * x, H * y) - corner
 
     def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
         """A box as the model says it -> pixels of the original image: see `Pad.to_pixels`."""
@@ -330,53 +368,6 @@ class Tiles:
     def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
         """The way there."""
         return self.boxes.from_pixels(box, width, height)
-
-
-def cells(rows: int, columns: int, area: Box) -> Tensor:
-    """An area (x1, y1, x2, y2) in rows and columns: (rows * columns, 4), row by row."""
-    x1, y1, x2, y2 = area
-    index = torch.arange(rows * columns)
-    across, down = (x2 - x1) / columns, (y2 - y1) / rows
-    x, y = x1 + index % columns * across, y1 + index // columns * down
-    return torch.stack([x, y, x + across, y + down], dim=1)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A frame: the picture is stretched to a square, whatever its shape; boxes are shares of it.
-
-    source: MiniGPT-v2, blip_processors.py
-    """
-
-    def square(self, image: Image.Image) -> Image.Image:
-        """The stretched picture, as wide and as high as its longer side."""
-        return self.fit(image, max(image.size))
-
-    def fit(self, image: Image.Image, size: int) -> Image.Image:
-        """The stretched picture, size x size pixels."""
-        return image.resize((size, size), Image.Resampling.BICUBIC)
-
-    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """Map a box of shares of the picture to its pixels.
-
-        box:     (x1, y1, x2, y2), each in [0, 1]
-        returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
-        raises:  ValueError where x2 <= x1 or y2 <= y1
-        """
-        if not (box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(f"not a box: {tuple(box)}")
-        x1, y1, x2, y2 = (min(max(share, 0.0), 1.0) for share in box)
-        return x1 * width, y1 * height, x2 * width, y2 * height
-
-    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """The way there: a box in pixels of the image -> shares of its sides."""
-        return box[0] / width, box[1] / height, box[2] / width, box[3] / height
-
-    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
-        """Which part of the picture each token shows: (rows * columns, 4), pixels."""
-        index = torch.arange(rows * columns)
-        x, y = index % columns * width / columns, index // columns * height / rows
-        return torch.stack([x, y, x + width / columns, y + height / rows], dim=1)
 
 
 # ----- boxes --------------------------------------------------------------------------------------

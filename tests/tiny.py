@@ -23,7 +23,9 @@ from torch import Tensor
 from nanogap import weights
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
+from nanogap.models import MODELS, VLM
 from nanogap.models.llava import VICUNA, Llava, LlavaConfig
+from nanogap.models.llava_next import LlavaNext, LlavaNextConfig
 from nanogap.train.tokenizer import IMAGE, train_llama_tokenizer
 
 LAYOUTS = ("a", "b", "c", "d")
@@ -36,11 +38,13 @@ PUBLISHED = {
     "c": ((r"^language_model\.lm_head\.", "lm_head."),
           (r"^language_model\.model\.", "model.language_model."),
           (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-          (r"^vision_tower\.", "model.vision_tower.vision_model.")),
+          (r"^vision_tower\.", "model.vision_tower.vision_model."),
+          (r"^image_newline$", "model.image_newline")),
     "d": ((r"^language_model\.lm_head\.", "lm_head."),
           (r"^language_model\.model\.", "model.language_model."),
           (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-          (r"^vision_tower\.", "model.vision_tower.")),
+          (r"^vision_tower\.", "model.vision_tower."),
+          (r"^image_newline$", "model.image_newline")),
 }
 
 
@@ -55,6 +59,20 @@ def tiny_config(**text: object) -> LlavaConfig:
     return LlavaConfig(replace(decoder, **text), vision, image_token=IMAGE_TOKEN)
 
 
+def tiny_next_config(decoder: str = "llama", **text: object) -> LlavaNextConfig:
+    """The same for LLaVA-1.6, whose tiles of 56 x 56 pixels make canvases in the published shapes.
+
+    decoder: "llama" or "mistral"
+    """
+    like = tiny_config(**text)
+    return LlavaNextConfig(like.text, like.vision, like.image_token, decoder=decoder)
+
+
+def family_of(config: LlavaConfig) -> type[Llava]:
+    """Which model a configuration is of."""
+    return LlavaNext if isinstance(config, LlavaNextConfig) else Llava
+
+
 @cache
 def tiny_tokenizer() -> Tokenizer:
     """LLaMA's kind of tokenizer with 562 tokens, trained on the prompt itself."""
@@ -67,6 +85,27 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer = train_llama_tokenizer(sentences, vocab_size=IMAGE_TOKEN)
     assert tokenizer.token_to_id(IMAGE) == IMAGE_TOKEN
     return tokenizer
+
+
+@cache
+def tokenizer_of(family: str) -> Tokenizer:
+    """One of the kind of any family, trained on its own prompt."""
+    kind = MODELS[family]
+    said = ["the man on the left", "a red car", kind.box_format.say((0.12, 0.34, 0.56, 0.78))]
+    around = kind.template.around(kind.template.question("the small brown dog"))
+    return train_llama_tokenizer([*said, *around], IMAGE_TOKEN, kind.special_tokens)
+
+
+def tiny_model(family: str) -> VLM:
+    """A random model of any family: views of 4 x 4 patches, or for MiniGPT-v2 of 8 x 2 tokens."""
+    kind, tokenizer, like = MODELS[family], tokenizer_of(family), tiny_config()
+    vision = replace(like.vision, image_size=112) if family == "minigpt_v2" else like.vision
+    image_token = tokenizer.token_to_id(kind.special_tokens[0])
+    model = kind(kind.Config(like.text, vision, image_token))
+    model.load_state_dict({name: draw(name, value.shape, 0)
+                           for name, value in model.state_dict().items()})
+    model.tokenizer = tokenizer
+    return model.requires_grad_(False)
 
 
 def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -88,7 +127,8 @@ def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
 def tiny_tensors(config: LlavaConfig, layout: str = "a", seed: int = 0) -> dict[str, Tensor]:
     """All tensors of a checkpoint under the names of a layout."""
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in Llava(config).state_dict().items()}
+        model = family_of(config)(config)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     tensors = {name: draw(name, shape, seed) for name, shape in shapes.items()}
     if config.text.tie_word_embeddings:
         del tensors["language_model.lm_head.weight"]
@@ -132,7 +172,7 @@ def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: st
     config = config or tiny_config()
     tensors = {name: value.to(dtype) for name, value in tiny_tensors(config, layout, seed).items()}
     with torch.device("meta"):
-        model = Llava(config)
+        model = family_of(config)(config)
     model.tokenizer = tiny_tokenizer()
     if layout == "a" and shards == 1 and not config.text.tie_word_embeddings:
         model.load_state_dict(tiny_tensors(config, "b", seed), assign=True)
