@@ -77,10 +77,8 @@ def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
             raise
         raise NanogapError(f"{path} cannot be read ({one_line(error)}); get it from where it was "
                            "made") from None
-    for token in whole.get("added_tokens") or ():
-        if tokenizer.token_to_id(token["content"]) != token["id"]:
-            refuse(path, f"added token {printable(token['content'])!r}", token["id"],
-                   "another piece has that name or that ID")
+    for token in whole.get("added_tokens") or ():   # the library numbers anew where it has a gap
+        check_rows(path, tokenizer.token_to_id(token["content"]), rows)
     return tokenizer
 
 
@@ -189,11 +187,16 @@ def check_ids(path: Path, vocab: dict, added: list[dict], rows: int) -> None:
     ids = list(vocab.values())
     if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
         refuse(path, "model.vocab", f"{len(ids)} pieces", "each wants an ID of its own")
-    if max([*ids, *(token["id"] for token in added)], default=0) >= rows:
-        raise NanogapError(f"{path} has more tokens than the model has embeddings "
-                           f"({rows}): it belongs to another checkpoint")
+    check_rows(path, max([*ids, *(token["id"] for token in added)], default=0), rows)
     if any(token["id"] < 0 or not token["content"] for token in added):
         refuse(path, "added_tokens", "one without a name or an ID", "each wants both")
+
+
+def check_rows(path: Path, highest: int, rows: int) -> None:
+    """An ID without an embedding could not be looked up."""
+    if highest >= rows:
+        raise NanogapError(f"{path} has more tokens than the model has embeddings "
+                           f"({rows}): it belongs to another checkpoint")
 
 
 def check_post_processor(path: Path, part: Any, rows: int) -> None:
