@@ -110,17 +110,11 @@ def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str,
 
 def explain_image(model: VLM, image: EncodedImage) -> None:
     """Print what becomes of the picture before anything is pruned."""
-    vision = model.config.vision
-    depth = model.get_submodule("vision_tower").depth
-    side = max(image.width, image.height)
+    square, tower = model.walk(image)
     print("\n1  The image becomes a square, and the square becomes patches")
-    print(f"   {image.width} x {image.height} pixels, padded to {side} x {side},")
-    print(f"   resized to pixel_values (1, 3, {vision.image_size}, {vision.image_size})")
-    print("\n2  CLIP turns patches into features")
-    for view in image.views:
-        print(f"   {view.seen.rows} x {view.seen.columns} patches of {vision.patch_size} pixels "
-              f"and CLS through {depth} of {vision.num_hidden_layers} layers:")
-    print(f"   features {tuple(image.features.shape)}, in raster order: row by row")
+    print(*(f"   {line}" for line in square), sep="\n")
+    print(f"\n2  {tower[0]}")
+    print(*(f"   {line}" for line in tower[1:]), sep="\n")
 
 
 def explain_pruning(image: EncodedImage, results: dict[str, Result]) -> None:

@@ -58,8 +58,7 @@ class Square:
         self.seen = self.encoded.views[0].seen
         self.rows = self.seen.rows
         self.columns = self.seen.columns
-        size = self.columns * PATCH, self.rows * PATCH
-        self.picture = model.frame.square(open_image(ROOT / "image.jpg")).resize(size)
+        self.picture = model.frame.fit(open_image(ROOT / "image.jpg"), self.columns * PATCH)
 
     def cell(self, index: int) -> tuple[int, int, int, int]:
         """Where the patch with that raster index lies: x1, y1, x2, y2."""

@@ -82,7 +82,7 @@ class VLM(nn.Module):
     Config: ClassVar[type]                     # its configuration, with `text` and `vision` in it
     rename: ClassVar[tuple[tuple[str, str], ...]]  # patterns: names on disk -> names of our modules
     on_disk: ClassVar[tuple[tuple[str, str], ...]]  # and the way back, to the published ones
-    Tower: ClassVar[Callable[[Any], Any]]      # of its configuration's `vision`
+    Tower: ClassVar[type]                      # of its configuration's `vision`
     reads_words: ClassVar[bool] = True         # whether its tower comes with one for texts
     download: ClassVar[str]                    # the command that fetches its published weights
     special_tokens: ClassVar[tuple[str, ...]]  # behind <unk> <s> </s>; the image's comes first
@@ -172,6 +172,13 @@ class VLM(nn.Module):
     @abstractmethod
     def align(self, features: Tensor) -> Tensor:
         """Visual tokens (N, C) -> in CLIP's space of images and texts (N, E)."""
+
+    @abstractmethod
+    def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
+        """What becomes of a picture, in lines of up to 76 columns: as squares, and in the tower.
+
+        The first line of the second is its heading.
+        """
 
     # ----- from what a person gives to tensors ----------------------------------------------------
 

@@ -151,6 +151,17 @@ class Llava(VLM):
     def clip_download(self) -> str:
         return CLIP_DOWNLOAD
 
+    def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
+        """What becomes of a picture, for --explain."""
+        c, side = self.config.vision, max(image.width, image.height)
+        square = [f"{image.width} x {image.height} pixels, padded to {side} x {side},",
+                  f"resized to pixel_values (1, 3, {c.image_size}, {c.image_size})"]
+        tower = ["CLIP turns patches into features",
+                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through "
+                 f"{self.vision_tower.depth} of {c.num_hidden_layers} layers:",
+                 f"features {tuple(image.features.shape)}, in raster order: row by row"]
+        return square, tower
+
     # ----- its files ------------------------------------------------------------------------------
 
     @classmethod

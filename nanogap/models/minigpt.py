@@ -62,6 +62,9 @@ from nanogap.prune import View, VisualTokens
 DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
             "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
             "--out weights/minigpt-v2`")
+NO_TEXT_TOWER = ("MiniGPT-v2 has no text tower: that of its vision tower, EVA-CLIP's, is published "
+                 "apart and not supported; choose a strategy that does not read the expression, "
+                 "such as cls_attention")
 MEMBERS = 4     # patches of one row that make a token
 LLAMA_2 = Template(
     before="[INST] <Img>",
@@ -176,9 +179,24 @@ class MiniGPT(VLM):
         return self.llama_proj(features)
 
     def align(self, features: Tensor) -> Tensor:
-        """There is no space of images and texts: EVA-CLIP's text tower is published apart."""
-        self.guide()
-        raise AssertionError("there is a text tower")
+        """There is no space of images and texts here."""
+        raise NanogapError(NO_TEXT_TOWER)
+
+    def clip_download(self) -> str:
+        raise NanogapError(NO_TEXT_TOWER)
+
+    def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
+        """What becomes of a picture, for --explain."""
+        c = self.config.vision
+        square = [f"{image.width} x {image.height} pixels, stretched to a square,",
+                  f"pixel_values (1, 3, {c.image_size}, {c.image_size})"]
+        tower = ["EVA turns patches into features, and four of them become one token",
+                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through all "
+                 f"{c.num_hidden_layers} layers;",
+                 f"four neighbours of a row together: {c.grid} x {c.grid // MEMBERS} tokens, which "
+                 "stand for patches below:",
+                 f"features {tuple(image.features.shape)}, in raster order: row by row"]
+        return square, tower
 
     # ----- its files ------------------------------------------------------------------------------
 
