@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nanogap"
 FILES = sorted(PACKAGE.rglob("*.py"))
-WINGS = ("evaluate", "bench", "train")
+WINGS = ("evaluate", "bench", "train", "convert")
 MODEL_FILES = {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__", "base"}
 
 

@@ -420,7 +420,7 @@ def test_another_kind_of_model_is_refused_by_name(model_type: object, folder: Pa
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
 @pytest.mark.parametrize("tokenizer", [True, False], ids=["with tokenizer.json", "without"])
-def test_llavas_own_layout_is_recognised_and_told_how_to_become_llava_hfs(
+def test_llavas_own_layout_is_recognised_and_answered_with_the_line_that_converts_it(
         tokenizer: bool, model_type: str, folder: Path):
     """liuhaotian/llava-v1.5-7b and its fine-tunes: model_type is "llava" too, all else differs."""
     (folder / "config.json").write_text(json.dumps({
@@ -430,11 +430,10 @@ def test_llavas_own_layout_is_recognised_and_told_how_to_become_llava_hfs(
     if not tokenizer:
         (folder / "tokenizer.json").unlink()
     text = refusal(folder)
-    assert text.startswith(
-        f"{folder} is in LLaVA's own layout (config.json has mm_vision_tower), and nanogap reads "
-        "that of llava-hf; ")
-    assert DOWNLOAD in text and "download it again" not in text
-    assert "different checkpoints" not in text
+    assert text == (
+        f"{folder} is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
+        f"`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR` (config.json has "
+        "mm_vision_tower)")
 
 
 BETWEEN = "{}; it must leave a layer before and after the features, of 3"

@@ -58,6 +58,12 @@ def read_fields(data: bytes) -> Iterator[Field]:
         at += length
 
 
+def read_piece(message: bytes) -> tuple[str, float]:
+    """The text of a piece, and its score; no score stands for 0."""
+    found = {number: value for number, value in read_fields(message) if isinstance(value, bytes)}
+    return found[1].decode(), struct.unpack("<f", found.get(2, bytes(4)))[0]
+
+
 def read_scores(path: Path) -> dict[str, float]:
     """The pieces of a tokenizer.model, in the order of their IDs, and the score of each.
 
@@ -71,14 +77,13 @@ def read_scores(path: Path) -> dict[str, float]:
     try:
         for number, value in read_fields(data):
             if number == 1 and isinstance(value, bytes):
-                piece = dict(read_fields(value))
-                text = bytes(piece[1]).decode()                               # type: ignore
+                text, score = read_piece(value)
                 if text in scores:
-                    raise ValueError(f"two pieces are {text!r:.20}")
-                scores[text] = struct.unpack("<f", bytes(piece.get(2, bytes(4))))[0]   # type: ignore
+                    raise ValueError(f"two pieces are {text!a:.20}")
+                scores[text] = score
             elif number in SETTINGS and isinstance(value, bytes):
                 check_settings(number, dict(read_fields(value)))
-    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+    except (IndexError, KeyError, ValueError, struct.error) as error:
         raise NanogapError(f"{path} is no tokenizer.model of LLaMA's, or is cut off ({error}); "
                            "download it again") from None
     if tuple(scores)[:3] != START_TOKENS or len(data) > MOST_BYTES:

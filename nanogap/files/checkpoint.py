@@ -7,6 +7,8 @@ whole and holds another thing (an adapter, quantised weights, a training's state
 is, and what makes a checkpoint of it.
 """
 
+import argparse
+import fnmatch
 import mmap
 import os
 import re
@@ -21,10 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanogap.cli import NanogapError
+from nanogap.cli import NanogapError, lacks_memory
 from nanogap.config import (
     QUANTISED,
-    lacks_memory,
     one_line,
     printable,
     read_json,
@@ -38,7 +39,12 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
 ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weights; merge it into "
            "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
 OWN_LAYOUT = ("is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
-              "convert_llava_weights_to_hf.py of transformers")
+              "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`")
+DELTA = ("is Shikra as it is published, a difference to LLaMA-7B; add them with `python -m "
+         "nanogap.convert shikra --base DIR --delta {folder} --clip DIR --out DIR`")
+MINIGPT = ("is or holds one of the pieces in which MiniGPT-v2 is published; put them together with "
+           "`python -m nanogap.convert minigpt-v2 --base DIR --vision eva_vit_g.pth "
+           "--checkpoint minigptv2_checkpoint.pth --out DIR`")
 TRAINING = ("holds the state of a training and no checkpoint yet; gather it into one with the "
             "library that wrote it (zero_to_fp32.py, accelerate merge-weights)")
 CONVERT = "save it for PyTorch with `from_pretrained(FOLDER, {})` and save_pretrained"
@@ -47,6 +53,7 @@ OTHERS = {
     "adapter_model.*": ADAPTER,
     "non_lora_trainables.bin": ADAPTER,
     "mm_projector.*": OWN_LAYOUT,
+    "eva_vit_g*.pth": MINIGPT, "minigpt*.pth": MINIGPT,
     "*.gguf": "holds GGUF files, which are llama.cpp's; give the checkpoint that they were made "
               "from",
     "tf_model.h5": "holds weights of TensorFlow; " + CONVERT.format("from_tf=True"),
@@ -82,9 +89,10 @@ def checkpoint_folder(folder: Path) -> Path:
 
 def other_form(folder: Path) -> str | None:
     """What a folder holds that is no checkpoint, and what makes one of it."""
+    names = [folder.name] if os.path.isfile(folder) else [path.name for path in folder.glob("*")]
     for pattern, says in OTHERS.items():
-        if next(folder.glob(pattern), None):
-            return f"{folder} {says}"
+        if fnmatch.filter(names, pattern):
+            return f"{folder} {says.format(folder=folder)}"
     caches = sorted(folder.glob("models--*"))
     if caches:
         return f"{folder} is the hub's cache; give a folder in it, such as {caches[0]}"
@@ -150,20 +158,33 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 # torch before 1.6 wrote pickles one behind the other; this is the first of them, a magic number
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+FOREIGN = re.compile(r"GLOBAL ([\w.]+) was not an allowed")       # torch's words for a class
 NO_PICKLE = "save it again with `torch.save(model.state_dict(), PATH)`"
 
 
 def unpickle(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file that torch.save wrote; no code in it is run.
+    """All tensors of a file that torch.save wrote; of a training's, those of its model."""
+    state = read_pickle(path)
+    model = state.get("model")
+    tensors = model if isinstance(model, dict) else state
+    if not all(map(plain, tensors.values())):
+        raise NanogapError(f"{path} cannot be read (it holds more than tensors); {NO_PICKLE}")
+    return {str(name): tensor for name, tensor in tensors.items()}
 
-    They are mapped into memory, but for the format of torch before 1.6, which is read.
+
+def read_pickle(path: Path) -> dict:
+    """What torch.save wrote: tensors, numbers, texts, and collections of them; no code is run.
+
+    Tensors are mapped into memory, but for the format of torch before 1.6, which is read.  Of all
+    classes only argparse.Namespace is taken, which holds a training's settings.
     """
     try:
         archive = look_into(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-        if not isinstance(state, dict) or not all(map(plain, state.values())):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        if not isinstance(state, dict):
             raise ValueError("it holds more than tensors")
-        return {str(name): tensor for name, tensor in state.items()}
+        return state
     except CutOff as error:
         raise NanogapError(f"{path} cannot be read ({one_line(error)}); "
                            "download it again") from None
@@ -172,7 +193,9 @@ def unpickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:   # an unpickler raises almost anything
         if lacks_memory(error):
             raise unreadable(path, error) from None
-        raise NanogapError(f"{path} cannot be read ({one_line(error)}); {NO_PICKLE}") from None
+        foreign = FOREIGN.search(str(error))
+        why = f"it holds a {printable(foreign[1])}" if foreign else one_line(error)
+        raise NanogapError(f"{path} cannot be read ({why}); {NO_PICKLE}") from None
 
 
 class CutOff(ValueError):
@@ -219,6 +242,9 @@ def look_into(path: Path) -> bool:
     return True
 
 
+PICKLES = (".bin", ".pth", ".pt")
+
+
 class Shard:
     """One file of a checkpoint: the names of its tensors, and each tensor, mapped into memory.
 
@@ -231,7 +257,7 @@ class Shard:
                  dtype: torch.dtype | None = None) -> None:
         self.path = path
         self.shared: dict[str, Tensor] = {}
-        if path.suffix == ".bin":
+        if path.suffix in PICKLES:
             self.shared = unpickle(path)
             self.all = list(self.shared)
             return
@@ -258,7 +284,8 @@ def refuse_other_form(path: Path, name: str, tensor: Tensor) -> None:
     """What a tensor's name or numbers tell: the file is whole, and something else."""
     for pattern, says in NAMES.items():
         if re.search(pattern, name):
-            raise NanogapError(f"{path.parent} {says} ({path.name}: {printable(name)})")
+            raise NanogapError(f"{path.parent} {says.format(folder=path.parent)} "
+                               f"({path.name}: {printable(name)})")
     if tensor.dtype.itemsize == 1:                       # numbers of 8 bits
         raise NanogapError(f"{path.parent} {QUANTISED} ({path.name}: {printable(name)} is "
                            f"{tensor.dtype})")

@@ -8,6 +8,7 @@ A link is replaced and never written through.
 """
 
 import errno
+import glob
 import io
 import os
 import secrets
@@ -99,6 +100,22 @@ def check_folder(flag: str, path: Path) -> None:
         raise unwritable(flag, path, error, "folder") from None
 
 
+def check_new_folder(flag: str, path: Path) -> None:
+    """Refuse a folder that could not be made, or has files in it; an empty one goes."""
+    try:
+        if path.is_symlink() or path.exists() and not path.is_dir():
+            raise OSError(errno.EEXIST, "there is a file or a link of that name")
+        if path.exists() and any(path.iterdir()):
+            raise NanogapError(f"{flag} {path} has files in it already, and they are not "
+                               "overwritten; give a new folder, or move them away")
+        if path.exists():
+            path.rmdir()
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        try_to_write(path)
+    except OSError as error:
+        raise unwritable(flag, path, error, "folder") from None
+
+
 def check_apart(outputs: dict[str, Path | None]) -> None:
     """Refuse two outputs, by their flags, that are one file."""
     given = [(flag, path) for flag, path in outputs.items() if path is not None]
@@ -161,6 +178,27 @@ def still_there(file: io.TextIOBase, path: Path) -> bool:
 
 
 # ----- at its end ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_folder(flag: str, folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes its name at the end, or nothing does.
+
+    What a process left that was killed in here goes first, so claim the folder before.
+    """
+    for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = beside(folder)
+    try:
+        partial.mkdir()
+        yield partial
+        partial.replace(folder)
+    except NanogapError:
+        raise
+    except Exception as error:           # safetensors and tokenizers have their own for a full disk
+        raise unwritable(flag, folder, error, "folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(flag: str, path: Path, data: bytes) -> None:

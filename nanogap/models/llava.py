@@ -32,6 +32,7 @@ from nanogap.config import (
     section,
     write_json,
 )
+from nanogap.files.checkpoint import OWN_LAYOUT
 from nanogap.files.settings import PIXELS, VICUNAS, Chat, check_question, read_ends, read_pixels
 from nanogap.ground import EncodedImage
 from nanogap.image import CLIP_MEAN, CLIP_STD, Frame, Pad, to_pixel_values
@@ -92,6 +93,7 @@ class Llava(VLM):
     box_format = TWO_DECIMALS
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")
     chats: ClassVar[dict[str, Chat]] = {"llama": Chat("Vicuna", VICUNAS, SYSTEM)}  # by decoder
+    own_layout: ClassVar[str] = OWN_LAYOUT         # what a folder as its authors have it is told
     required: ClassVar[dict[str, tuple]] = REQUIRED
     pixels: ClassVar[dict[str, tuple]] = PIXELS    # what preprocessor_config.json may say
     # keys of config.json that never differ
@@ -173,10 +175,8 @@ class Llava(VLM):
         config = read_json(folder / "config.json")
         own = own_layout(config)
         if own:
-            raise NanogapError(
-                f"{folder} is in LLaVA's own layout (config.json has {own}), and nanogap "
-                f"reads that of llava-hf; get the same weights with {DOWNLOAD}, or convert yours "
-                "with convert_llava_weights_to_hf.py of transformers")
+            says = cls.own_layout.format(folder=folder)
+            raise NanogapError(f"{folder} {says} (config.json has {own})")
         refuse_quantised(folder, config, section(config, "text_config"))
         require_all(config, cls.required)
         tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}

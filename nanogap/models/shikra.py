@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from nanogap.cli import NanogapError
+from nanogap.files.checkpoint import DELTA
 from nanogap.image import Pad
 from nanogap.models.llava import SYSTEM, Llava, LlavaConfig
 from nanogap.prompt import NUMBER, BoxFormat, Template, encode
@@ -72,6 +73,7 @@ class Shikra(Llava):
     template = SHIKRA
     box_format = THREE_DECIMALS
     special_tokens = (PATCH, START, END)
+    own_layout = DELTA
     fixed = {"model_type": "shikra", "vision_feature_select_strategy": "default"}
     required = {"vision_feature_select_strategy": ("default",), "auto_map": (None, {})}
 

@@ -1,0 +1,122 @@
+"""Make one folder that `nanogap.load` reads of the pieces in which a model is published.
+
+    python -m nanogap.convert llava --base weights/llava-v1.5-7b \
+        --clip weights/clip-vit-large-patch14-336 --out weights/llava
+    python -m nanogap.convert shikra --base weights/llama-7b --delta weights/shikra-7b-delta-v1 \
+        --clip weights/clip-vit-large-patch14 --out weights/shikra-7b
+    python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf \
+        --vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth --out weights/minigpt-v2
+
+In:  folders in the form in which their authors publish them, pickles among them.
+Out: config.json, tokenizer.json and safetensors under the names of the hub; transformers reads a
+     LLaVA's as well.
+
+All pieces are looked through before anything is written: names, shapes, the tokenizer.  Then one
+tensor after the other is made and written, and the folder takes its name when it is whole.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nanogap.cli import NanogapError, Parser, answer_for, path_argument
+from nanogap.config import printable, write_json
+from nanogap.convert.recipes import RECIPES, Recipe
+from nanogap.convert.shards import check_room, write_parts
+from nanogap.files.output import check_new_folder, claim, whole_folder
+from nanogap.files.tokenizer import check_image_token, read_tokenizer
+from nanogap.models import MODELS, VLM
+from nanogap.weights import our_name
+
+HELP = {
+    "--base": "folder of LLaVA's own layout, or of the language model",
+    "--delta": "folder of the difference to it",
+    "--clip": "folder of the CLIP that the vision tower comes from",
+    "--vision": "eva_vit_g.pth",
+    "--checkpoint": "minigptv2_checkpoint.pth",
+    "--out": "folder to write; it must not exist, or be empty"}
+FLAGS = {"llava": ("--base", "--clip"), "shikra": ("--base", "--delta", "--clip"),
+         "minigpt-v2": ("--base", "--vision", "--checkpoint")}
+OPTIONAL = ("llava", "--clip")             # where the tower is inside
+
+
+def convert(recipe: Recipe, out: Path) -> int:
+    """Write what a recipe makes; returns how many numbers the model has.
+
+    raises: NanogapError where the pieces do not go together, or `out` cannot be written
+    """
+    with whole_folder("--out", out) as folder:
+        model = empty_model(recipe, folder)
+        check_parts(recipe, model)
+        check_room("--out", folder, recipe.parts)
+        write_parts(folder, recipe.parts)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def empty_model(recipe: Recipe, folder: Path) -> VLM:
+    """The model without its numbers; what it writes around them is written, and read back."""
+    family = MODELS[recipe.config["model_type"]]
+    write_json(folder / "config.json", recipe.config)
+    try:
+        config = family.read_config(folder)
+    except NanogapError as error:
+        raise NanogapError(f"{recipe.pieces[''].path}: {error}") from None
+    with torch.device("meta"):
+        model = family(config)
+    model.tokenizer = recipe.tokenizer
+    model.write_config(folder, str(recipe.dtype).removeprefix("torch."))
+    model.tokenizer.save(str(folder / "tokenizer.json"))
+    read_tokenizer(folder, config.text.vocab_size)
+    check_image_token(folder / "tokenizer.json", model.tokenizer, config.image_token,
+                      config.bos_token)
+    return model
+
+
+def check_parts(recipe: Recipe, model: VLM) -> None:
+    """Every part belongs to the model and has its shape, and none is missing."""
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    found = set()
+    for name, part in recipe.parts.items():
+        ours = our_name(name, model.rename)
+        if ours not in expected:
+            raise NanogapError(f"{part.source} is not a part of this model; give the piece that "
+                               "was published for it")
+        fitted = model.fitted(ours, torch.empty(part.shape, device="meta"), expected[ours])
+        if fitted.shape != expected[ours]:
+            raise NanogapError(f"{part.source} is {list(part.shape)}, and config.json makes it "
+                               f"{list(expected[ours])}: the pieces belong to different models")
+        found.add(ours)
+    for ours in expected:
+        if ours not in found:
+            name = our_name(ours, model.on_disk)
+            piece = next(piece for prefix, piece in recipe.pieces.items()
+                         if name.startswith(prefix))
+            raise NanogapError(f"{piece.path} lacks {len(expected) - len(found)} of "
+                               f"{len(expected)} tensors, such as {printable(name)}; get it whole "
+                               f"with {piece.download}")
+
+
+def command(argv: Sequence[str] | None) -> None:
+    """Check the arguments, look through the pieces, and write the folder."""
+    parser = Parser(prog="python -m nanogap.convert",
+                    description="Make one folder of the pieces in which a model is published.")
+    models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
+    for name, flags in FLAGS.items():
+        one = models.add_parser(name, help=(RECIPES[name].__doc__ or "").split("\n")[0])
+        for flag in (*flags, "--out"):
+            one.add_argument(flag, type=path_argument, required=(name, flag) != OPTIONAL,
+                             help=HELP[flag])
+    args = vars(parser.parse_args(argv))
+    name, out = args.pop("model"), args.pop("out")
+    check_new_folder("--out", out)
+    with claim("--out", out):
+        recipe: Recipe = RECIPES[name](**args)                                # type: ignore
+        numbers = convert(recipe, out)
+    print(f"{out} is done: {len(recipe.parts)} tensors, {numbers} parameters; "
+          f'ask it with `python run.py image.jpg "the man on the left" --weights {out}`')
+
+
+if __name__ == "__main__":
+    sys.exit(answer_for("nanogap.convert", command, None))

@@ -1,0 +1,210 @@
+"""Tiny pieces in the forms in which models are published: pickles, deltas, LoRA, tokenizer.model.
+
+In:  a folder.  Out: files in it, named and laid out as their authors' are, with random numbers.
+
+The numbers are those of tests/tiny.py: a tensor's name there, and not the piece, says which.
+"""
+
+import json
+import struct
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from nanogap.llama import LlamaConfig, LlamaForCausalLM
+from tests.tiny import draw, tiny_tokenizer, write_shards
+
+PIECES = 560                       # of the tiny tokenizer, before its special tokens
+VISION = CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14)
+DECODER = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=PIECES, rms_norm_eps=1e-6,
+                      max_position_embeddings=512)
+TEXT_KEYS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+             "num_attention_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
+             "vocab_size": PIECES, "hidden_act": "silu", "rope_scaling": None,
+             "torch_dtype": "float16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+
+
+# ----- files --------------------------------------------------------------------------------------
+
+
+def varint(value: int) -> bytes:
+    """A number as protobuf writes it."""
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def field(number: int, value: int | float | bytes) -> bytes:
+    """One field of a protobuf message."""
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+def sentencepiece(scores: dict[str, float], dummy_prefix: int = 1) -> bytes:
+    """A tokenizer.model with these pieces."""
+    data = b""
+    for piece, score in scores.items():
+        data += field(1, field(1, piece.encode()) + field(2, score) + field(3, 1))
+    trainer = field(3, 2) + field(35, 1)
+    normalizer = field(1, b"identity") + field(3, dummy_prefix) + field(4, 0)
+    return data + field(2, trainer) + field(3, normalizer)
+
+
+def write_tokenizer_model(folder: Path) -> None:
+    """The pieces of the tiny tokenizer; the earlier one was learnt, the higher its score."""
+    vocab = tiny_tokenizer().get_vocab(with_added_tokens=False)
+    pieces = sorted(vocab, key=vocab.get)
+    assert len(pieces) == PIECES
+    scores = {piece: 0.0 if i < 259 else 259.0 - i for i, piece in enumerate(pieces)}
+    (folder / "tokenizer.model").write_bytes(sentencepiece(scores))
+
+
+def write_bins(folder: Path, tensors: dict[str, Tensor], count: int = 2,
+               legacy: bool = False) -> None:
+    """pytorch_model-0000N-of-0000M.bin and their index, or one pytorch_model.bin."""
+    options = {"_use_new_zipfile_serialization": not legacy}
+    if count == 1:
+        torch.save(tensors, folder / "pytorch_model.bin", **options)
+        return
+    names, weight_map = list(tensors), {}
+    for i in range(count):
+        file = f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"
+        part = names[len(names) * i // count: len(names) * (i + 1) // count]
+        torch.save({name: tensors[name].clone() for name in part}, folder / file, **options)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value))
+
+
+def llama_tensors(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """A decoder under the names of LLaMA's own repositories, old buffers included."""
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
+    tensors = {name: draw(f"language_model.{name}", shape, seed).to(dtype)
+               for name, shape in shapes.items()}
+    for i in range(config.num_hidden_layers):
+        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
+    return tensors
+
+
+def tower_tensors(config: CLIPVisionConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A vision tower under CLIP's own names."""
+    with torch.device("meta"):
+        clip = CLIP(config, CLIPTextConfig(16, 32, 1, 2, vocab_size=300), 16)
+    return {name: draw(name.replace("vision_model.", "vision_tower."), value.shape, 0).to(dtype)
+            for name, value in clip.state_dict().items()}
+
+
+# ----- LLaVA's own layout -------------------------------------------------------------------------
+
+
+def write_clip(folder: Path, name: str = "pytorch_model.bin",
+               config: CLIPVisionConfig = VISION) -> Path:
+    """A CLIP as OpenAI's repositories hold it, in float32 and with a buffer of older versions."""
+    folder.mkdir(parents=True)
+    tensors = tower_tensors(config, torch.float32)
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(config.grid ** 2 + 1)[None]
+    if name.endswith(".bin"):
+        write_bins(folder, tensors, 1)
+    else:
+        write_shards(folder, tensors, 1)
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 300}
+    write_json(folder / "config.json", {
+        "model_type": "clip", "projection_dim": 16, "text_config": text,
+        "vision_config": asdict(config), "text_config_dict": text})
+    return folder
+
+
+def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: bool = False,
+                dtype: torch.dtype = torch.float32, vision: CLIPVisionConfig = VISION,
+                **config: object) -> Path:
+    """LLaVA-1.5, or 1.6 with `tiles`; the tower apart or `inside`."""
+    folder.mkdir(parents=True)
+    tensors = llama_tensors(DECODER, dtype)
+    C, hidden = vision.hidden_size, DECODER.hidden_size
+    for i, width in ((0, C), (2, hidden)):
+        ours = f"multi_modal_projector.linear_{i // 2 + 1}"
+        for kind, shape in (("weight", (hidden, width)), ("bias", (hidden,))):
+            tensors[f"model.mm_projector.{i}.{kind}"] = draw(
+                f"{ours}.{kind}", torch.Size(shape), 0).to(dtype)
+    if tiles:
+        tensors["model.image_newline"] = draw("image_newline", torch.Size((hidden,)), 0).to(dtype)
+    if inside:
+        tensors |= {f"model.vision_tower.vision_tower.{name}": value
+                    for name, value in tower_tensors(vision, dtype).items()
+                    if name.startswith("vision_model.")}
+    if files == "safetensors":
+        write_shards(folder, tensors, 3)
+    else:
+        write_bins(folder, tensors, 2, legacy=files == "legacy")
+    size = vision.image_size
+    grids = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]        # (width, height)
+    own: dict = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
+                 "image_grid_pinpoints": grids} if tiles else {"image_aspect_ratio": "pad"}
+    write_json(folder / "config.json", TEXT_KEYS | own | {
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
+        "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 4,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": C, "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "mm_resampler_type": None, "use_mm_proj": True} | config)
+    write_tokenizer_model(folder)
+    return folder
+
+
+# ----- Shikra -------------------------------------------------------------------------------------
+
+
+def write_llama(folder: Path, files: str = "bin", dtype: torch.dtype = torch.float16,
+                **config: object) -> Path:
+    """LLaMA-7B as huggyllama/llama-7b has it, or Llama-2."""
+    folder.mkdir(parents=True)
+    tensors = llama_tensors(DECODER, dtype)
+    if files == "safetensors":
+        write_shards(folder, tensors, 2)
+    else:
+        write_bins(folder, tensors, 2, legacy=files == "legacy")
+    write_json(folder / "config.json", TEXT_KEYS | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama"} | config)
+    write_tokenizer_model(folder)
+    return folder
+
+
+def write_delta(folder: Path, vision: CLIPVisionConfig = VISION) -> Path:
+    """Shikra's difference to it: three more rows of embeddings, a projector, buffers of zeros."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for name, value in llama_tensors(DECODER, torch.float16).items():
+        rows = 3 if name in ("model.embed_tokens.weight", "lm_head.weight") else 0
+        shape = torch.Size((value.shape[0] + rows, *value.shape[1:]))
+        if name.endswith("inv_freq"):
+            tensors[name] = torch.zeros(8)
+        else:
+            tensors[name] = 0.25 * draw(f"delta {name}", shape, 1).half()
+    for kind, shape in (("weight", (DECODER.hidden_size, vision.hidden_size)),
+                        ("bias", (DECODER.hidden_size,))):
+        tensors[f"model.mm_projector.{kind}"] = draw(kind, torch.Size(shape), 2).half()
+    write_bins(folder, tensors)
+    write_json(folder / "config.json", TEXT_KEYS | {
+        "architectures": ["ShikraLlamaForCausalLM"], "model_type": "shikra",
+        "vocab_size": PIECES + 3, "mm_vision_tower": "openai/clip-vit-large-patch14",
+        "mm_vision_select_layer": -2, "mm_hidden_size": vision.hidden_size,
+        "mm_use_im_start_end": True, "use_mm_proj": True})
+    write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    write_json(folder / "added_tokens.json", {
+        "<im_patch>": PIECES, "<im_start>": PIECES + 1, "<im_end>": PIECES + 2})
+    write_tokenizer_model(folder)
+    return folder
