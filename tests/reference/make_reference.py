@@ -54,9 +54,9 @@ def pixel_values() -> Tensor:
 
 
 def load_theirs(folder: Path) -> torch.nn.Module:
-    """transformers' LLaVA in float32, with attention written out."""
-    from transformers import LlavaForConditionalGeneration
-    return LlavaForConditionalGeneration.from_pretrained(
+    """transformers' LLaVA of either kind in float32, with attention written out."""
+    from transformers import AutoModelForImageTextToText
+    return AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -74,23 +74,27 @@ def their_features(theirs: torch.nn.Module, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def their_answer(theirs: torch.nn.Module, input_ids: Tensor, pixels: Tensor,
-                 new_tokens: int) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of the whole prompt with the image, and the greedy words after it."""
-    mask = torch.ones_like(input_ids)
-    logits = theirs(input_ids=input_ids, pixel_values=pixels, attention_mask=mask).logits[0]
-    words = theirs.generate(input_ids=input_ids, pixel_values=pixels, attention_mask=mask,
-                            do_sample=False, max_new_tokens=new_tokens)
+def their_answer(theirs: torch.nn.Module, input_ids: Tensor, pixels: Tensor, new_tokens: int,
+                 **more: Tensor) -> tuple[Tensor, list[int]]:
+    """Logits (T, V) of the whole prompt with the image, and the greedy words after it.
+
+    more: what else is said of the picture, such as its size
+    """
+    asked = {"input_ids": input_ids, "pixel_values": pixels,
+             "attention_mask": torch.ones_like(input_ids), **more}
+    logits = theirs(**asked).logits[0]
+    words = theirs.generate(**asked, do_sample=False, max_new_tokens=new_tokens)
     return logits, words[0, input_ids.shape[1]:].tolist()
 
 
 @torch.no_grad()
 def their_pruned_prompt(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
-                        order: Sequence[int]) -> Tensor:
+                        order: Sequence[int], **more: Tensor) -> Tensor:
     """Embeddings (1, P + K + A, C) of the prompt with the patches `order` in place of its image."""
     place = list(prompt).index(theirs.config.image_token_id)
     embed_tokens = theirs.model.language_model.embed_tokens
-    visual = theirs.model.get_image_features(pixel_values=pixels).pooler_output[0]     # (N, C)
+    visual = theirs.model.get_image_features(pixel_values=pixels, **more)
+    visual = visual.pooler_output[0]                                          # (N, C)
     before = embed_tokens(torch.tensor(prompt[:place]))                       # (P, C)
     after = embed_tokens(torch.tensor(prompt[place + 1:]))                    # (A, C)
     return torch.cat([before, visual[list(order)], after])[None]
@@ -113,8 +117,8 @@ def their_generate(theirs: torch.nn.Module, x: Tensor, position_ids: Sequence[in
 
 @torch.no_grad()
 def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
-                        order: Sequence[int], position_ids: Sequence[int],
-                        new_tokens: int) -> tuple[Tensor, list[int]]:
+                        order: Sequence[int], position_ids: Sequence[int], new_tokens: int,
+                        **more: Tensor) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of a pruned prompt at the position IDs given, and the greedy words after it.
 
     With a cache: without one, and without a mask, transformers takes a gap in the position IDs for
@@ -123,7 +127,7 @@ def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: 
     """
     from transformers import DynamicCache
     decoder = theirs.model.language_model
-    x = their_pruned_prompt(theirs, prompt, pixels, order)                    # (1, T, C)
+    x = their_pruned_prompt(theirs, prompt, pixels, order, **more)            # (1, T, C)
     cache = DynamicCache(config=decoder.config)
     out = decoder(None, None, torch.tensor([position_ids]), cache, x)
     logits = theirs.lm_head(out.last_hidden_state)[0]                         # (T, V)
@@ -149,7 +153,6 @@ def summary(logits: Tensor, positions: Sequence[int]) -> dict:
 
 
 def main() -> None:
-    import transformers
     outputs = {"cases": {}, "pruned": {}}
     pixels, input_ids = pixel_values(), expand(PROMPT, IMAGE_TOKEN, 16)
     with TemporaryDirectory() as temporary:
@@ -163,12 +166,18 @@ def main() -> None:
         for mode, (order, ids) in PRUNED.items():
             logits, words = their_pruned_answer(theirs, PROMPT, pixels, order, ids, NEW_TOKENS)
             outputs["pruned"][mode] = summary(logits, [5, 14]) | {"words": words}
+    write_outputs(OUTPUTS, outputs)
+
+
+def write_outputs(path: Path, outputs: dict[str, dict]) -> None:
+    """A line for each answer."""
+    import transformers
     parts = [f' "transformers": {json.dumps(transformers.__version__)}']
-    for part, answers in outputs.items():                                     # a line for each
+    for part, answers in outputs.items():
         rows = [f"  {json.dumps(name)}: {json.dumps(answer)}" for name, answer in answers.items()]
         parts.append(f' "{part}": {{\n' + ",\n".join(rows) + "\n }")
-    OUTPUTS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    print(f"{OUTPUTS.name}: {OUTPUTS.stat().st_size} bytes")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    print(f"{path.name}: {path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
