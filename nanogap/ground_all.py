@@ -15,8 +15,8 @@ for all of them.  Three questions, A, B and C, whose prompts have 60 tokens in c
 
 A token sees the rows of all, and the earlier ones of its own question: a mask says so.  Its
 position ID is the one that it has alone (gap.py), for the row says nothing about it.  There is no
-batch dimension and no padding.  Drafts (decode.py) lie there too.  After a pass the rows of those
-that were wrong are given up, and a question that is answered is fed nothing more.
+batch dimension and no padding.  Drafts (decode.py) lie there too: after a pass the rows of those
+that were wrong are given up.  A question that is answered is fed nothing more.
 Letters: S tokens that all prompts begin with, A tokens after the image, T tokens fed in a pass, D
 of them drafted for one question, R rows in the cache, C channels, V vocabulary.
 """
@@ -51,6 +51,9 @@ from nanogap.prune import find, in_decoder
 
 TOGETHER = 32   # questions in the cache at a time, which bounds it
 ALL = -1        # whose the rows are that all questions share
+# Where a choice is drafted, its alternatives save a pass.  With more of them in a pass than these,
+# their rows take longer than that pass:
+ROWS = {"cpu": 32, "cuda": 256}
 
 
 def ground_all(model: Model, image: Image.Image | str | Path | EncodedImage,
@@ -70,18 +73,19 @@ def ground_all(model: Model, image: Image.Image | str | Path | EncodedImage,
     if isinstance(expressions, str):
         raise NanogapError("expressions is a single text: give a list of them, or call ground")
     query = Query("", find(prune), keep, mode, seed, layer)
-    image = model.encode_image(image, query.needs(), share=True)
+    image = model.encode_image(image, query.needs())
     if not expressions:
         return []
+    start = model.clock()
     prompts = [model.encode_question(model.question(expression)) for expression in expressions]
     for prompt in prompts:
         model.check_length(len(prompt) - 1 + image.n_visual + max_new_tokens)
     alike = begin_alike(prompts)
-    apart = any(model.around_image(prompt)[0] >= alike for prompt in prompts)
-    if apart or reads_question(query):
+    P, _ = model.around_image(prompts[0])
+    if P >= alike or reads_question(query):
         return [ground(model, image, expression, prune, keep, mode, seed, layer=layer,
                        max_new_tokens=max_new_tokens, drafts=drafts) for expression in expressions]
-    return together(model, image, query, prompts, alike, max_new_tokens, drafts)
+    return together(model, image, query, prompts, alike, max_new_tokens, drafts, start)
 
 
 def reads_question(query: Query) -> bool:
@@ -97,14 +101,14 @@ def begin_alike(prompts: Sequence[Tensor]) -> int:
 
 
 def together(model: Model, image: EncodedImage, query: Query, prompts: Sequence[Tensor],
-             alike: int, max_new_tokens: int, drafts: bool) -> list[Result]:
+             alike: int, max_new_tokens: int, drafts: bool, start: float) -> list[Result]:
     """Ask all at once.
 
     prompts: input_ids (P + 1 + A,) of each
     alike:   so many tokens of them are the same, the image token among them
+    start:   when the clock began
     """
     with torch.inference_mode():
-        start = model.clock()
         kept, _ = choose(model, image, query)
 
         def lay_out(input_ids: Tensor) -> Layout:
@@ -131,17 +135,11 @@ def together(model: Model, image: EncodedImage, query: Query, prompts: Sequence[
                 unanswered = lanes.step(unanswered)
             lanes.retain(x.shape[1], [])
         decode_ms = model.clock() - start - prefill_ms
-    padding, n = image.padding(kept.keep), len(questions)
-    results = []
-    for q in questions:
-        text = model.tokenizer.decode(q.said)
-        timings = {"vision_ms": image.vision_ms, "prefill_ms": prefill_ms / n,
-                   "decode_ms": decode_ms / n, "new_tokens": len(q.said), "passes": q.passes - 1}
-        results.append(Result(
-            box_in(text, model, image), text, q.layout.keep.clone(), q.layout.visual_tokens, [],
-            q.layout.position_ids.clone(), q.layout.next_position, q.said, timings,
-            row_bytes * (x.shape[1] + q.read), padding, not q.ended(model.end_tokens)))
-    return results
+    times = {"vision_ms": image.vision_ms, "prefill_ms": prefill_ms / len(questions),
+             "decode_ms": decode_ms / len(questions)}
+    padding = image.padding(kept.keep)
+    return [result(model, image, q, times, padding, row_bytes * (x.shape[1] + q.read))
+            for q in questions]
 
 
 # ----- questions beside one another ---------------------------------------------------------------
@@ -184,6 +182,17 @@ class Question:
         return bool(self.said) and self.said[-1] in ends
 
 
+def result(model: Model, image: EncodedImage, q: Question, times: dict, padding: float,
+           kv_bytes: int) -> Result:
+    """What `ground` returns for a question; kv_bytes are those of the rows that it saw."""
+    text, layout = model.tokenizer.decode(q.said), q.layout
+    timings = times | {"new_tokens": len(q.said), "passes": q.passes - 1}
+    return Result(
+        box_in(text, model, image), text, layout.keep.clone(), layout.visual_tokens, [],
+        layout.position_ids.cpu().clone(), layout.next_position, q.said, timings, kv_bytes,
+        padding, cut_off=not q.ended(model.end_tokens))
+
+
 def mask_of(owner: Tensor, place: Tensor, T: int, dtype: torch.dtype) -> Tensor:
     """Which of R rows the tokens in the last T see: (T, R), 0 where they do, else -inf.
 
@@ -206,13 +215,16 @@ class Lanes:
         self.model, self.cache = model, cache
         self.form, self.max_new_tokens, self.ends = form, max_new_tokens, ends
         device = cache.keys.device
+        widest = max(map(len, form), default=1)
+        self.few = ROWS.get(device.type, ROWS["cpu"]) // widest               # questions
         self.owner = torch.full((cache.lengths[0],), ALL, device=device)      # (R,): see mask_of
         self.place = torch.zeros_like(self.owner)                             # (R,)
 
     def step(self, questions: Sequence[Question]) -> list[Question]:
         """One pass that brings each question its next tokens; returns those not yet answered."""
         for q in questions:
-            q.drafted = draft(self.form, q.said, self.max_new_tokens - len(q.said) - 1)
+            drafted = draft(self.form, q.said, self.max_new_tokens - len(q.said) - 1)
+            q.drafted = drafted if len(questions) <= self.few else Draft(drafted.chain)
         fed = [q.feed() for q in questions]
         start = row = len(self.owner)
         best = iter(greedy(self.logits(questions, fed)))
