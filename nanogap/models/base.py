@@ -32,6 +32,7 @@ from nanogap.clip import TextGuide
 from nanogap.decode import decode
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, describe, ground
+from nanogap.ground_all import ground_all
 from nanogap.image import Box, Frame, ready
 from nanogap.in_decoder import prefill
 from nanogap.llama import Decoder, LlamaForCausalLM
@@ -94,6 +95,7 @@ class VLM(nn.Module):
     tokenizer: Tokenizer
 
     ground = plainly(ground)                   # the method, as model.ground(image, expression, ...)
+    ground_all = plainly(ground_all)           # many expressions at once
     describe = plainly(describe)
 
     def __init__(self, config: Any) -> None:
