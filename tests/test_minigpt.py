@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 import nanogap
 import run
@@ -366,6 +367,18 @@ def test_the_whole_model_is_its_parts_in_transformers_live(loaded, mode: str):
     expected, expected_words = their_answer(tensors(table), pixel_values(), *MODES[mode])
     assert_same(logits, expected)
     assert words == expected_words
+
+
+def test_ln_vision_adds_1e_5_to_the_variance_and_rounds_once(tiny: MiniGPT):
+    x = 1e-3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    weight, bias = tiny.ln_vision.weight, tiny.ln_vision.bias
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    expected = (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+    torch.testing.assert_close(tiny.ln_vision(x), expected)
+    half = deepcopy(tiny.ln_vision).bfloat16()
+    by_hand = nn.functional.layer_norm(x.bfloat16().float(), (32,), half.weight.float(),
+                                       half.bias.float(), 1e-5)
+    assert torch.equal(half(x.bfloat16()), by_hand.bfloat16())
 
 
 # ----- what strategies see ------------------------------------------------------------------------

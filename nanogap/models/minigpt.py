@@ -32,7 +32,6 @@ from math import isqrt
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -109,15 +108,6 @@ def mean_of_four(patches: Tensor, dim: int) -> Tensor:
     return patches.unflatten(dim, (-1, MEMBERS)).mean(dim + 1)
 
 
-class PlainNorm(nn.LayerNorm):
-    """LayerNorm in float32, whatever the precision of the model."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.float(), self.normalized_shape, self.weight.float(),
-                         self.bias.float(), self.eps)
-        return y.to(x.dtype)
-
-
 class MiniGPT(VLM):
     Config = MiniGPTConfig
     Tower = EvaTower
@@ -134,7 +124,8 @@ class MiniGPT(VLM):
         super().__init__(config)
         C = config.vision.hidden_size
         self.vision_tower = EvaTower(config.vision)
-        self.ln_vision = PlainNorm(C, eps=1e-5).requires_grad_(False)         # never trained
+        # never trained; torch computes it in float32 and rounds once, as the original does
+        self.ln_vision = nn.LayerNorm(C, eps=1e-5).requires_grad_(False)
         self.llama_proj = nn.Linear(MEMBERS * C, config.text.hidden_size)
         self.language_model = LlamaForCausalLM(config.text)
 
