@@ -16,12 +16,13 @@ import nanogap
 import run
 from nanogap import NanogapError, weights
 from nanogap.cli import answer_for
+from nanogap.clip import CLIPVisionConfig
 from nanogap.decode import decode_drafted
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.gap import lay_out
 from nanogap.image import Stretch
 from nanogap.in_decoder import prefill
-from nanogap.models.eva import EvaConfig, EvaTower, interpolate_positions
+from nanogap.models.eva import VIT_G_14, EvaTower, interpolate_positions
 from nanogap.models.minigpt import (
     HUNDREDTHS,
     LLAMA_2,
@@ -493,7 +494,7 @@ def test_what_config_json_leaves_out_is_as_published(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(
         {"model_type": "minigpt_v2", "text_config": text}))
     read = MiniGPT.read_config(tmp_path)
-    assert read.vision == EvaConfig() == EvaConfig(1408, 6144, 39, 16, 448, 14, 1e-6)
+    assert read.vision == VIT_G_14 == CLIPVisionConfig(1408, 6144, 39, 16, 448, 14, 1e-6)
     assert (read.image_token, read.bos_token, read.eos_token) == (32000, 1, 2)
     assert (read.text.hidden_size, read.text.rms_norm_eps) == (4096, 1e-5)
 
@@ -503,11 +504,11 @@ def test_what_config_json_leaves_out_is_as_published(tmp_path: Path):
 
 def test_at_full_size_it_has_the_published_tensors_and_parameters(tmp_path: Path):
     with torch.device("meta"):
-        tower = EvaTower(EvaConfig())
+        tower = EvaTower(VIT_G_14)
         decoder = replace(tiny_config().text, hidden_size=4096, intermediate_size=11008,
                           num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
                           head_dim=128, vocab_size=32000)
-        model = MiniGPT(MiniGPTConfig(decoder, EvaConfig()))
+        model = MiniGPT(MiniGPTConfig(decoder, VIT_G_14))
     assert len(tower.state_dict()) == 511
     assert sum(p.numel() for p in tower.parameters()) == 986_975_872
     assert sum(p.numel() for p in model.llama_proj.parameters()) == 23_072_768

@@ -36,6 +36,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nanogap.cli import NanogapError
+from nanogap.clip import CLIPVisionConfig
 from nanogap.config import (
     HUGE,
     LAYERS,
@@ -54,7 +55,7 @@ from nanogap.ground import EncodedImage
 from nanogap.image import Stretch, to_pixel_values
 from nanogap.llama import LlamaConfig, LlamaForCausalLM
 from nanogap.models.base import VLM
-from nanogap.models.eva import EvaConfig, EvaTower, interpolate_positions
+from nanogap.models.eva import VIT_G_14, EvaTower, interpolate_positions
 from nanogap.prompt import BoxFormat, Template
 from nanogap.prune import View, VisualTokens
 
@@ -84,7 +85,7 @@ VISION: dict[str, tuple] = {"model_type": ("eva_vit_g",), "hidden_act": ("gelu",
 @dataclass(frozen=True)
 class MiniGPTConfig:
     text: LlamaConfig
-    vision: EvaConfig
+    vision: CLIPVisionConfig
     image_token: int = 32000
     bos_token: int = 1
     eos_token: int = 2
@@ -234,11 +235,11 @@ class MiniGPT(VLM):
                    {"bos_token_id": c.bos_token, "eos_token_id": [c.eos_token, *c.other_ends]})
 
 
-def read_eva(vision: dict) -> EvaConfig:
+def read_eva(vision: dict) -> CLIPVisionConfig:
     """The vision tower's part of config.json."""
     require_all(vision, VISION)
     high = {"num_hidden_layers": LAYERS, "image_size": 1 << 12, "patch_size": 1 << 12}
-    read = EvaConfig(**sizes(vision, EvaConfig(), high),
+    read = CLIPVisionConfig(**sizes(vision, VIT_G_14, high),
                      layer_norm_eps=number(vision, "layer_norm_eps", 1e-6))
     if read.hidden_size % read.num_attention_heads or read.image_size < read.patch_size:
         raise NanogapError(f"config.json: vision_config makes no sense: {read}")

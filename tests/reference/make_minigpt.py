@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.models.eva import EvaConfig
 from nanogap.models.minigpt import MiniGPT, MiniGPTConfig
 from nanogap.weights import our_name
 from tests.reference.make_reference import VOCABULARY, rounded, summary
@@ -47,7 +47,7 @@ def tiny_config() -> MiniGPTConfig:
     """112 x 112 pixels are 8 x 8 patches and 8 x 2 tokens; 3 blocks see, 3 layers read."""
     decoder = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=640, rms_norm_eps=1e-5,
                           max_position_embeddings=512)
-    return MiniGPTConfig(decoder, EvaConfig(32, 64, 3, 2, image_size=112), IMAGE)
+    return MiniGPTConfig(decoder, CLIPVisionConfig(32, 64, 3, 2, 112, 14, 1e-6), IMAGE)
 
 
 def tensors(table: int = 8, seed: int = 0) -> dict[str, Tensor]:
