@@ -270,9 +270,10 @@ def draw_results(image: Image.Image, encoded: EncodedImage, expression: str, pru
     results: by mode
     """
     kept = min((result.keep.tolist() for result in results.values()), key=len)
-    pruned = f"{prune} keeps {len(kept)} of {encoded.n_visual} patches"
+    patches = len(encoded.patches(torch.tensor(kept, dtype=torch.long)))
+    pruned = f"{prune} keeps {patches} of {encoded.n_patches} patches"
     if set(results) == {"full"}:
-        pruned = f"all {encoded.n_visual} patches"
+        pruned = f"all {encoded.n_patches} patches"
     full = results.get("full")
     answers = [DrawnBox(mode, label(mode, result, full), result.box)
                for mode, result in results.items()]

@@ -18,12 +18,19 @@ from nanogap.prune import View
 # ----- how it is set ------------------------------------------------------------------------------
 
 
-def kept_grid(keep: Collection[int], view: View) -> str:
-    """The patches of a view: # for one that was kept, . for one that was dropped."""
-    marks = ["#" if index in keep else "." for index in view.index.tolist()]
-    rows, columns = view.seen.rows, view.seen.columns
-    return "\n".join("      " + " ".join(marks[row * columns:(row + 1) * columns])
-                     for row in range(rows))
+def kept_grid(keep: Collection[int], view: View, newlines: Collection[int] = ()) -> str:
+    """The patches of a view: # for one that was kept, . for one that was dropped.
+
+    newlines: where one stands behind the last patch of a row, / shows that it stays
+    """
+    lines = []
+    for row in view.index.view(view.seen.rows, view.seen.columns).tolist():
+        marks = ["#" if index in keep else "." for index in row]
+        end = row[-1] + 1
+        if end in newlines:
+            marks.append("/" if end in keep else ".")
+        lines.append("      " + " ".join(marks))
+    return "\n".join(lines)
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -104,7 +111,7 @@ def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str,
         print(f"\n{number}  Mode {mode}: {order} order, {visual_ids} position IDs")
         if text_ids != visual_ids:
             print(f"   and {text_ids} ones for the text after the image")
-        explain_prompt(model, result, input_ids, image.n_visual)
+        explain_prompt(model, result, input_ids, image)
         explain_answer(model, result)
 
 
@@ -119,20 +126,32 @@ def explain_image(model: VLM, image: EncodedImage) -> None:
 
 def explain_pruning(image: EncodedImage, results: dict[str, Result]) -> None:
     """Print which patches were kept; all modes but full keep the same."""
-    N = image.n_visual
+    newlines, views = image.newlines, len(image.views)
     print("\n3  Pruning keeps some of them (#) and drops the rest (.)")
     pruned = next((result for mode, result in results.items() if mode != "full"), None)
     if pruned is None:
-        print(f"   not in mode full: all {N} patches stay")
+        print(f"   not in mode full: all {image.n_visual} {kinds(image)} stay")
         return
-    keep = sorted(pruned.keep.tolist())
-    print(f"   {len(keep)} of {N} patches stay:")
-    print("\n\n".join(kept_grid(set(keep), view) for view in image.views))
-    print(f"   counted in raster order from 0 to {N - 1} these are (keep):")
-    print(wrapped(ranges(keep)))
+    keep = set(pruned.keep.tolist())
+    told = f"{len(keep - newlines)} of {image.n_patches} patches"
+    if newlines:
+        told += f", and {len(keep & newlines)} of {len(newlines)} newlines (/),"
+    print(f"   {told} stay:")
+    for number, view in enumerate(image.views, 1):
+        if views > 1:
+            print(f"   view {number} of {views}")
+        print(kept_grid(keep, view, newlines))
+    order = "raster order" if views == 1 else "the order of the prompt"
+    print(f"   counted in {order} from 0 to {image.n_visual - 1} these are (keep):")
+    print(wrapped(ranges(sorted(keep))))
 
 
-def explain_prompt(model: VLM, result: Result, input_ids: Tensor, N: int) -> None:
+def kinds(image: EncodedImage) -> str:
+    """What visual tokens there are."""
+    return "patches and newlines" if image.newlines else "patches"
+
+
+def explain_prompt(model: VLM, result: Result, input_ids: Tensor, image: EncodedImage) -> None:
     """Print what one mode feeds: all position IDs, and the tokens at either end of each part."""
     ids = result.position_ids.tolist()
     P, A = model.around_image(input_ids)
@@ -144,17 +163,17 @@ def explain_prompt(model: VLM, result: Result, input_ids: Tensor, N: int) -> Non
     else:
         layers = len(model.language_model.model.layers)
         print(f"   the first {result.cuts[0][0]} of {layers} layers read the whole sequence, "
-              f"all {N} patches;")
+              f"all {image.n_visual} {kinds(image)};")
         for layer, count in result.cuts:
             print(f"   before layer {layer}, counted from 0, it is cut to {count} visual tokens;")
         print(f"   behind the last cut it is {shape} at cache rows 0..{len(ids) - 1},")
         print("   and all below is about that part")
     added = f" + M = {M} added" if M else ""
-    print(f"   position IDs: P = {P} tokens | K = {K} patches{added} | A = {A} tokens")
+    print(f"   position IDs: P = {P} tokens | K = {K} {kinds(image)}{added} | A = {A} tokens")
     parts = ids[:P], ids[P:P + K + M], ids[P + K + M:]
     print(wrapped(" | ".join(ranges(part) for part in parts)))
     names = ("token", "token ID", "keep", "ID before", "ID now", "cache row")
-    tokens = prompt_tokens(model, result, input_ids, N)
+    tokens = prompt_tokens(model, result, input_ids, image)
     shown: list[tuple] = []
     last = -1
     for row in ends_of_parts(P, K, M, A):
@@ -165,7 +184,8 @@ def explain_prompt(model: VLM, result: Result, input_ids: Tensor, N: int) -> Non
     print(across(names, shown))
 
 
-def prompt_tokens(model: VLM, result: Result, input_ids: Tensor, N: int) -> list[tuple]:
+def prompt_tokens(model: VLM, result: Result, input_ids: Tensor,
+                  image: EncodedImage) -> list[tuple]:
     """Each token of what was fed: its name, token ID, keep, and position ID before pruning."""
     P, A = model.around_image(input_ids)
     tokens: list[tuple] = []
@@ -173,9 +193,10 @@ def prompt_tokens(model: VLM, result: Result, input_ids: Tensor, N: int) -> list
         if place < P:
             tokens.append((piece(model, token)[:20], token, "", place))
         elif place > P:
-            tokens.append((piece(model, token)[:20], token, "", N + place - 1))
+            tokens.append((piece(model, token)[:20], token, "", image.n_visual + place - 1))
         else:
-            tokens += [("patch", "", index, P + index) for index in result.keep.tolist()]
+            tokens += [("newline" if index in image.newlines else "patch", "", index, P + index)
+                       for index in result.keep.tolist()]
             n_added = len(result.position_ids) - P - len(result.keep) - A
             tokens += [("added", "", "", "") for _ in range(n_added)]
     return tokens

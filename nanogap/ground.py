@@ -66,6 +66,11 @@ class EncodedImage:
         """How many of them a strategy can choose from: not the ends of rows."""
         return sum(len(view.index) for view in self.views)
 
+    @property
+    def newlines(self) -> set[int]:
+        """The tokens that close rows, and show nothing."""
+        return set() if self.row_end is None else set(self.row_end.tolist()) - {-1}
+
     def patches(self, keep: Tensor) -> Tensor:
         """Where those of the tokens (K,) lie that show something, not the ends of rows: (n, 4)."""
         at = self.at[keep.cpu()]
@@ -215,12 +220,12 @@ class Query:
     prune: str
     keep: int | str | Tensor | None
     mode: str
+        gap.check_mode(self.mode)
     seed: int
     layer: int | None
 
     def needs(self) -> frozenset[str]:
         """What must be seen in the picture for that."""
-        gap.check_mode(self.mode)
         pruned = self.mode != "full" and not isinstance(self.keep, Tensor)
         return needs_of(self.prune) - {"attention"} if pruned else frozenset()
 

@@ -10,6 +10,7 @@ patches, of which the upper and the lower two rows show only black.
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 import nanogap
-from nanogap import gap
+from nanogap import draw, gap
 from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert.sentencepiece import read_llama_tokenizer
+from nanogap.draw import dim_dropped
+from nanogap.explain import explain
 from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, Stretch, Tiles
 from nanogap.llama import LlamaConfig
 from nanogap.models.llava import VICUNA
@@ -409,6 +412,65 @@ def test_the_prompt_in_the_published_tokens_of_vicuna_has_a_human_where_1_5_has_
     ids = TEMPLATES["llama"].encode(tokenizer, question, 1, 32000)
     assert len(ids) == 63 and of_1_5.count(1404) == 2
     assert ids == [5199 if token == 1404 else token for token in of_1_5]
+
+
+# ----- shown --------------------------------------------------------------------------------------
+
+
+def test_explain_shows_views_rows_and_newlines(model, picture, capsys):
+    """Kept: 5 of the base view, 17 and 29 of the upper tiles, and newlines 24 and 33."""
+    image = model.encode_image(picture)
+    keep = torch.tensor([5, 17, 24, 29, 33])
+    explain(model, image, "the man", {
+        "gap": model.ground(image, "the man", keep=keep, mode="gap", max_new_tokens=3)})
+    said = capsys.readouterr().out
+    for lines in (
+            "   100 x 60 pixels, stretched to a base view of 56 x 56;\n"
+            "   and 112 x 68 in the middle of a black canvas of 112 x 112,\n"
+            "   cut into 2 rows of 2 tiles: pixel_values (5, 3, 56, 56)\n",
+            "   of 8 x 8 patches of the tiles 4 x 8 stay, the others show only black,\n"
+            "   and a newline closes each row: N = 16 + 4 x (8 + 1) = 52,\n"
+            "   features (52, 32), the base view first, row by row\n",
+            "   3 of 48 patches, and 2 of 4 newlines (/), stay:\n"
+            "   view 1 of 5\n      . . . .\n      . # . .\n      . . . .\n      . . . .\n"
+            "   view 2 of 5\n      . # . .\n      . . . .\n"
+            "   view 3 of 5\n      . . . . /\n      # . . . /\n"
+            "   view 4 of 5\n      . . . .\n      . . . .\n"
+            "   view 5 of 5\n      . . . . .\n      . . . . .\n"
+            "   counted in the order of the prompt from 0 to 51 these are (keep):\n"
+            "      5 17 24 29 33\n",
+            "| K = 5 patches and newlines | A = "):
+        assert lines in said
+    assert re.search(r"^   token .* patch patch newline \.\. newline ", said, re.MULTILINE)
+    assert max(map(len, said.split("\n"))) <= 80
+    explain(model, image, "the man", {
+        "full": model.ground(image, "the man", mode="full", max_new_tokens=3)})
+    assert "   not in mode full: all 52 patches and newlines stay\n" in capsys.readouterr().out
+
+
+def test_the_picture_is_bright_where_kept_patches_of_the_base_view_and_of_tiles_lie(model):
+    """Token 0 is the upper left 25 x 15 pixels; token 50 the last patch of the lower right tile."""
+    white = Image.new("RGB", SIZE, "white")
+    at = model.encode_image(white).at
+    shown = dim_dropped(white, [0, 50, *NEWLINES], at)
+    bright = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(60, 100, 3) == 255
+    expected = torch.zeros(60, 100).bool()
+    expected[:15, :25] = True
+    expected[round(48 * 60 / 68):round(62 * 60 / 68), 88:100] = True          # 87.5 is rounded up
+    assert torch.equal(bright.all(2), expected)
+
+
+def test_the_legend_counts_patches_and_tokens(model, picture):
+    image = model.encode_image(picture, {"cls_attention"})
+    results = {"gap": model.ground(image, "the man", keep=12, max_new_tokens=3)}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "draw_answers", lambda *args: drawn.append(args))
+        draw.draw_results(picture, image, "the man", "cls_attention", results)
+    _, kept, at, answers, caption, _ = drawn[0]
+    assert caption == '"the man"\ncls_attention keeps 12 of 48 patches'
+    assert answers[0].label == f"gap, {len(kept)} tokens" and len(kept) > 12
+    assert len(at) == N
 
 
 # ----- files --------------------------------------------------------------------------------------

@@ -175,6 +175,29 @@ class LlavaNext(Llava):
             visual[newline] = self.image_newline
         return visual
 
+    def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
+        """What becomes of a picture, for --explain."""
+        c, size = self.config.vision, (image.width, image.height)
+        H, W = self.frame.canvas(*size)
+        _, _, width, height = self.frame.placed(*size)
+        down, across = H // c.image_size, W // c.image_size
+        newlines = len(image.newlines)
+        n, N, squares = c.grid ** 2, image.n_visual, 1 + down * across
+        columns = (N - n) // newlines - 1 if newlines else 0
+        square = [f"{image.width} x {image.height} pixels, stretched to a base view of "
+                  f"{c.image_size} x {c.image_size};",
+                  f"and {width} x {height} in the middle of a black canvas of {W} x {H},",
+                  f"cut into {down} rows of {across} tiles: "
+                  f"pixel_values ({squares}, 3, {c.image_size}, {c.image_size})"]
+        tower = ["CLIP turns patches into features, and sees every square alone",
+                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through "
+                 f"{self.vision_tower.depth} of {c.num_hidden_layers} layers;",
+                 f"of {down * c.grid} x {across * c.grid} patches of the tiles "
+                 f"{newlines} x {columns} stay, the others show only black,",
+                 f"and a newline closes each row: N = {n} + {newlines} x ({columns} + 1) = {N},",
+                 f"features {tuple(image.features.shape)}, the base view first, row by row"]
+        return square, tower
+
     # ----- its files ------------------------------------------------------------------------------
 
     @classmethod
