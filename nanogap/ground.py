@@ -167,6 +167,7 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
     raises:         NanogapError for a mistake in any of these
     """
     query = Query(expression, find(prune), keep, mode, seed, layer)
+    check_whole("max_new_tokens", max_new_tokens, 1)
     image = model.encode_image(image, query.needs())
     with torch.inference_mode():                                              # no_grad, but faster
         start = model.clock()
@@ -220,14 +221,27 @@ class Query:
     prune: str
     keep: int | str | Tensor | None
     mode: str
-        gap.check_mode(self.mode)
     seed: int
     layer: int | None
+
+    def __post_init__(self) -> None:
+        gap.check_mode(self.mode)
+        check_whole("seed", self.seed, -1 << 63)
+        if self.layer is not None:
+            check_whole("layer", self.layer, 0)
 
     def needs(self) -> frozenset[str]:
         """What must be seen in the picture for that."""
         pruned = self.mode != "full" and not isinstance(self.keep, Tensor)
         return needs_of(self.prune) - {"attention"} if pruned else frozenset()
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse an argument that is no whole number of 64 bits."""
+    if type(value) is not int or not least <= value < 1 << 63:
+        given = value if type(value) is int and abs(value) < 1 << 80 else type(value).__name__
+        raise NanogapError(f"{name} is {given} here: give a whole number"
+                           + (f" from {least} on" if least >= 0 else ""))
 
 
 def choose(model: Model, image: EncodedImage, query: Query) -> tuple[Kept, list[Cut]]:
