@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import nanogap
 import run
 from nanogap import NanogapError, weights
+from nanogap.bench import __main__ as bench
+from nanogap.bench import sizes
 from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.decode import decode_drafted
@@ -603,3 +605,24 @@ def test_an_evaluation_counts_as_minigpt_does(
     lines = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     assert [line["iou"] for line in lines] == pytest.approx([1, 21 / 41])
     assert lines[0]["box"] == [10, 12.5, 50, 30] and lines[0]["text"] == BOX
+
+
+@pytest.mark.parametrize("how", [["--against", "transformers"], ["--agree"]])
+def test_the_bench_compares_only_what_transformers_has(
+        finder: Path, how: list[str], capsys: pytest.CaptureFixture):
+    pytest.importorskip("transformers")
+    argv = ["--weights", str(finder), *how]
+    assert answer_for("nanogap.bench", bench.command, argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "holds a 'minigpt_v2' model, and only LLaVA-1.5" in err
+
+
+def test_the_bench_measures_it_with_and_without_drafts_and_graphs(
+        finder: Path, capsys: pytest.CaptureFixture):
+    argv = ["--weights", str(finder), "--rounds", "1", "--new", "3", "--graph", "--keep", "4",
+            "--device", "cpu", "--json"]
+    assert answer_for("nanogap.bench", bench.command, argv) == 0
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    assert [(row["prune"], row["visual_tokens"]) for row in rows] == [
+        ("none", 16), ("cls_attention", 4)]
+    assert sizes.count_parameters("minigpt-v2") == pytest.approx(7.749e9, rel=0.001)

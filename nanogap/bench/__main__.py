@@ -28,7 +28,15 @@ import torch
 from nanogap import weights
 from nanogap.bench.graph import GraphedDecoder
 from nanogap.bench.machine import first_use, limits, read_files
-from nanogap.bench.peer import agree, generate, load_peer, peer_times, prompt, their_class
+from nanogap.bench.peer import (
+    agree,
+    check_peer,
+    generate,
+    load_peer,
+    peer_times,
+    prompt,
+    their_class,
+)
 from nanogap.bench.sizes import SIZES, count_parameters, random_model, save_random
 from nanogap.cli import (
     NanogapError,
@@ -313,6 +321,8 @@ def command(argv: Sequence[str] | None) -> None:
     folder = args.save or args.weights
     if folder is None and not args.random:
         folder = weights.default_weights()
+    if folder and (args.against or args.agree):
+        check_peer(weights.checkpoint_folder(folder))
     if args.agree:
         print(json.dumps(agree(folder, device, dtype_name, IMAGE, EXPRESSION, args.new)))
         return

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanogap.cli import NanogapError
+from nanogap.config import read_json
 from nanogap.models import VLM
 from nanogap.weights import load
 
@@ -30,6 +31,17 @@ def their_class() -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers.LlavaForConditionalGeneration
+
+
+def check_peer(folder: Path) -> None:
+    """Refuse a folder of which there is no such class: see `their_class`.
+
+    raises: NanogapError where it holds another model than LLaVA-1.5
+    """
+    found = read_json(folder / "config.json").get("model_type")
+    if found != "llava":
+        raise NanogapError(f"{folder} holds a {found!r:.80} model, and only LLaVA-1.5 ('llava') is "
+                           "compared with transformers: leave --against and --agree out")
 
 
 def load_peer(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

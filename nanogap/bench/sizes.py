@@ -41,6 +41,9 @@ SIZES = {
         CLIPVisionConfig(),
         replace(SEVEN, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
                 num_attention_heads=40, num_key_value_heads=40)),
+    "minigpt-v2": Size(
+        CLIPVisionConfig(1408, 6144, 39, 16, 448, 14, 1e-6), replace(SEVEN, vocab_size=32000),
+        "minigpt_v2"),
     # 576 patches, and most of the work in the decoder, as in the large ones
     "350m": Size(
         CLIPVisionConfig(512, 2048, 8, 8),
