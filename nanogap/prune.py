@@ -28,7 +28,8 @@ FIELDS = {   # what a strategy may need to see, besides the features
     "cls":           "(C,)        the CLS token after the feature layer",
     "cls_attention": "(H, N)      how much CLS attends to each patch in the feature layer",
     "keys":          "(N, D)      the feature layer's keys, the mean over heads",
-    "last_queries":  "(1 + N, C)  the next layer's queries, CLS first: heads not split",
+    "last_queries":  "(1 + N, C)  the next layer's queries, CLS first: heads not split; where the "
+                     "feature layer is the last one, its own",
     "last_keys":     "(1 + N, C)  and its keys",
     "projected":     "(N, C')     patches as the decoder is fed them",
     "aligned":       "(N, E)      patches in CLIP's space of images and texts",
