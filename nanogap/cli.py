@@ -85,6 +85,14 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def shown(value: object) -> str:
+    """Anything that was given, in short, as a message shows it."""
+    try:
+        return visible(f"{value!r:.80}")
+    except (ValueError, RecursionError):      # a number of 5,000 digits, lists in lists
+        return f"of type {type(value).__name__}"
+
+
 def tell(text: str) -> None:
     """Say on stderr how far the work is; it goes on where nobody can be told."""
     try:

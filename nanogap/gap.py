@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, arange
 
-from nanogap.cli import NanogapError
+from nanogap.cli import NanogapError, shown
 
 # the order of the kept tokens, their IDs, the IDs of the text after them
 MODES = {
@@ -104,5 +104,5 @@ def check(keep: Tensor, N: int, mode: str) -> None:
 
 def check_mode(mode: str) -> None:
     """Refuse a mode that there is not."""
-    if mode not in MODES:
-        raise NanogapError(f"unknown mode {mode!r}: choose from {'; '.join(MODES)}")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise NanogapError(f"unknown mode {shown(mode)}: choose from {'; '.join(MODES)}")

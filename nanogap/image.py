@@ -70,6 +70,9 @@ def open_image(path: str | os.PathLike, upright: bool = True) -> Image.Image:
     upright: turned as EXIF says; else as it is stored: annotations are about stored pixels
     raises:  ItemError where there is no such file, or it is no whole picture of FORMATS
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ItemError(f"an image has a path, and not one of type {type(path).__name__}; "
+                        "give such as image.jpg")
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ItemError(f"{path} is no regular file; give the path of a picture")
     try:

@@ -12,6 +12,7 @@ Letters: N patches, K kept, M tokens added, C channels, H heads, D channels of a
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,15 +118,18 @@ def find(name: str) -> str:
 
     raises: NanogapError where there is no such strategy, file or function
     """
+    if not isinstance(name, str):
+        raise NanogapError(f"a strategy has a name, and is not of type {type(name).__name__}: "
+                           f"choose from {', '.join(STRATEGIES)}")
     file, colon, function = name.rpartition(":")
     if not colon:
         if name not in STRATEGIES:
-            raise NanogapError(f"unknown strategy {name!r}: choose from {', '.join(STRATEGIES)}, "
-                               "or give one of your own as FILE.py:NAME")
+            raise NanogapError(f"unknown strategy {name!r:.80}: choose from "
+                               f"{', '.join(STRATEGIES)}, or give one of your own as FILE.py:NAME")
         return name
     path = Path(file)
-    if not path.is_file():
-        raise NanogapError(f"{name!r}: there is no file {file}; give FILE.py:NAME")
+    if not os.path.isfile(path):             # False for a name that no file can have
+        raise NanogapError(f"{name!r:.200}: there is no file {file:.200}; give FILE.py:NAME")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise NanogapError(f"{name!r}: {file} is no Python file; give FILE.py:NAME")
@@ -274,8 +278,8 @@ def prumerge_plus(seen: VisualTokens, budget: int | None, generator: torch.Gener
     """PruMerge's patches, and then some in even steps: PruMerge+, of the same paper.
 
     The steps go along the raster, not the grid, and never meet its last patch, as in the code.
-    With over a third outliers the step would be 0 and the code fail, but quartiles leave a quarter
-    at most.
+    With over a third outliers the step would be 0 and the code fail.  Quartiles leave a quarter at
+    most, but the best of two patches is half of them; then the step is 1 here.
     differs: the code's fixed budget takes some patches twice; ours is half by score, and half in
     even steps among the others
     """
@@ -284,7 +288,7 @@ def prumerge_plus(seen: VisualTokens, budget: int | None, generator: torch.Gener
     if budget is None:
         best = ranked(scores, outliers(scores))
         others = without(best, N)
-        step = N // len(best) // 3
+        step = max(N // len(best) // 3, 1)
         spread = others[(others % step == 0) & (others < N - 1)]
     else:
         half = budget // 2

@@ -18,7 +18,7 @@ from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError
+from nanogap.cli import NanogapError, shown
 from nanogap.clip import CLIP, CLIPVisionConfig, TextGuide
 from nanogap.config import (
     one_line,
@@ -78,7 +78,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
             expression; None takes `clip_text` in the folder, if it is there
     raises: NanogapError where anything is missing, broken, unknown or of another shape
     """
-    folder = checkpoint_folder(Path(folder))
+    folder = checkpoint_folder(as_path(folder))
     refuse_adapter(folder)
     family = family_of(folder)
     config = family.read_config(folder)
@@ -95,11 +95,24 @@ def load(folder: str | Path, device: str | torch.device | None = None,
         tied["language_model.lm_head.weight"] = "language_model.model.embed_tokens.weight"
     load_into(model, folder, device, dtype, family.download, family.rename, tied,
               fitted=family.fitted)
-    if not clip and os.path.isdir(folder / "clip_text"):
+    if clip is None and os.path.isdir(folder / "clip_text"):
         clip = folder / "clip_text"
-    if clip:
-        model.text_guide = load_text_guide(Path(clip), model, device, dtype)
+    if clip is not None:
+        model.text_guide = load_text_guide(as_path(clip), model, device, dtype)
     return model
+
+
+def as_path(folder: str | Path) -> Path:
+    """A path, whatever stands there."""
+    if not isinstance(folder, str | Path) or folder == "":
+        raise NanogapError(f"a checkpoint is a folder, and {shown(folder)} names none: give its "
+                           f"path, such as {MINI}")
+    try:
+        Path(folder).exists()
+    except (OSError, ValueError) as error:   # no folder can have that name
+        raise NanogapError(f"{folder!s:.80} cannot be read ({one_line(error):.80}); give the path "
+                           f"of a folder, such as {MINI}") from None
+    return Path(folder)
 
 
 def family_of(folder: Path) -> type[VLM]:
@@ -112,7 +125,7 @@ def family_of(folder: Path) -> type[VLM]:
                            f"{folder} {what}; get the published weights with {DOWNLOAD}")
     config = read_json(folder / "config.json")
     found = config.get("model_type")
-    if own_layout(config):                 # the type has other names there as well
+    if own_layout(config) and found not in MODELS:   # LLaVA's own has other names as well
         found = "llava"
     if not isinstance(found, str) or found not in MODELS:
         known = ", ".join(map(repr, MODELS))
@@ -212,9 +225,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     try:
         if torch.device(device).type in there:
             return torch.device(device)
-    except RuntimeError:   # torch knows no device of that name
+    except (RuntimeError, TypeError, ValueError):   # torch knows no device of that name
         pass
-    raise NanogapError(f"device {str(device):.80} is not available here; "
+    raise NanogapError(f"device {printable(str(device)):.80} is not available here; "
                        f"choose from {', '.join(there)}")
 
 
@@ -227,7 +240,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, own: str,
         return DTYPES.get(own, torch.float16)
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise NanogapError(f"unknown dtype {dtype}; choose from {', '.join(DTYPES)}")
+        raise NanogapError(f"unknown dtype {printable(str(dtype)):.80}; choose from "
+                           f"{', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -108,6 +108,19 @@ def test_every_strategy_keeps_exactly_its_budget_of_different_patches(name: str,
         assert result.added is None or result.added.shape == (1, 8)
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_budget_of_every_rectangle_gives_finite_numbers(name: str):
+    """Two patches in a row, and pictures that are all alike, among them."""
+    for rows, columns in ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (1, 7), (7, 1)):
+        n = rows * columns
+        for image in (seen(n, rows=rows), each(seen(n, rows=rows), torch.zeros_like),
+                      each(seen(n, rows=rows), torch.ones_like)):
+            for budget in budgets(name, *range(1, n + 1)):
+                result = select(name, image, budget)
+                for numbers in (result.features, result.added):
+                    assert numbers is None or numbers.isfinite().all(), (rows, columns, budget)
+
+
 @pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize("n", [1, 4, 16, 36])
 def test_adaptive_strategies_find_a_budget_themselves(name: str, n: int):

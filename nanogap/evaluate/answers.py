@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanogap.cli import NanogapError
+from nanogap.cli import NanogapError, shown
 from nanogap.evaluate.journal import beside
 from nanogap.evaluate.refcoco import (
     Data,
@@ -21,7 +21,6 @@ from nanogap.evaluate.refcoco import (
     documents,
     is_box,
     read_file,
-    shown,
 )
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.image import Box

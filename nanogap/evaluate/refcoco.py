@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from nanogap.cli import ItemError, NanogapError
+from nanogap.cli import ItemError, NanogapError, shown
 from nanogap.files.pickles import look_through
 from nanogap.image import Box, open_image
 from nanogap.prompt import check_expression
@@ -127,14 +127,6 @@ def checked(where: str, id_: object, image: Any, expression: Any, box: Any, corn
 def is_whole(value: object) -> bool:
     """Whether something from a file is a whole number that is no longer than any real one."""
     return type(value) is int and abs(value) < 1 << 53   # of 5,000 digits none can be printed
-
-
-def shown(value: object) -> str:
-    """Something from a file, in short, as a message shows it."""
-    try:
-        return f"{value!r:.80}"
-    except (ValueError, RecursionError):                 # a number of 5,000 digits, lists in lists
-        return f"of type {type(value).__name__}"
 
 
 def is_box(box: object) -> bool:

@@ -78,7 +78,7 @@ def read_tokenizer(folder: Path, rows: int) -> Tokenizer:
         raise NanogapError(f"{path} cannot be read ({one_line(error)}); get it from where it was "
                            "made") from None
     for token in whole.get("added_tokens") or ():   # the library numbers anew where it has a gap
-        check_rows(path, tokenizer.token_to_id(token["content"]), rows)
+        check_rows(path, tokenizer.token_to_id(token["content"]) or 0, rows)
     return tokenizer
 
 
