@@ -113,7 +113,11 @@ class EvaTower(nn.Module):
             EvaBlock(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the last block."""
+        """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the last block.
+
+        differs: in half precision the original adds up its blocks in float32, and takes positions
+        and CLS from float32; here all of it has the precision of the model
+        """
         patches = self.patch_embed(pixel_values)                              # (B, N, C)
         cls = self.cls_token.expand(len(patches), -1, -1)                     # (B, 1, C)
         x = torch.cat([cls, patches], dim=1) + self.pos_embed                 # (B, 1 + N, C)
