@@ -177,6 +177,16 @@ def test_a_look_of_weights_that_have_changed_is_refused(how: str, share: bool, m
     model.ground(model.encode_image(PICTURE), "x", "random", 4, max_new_tokens=3)
 
 
+def test_patches_that_were_compared_with_words_by_another_text_tower_are_refused(shipped: VLM):
+    model = deepcopy(shipped)
+    image = model.encode_image(PICTURE)
+    model.ground(image, "x", "text_similarity", 4, max_new_tokens=3)
+    with torch.no_grad():
+        model.text_guide.clip.visual_projection.weight.neg_()
+    assert "before the weights changed" in refused(
+        lambda: model.ground(image, "x", "text_similarity", 4, max_new_tokens=3))
+
+
 def test_a_look_of_another_model_is_refused_and_that_of_a_copy_is_not(model: VLM, shipped: VLM):
     image = shipped.encode_image(PICTURE)
     assert "was encoded by another model" in refused(

@@ -129,6 +129,8 @@ class VLM(nn.Module):
         It takes microseconds for each tensor, for no tensor is read whole.
         """
         weights = list(self.parameters())
+        if self.text_guide is not None:
+            weights += self.text_guide.clip.parameters()
         changes = [0 if w.is_inference() else w._version for w in weights]
         with torch.no_grad():
             numbers = torch.cat([w.as_strided((1,), (1,), w.storage_offset() + w.numel() // 2)
