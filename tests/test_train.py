@@ -4,6 +4,7 @@ import pickle
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from nanogap.train.objectives import (
     Batch,
     Mixture,
     Scenes,
+    captions,
     contents,
     conversations,
     decimal_places,
@@ -50,6 +52,10 @@ TINY = replace(train.CPU, vision=VISION, projection_dim=8,
 CPU = torch.device("cpu")
 
 
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    return to_pixel_values(Pad().fit(image, 56))
+
+
 def no_pixels(_: Image.Image) -> torch.Tensor:
     return torch.zeros(1, 3, 56, 56)
 
@@ -59,17 +65,20 @@ def model() -> VLM:
     return train.new_model(TINY, 0, train.new_clip(TINY, 0)[0])
 
 
-def drawn(model: VLM, images: int = 2, index: int = 3) -> Batch:
-    pixels, scenes, _ = Scenes("test", images, 56, model.pixel_values)[index]
-    return pixels, scenes, random.Random(5)
+def nothing(*_: object) -> None:
+    return None
+
+
+def drawn(model: VLM, mixture: Mixture = MIXTURE) -> Batch:
+    ask = partial(conversations, model, mixture)
+    return Scenes("test", 2, 56, model.pixel_values, ask)[3]
 
 
 @pytest.mark.parametrize("later", [0.0, 0.6, 1.0])
 def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversation_alone(
         model: VLM, monkeypatch: pytest.MonkeyPatch, later: float):
     mixture = replace(MIXTURE, later=later)
-    pixels, scenes, rng = drawn(model)
-    said = conversations(model, scenes, mixture, rng)
+    pixels, scenes, said = drawn(model, mixture)
     losses, weights = [], []
     for one in said:
         logits = model(torch.tensor(one.tokens[:-1]), pixels[one.image])      # (T - 1 + N - 1, V)
@@ -79,17 +88,16 @@ def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversati
         losses.append(F.cross_entropy(logits[behind], targets, reduction="none"))
         weights += [one.weights[i] for i in at]
     alone = (torch.cat(losses) * torch.tensor(weights)).sum() / sum(weights)
-    shared = llava_loss(model, drawn(model), CPU, mixture)
+    shared = llava_loss(model, drawn(model, mixture), CPU)
     monkeypatch.setattr(objectives, "can_share", lambda *_: False)
-    whole = llava_loss(model, drawn(model), CPU, mixture)
+    whole = llava_loss(model, drawn(model, mixture), CPU)
     assert whole.item() == pytest.approx(alone.item(), abs=1e-5)
     assert shared.item() == pytest.approx(alone.item(), abs=1e-5)
 
 
 def test_a_share_of_the_questions_comes_after_others_about_the_same_image(model: VLM):
     """In the form of a conversation, and the loss is on all answers, each with its own weights."""
-    asked = [conversations(model, drawn(model)[1], replace(MIXTURE, later=later), random.Random(5))
-             for later in (0.0, 0.6, 1.0)]
+    asked = [drawn(model, replace(MIXTURE, later=later))[2] for later in (0.0, 0.6, 1.0)]
     kinds = [Counter(one.kind for one in said) for said in asked]
     assert kinds[0] == {"box": 6, "find": 4, "word": 5, "description": 2}
     assert 4 < kinds[1]["turns"] < 17 and kinds[2] == {"turns": 17}
@@ -104,7 +112,7 @@ def test_a_share_of_the_questions_comes_after_others_about_the_same_image(model:
 
 
 def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: VLM):
-    said = conversations(model, drawn(model)[1], MIXTURE, random.Random(5))
+    said = drawn(model)[2]
 
     def answers(kind: str) -> list[tuple[list[str | None], list[float]]]:
         found = []
@@ -176,14 +184,14 @@ def test_a_rate_warms_up_and_decays_to_what_the_stage_leaves():
 
 
 def test_training_never_touches_the_vision_tower_in_stage_one(model: VLM):
-    llava_loss(model, drawn(model), CPU, MIXTURE).backward()
+    llava_loss(model, drawn(model), CPU).backward()
     assert all(p.grad is None for p in model.vision_tower.parameters())
     assert all(p.grad is not None for p in model.multi_modal_projector.parameters())
     model.zero_grad()
 
 
 def test_each_stage_draws_its_own_scenes():
-    data = [Scenes("test", 4, 56, no_pixels, stage.draw) for stage in train.CPU.stages]
+    data = [Scenes("test", 4, 56, no_pixels, nothing, stage.draw) for stage in train.CPU.stages]
     counts = [{len(drawn.things) for i in range(9) for drawn in scenes[i][1]} for scenes in data]
     assert [stage.name for stage in train.CPU.stages] == ["CLIP", "read", "find", "box"]
     assert counts.pop(1) == {1}
@@ -210,7 +218,8 @@ def test_two_of_three_scenes_can_show_things_alike():
         names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
         return [expression for expression, _ in drawn.expressions] == names
 
-    data = [Scenes("test", 4, 56, no_pixels, draw) for draw in (draw_often_alike, draw_scene)]
+    data = [Scenes("test", 4, 56, no_pixels, nothing, draw)
+            for draw in (draw_often_alike, draw_scene)]
     often, any_scene = (sum(alike(drawn) for i in range(12) for drawn in scenes[i][1])
                         for scenes in data)
     assert 26 <= often <= 40 and any_scene == 0                               # of 48
@@ -218,7 +227,7 @@ def test_two_of_three_scenes_can_show_things_alike():
 
 def test_batches_follow_from_the_seed_and_belong_to_no_split():
     def batch(seed: str, images: int = 2, index: int = 7) -> Batch:
-        return Scenes(seed, images, 56, lambda image: to_pixel_values(Pad().fit(image, 56)))[index]
+        return Scenes(seed, images, 56, pixels_of, nothing)[index]
 
     assert torch.equal(*(torch.cat(batch("0 llava")[0]) for _ in range(2)))
     assert not torch.equal(*(torch.cat(batch(seed)[0]) for seed in ("0 llava", "1 llava")))
@@ -300,13 +309,13 @@ def test_a_slow_start_does_not_shorten_a_training(tmp_path: Path, monkeypatch, c
     progress = Progress(tmp_path / "training.pt", {}, [stage.steps], [1.0])
     clip, words = train.new_clip(TINY, 0)
     fit.fit(stage, clip, lambda batch: objectives.clip_loss(clip, words, batch, CPU),
-            Scenes("test", 2, 56, lambda image: to_pixel_values(Pad().fit(image, 56))), progress, 0)
+            Scenes("test", 2, 56, pixels_of, captions), progress, 0)
     assert progress.steps[0] >= 30 and told[0] <= 60   # by the first two steps alone about ten
 
 
 def test_workers_send_no_pictures():
     """Which would be most of what goes through their pipe; of a picture, training asks the size."""
-    drawn = Scenes("test", 2, 56, no_pixels)[3][1]
+    drawn = Scenes("test", 2, 56, no_pixels, nothing)[3][1]
     assert [s.image.mode for s in drawn] == ["1", "1"]
     assert {s.image.width for s in drawn} <= {56, 112}
     assert len(pickle.dumps(drawn)) < 10_000

@@ -35,7 +35,9 @@ from nanogap.train.fit import Progress, TrainingStage, fit
 from nanogap.train.objectives import (
     Mixture,
     Scenes,
+    captions,
     clip_loss,
+    conversations,
     draw_often_alike,
     draw_single,
     llava_loss,
@@ -153,7 +155,7 @@ def sentences(seed: int, family: str) -> list[str]:
 
 
 @cache
-def captions(seed: int) -> list[str]:
+def caption_words(seed: int) -> list[str]:
     """What the CLIP tokenizer learns from."""
     rng = random.Random(f"train {seed} captions")
     return [caption(draw_scene(rng, 168).things, rng) for _ in range(1000)]
@@ -161,7 +163,7 @@ def captions(seed: int) -> list[str]:
 
 def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
     """An untrained CLIP and its tokenizer."""
-    words = train_clip_tokenizer(captions(seed), 256)
+    words = train_clip_tokenizer(caption_words(seed), 256)
     text = replace(recipe.text, vocab_size=words.get_vocab_size())
     clip = CLIP(recipe.vision, text, recipe.projection_dim, MODELS[recipe.family].Tower)
     torch.manual_seed(seed)
@@ -238,10 +240,11 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
     size = recipe.vision.image_size
     progress = progress_of(out, recipe, seed, steps, minutes)
     clip, words = new_clip(recipe, seed)
-    prepare = new_model(recipe, seed, clip).pixel_values                      # stays on the CPU
+    at_hand = new_model(recipe, seed, clip)   # on the CPU: prepares pictures, asks questions
+    prepare = at_hand.pixel_values
     clip.to(device)
     if progress.stage == 0:
-        data = Scenes(f"{seed} clip", first.images, size, prepare, first.draw)
+        data = Scenes(f"{seed} clip", first.images, size, prepare, captions, first.draw)
         fit(first, clip, partial(clip_loss, clip, words, device=device), data, progress, workers)
         progress.clip = clip.state_dict()
         progress.state = {}
@@ -251,9 +254,9 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
     model = new_model(recipe, seed, clip).to(device)
     for stage in others[progress.stage - 1:]:
         assert stage.asked is not None                                        # it is for CLIP alone
-        loss_of = partial(llava_loss, model, device=device, mixture=stage.asked)
-        data = Scenes(f"{seed} {stage.name}", stage.images, size, prepare, stage.draw)
-        fit(stage, model, loss_of, data, progress, workers)
+        ask = partial(conversations, at_hand, stage.asked)
+        data = Scenes(f"{seed} {stage.name}", stage.images, size, prepare, ask, stage.draw)
+        fit(stage, model, partial(llava_loss, model, device=device), data, progress, workers)
     if joined()[0] == 0:
         with whole_checkpoint("--out", out) as folder:
             if MODELS[recipe.family].reads_words:

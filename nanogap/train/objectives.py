@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_sce
 
 Draw = Callable[[random.Random, int], Scene]
 Prepare = Callable[[Image.Image], Tensor]
-Batch = tuple[list[Tensor], list[Scene], random.Random]
+Ask = Callable[[list[Scene], random.Random], Any]
+Batch = tuple[list[Tensor], list[Scene], Any]
 
 
 def draw_single(rng: random.Random, size: int) -> Scene:
@@ -69,12 +71,13 @@ class Scenes(torch.utils.data.Dataset):
     A split of `nanogap.scenes` is one word, so these seeds, of several words, are never a split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int, prepare: Prepare,
+    def __init__(self, seed: str, images: int, image_size: int, prepare: Prepare, ask: Ask,
                  draw: Draw = draw_scene) -> None:
         self.seed = seed
         self.images = images
         self.image_size = image_size
         self.prepare = prepare        # a model's pixel_values, on the CPU
+        self.ask = ask                # what is said of the scenes: captions or conversations
         self.draw = draw
 
     def __getitem__(self, index: int) -> Batch:
@@ -87,7 +90,7 @@ class Scenes(torch.utils.data.Dataset):
             pixels.append(self.prepare(scene.image))                          # (views, 3, S, S)
             # from here on only the size of a picture is needed: workers need not send it
             scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
-        return pixels, scenes, rng
+        return pixels, scenes, self.ask(scenes, rng)
 
 
 # ----- CLIP ---------------------------------------------------------------------------------------
@@ -104,21 +107,25 @@ def contents(things: Iterable[Thing]) -> Counter:
 SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]
 
 
+def captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
+    """A caption for each scene, and one for each thing that there can be."""
+    return ([caption(scene.things, rng) for scene in scenes],
+            [caption([thing], rng) for thing in SINGLES])
+
+
 def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.device) -> Tensor:
     """CLIP's symmetric contrastive loss between B images and C captions that may be true of them.
 
     There is a caption for each image, which names everything in it, and one for each thing that
     there can be ("a red car").  Several are true of an image, so the targets are equal shares.
     """
-    pixels, scenes, rng = batch
-    wholes = [caption(scene.things, rng) for scene in scenes]
-    singles = [caption([thing], rng) for thing in SINGLES]
+    pixels, scenes, (wholes, singles) = batch
     held = [contents(scene.things) for scene in scenes]
     claims = held + [contents([thing]) for thing in SINGLES]
     truth = torch.tensor([[float(claim <= have) for claim in claims] for have in held])
     truth = truth.to(device)                                                  # (B, C)
-    texts = torch.cat([text_features(clip, tokenizer, captions, device)
-                       for captions in (wholes, singles)])                    # (C, E)
+    texts = torch.cat([text_features(clip, tokenizer, said, device)
+                       for said in (wholes, singles)])                        # (C, E)
     first_views = torch.cat([views[:1] for views in pixels])                  # (B, 3, S, S)
     images = clip.image_features(first_views.to(device))                      # (B, E)
     logits = clip.logit_scale.exp() * images @ texts.T                        # (B, C)
@@ -179,7 +186,7 @@ class Conversation:
     weights: list[float]           # (T,) 0 for what is no answer
 
 
-def conversations(model: VLM, scenes: list[Scene], mixture: Mixture,
+def conversations(model: VLM, mixture: Mixture, scenes: list[Scene],
                   rng: random.Random) -> list[Conversation]:
     """Every question once, alone or after others about the same image."""
     asked = list(chain(box_turns(model, scenes, mixture, rng),
@@ -274,14 +281,13 @@ def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str
 # ----- LLaVA --------------------------------------------------------------------------------------
 
 
-def llava_loss(model: VLM, batch: Batch, device: torch.device, mixture: Mixture) -> Tensor:
+def llava_loss(model: VLM, batch: Batch, device: torch.device) -> Tensor:
     """Next-token cross-entropy on the answers, the weighted mean over all their tokens."""
-    pixels, scenes, rng = batch
+    pixels, scenes, said = batch
     with torch.no_grad():                                                     # the tower is frozen
         seen = [model.encode_pixels(views.to(device), *scene.image.size)
                 for views, scene in zip(pixels, scenes, strict=True)]
     visual = [model.fed(image.features, torch.arange(image.n_visual), image) for image in seen]
-    said = conversations(model, scenes, mixture, rng)
     read = read_sharing if can_share(model, said, visual) else read_whole
     logits, targets, weights = read(model, said, visual)
     losses = F.cross_entropy(logits, targets, reduction="none")               # (M,)
