@@ -38,7 +38,7 @@ from nanogap.draw import agreement, draw_results, shortened
 from nanogap.explain import columns, explain
 from nanogap.files.output import check_picture, save_picture
 from nanogap.gap import MODES
-from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
+from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result, choices
 from nanogap.image import open_image
 from nanogap.in_decoder import cuts_in_words
 from nanogap.models import VLM
@@ -127,9 +127,9 @@ def load(args: argparse.Namespace) -> Query:
     pruned = set(args.mode) != {"full"}
     with patience("looking at the image"):
         encoded = model.encode_image(image, needs_of(prune) - {"attention"} if pruned else ())
-    patches = sum(len(view.index) for view in encoded.views)
-    keep = budget_of(args.keep, patches)
-    check(prune, patches, keep)
+    most = choices(encoded, prune)
+    keep = budget_of(args.keep, most)
+    check(prune, most, keep)
     return Query(model, image, encoded, prune, keep)
 
 

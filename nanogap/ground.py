@@ -244,6 +244,11 @@ def check_whole(name: str, value: object, least: int) -> None:
                            + (f" from {least} on" if least >= 0 else ""))
 
 
+def choices(image: EncodedImage, prune: str) -> int:
+    """How many visual tokens a strategy has to choose among: in the decoder also the newlines."""
+    return image.n_visual if in_decoder(prune) else image.n_patches
+
+
 def choose(model: Model, image: EncodedImage, query: Query) -> tuple[Kept, list[Cut]]:
     """Which visual tokens the decoder is fed, and where it drops some of them itself."""
     everything = Kept(torch.arange(image.n_visual))
@@ -253,9 +258,8 @@ def choose(model: Model, image: EncodedImage, query: Query) -> tuple[Kept, list[
         if query.keep.numel() == 0:
             raise NanogapError("keep names no visual token: give at least one index")
         return Kept(query.keep.cpu()), []
-    inside = in_decoder(query.prune)
-    budget = budget_of(query.keep, image.n_visual if inside else image.n_patches)
-    if inside:
+    budget = budget_of(query.keep, choices(image, query.prune))
+    if in_decoder(query.prune):
         layers = len(model.language_model.model.layers)
         return everything, cuts_of(query.prune, image.n_visual, budget, query.seed, layers,
                                    query.layer)

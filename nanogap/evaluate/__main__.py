@@ -116,18 +116,21 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return chosen
 
 
-def runs_asked(args: argparse.Namespace, image: EncodedImage) -> list[Run]:
+def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True) -> list[Run]:
     """Every (strategy, budget, mode) that was asked for, once; mode full prunes nothing.
 
     image: any; a share of the visual tokens is a number of its
+    alike: whether all pictures have as many; else a share stays one, and is a number of each
     """
     pruned = [mode for mode in args.mode if mode != "full"]
     whole = ["full"] if "full" in args.mode else []
     if args.ablate:
         pruned, whole = list(ablate.PRUNED), list(ablate.WHOLE)
     n = sum(len(view.index) for view in image.views)
-    budgets = [prune.budget_of(keep, n) for keep in args.keep]
-    runs: list[Run] = [("none", image.n_visual, mode) for mode in whole]
+    budgets = [keep if keep.endswith("%") and not alike else prune.budget_of(keep, n)
+               for keep in args.keep]
+    everything = image.n_visual if alike else "100%"
+    runs: list[Run] = [("none", everything, mode) for mode in whole]
     runs += [(name, keep, mode) for name in args.prune for keep in budgets for mode in pruned]
     return list(dict.fromkeys(runs))
 
@@ -428,7 +431,7 @@ def ask_model(args: argparse.Namespace, rank: int, world: int) -> None:
     examples = first(data.examples, args.limit)
     earlier = journal.earlier(args.out, made)
     image = first_whole(model, examples)
-    runs = runs_asked(args, image)
+    runs = runs_asked(args, image, model.pictures_alike)
     rehearse(model, image, runs, args.seed, args.layer)
     done = {journal.name(record) for record in earlier}
     todo = [(example, run, question) for example in examples[rank::world] for run in runs
@@ -464,7 +467,7 @@ def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM, layer: int | None)
     asked = dict.fromkeys((name, keep) for name, keep, _ in runs if name in prune.STRATEGIES)
     notes = []
     for name, keep in asked:
-        if prune.in_decoder(name):
+        if prune.in_decoder(name) and not isinstance(keep, str):
             cuts = plan(name, n_visual, keep, layers, layer)
             notes.append(cuts_in_words(name, counts(n_visual, cuts, name == "sparsevlm"), layers))
     return notes

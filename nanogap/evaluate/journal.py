@@ -42,8 +42,9 @@ def is_time(value: object) -> bool:
 
 
 def is_budget(value: object) -> bool:
-    """A number of visual tokens; None is the strategy's own."""
-    return value is None or type(value) is int
+    """A number of visual tokens, or a share such as "25%"; None is the strategy's own."""
+    share = isinstance(value, str) and value.endswith("%") and value[:-1].isdecimal()
+    return value is None or type(value) is int or share
 
 
 def are_numbers(value: object) -> bool:

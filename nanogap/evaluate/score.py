@@ -12,7 +12,8 @@ from nanogap.cli import visible
 from nanogap.image import Box, iou
 from nanogap.prompt import Shares, parse_box
 
-Run = tuple[str, int | None, str]   # strategy, budget (None: the strategy's own), mode
+# strategy, budget (a number, a share such as "25%"; None: the strategy's own), mode
+Run = tuple[str, int | str | None, str]
 
 PROTOCOLS = {
     "pixels": "boxes in pixels of the original image, continuous areas, IoU >= 0.5",

@@ -85,6 +85,7 @@ class VLM(nn.Module):
     on_disk: ClassVar[tuple[tuple[str, str], ...]]  # and the way back, to the published ones
     Tower: ClassVar[type]                      # of its configuration's `vision`
     reads_words: ClassVar[bool] = True         # whether its tower comes with one for texts
+    pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str]                    # the command that fetches its published weights
     special_tokens: ClassVar[tuple[str, ...]]  # behind <unk> <s> </s>; the image's comes first
 

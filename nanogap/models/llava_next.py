@@ -101,6 +101,7 @@ class LlavaNext(Llava):
     Config = LlavaNextConfig
     download = DOWNLOAD
     template = TEMPLATES["llama"]
+    pictures_alike = False
     chats = {"llama": Chat("Vicuna", VICUNAS, SYSTEM), "mistral": MISTRAL}
     required = REQUIRED | {"use_image_newline_parameter": (True,)}
     pixels = PIXELS | {"image_processor_type": PROCESSORS, "aspect_ratio_setting": ("anyres",)}
