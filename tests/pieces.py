@@ -208,3 +208,54 @@ def write_delta(folder: Path, vision: CLIPVisionConfig = VISION) -> Path:
         "<im_patch>": PIECES, "<im_start>": PIECES + 1, "<im_end>": PIECES + 2})
     write_tokenizer_model(folder)
     return folder
+
+
+# ----- MiniGPT-v2 ---------------------------------------------------------------------------------
+
+EVA_WIDTH, EVA_INNER = 88, 16
+LORA = "llama_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
+
+
+def eva_tensors(blocks: int, grid: int = 2) -> dict[str, Tensor]:
+    """eva_vit_g.pth: one more block than MiniGPT-v2 runs, a norm and a head that it leaves out."""
+    C = EVA_WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, C), "pos_embed": (1, 1 + grid ** 2, C),
+        "patch_embed.proj.weight": (C, 3, 14, 14), "patch_embed.proj.bias": (C,)}
+    for i in range(blocks):
+        block = {"norm1.weight": (C,), "norm1.bias": (C,), "norm2.weight": (C,), "norm2.bias": (C,),
+                 "attn.q_bias": (C,), "attn.v_bias": (C,), "attn.qkv.weight": (3 * C, C),
+                 "attn.proj.weight": (C, C), "attn.proj.bias": (C,),
+                 "mlp.fc1.weight": (EVA_INNER, C), "mlp.fc1.bias": (EVA_INNER,),
+                 "mlp.fc2.weight": (C, EVA_INNER), "mlp.fc2.bias": (C,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    shapes |= {"norm.weight": (C,), "head.weight": (10, C)}
+    tensors = {name: draw(name, torch.Size(shape), 0).half() for name, shape in shapes.items()}
+    return tensors | {"relative_position_index": torch.arange(4)}
+
+
+def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False, settings: object = None,
+                  legacy: bool = False) -> dict[str, Path]:
+    """Llama-2, EVA and the checkpoint of a training; newer: names as a newer peft has them."""
+    base = write_llama(folder / "llama-2", rms_norm_eps=1e-5)
+    vision, checkpoint = folder / "eva_vit_g.pth", folder / "minigptv2_checkpoint.pth"
+    torch.save(eva_tensors(blocks), vision, _use_new_zipfile_serialization=not legacy)
+    hidden, rank = DECODER.hidden_size, 8
+    model = {"llama_proj.weight": (hidden, 4 * EVA_WIDTH), "llama_proj.bias": (hidden,)}
+    for i in range(DECODER.num_hidden_layers):
+        for kind in "qv":
+            model[LORA.format(i, kind, "A")] = (rank, hidden)
+            model[LORA.format(i, kind, "B")] = (hidden, rank)
+    tensors = {name.replace("_A.weight", "_A.default.weight").replace(
+        "_B.weight", "_B.default.weight") if newer else name: draw(name, torch.Size(shape), 3)
+        for name, shape in model.items()}
+    name = "llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    torch.save({
+        "model": tensors | {name: torch.rand(8)}, "epoch": 3, "scaler": {"scale": 65536.0},
+        "optimizer": {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.rand(4)}},
+                      "param_groups": [{"lr": 1e-5, "params": [0]}]},
+        "config": settings if settings is not None else {
+            "run": {"task": "image_text_pretrain"},
+            "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": rank, "lora_alpha": 16}},
+    }, checkpoint, _use_new_zipfile_serialization=not legacy)
+    return {"base": base, "vision": vision, "checkpoint": checkpoint}

@@ -91,8 +91,8 @@ def check_parts(recipe: Recipe, model: VLM) -> None:
     for ours in expected:
         if ours not in found:
             name = our_name(ours, model.on_disk)
-            piece = next(piece for prefix, piece in recipe.pieces.items()
-                         if name.startswith(prefix))
+            prefix = max((prefix for prefix in recipe.pieces if name.startswith(prefix)), key=len)
+            piece = recipe.pieces[prefix]
             raise NanogapError(f"{piece.path} lacks {len(expected) - len(found)} of "
                                f"{len(expected)} tensors, such as {printable(name)}; get it whole "
                                f"with {piece.download}")

@@ -73,7 +73,7 @@ class Recipe:
     tokenizer: Tokenizer
     dtype: torch.dtype
     parts: dict[str, Part]    # by name on disk
-    pieces: dict[str, Piece]  # the piece to which names belong that begin so; "" all others
+    pieces: dict[str, Piece]  # the piece to which names belong that begin so; "": all others
 
 
 # ----- what several need --------------------------------------------------------------------------
@@ -204,7 +204,8 @@ def with_rows(piece: Piece, name: str, rows: int, dtype: torch.dtype) -> Part:
         new[len(old):] = old.mean(0, dtype=torch.float32)
         return new
 
-    return Part(Size((rows, *piece.shapes[name][1:])), dtype, make, piece.where(name))
+    source = f"{piece.where(name)}, with rows for new tokens,"
+    return Part(Size((rows, *piece.shapes[name][1:])), dtype, make, source)
 
 
 def tower_sizes(parts: dict[str, Part], base: Path) -> CLIPVisionConfig:
