@@ -468,7 +468,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("minigpt-v2", lambda at: cut(at / TRAINED_FILE), "minigptv2_checkpoint.pth cannot be read ("),
     ("llava", lambda at: change(at / "llava" / SECOND, lambda t: t[NORM].fill_(float("nan"))),
      f"{SECOND}: model.norm.weight holds numbers that are not finite"),
-    ("shikra", lambda at: change(at / "delta" / SECOND, lambda t: t[NORM].fill_(1e6)),
+    ("shikra", lambda at: change(at / "delta" / SECOND, lambda t: t[NORM].fill_(torch.inf)),
      f"{SECOND}: model.norm.weight holds numbers that are not finite"),
     ("shikra", lambda at: change(at / "delta" / SECOND,
                                  lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
