@@ -8,6 +8,7 @@ patches, of which the upper and the lower two rows show only black.
     grid         4 x 8            token   16 + 9 row + column; a newline is 16 + 9 row + 8
 """
 
+import argparse
 import json
 import os
 import re
@@ -25,7 +26,9 @@ from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert.sentencepiece import read_llama_tokenizer
 from nanogap.draw import dim_dropped
+from nanogap.evaluate.__main__ import runs_asked
 from nanogap.explain import explain
+from nanogap.ground import choices
 from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, Stretch, Tiles
 from nanogap.llama import LlamaConfig
 from nanogap.models.llava import VICUNA
@@ -355,6 +358,20 @@ def test_newlines_are_no_padding(model):
     assert len(image.patches(torch.arange(N))) == N - 4
     image.at[3] = torch.tensor([-9, 0, 0, 9])                                 # one beside it
     assert image.padding(torch.tensor([3, 4, 24, 33])) == 0.5
+
+
+def test_a_share_is_a_number_of_each_picture_and_in_the_decoder_newlines_count(model, picture):
+    """52 tokens and 48 patches here; 300 x 57 pixels have two rows of 12 patches behind the base view."""
+    wide = model.encode_image(noise(300, 57))
+    assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
+    image = model.encode_image(picture)
+    assert [choices(image, name) for name in ("cls_attention", "fastv")] == [48, 52]
+    args = argparse.Namespace(mode=["full", "gap"], prune=["random"], keep=["50%", "8"],
+                              ablate=False)
+    assert not model.pictures_alike
+    assert runs_asked(args, image, model.pictures_alike) == [
+        ("none", "100%", "full"), ("random", "50%", "gap"), ("random", 8, "gap")]
+    assert runs_asked(args, image, True)[:2] == [("none", 52, "full"), ("random", 24, "gap")]
 
 
 # ----- boxes and words ----------------------------------------------------------------------------
