@@ -134,12 +134,18 @@ def test_hundredths_are_rounded_down():
 
 @pytest.mark.parametrize("text, box", [
     (" {<12> <34> <56> <78>}</s>", (0.12, 0.34, 0.56, 0.78)),
+    ("{ < 12 ><34>  <56><78> }", (0.12, 0.34, 0.56, 0.78)),
     ("the man {<1><2><3><4>} and {<5><6><7><8>}", (0.01, 0.02, 0.03, 0.04)),
     ("{<12><34><56>}", None), ("{<12><34><56><78><90>}", None), ("{<12><34><56><101>}", None),
     ("{<1234><34><56><78>}", None), ("{<56><34><12><78>}", None), ("{<12><34><12><78>}", None),
     ("<12><34><56><78>", None), ("[0.12, 0.34, 0.56, 0.78]", None)])
 def test_only_four_numbers_in_the_form_are_a_box(text: str, box: tuple | None):
     assert HUNDREDTHS.parse(text) == box
+
+
+def test_a_hostile_answer_is_read_in_no_time():
+    for text in ("{" + " " * 100_000, "{<1>" + " " * 100_000, "{<1><2><3>" * 30_000):
+        assert HUNDREDTHS.parse(text) is None
 
 
 # ----- drafts -------------------------------------------------------------------------------------

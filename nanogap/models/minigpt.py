@@ -12,7 +12,7 @@ CLS attends to each, is the mean over a token's four; CLS itself is compared wit
 as four times the same.
 
 Three pieces are published: Llama-2-7b-chat-hf, eva_vit_g.pth, and a checkpoint of what was trained;
-nanogap/convert.py merges its LoRA (r 64, alpha 16, q and v) and makes one folder of them:
+nanogap/convert merges its LoRA (r 64, alpha 16, q and v) and makes one folder of them:
     config.json    `model_type` "minigpt_v2", with `text_config` as Llama-2's and `vision_config`
     safetensors    under the names of the pieces: visual_encoder.{cls_token,pos_embed,
                    patch_embed.proj.*,blocks.N.*}, ln_vision.*, llama_proj.*,
@@ -72,9 +72,9 @@ LLAMA_2 = Template(
     where_is="[refer] give me the location of {}",
     later="[INST] {} [/INST]",
     starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
-NUMBER = r" *<([0-9]{1,3})> *"
+NUMBER = r"< *([0-9]{1,3}) *> *"     # the original reads answers without their spaces
 HUNDREDTHS = BoxFormat(
-    re.compile(r"\{" + 4 * NUMBER + r"\}"),
+    re.compile(r"\{ *" + 4 * NUMBER + r"\}"),
     "{{<{}><{}><{}><{}>}}", digits=8, whole=100)
 # what would change an answer and is not implemented: key -> the values that change nothing
 REQUIRED: dict[str, tuple] = {"auto_map": (None, {})}
