@@ -17,6 +17,7 @@ import run
 from nanogap import NanogapError, weights
 from nanogap.bench import __main__ as bench
 from nanogap.bench import sizes
+from nanogap.bench.graph import GraphedDecoder
 from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.decode import decode_drafted
@@ -623,12 +624,12 @@ def test_the_bench_compares_only_what_transformers_has(
     assert err.count("\n") == 1 and "holds a 'minigpt_v2' model, and only LLaVA-1.5" in err
 
 
-def test_the_bench_measures_it_with_and_without_drafts_and_graphs(
-        finder: Path, capsys: pytest.CaptureFixture):
-    argv = ["--weights", str(finder), "--rounds", "1", "--new", "3", "--graph", "--keep", "4",
-            "--device", "cpu", "--json"]
-    assert answer_for("nanogap.bench", bench.command, argv) == 0
-    rows = json.loads(capsys.readouterr().out)["runs"]
-    assert [(row["prune"], row["visual_tokens"]) for row in rows] == [
-        ("none", 16), ("cls_attention", 4)]
-    assert sizes.count_parameters("minigpt-v2") == pytest.approx(7.749e9, rel=0.001)
+def test_the_bench_measures_it_with_a_graphed_decoder(folder: Path):
+    model = nanogap.load(folder, "cpu")
+    plain = model.ground(bench.IMAGE, "the man", "cls_attention", 4, max_new_tokens=3)
+    model.decoder = GraphedDecoder(model.language_model)
+    row = bench.our_times(model, ("cls_attention", 4, "gap"), 3)
+    assert row["visual_tokens"] == 4 and row["prefill_ms"] > 0
+    graphed = model.ground(bench.IMAGE, "the man", "cls_attention", 4, max_new_tokens=3)
+    assert graphed.tokens == plain.tokens
+    assert sizes.count_parameters("minigpt-v2") == 7_748_467_072
