@@ -361,7 +361,7 @@ def test_newlines_are_no_padding(model):
 
 
 def test_a_share_is_a_number_of_each_picture_and_in_the_decoder_newlines_count(model, picture):
-    """52 tokens and 48 patches here; 300 x 57 pixels have two rows of 12 patches behind the base view."""
+    """52 tokens and 48 patches here; 300 x 57 pixels have two rows of 12 behind the base view."""
     wide = model.encode_image(noise(300, 57))
     assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
     image = model.encode_image(picture)
