@@ -143,7 +143,8 @@ def check(path: Path, whole: dict, rows: int) -> None:
         refuse(path, "added_tokens", added, "it is a list, no longer than the embeddings")
     for token in added:
         check_part(path, "added_tokens", token, {"added token": ADDED}, "added token")
-    assert isinstance(model, dict)                       # check_part said so
+    if not isinstance(model, dict) or not {"vocab", "merges"} <= model.keys():
+        refuse(path, "model", "without pieces", "LLaMA and CLIP have a vocab and merges")
     check_ids(path, model["vocab"], added, rows)
     check_post_processor(path, whole.get("post_processor"), rows)
 
@@ -187,9 +188,9 @@ def check_ids(path: Path, vocab: dict, added: list[dict], rows: int) -> None:
     ids = list(vocab.values())
     if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
         refuse(path, "model.vocab", f"{len(ids)} pieces", "each wants an ID of its own")
-    check_rows(path, max([*ids, *(token["id"] for token in added)], default=0), rows)
-    if any(token["id"] < 0 or not token["content"] for token in added):
+    if any(token.get("id", -1) < 0 or not token.get("content") for token in added):
         refuse(path, "added_tokens", "one without a name or an ID", "each wants both")
+    check_rows(path, max([*ids, *(token["id"] for token in added)], default=0), rows)
 
 
 def check_rows(path: Path, highest: int, rows: int) -> None:
@@ -206,9 +207,10 @@ def check_post_processor(path: Path, part: Any, rows: int) -> None:
     kind = part.get("type") if isinstance(part, dict) else part
     if kind == "TemplateProcessing":
         named = part.get("special_tokens")
-        named = named.values() if isinstance(named, dict) else [named]
-        ids = [one for token in named for one in
+        named = named if isinstance(named, dict) else {}
+        ids = [one for token in named.values() for one in
                (token.get("ids") if isinstance(token, dict) else None) or [None]]
+        check_template(path, part, named)
     elif kind == "RobertaProcessing":
         pairs = [part.get("cls"), part.get("sep")]
         ids = [pair[1] if isinstance(pair, list) and len(pair) == 2 else None for pair in pairs]
@@ -218,6 +220,16 @@ def check_post_processor(path: Path, part: Any, rows: int) -> None:
         refuse(path, "post_processor", kind, "nanogap reads TemplateProcessing, RobertaProcessing")
     if not all(type(i) is int and 0 <= i < rows for i in ids):
         refuse(path, "post_processor", ids, f"the model has embeddings 0 to {rows - 1}")
+
+
+def check_template(path: Path, part: dict, named: dict) -> None:
+    """A template puts tokens around a text, each of which the same part says the IDs of."""
+    for key in ("single", "pair"):
+        pieces = part.get(key)
+        for piece in pieces if isinstance(pieces, list) else [pieces]:
+            token = piece.get(SPECIAL) if isinstance(piece, dict) else {"id": None}
+            if token is not None and (not isinstance(token, dict) or token.get("id") not in named):
+                refuse(path, f"post_processor.{key}", piece, "it says no ID of that token")
 
 
 # ----- what the model asks of it ------------------------------------------------------------------
