@@ -584,10 +584,14 @@ HUBS_MISTRAL = (
 HUBS_VICUNA = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: <image>\n' }}"
     "{{ message['content'][0]['text'] }}{% else %}{{ ' ASSISTANT: ' }}{% endif %}{% endfor %}")
+SYSTEM_OF_1_5 = VICUNA.before.removesuffix("USER: ")
 
 
 @pytest.mark.parametrize("decoder, template, others", [
     ("mistral", HUBS_MISTRAL, None), ("llama", HUBS_VICUNA, None),
+    ("llama", SYSTEM_OF_1_5 + HUBS_VICUNA, None),
+    ("llama", SYSTEM_OF_1_5.replace("user", "human") + HUBS_VICUNA, None),
+    ("llama", "Answer briefly. " + HUBS_VICUNA, "Vicuna's"),
     ("mistral", HUBS_VICUNA, "Mistral's"), ("llama", HUBS_MISTRAL, "Vicuna's")])
 def test_the_chat_template_must_be_the_decoders(decoder, template, others, tmp_path: Path):
     folder = write_checkpoint(tmp_path, tiny_next_config(decoder))

@@ -151,7 +151,7 @@ class Chat:
 
     name: str                  # whose it is
     turns: tuple[str, ...]     # the words that mark whose turn it is; the first must be there
-    system: str = ""           # before the first question, which the hub's own template leaves out
+    systems: tuple[str, ...] = ()   # one of these may stand before the first question, or none
 
 
 VICUNAS = ("ASSISTANT", "USER")
@@ -162,7 +162,10 @@ def check_question(folder: Path, chat: Chat) -> None:
     """Refuse a checkpoint that was trained with another chat template than the model's."""
     require_all(optional(folder, "tokenizer_config.json"), TOKENIZER, "tokenizer_config.json")
     for file, template in templates(folder):
-        words = set(re.findall(r"[^\W\d_]+", spoken(template).replace(chat.system or "\0", " ")))
+        said = spoken(template)
+        for system in chat.systems:
+            said = said.replace(system, " ")
+        words = set(re.findall(r"[^\W\d_]+", said))
         if chat.turns[0] not in words or words - SAYS - set(chat.turns):
             raise NanogapError(
                 f"{folder / file} holds another chat template than {chat.name}'s, and nanogap asks "

@@ -92,7 +92,7 @@ class Llava(VLM):
     template = VICUNA
     box_format = TWO_DECIMALS
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")
-    chats: ClassVar[dict[str, Chat]] = {"llama": Chat("Vicuna", VICUNAS, SYSTEM)}  # by decoder
+    chats: ClassVar[dict[str, Chat]] = {"llama": Chat("Vicuna", VICUNAS, (SYSTEM,))}
     own_layout: ClassVar[str] = OWN_LAYOUT         # what a folder as its authors have it is told
     required: ClassVar[dict[str, tuple]] = REQUIRED
     pixels: ClassVar[dict[str, tuple]] = PIXELS    # what preprocessor_config.json may say

@@ -3,7 +3,7 @@
 In:  a picture.  Out: the visual tokens of its base view, row by row, and then those of its tiles,
 as one grid without what shows only padding; behind each row of the grid stands a newline token.
 
-    base view     grid x grid patches of the whole picture, squashed to a square
+    base view     grid x grid patches of the whole picture, stretched to a square
     tiles         R rows of C patches, and a newline: R (C + 1) tokens
 
 so N = grid^2 + R (C + 1) depends on the picture: 640 x 480 pixels are 576 + 36 * 49 = 2340 tokens.
@@ -28,6 +28,7 @@ from nanogap.files.settings import MISTRAL, PIXELS, VICUNAS, Chat, read_processo
 from nanogap.ground import EncodedImage
 from nanogap.image import Size, Tiles, to_pixel_values
 from nanogap.models.llava import REQUIRED, VICUNA, Llava, LlavaConfig
+from nanogap.models.llava import SYSTEM as OF_1_5
 from nanogap.prompt import Template
 from nanogap.prune import View, VisualTokens
 
@@ -37,7 +38,8 @@ SYSTEM = ("A chat between a curious human and an artificial intelligence assista
           "gives helpful, detailed, and polite answers to the human's questions.")
 TEMPLATES = {   # by `model_type` in text_config
     "llama": replace(VICUNA, before=f"{SYSTEM} USER: "),
-    "mistral": Template(before="[INST] ", after="\n{} [/INST]", where_is=VICUNA.where_is),
+    "mistral": Template(before="[INST] ", after="\n{} [/INST]", where_is=VICUNA.where_is,
+                        later="[INST] {} [/INST]"),
 }
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))   # (rows, columns) of tiles, as published
 MOST_TILES = 64                                     # far above any model
@@ -102,7 +104,7 @@ class LlavaNext(Llava):
     download = DOWNLOAD
     template = TEMPLATES["llama"]
     pictures_alike = False
-    chats = {"llama": Chat("Vicuna", VICUNAS, SYSTEM), "mistral": MISTRAL}
+    chats = {"llama": Chat("Vicuna", VICUNAS, (SYSTEM, OF_1_5)), "mistral": MISTRAL}
     required = REQUIRED | {"use_image_newline_parameter": (True,)}
     pixels = PIXELS | {"image_processor_type": PROCESSORS, "aspect_ratio_setting": ("anyres",)}
     fixed = Llava.fixed | {
