@@ -52,6 +52,10 @@ class Template:
         """The text before the image, and the text after it."""
         return self.before, self.after.format(question)
 
+    def follow(self, question: str) -> str:
+        """A question that follows an answer, about the same image."""
+        return self.later.format(question)
+
     def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
         """Token IDs of the whole prompt, BOS first, with one `image_token` in the image's place.
 

@@ -286,7 +286,8 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
 def test_steps_that_are_given_count_and_not_those_that_were_saved(tmp_path: Path, capsys):
     model = train.new_clip(TINY, 0)[0]
-    torch.save({"settings": {"seed": 0, "size": 56, "stages": ["CLIP", "read", "find", "box"]},
+    torch.save({"settings": {"seed": 0, "model": "llava", "size": 56,
+                             "stages": ["CLIP", "read", "find", "box"]},
                 "steps": [9, 9, 9, 9], "stage": 1, "step": 0, "clip": model.state_dict(),
                 "state": {}}, tmp_path / "training.pt")
     run(tmp_path, [9, 1, 2, 1])

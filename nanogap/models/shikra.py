@@ -49,6 +49,10 @@ class InSentence(Template):
         before, after = self.before + first, self.after.format(second)
         return before.rstrip(), after.lstrip()
 
+    def follow(self, question: str) -> str:
+        """A question that follows an answer: the image is where it was."""
+        return super().follow(question.replace(" <image>", ""))
+
     def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
         """Token IDs of the whole prompt: one `image_token`, in the place of 256 patches."""
         before, after = self.around(question)

@@ -56,6 +56,7 @@ class Recipe:
     decoder: LlamaConfig
     projection_dim: int
     stages: tuple[TrainingStage, ...]   # the first is CLIP's, the others are the VLM's
+    pictures: int                       # long side of the smaller ones, pixels
     family: str = "llava"               # one of nanogap.models.MODELS
 
 
@@ -72,6 +73,7 @@ CPU = Recipe(
         num_key_value_heads=4, head_dim=32, vocab_size=0, rms_norm_eps=1e-5,
         max_position_embeddings=2048),
     projection_dim=128,
+    pictures=168,
     stages=(
         TrainingStage("CLIP", 28, 4500, 32, 1e-3),
         TrainingStage("read", 7, 1000, 16, 2.5e-3, Mixture(boxes=128, descriptions=16),
@@ -96,6 +98,7 @@ GPU = Recipe(
         CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
         num_attention_heads=10, num_key_value_heads=10),
     projection_dim=128,
+    pictures=336,
     stages=(
         TrainingStage("CLIP", 20, 6000, 128, 1e-3),
         TrainingStage("read", 7, 2000, 16, 1.5e-3, Mixture(boxes=128), draw=draw_single),
@@ -110,6 +113,19 @@ GPU = Recipe(
             muon_rate=0.004),
     ))
 RECIPES = {"cpu": CPU, "gpu": GPU}
+
+
+def recipe_for(family: str, recipe: Recipe) -> Recipe:
+    """The same for another family.
+
+    Four patches of MiniGPT-v2 make a token, and a token should see less than a thing: so there are
+    32 x 32 of them, as published.
+    """
+    vision = recipe.vision
+    if family == "minigpt_v2":
+        patch = 8 if recipe is CPU else 14
+        vision = replace(vision, image_size=32 * patch, patch_size=patch, layer_norm_eps=1e-6)
+    return replace(recipe, family=family, vision=vision)
 
 
 # ----- the models, untrained ----------------------------------------------------------------------
@@ -195,7 +211,7 @@ def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
                 minutes: float | None) -> Progress:
     """How far the training in a folder has come; the arguments are those of `train`."""
     stages = recipe.stages
-    settings = {"seed": seed, "size": recipe.vision.image_size,
+    settings = {"seed": seed, "model": recipe.family, "size": recipe.vision.image_size,
                 "stages": [stage.name for stage in stages]}
     shares = None
     if minutes is not None:
@@ -237,7 +253,7 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
                  steps: list[int] | None, minutes: float | None, workers: int) -> None:
     """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
     first, *others = (stage.share(joined()[1]) for stage in recipe.stages)
-    size = recipe.vision.image_size
+    size = recipe.pictures
     progress = progress_of(out, recipe, seed, steps, minutes)
     clip, words = new_clip(recipe, seed)
     at_hand = new_model(recipe, seed, clip)   # on the CPU: prepares pictures, asks questions
@@ -277,6 +293,7 @@ def command(argv: Sequence[str] | None) -> None:
     length.add_argument("--steps", type=whole_number, nargs=len(CPU.stages),
                         help="exactly so many steps",
                         metavar=tuple(stage.name.upper() for stage in CPU.stages))
+    parser.add_argument("--model", choices=MODELS, default="llava", help="default: %(default)s")
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: gpu where there is one, else cpu")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -293,6 +310,7 @@ def command(argv: Sequence[str] | None) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                            # products in TF32
     recipe = RECIPES[args.recipe or ("gpu" if device.type == "cuda" else "cpu")]
+    recipe = recipe_for(args.model, recipe)
     train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers)
 
 

@@ -208,7 +208,7 @@ def converse(model: VLM, turns: Sequence[Turn]) -> Conversation:
     weights: list[float] = []
     for turn in turns:
         if tokens:
-            asked = encode(model.tokenizer, model.template.later.format(turn.question))
+            asked = encode(model.tokenizer, model.template.follow(turn.question))
         else:
             asked = model.encode_question(turn.question).tolist()
         tokens += asked + turn.answer
