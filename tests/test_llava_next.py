@@ -24,6 +24,7 @@ import nanogap
 from nanogap import draw, gap
 from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig
+from nanogap.config import read_decoder
 from nanogap.convert.sentencepiece import read_llama_tokenizer
 from nanogap.draw import dim_dropped
 from nanogap.evaluate.__main__ import runs_asked
@@ -532,6 +533,19 @@ def test_a_window_that_hides_no_position_is_none(window, longest: int, tmp_path:
     config = tiny_next_config("mistral", max_position_embeddings=8192)
     folder = changed(write_checkpoint(tmp_path, config), "config.json", sliding_window=window)
     assert LlavaNext.read_config(folder).text.max_position_embeddings == longest
+
+
+def test_what_a_mistrals_config_leaves_out_is_not_what_a_llamas_does():
+    """The defaults of MistralConfig, and a window of 4096."""
+    mistral = read_decoder({"model_type": "mistral"}, ("llama", "mistral"))
+    assert (mistral.num_key_value_heads, mistral.intermediate_size) == (8, 14336)
+    assert mistral.max_position_embeddings == 4096
+    no_window = {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": None}
+    mistral = read_decoder(no_window, ("llama", "mistral"))
+    assert (mistral.num_key_value_heads, mistral.max_position_embeddings) == (32, 131072)
+    llama = read_decoder({"sliding_window": 7}, ("llama", "mistral"))         # LLaMA has none
+    assert (llama.num_key_value_heads, llama.intermediate_size) == (32, 11008)
+    assert llama.max_position_embeddings == 2048
 
 
 @pytest.mark.parametrize("file, keys, message", [

@@ -46,6 +46,7 @@ from nanogap.cli import (
     path_argument,
     whole_number,
 )
+from nanogap.ground import choices
 from nanogap.llama import LlamaConfig
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of, check, find
@@ -191,11 +192,11 @@ def get_model(args: argparse.Namespace, folder: Path | None, device: torch.devic
 
 def runs_asked(args: argparse.Namespace, model: VLM) -> list[Run]:
     """A run with all tokens first, then one for each budget."""
-    n_visual = model.encode_image(IMAGE).n_visual
+    most = choices(model.encode_image(IMAGE), args.prune)
     runs = [WHOLE]
     for keep in args.keep:
-        budget = budget_of(keep, n_visual)
-        check(args.prune, n_visual, budget)
+        budget = budget_of(keep, most)
+        check(args.prune, most, budget)
         runs.append((args.prune, budget, "gap"))
     return runs
 
