@@ -100,7 +100,8 @@ def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str,
     explain_image(model, image)
     explain_pruning(image, results)
     P, A = model.around_image(input_ids)
-    print("\n4  The prompt: words, and one <image> token where the patches go")
+    image_token = piece(model, model.config.image_token)
+    print(f"\n4  The prompt: words, and one {image_token} token where the patches go")
     print(f"   P = {P} tokens before the image, A = {A} after it; "
           f"decoder width {model.config.text.hidden_size}")
     print(wrapped(" ".join(piece(model, token) for token in input_ids.tolist())))

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 import nanogap
 from nanogap import NanogapError
+from nanogap.bench.sizes import SIZES, Size, empty_model, random_model
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
 from nanogap.gap import MODES
 from nanogap.llama import LlamaConfig
@@ -316,11 +317,19 @@ def load(module: torch.nn.Module, state: dict) -> None:
     assert not unexpected and not [name for name in missing if "position_ids" not in name]
 
 
+def test_random_weights_of_its_kind_have_the_images_own_tokens(monkeypatch: pytest.MonkeyPatch):
+    """For the bench: the mini model's tokenizer, with three tokens more."""
+    tiny = Size(VISION, replace(DECODER, vocab_size=640), "shikra")
+    monkeypatch.setitem(SIZES, "shikra-tiny", tiny)
+    model = random_model("shikra-tiny", torch.device("cpu"), torch.float32)
+    said = [model.tokenizer.id_to_token(i) for i in model.prompt("a cup").tolist()]
+    assert [piece for piece in said if "im_" in piece] == ["<im_start>", "<im_patch>", "<im_end>"]
+
+
 def test_at_full_size_it_has_the_published_tensors_and_parameters():
     """291 of LLaMA-7B with three more rows, 2 of one Linear, and CLIP-L/14's for 224 pixels."""
-    config = LlavaConfig(LlamaConfig(vocab_size=32003), replace(CLIPVisionConfig(), image_size=224))
-    with torch.device("meta"):
-        model = Shikra(config)
+    model = empty_model("shikra-7b")
+    assert isinstance(model, Shikra) and model.config.vision.grid ** 2 == 256
     state = model.state_dict()
     parameters = {name: sum(value.numel() for value in part(state, name).values())
                   for name in ("language_model.", "multi_modal_projector.", "vision_tower.")}

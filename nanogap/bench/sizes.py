@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 
 from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig
@@ -21,8 +22,6 @@ from nanogap.files.tokenizer import read_tokenizer
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
 from nanogap.weights import MINI, save
-
-IMAGE = "<image>"   # the image token in weights/mini
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,9 @@ SIZES = {
         CLIPVisionConfig(),
         replace(SEVEN, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
                 num_attention_heads=40, num_key_value_heads=40)),
+    "shikra-7b": Size(
+        replace(CLIPVisionConfig(), image_size=224),
+        LlamaConfig(vocab_size=32003, rms_norm_eps=1e-6, max_position_embeddings=2048), "shikra"),
     "minigpt-v2": Size(
         CLIPVisionConfig(1408, 6144, 39, 16, 448, 14, 1e-6), replace(SEVEN, vocab_size=32000),
         "minigpt_v2"),
@@ -73,9 +75,11 @@ def count_parameters(size: str) -> int:
 @torch.no_grad()
 def random_model(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> VLM:
     """A model of a size with random weights, drawn in place: no more memory than they take."""
+    special = MODELS[SIZES[size].family].special_tokens
     tokenizer = read_tokenizer(MINI, SIZES[size].text.vocab_size)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     name = str(dtype).removeprefix("torch.")
-    image_token = tokenizer.token_to_id(IMAGE) or 0
+    image_token = tokenizer.token_to_id(special[0]) or 0
     model = empty_model(size, image_token, name).to(dtype)
     model.to_empty(device=device).requires_grad_(False).eval()
     model.tokenizer = tokenizer
