@@ -71,6 +71,8 @@ def path_argument(text: str) -> Path:
     """A path; the empty one would stand for the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a path has no zero bytes")
     return Path(text)
 
 
