@@ -13,7 +13,7 @@ import torch
 import nanogap
 from nanogap import NanogapError, weights
 from nanogap.bench import __main__ as bench
-from nanogap.bench import sizes
+from nanogap.bench import machine, sizes
 from nanogap.bench.graph import GraphedDecoder
 from nanogap.bench.sizes import random_model, save_random
 from nanogap.cli import answer_for
@@ -82,6 +82,34 @@ def test_the_table_says_what_pruning_buys_and_the_json_comes_last(capsys):
     said, before = document(capsys, "--random", "tiny", "--keep", "4", "--prune", "random")
     assert said["weights"] == "random tiny" and said["read_s"] is None
     assert "Pruning to 4 tokens makes prefill" in before and "which reads all weights." in before
+
+
+def test_several_questions_are_asked_one_by_one_and_together(capsys, tiny, monkeypatch):
+    """About one picture, pruned as in the last run, 7 as RefCOCO has them."""
+    asked = []
+    for method in (Llava.ground, Llava.ground_all):
+        def noted(model, image, what, *args, method=method, **more):
+            asked.append((method.__name__, what, *args))
+            return method(model, image, what, *args, **more)
+
+        monkeypatch.setattr(Llava, method.__name__, noted)
+    said, before = document(capsys, "--weights", str(tiny), "--keep", "8", "4")
+    run = ("cls_attention", 4, "gap")
+    one_by_one = [("ground", question, *run) for question in bench.QUESTIONS]
+    at = asked.index(("ground_all", bench.QUESTIONS, *run))
+    assert len(bench.QUESTIONS) == 7 and asked[at - 7:at] == one_by_one
+    told = said["questions"]
+    assert (told["number"], told["prune"], told["keep"]) == (7, "cls_attention", 4)
+    ratio = told["ground_all_per_s"] / told["one_by_one_per_s"]
+    assert "ground_all, 7 questions about one picture, cls_attention 4: " in before
+    assert f"{ratio:.2f} times faster" in before
+
+
+def test_the_processor_is_named(capsys, tiny, tmp_path, monkeypatch):
+    said, before = document(capsys, "--weights", str(tiny))
+    assert said["processor"] and f" on {said['processor']}, float32, " in before
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "nothing")   # as elsewhere than Linux
+    assert machine.processor()
 
 
 def test_the_work_of_a_prefill_by_hand():

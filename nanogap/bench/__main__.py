@@ -27,7 +27,7 @@ import torch
 
 from nanogap import weights
 from nanogap.bench.graph import GraphedDecoder
-from nanogap.bench.machine import first_use, limits, read_files
+from nanogap.bench.machine import first_use, limits, processor, read_files
 from nanogap.bench.peer import (
     agree,
     check_peer,
@@ -55,6 +55,8 @@ from nanogap.scenes import scene
 SCENE = scene("bench", 0)
 IMAGE = SCENE.image
 EXPRESSION = SCENE.expressions[0][0]
+QUESTIONS = [expression for number in range(7)                # RefCOCO has 7 to a picture
+             for expression, _ in scene("bench", number).expressions[:1]]
 Run = tuple[str, int | None, str]   # strategy, budget, mode
 WHOLE: Run = ("random", None, "full")
 BOUGHT = ("vision_ms", "prefill_ms", "first_token_ms", "pass_ms", "box_ms", "kv_bytes")
@@ -151,6 +153,20 @@ def our_times(model: VLM, run: Run, new: int) -> dict:
             "visual_tokens": result.visual_tokens, "kv_bytes": result.kv_bytes}
 
 
+def many_times(model: VLM, run: Run, new: int) -> dict:
+    """Several questions about one picture, which is encoded before: answers a second."""
+    prune, keep, mode = run
+    image = model.encode_image(IMAGE, share=True)
+    start = model.clock()
+    for expression in QUESTIONS:
+        model.ground(image, expression, prune, keep, mode, max_new_tokens=new)
+    between = model.clock()
+    model.ground_all(image, QUESTIONS, prune, keep, mode, max_new_tokens=new)
+    end = model.clock()
+    return {"one_by_one_per_s": 1000 * len(QUESTIONS) / (between - start),
+            "ground_all_per_s": 1000 * len(QUESTIONS) / (end - between)}
+
+
 def rounds(todo: Sequence[Callable[[], dict]], number: int) -> list[dict]:
     """Do each of a list in turns; the medians of what each returns."""
     took = [[one() for one in todo] for _ in range(number)]
@@ -224,6 +240,7 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
     runs = runs_asked(args, model)
     todo = [partial(our_times, model, run, args.new) for run in runs]
     theirs = None
+    todo.append(partial(many_times, model, runs[-1], args.new))
     if args.against and folder:
         peer, theirs = get_peer(args, folder, model)
         todo.append(partial(peer_times, peer, model, IMAGE, EXPRESSION, args.new))
@@ -231,6 +248,8 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
     rates = limits(device, model.dtype)
     if theirs:
         theirs |= rows.pop()
+    questions = {"number": len(QUESTIONS), "prune": runs[-1][0], "keep": runs[-1][1],
+                 **rows.pop()}
     for facts in filter(None, (ours, theirs)):
         facts["load_over_read"] = facts["load_s"] / read_s if read_s else None
     full = dict(rows[0])
@@ -242,7 +261,8 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
             "parameters": sum(p.numel() for p in model.parameters()), "new_tokens": args.new,
             "rounds": args.rounds, "graph": args.graph, "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, **rates,
-            "read_s": read_s, "ours": ours, "theirs": theirs, "runs": rows}
+            "processor": processor(), "read_s": read_s, "ours": ours, "theirs": theirs,
+            "runs": rows, "questions": questions}
 
 
 # ----- what is printed ----------------------------------------------------------------------------
@@ -250,7 +270,7 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
 
 def print_table(d: dict) -> None:
     """Print the document as a table for people, and sum up what pruning saves."""
-    print(f"{d['weights']} on {d['gpu'] or d['device']}, {d['dtype']}, {d['threads']} threads, "
+    print(f"{d['weights']} on {d['gpu'] or d['processor']}, {d['dtype']}, {d['threads']} threads, "
           f"{d['parameters'] / 1e6:.0f} million parameters, {d['new_tokens']} new tokens; "
           f"medians of {d['rounds']} rounds")
     print(f"the limits here: {d['copy_gb_s']:.3g} GB/s copied, "
@@ -263,6 +283,7 @@ def print_table(d: dict) -> None:
               f"{row['drafted_passes']:3.0f} {row['kv_bytes'] / 2 ** 20:6.1f} "
               f"{row['prefill_tflop_s']:9.3g} {row['prefill_share']:5.0%} "
               f"{row['decode_gb_s']:6.3g} {row['decode_share']:5.0%}")
+    print_questions(d["questions"])
     if d["theirs"]:
         print_comparison(d)
     for who in ("ours", "theirs"):
@@ -275,6 +296,14 @@ def times(row: dict, name: str, tokens: float) -> str:
     """The columns that both sides have."""
     return (f"{name:14} {tokens:6g} {row['vision_ms']:7.1f} {row['prefill_ms']:8.1f} "
             f"{row['first_token_ms']:9.1f} {row['pass_ms']:7.2f} {row['box_ms']:8.1f}")
+
+
+def print_questions(d: dict) -> None:
+    """Print what it brings to ask several questions together."""
+    alone, together = d["one_by_one_per_s"], d["ground_all_per_s"]
+    print(f"ground_all, {d['number']} questions about one picture, {d['prune']} {d['keep']}: "
+          f"{together:.3g} answers a second, one by one {alone:.3g}; "
+          f"{together / alone:.2f} times faster")
 
 
 def print_comparison(d: dict) -> None:

@@ -5,6 +5,7 @@ In:  a device, and something to run.  Out: seconds, bytes, and bytes and operati
 Limits are measured, not looked up: a large copy, and a large matrix product, each the best of five.
 """
 
+import platform
 import re
 import time
 from collections.abc import Callable
@@ -19,6 +20,13 @@ from nanogap.models import clock
 from nanogap.weights import DOWNLOAD
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    told = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", told.read_text()) if told.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
