@@ -53,6 +53,7 @@ class Piece:
             refuse_adapter(path)
         for file in weight_files(path, download) if path.is_dir() else [path]:
             self.look_into(file)
+        self.shard = None
 
     def look_into(self, file: Path) -> None:
         """What one of the files holds."""
