@@ -3,8 +3,11 @@
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -417,6 +420,74 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
 def test_resume_needs_a_file(capsys):
     assert run("--resume") == 2
     assert "--resume needs the file to go on with: give it with --out" in capsys.readouterr().err
+
+
+# ----- whose answers they are ---------------------------------------------------------------------
+
+
+def test_all_that_answers_depend_on_is_in_the_digest():
+    """One number of every tensor, every setting, every word; CLIP's text tower as well."""
+    model = nanogap.load(ROOT / "weights" / "mini", "cpu")
+    seen = {evaluate.fingerprint(model)}
+    assert evaluate.fingerprint(nanogap.load(ROOT / "weights" / "mini", "cpu")) in seen
+    draw, count = random.Random(2), 1
+
+    def has_changed() -> None:
+        nonlocal count
+        seen.add(evaluate.fingerprint(model))
+        count += 1
+        assert len(seen) == count, "the digest is one that was there before"
+
+    for part in (model, model.text_guide.clip):
+        tensors = draw.sample(list(part.state_dict().values()), 30)
+        for tensor in [*tensors, *list(part.state_dict().values())[-2:]]:
+            tensor.view(-1)[draw.randrange(tensor.numel())] += 1
+            has_changed()
+    for name, config in (("config", model.config), ("text", model.config.text),
+                         ("vision", model.config.vision)):
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if not isinstance(value, int | float | tuple | str | bool):
+                continue
+            new = (9.5,) if isinstance(value, tuple) else f"{value}x" if isinstance(
+                value, str) else value + 1
+            changed = replace(config, **{field.name: new})
+            model.config = changed if name == "config" else replace(model.config, **{name: changed})
+            has_changed()
+    model.frame = replace(model.frame, colour=(1, 2, 3))
+    has_changed()
+    model.template = replace(model.template, before="x")
+    has_changed()
+    model.tokenizer.add_tokens(["zzz"])
+    has_changed()
+    model.text_guide.tokenizer.add_tokens(["zzz"])
+    has_changed()
+    model.text_guide = None
+    has_changed()
+    model.half()
+    has_changed()
+
+
+@pytest.mark.parametrize("change", [
+    lambda f: edit(f, "config.json", lambda c: c["text_config"].update(rope_theta=5000.0)),
+    lambda f: edit(f, "preprocessor_config.json", lambda c: c.update(image_std=[0.5] * 3)),
+    lambda f: edit(f, "generation_config.json", lambda c: c.update(eos_token_id=[2, 9])),
+    lambda f: edit(f, "tokenizer.json", lambda c: c["added_tokens"][-1].update(content="<pat>"))],
+    ids=["rope", "std", "ends", "words"])
+def test_answers_of_a_model_that_was_edited_are_not_mixed_with_the_old_ones(
+        folder, tmp_path, capsys, change):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    asked = ["--weights", copy, "--limit", 1, "--mode", "full", "--out", tmp_path / "x.jsonl"]
+    assert run(*asked) == 0
+    change(copy)
+    assert run(*asked, "--resume") == 2
+    assert "was made with another weights, model " in capsys.readouterr().err
+
+
+def edit(folder: Path, file: str, change) -> None:
+    value = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    change(value)
+    (folder / file).write_text(json.dumps(value))
 
 
 # ----- one bad item of thousands ------------------------------------------------------------------

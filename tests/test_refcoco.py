@@ -330,6 +330,11 @@ def test_instances_of_other_types_are_one_line(folder: Path, key: str, value: st
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def test_a_split_without_sentences_holds_nothing(folder: Path):
+    with pytest.raises(NanogapError, match="holds nothing that can be asked: it has no expression"):
+        read_data(refs(folder, [REFS[0] | {"sentences": []}]), folder, "val")
+
+
 def test_a_sentence_that_is_there_twice_is_refused(folder: Path):
     """Counted twice, it would be answered once."""
     twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]

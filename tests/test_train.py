@@ -1,7 +1,9 @@
 """Training: what it learns from, that shared prefixes change nothing, and that it continues."""
 
+import io
 import pickle
 import random
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -339,11 +341,56 @@ def test_a_training_with_other_settings_is_not_continued(tmp_path: Path, setting
         train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("data", [b"", b"not a saved state", pickle.dumps([], protocol=2)])
+def archive(pickled: bytes) -> bytes:
+    """What torch.save would write of it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as parts:
+        parts.writestr("x/data.pkl", pickled)
+        parts.writestr("x/version", "3")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"not a saved state", pickle.dumps([], protocol=2), b"PK", archive(b""), archive(b"N."),
+    archive(b"]."), archive(b"}."), archive(b"\x80\x02)" + b"\x85" * 10 ** 6 + b"."),
+    archive(b"\x80\x02]r\xff\xff\xff\x7f."), archive(pickle.dumps(print, 2))],
+    ids=range(11))
 def test_a_broken_state_is_refused(tmp_path: Path, data: bytes):
+    """One that would end the process, or take all memory, among them."""
     (tmp_path / "training.pt").write_bytes(data)
     with pytest.raises(NanogapError, match="training.pt cannot be read .* delete it to start anew"):
         train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+
+
+def test_a_state_that_was_changed_or_cut_off_anywhere_is_refused_in_one_line(tmp_path: Path):
+    """Of each part another value; of the file the first half, the last page, and so on."""
+    settings = {"seed": 0, "model": "llava", "size": 56, "stages": ["CLIP", "read", "find", "box"]}
+    model = train.new_clip(TINY, 0)[0].state_dict()
+    good = {"settings": settings, "steps": [1, 1, 1, 1], "stage": 1, "step": 0, "clip": model,
+            "state": {}}
+    file = tmp_path / "training.pt"
+
+    def refused() -> None:
+        with pytest.raises(NanogapError, match="training.pt .*delete it to start anew") as caught:
+            train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
+        assert "\n" not in str(caught.value)
+
+    for key in good:
+        for value in (None, -1, "x", [1, 2], {"x": torch.ones(2)}, ...):
+            changed = {**good, key: value}
+            if value is ...:
+                del changed[key]
+            torch.save(changed, file)
+            refused()
+    other = {name: torch.ones(3) for name in model}
+    torch.save({**good, "clip": other}, file)
+    refused()
+    torch.save(good, file)
+    whole = file.read_bytes()
+    for size in (1, 100, len(whole) // 2, len(whole) - 4096, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        refused()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):

@@ -387,7 +387,7 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
             "train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB) and give its "
             "folder with --images")
     if not examples:
-        why = next(iter(left_out.values()))
+        why = next(iter(left_out.values()), "it has no expression")
         raise NanogapError(f"{path} holds nothing that can be asked: {why}")
     name = f"{path.name} {split}" if split else path.name
     digest = hashlib.sha256(repr(entries).encode()).hexdigest()[:8]

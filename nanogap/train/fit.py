@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogap.cli import NanogapError, tell
+from nanogap.files.checkpoint import look_into
 from nanogap.files.output import write_whole
 from nanogap.processes import joined
 from nanogap.scenes import draw_scene
@@ -84,6 +85,7 @@ class Progress:
         if not self.path.is_file():
             raise NanogapError(f"{self.path} is no regular file; give another --out")
         try:
+            look_into(self.path)
             with warnings.catch_warnings(action="ignore"):   # of a file of another kind
                 saved = torch.load(self.path, map_location="cpu", weights_only=True)
             settings = saved["settings"]
