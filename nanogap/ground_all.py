@@ -263,6 +263,8 @@ class Lanes:
 
     def retain(self, start: int, rows: Sequence[int]) -> None:
         """Of the rows from `start` on only these stay."""
+        if start + len(rows) == len(self.owner):
+            return                                                            # all of them
         stay = torch.tensor([*range(start), *rows], device=self.owner.device)
         self.owner, self.place = self.owner[stay], self.place[stay]
         self.cache.retain(start, stay[start:])
