@@ -19,7 +19,7 @@ import json
 import os
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -144,10 +144,10 @@ def check_inside(entry: Entry, size: Size) -> None:
                            "not in percent or thousandths")
 
 
-def check_pixels(path: Path, boxes: Iterable[Box]) -> None:
+def check_pixels(path: Path, boxes: Sequence[Box]) -> None:
     """Refuse boxes that all lie in the first pixel of their images: they are shares of the sides.
     """
-    if all(max(box) <= 1 for box in boxes):
+    if boxes and all(max(box) <= 1 for box in boxes):
         raise NanogapError(f"{path}: all corners lie between 0 and 1, so the boxes are normalised "
                            "and not in pixels; multiply them with width and height of the image")
 
