@@ -174,34 +174,50 @@ def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
     assert all(set(line) == journal.KEYS for line in lines)
 
 
-def test_each_image_is_looked_at_once_and_its_prefix_is_read_once(folder, tmp_path, monkeypatch):
-    encoded, prefixes = [], []
-    encode_image, prefill = Llava.encode_image, nanogap.ground.prefill
+def test_each_image_is_looked_at_once_and_asked_at_once_in_each_run(folder, tmp_path, monkeypatch):
+    """Seven expressions about one scene, and two about the next, after a rehearsal."""
+    encoded, asked = [], []
+    encode_pixels, ground_all = Llava.encode_pixels, Llava.ground_all
 
-    def encode(self, image, needs=(), share=False):
-        if share:
-            encoded.append(image)
-        return encode_image(self, image, needs, share)
+    def encode(self, *args):
+        encoded.append(args)
+        return encode_pixels(self, *args)
 
-    def read(model, x, layout, *more, **options):
-        if layout.A == 0:
-            prefixes.append(x)
-        return prefill(model, x, layout, *more, **options)
+    def ask(self, image, expressions, *args, **more):
+        asked.append(len(expressions))
+        return ground_all(self, image, expressions, *args, **more)
 
-    monkeypatch.setattr(Llava, "encode_image", encode)
-    monkeypatch.setattr(nanogap.ground, "prefill", read)
+    monkeypatch.setattr(Llava, "encode_pixels", encode)
+    monkeypatch.setattr(Llava, "ground_all", ask)
     assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
-    assert len(encoded) == 2                                                   # 8 expressions and 1
-    assert len(prefixes) == 2 * 3                                              # images, runs
+    assert len(encoded) == 1 + 2
+    assert asked == [1, 1, 1] + [7, 7, 7] + [2, 2, 2]
+
+
+def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, tmp_path, capsys):
+    """A blank one among four about a picture: each is asked alone then, in the same words."""
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "expression": expression, "box": [1, 2, 30, 31]}
+             for expression in ("the man", "the dog", "   ", "a car")]
+    texts = []
+    for name, data in (("all", lines), ("whole", lines[:2] + lines[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in data))
+        out = tmp_path / f"{name}.out"
+        assert run("--weights", folder, "--data", tmp_path / f"{name}.jsonl", "--keep", 4,
+                   "--out", out) == 0
+        texts.append([(x["mode"], x["expression"], x["text"])
+                      for x in map(json.loads, out.read_text().splitlines())])
+    assert texts[0] == texts[1] and len(texts[0]) == 3 * 4
+    assert "the expression is empty" in capsys.readouterr().out
 
 
 def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
     seeds = []
-    monkeypatch.setattr(evaluate, "ask", lambda model, image, expression, run, seed, *more:
-                        seeds.append(seed) or {"text": "", "box": None})
+    monkeypatch.setattr(evaluate, "ask", lambda model, image, expressions, run, seed, *more:
+                        seeds.append(seed) or [{"text": "", "box": None}])
 
     class Model:
-        encode_image = staticmethod(lambda image, share: Image.new("RGB", (9, 9)))
+        encode_image = staticmethod(lambda image: Image.new("RGB", (9, 9)))
         parse_box = None
 
     class Args:

@@ -10,8 +10,8 @@ Out: a table with 95 % intervals, on demand a picture, a JSON document, and a li
 
 An answer without a box counts as wrong.  What cannot be asked (a picture that is not there or is
 broken, an expression that is blank or too long) is left out, and the report says what it covers.
-An image is encoded once for all that is asked about it, and what is asked under one pruning shares
-what the decoder made of the image.
+An image is encoded once for all that is asked about it, and what is asked under one pruning is
+asked at once (nanogap/ground_all.py); of the times each answer has an equal share.
 """
 
 import argparse
@@ -23,7 +23,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -138,29 +140,51 @@ def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True
 # ----- asking -------------------------------------------------------------------------------------
 
 
-def ground(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int, layer: int | None,
-           max_new_tokens: int) -> Result:
+def ground_all(model: VLM, image: EncodedImage, expressions: Sequence[str], run: Run, seed: int,
+               layer: int | None, max_new_tokens: int) -> list[Result]:
     """Ask in one of the modes."""
     name, keep, mode = run
     if mode == "full":
-        return model.ground(image, expression, mode=mode, max_new_tokens=max_new_tokens)
-    return model.ground(image, expression, name, keep, mode, seed, layer=layer,
-                        max_new_tokens=max_new_tokens)
+        return model.ground_all(image, expressions, mode=mode, max_new_tokens=max_new_tokens)
+    return model.ground_all(image, expressions, name, keep, mode, seed, layer=layer,
+                            max_new_tokens=max_new_tokens)
 
 
-def ask(model: VLM, image: EncodedImage, expression: str, run: Run, seed: int, layer: int | None,
-        max_new_tokens: int) -> dict:
+def ask(model: VLM, image: EncodedImage, expressions: Sequence[str], run: Run, seed: int,
+        layer: int | None, max_new_tokens: int) -> list[dict]:
     """What the model says, and what it took."""
     if run[2] in ablate.WHOLE:
-        text, box, cut_off = ablate.ask(model, image, expression, run[2], seed, max_new_tokens)
-        kept = torch.arange(image.n_visual)
-        return {"text": text, "box": box, "cut_off": cut_off, "visual_tokens": len(kept),
-                "kept": kept.tolist(), "padding": image.padding(kept), **dict.fromkeys(TIMES)}
-    result = ground(model, image, expression, run, seed, layer, max_new_tokens)
-    return {"text": result.text, "box": result.box, "cut_off": result.cut_off,
-            "visual_tokens": result.visual_tokens, "kept": result.keep.tolist(),
-            "padding": result.padding,
-            **{key: result.timings[key] for key in TIMES}}
+        return [ask_whole(model, image, expression, run[2], seed, max_new_tokens)
+                for expression in expressions]
+    results = ground_all(model, image, expressions, run, seed, layer, max_new_tokens)
+    return [{"text": result.text, "box": result.box, "cut_off": result.cut_off,
+             "visual_tokens": result.visual_tokens, "kept": result.keep.tolist(),
+             "padding": result.padding,
+             **{key: result.timings[key] for key in TIMES}} for result in results]
+
+
+def ask_whole(model: VLM, image: EncodedImage, expression: str, case: str, seed: int,
+              max_new_tokens: int) -> dict:
+    """The same in a case of --ablate that prunes nothing."""
+    text, box, cut_off = ablate.ask(model, image, expression, case, seed, max_new_tokens)
+    kept = torch.arange(image.n_visual)
+    return {"text": text, "box": box, "cut_off": cut_off, "visual_tokens": len(kept),
+            "kept": kept.tolist(), "padding": image.padding(kept), **dict.fromkeys(TIMES)}
+
+
+def ask_what_can_be(model: VLM, image: EncodedImage, expressions: Sequence[str],
+                    *how: Any) -> list[dict | ItemError]:
+    """The same, and in the place of an answer why one cannot be asked; then the others are alone.
+
+    how: the other arguments of `ask`
+    """
+    try:
+        return [*ask(model, image, expressions, *how)]
+    except ItemError as error:
+        if len(expressions) == 1:
+            return [error]
+    return [said for expression in expressions
+            for said in ask_what_can_be(model, image, [expression], *how)]
 
 
 def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
@@ -178,7 +202,7 @@ def rehearse(model: VLM, image: EncodedImage, runs: Sequence[Run], seed: int,
     """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
     for run in runs:
         if run[2] in MODES:
-            ground(model, image, "thing", run, seed, layer, max_new_tokens=1)
+            ground_all(model, image, ["thing"], run, seed, layer, max_new_tokens=1)
 
 
 def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
@@ -189,26 +213,30 @@ def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
     """
     encoded = None
     image: EncodedImage | str = ""                          # or why it cannot be opened
-    for example, run, (id_, expression, truth) in todo:
+    for (_, run), group in groupby(todo, lambda each: (each[0].number, each[1])):
+        asked = [*group]
+        example = asked[0][0]
         if example is not encoded:
             encoded = example
             try:
-                image = model.encode_image(example.image(), share=True)
+                image = model.encode_image(example.image())
             except ItemError as error:
                 image = str(error)
         if isinstance(image, str):
-            left_out[id_] = image
+            left_out |= {id_: image for _, _, (id_, *_) in asked}
             continue
-        try:
-            said = ask(model, image, expression, run, args.seed + example.number, args.layer,
-                       args.max_new_tokens)
-        except ItemError as error:
-            left_out[id_] = f"{expression:.40}: {error}"
-            continue
-        box, iou = score(args.protocol, said["text"], said["box"], truth, image.width,
-                         image.height, model.parse_box)
-        yield {"id": id_, "image": example.name, "expression": expression, "mode": run[2],
-               "prune": run[0], "keep": run[1], **said, "box": box, "truth": truth, "iou": iou}
+        expressions = [expression for _, _, (_, expression, _) in asked]
+        answered = ask_what_can_be(model, image, expressions, run, args.seed + example.number,
+                                   args.layer, args.max_new_tokens)
+        for (_, _, (id_, expression, truth)), said in zip(asked, answered, strict=True):
+            if isinstance(said, ItemError):
+                left_out[id_] = f"{expression:.40}: {said}"
+                continue
+            box, iou = score(args.protocol, said["text"], said["box"], truth, image.width,
+                             image.height, model.parse_box)
+            yield {"id": id_, "image": example.name, "expression": expression, "mode": run[2],
+                   "prune": run[0], "keep": run[1], **said, "box": box, "truth": truth,
+                   "iou": iou}
 
 
 def with_progress(records: Iterator[dict], total: int, rank: int, world: int) -> Iterator[dict]:

@@ -3,9 +3,10 @@
 In:  a path, and the settings on which answers depend.
 Out: FILE.jsonl, and FILE.jsonl.settings.json beside it.
 
-The settings are written first, then every line at once, so a kill loses at most the line in the
-making; it is cut off when the run resumes.  Several processes write a part each, FILE.jsonl.part-0
-and so on, which are put together in the end.  All of them are one run, and no other may write.
+The settings are written first, then every line as soon as there is an answer, so a kill loses the
+answers in the making, those about one image in one run; a line that it tore is cut off when the run
+resumes.  Several processes write a part each, FILE.jsonl.part-0 and so on, which are put together
+in the end.  All of them are one run, and no other may write.
 """
 
 import json
