@@ -315,9 +315,11 @@ def test_lora_is_merged_by_hand_on_2_x_2_numbers(tmp_path: Path):
     assert part.make().tolist() == [[2.0, 4.0], [3.0, 7.0]]
 
 
-@pytest.mark.parametrize("newer", [False, True], ids=["peft 0.2", "newer peft"])
-def test_minigpt_is_put_together_of_three_pieces(newer: bool, tmp_path: Path):
-    out = made("minigpt-v2", tmp_path / "out", **write_minigpt(tmp_path, newer=newer))
+@pytest.mark.parametrize("newer, legacy", [(False, False), (True, False), (False, True)],
+                         ids=["peft 0.2", "newer peft", "torch before 1.6"])
+def test_minigpt_is_put_together_of_three_pieces(newer: bool, legacy: bool, tmp_path: Path):
+    pieces = write_minigpt(tmp_path, newer=newer, legacy=legacy)
+    out = made("minigpt-v2", tmp_path / "out", **pieces)
     found, llama = tensors_in(out), llama_tensors(DECODER, torch.float16)
     trained = torch.load(tmp_path / "minigptv2_checkpoint.pth", weights_only=True)["model"]
     for kind in "qv":
@@ -496,6 +498,8 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
      "llava holds an adapter (LoRA)"),
     ("shikra", lambda at: settle(at / "delta/config.json", model_type="llama"),
      "delta/config.json describes a 'llama' model, not 'shikra'"),
+    ("shikra", lambda at: settle(at / "delta/added_tokens.json", **{"<im_end>": PIECES}),
+     "added_tokens.json gives <im_end> the ID 560, and Shikra's code 562"),
     ("shikra", lambda at: settle(at / "llama/config.json", model_type="mistral"),
      "llama/config.json describes a 'mistral' model, not 'llama'; get it with `hf download hugg"),
     ("shikra", lambda at: change(at / "llama" / SECOND, lambda t: t.update({NORM: torch.ones(5)})),

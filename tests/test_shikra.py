@@ -8,25 +8,34 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError
 from nanogap.bench.sizes import SIZES, Size, empty_model, random_model
-from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
-from nanogap.gap import MODES
-from nanogap.llama import LlamaConfig
+from nanogap.clip import CLIP, CLIPTextConfig
+from nanogap.gap import MODES, lay_out
 from nanogap.models.llava import LlavaConfig
 from nanogap.models.shikra import SHIKRA, THREE_DECIMALS, WHITE, Shikra
 from nanogap.prompt import DESCRIBE, encode
-from nanogap.prune import STRATEGIES
+from nanogap.prune import STRATEGIES, Kept
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
 from nanogap.weights import save, save_clip
+from tests.reference.make_minigpt import part
+from tests.reference.make_reference import KEEP, NEW_TOKENS, VOCABULARY, pixel_values
+from tests.reference.make_shikra import (
+    DECODER,
+    OUTPUTS,
+    PATCH,
+    PROMPT,
+    VISION,
+    positions,
+    tensors,
+    their_answer,
+)
+from tests.reference.make_shikra import MODES as MODES_BY_HAND
 from tests.test_reference import PUBLISHED, assert_same, live, needs_published
 from tests.tiny import draw
-
-VISION = CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14)
-DECODER = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=576, rms_norm_eps=1e-6,
-                      max_position_embeddings=512)
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -267,59 +276,57 @@ def test_a_config_that_would_change_answers_is_refused(
         nanogap.load(tmp_path, "cpu")
 
 
-# ----- agreement ----------------------------------------------------------------------------------
+# ----- against transformers -----------------------------------------------------------------------
+
+
+def composed() -> Shikra:
+    """The tiny model of the stored numbers."""
+    model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
+    model.load_state_dict(tensors())
+    return model.requires_grad_(False).eval()
+
+
+def our_answer(model: Shikra, mode: str) -> tuple[Tensor, list[int]]:
+    """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
+    kept = Kept(torch.arange(16) if mode == "full" else torch.tensor(KEEP))
+    image, input_ids = model.encode_pixels(pixel_values(), 56, 56), torch.tensor(PROMPT)
+    layout = lay_out(kept.keep, 5, 16, 6, mode)
+    assert layout.position_ids.tolist() == MODES_BY_HAND[mode][1]
+    x = model.embed(input_ids, image, kept, layout.order)
+    return (model(input_ids, pixel_values(), kept.keep, mode),
+            model.generate(x, layout, NEW_TOKENS))
+
+
+def test_features_logits_and_words_are_those_that_transformers_gave():
+    stored, model = json.loads(OUTPUTS.read_text()), composed()
+    features = model.encode_pixels(pixel_values(), 56, 56).features
+    assert_same(features[[0, 7, 15], :6], stored["features"])
+    for mode in MODES_BY_HAND:
+        logits, words = our_answer(model, mode)
+        logits, expected = logits[positions(mode)], stored[mode]
+        assert_same(logits[:, VOCABULARY], expected["sample"], expected["largest"])
+        assert_same(logits.double().abs().sum(-1),
+                    torch.tensor(expected["absolute_sums"], dtype=torch.double))
+        assert words == expected["words"]
 
 
 @live
-@pytest.mark.parametrize("expression", ["the man on the left", "a cup"])
-def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(
-        shikra: Shikra, expression: str):
+@pytest.mark.parametrize("mode", MODES_BY_HAND)
+def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(mode: str):
     """The original's forward pass: features of the last layer but one in the patches' places."""
-    transformers = pytest.importorskip("transformers")
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        image_size=56, patch_size=14, attn_implementation="eager")
-    text = transformers.LlamaConfig(
-        vocab_size=576, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, rms_norm_eps=1e-6, max_position_embeddings=512,
-        attn_implementation="eager")
-    tower = transformers.CLIPVisionModel(vision).eval()
-    decoder = transformers.LlamaForCausalLM(text).eval()
-    ours = shikra.state_dict()
-    load(tower, {f"{'vision_model.' if has_prefix(tower) else ''}{name}": value
-                 for name, value in part(ours, "vision_tower.").items()})
-    load(decoder, part(ours, "language_model."))
-    ids, picture = shikra.prompt(expression), Image.new("RGB", (60, 40), (200, 30, 90))
-    pixels = shikra.prepare_image(picture)
-    at = ids.tolist().index(shikra.config.image_token)
-    with torch.no_grad():
-        seen = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        visual = seen @ ours["multi_modal_projector.weight"].T + ours["multi_modal_projector.bias"]
-        embed = decoder.get_input_embeddings()
-        x = torch.cat([embed(ids[:at])[None], visual, embed(ids[at + 1:])[None]], dim=1)
-        theirs = decoder(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2])).logits[0]
-    assert_same(shikra(ids, pixels), theirs)
+    pytest.importorskip("transformers")
+    theirs, their_words = their_answer(tensors(), pixel_values(), *MODES_BY_HAND[mode])
+    ours, words = our_answer(composed(), mode)
+    assert_same(ours, theirs)
+    assert words == their_words
 
 
-def part(state: dict, prefix: str) -> dict:
-    """The tensors of one module, under its own names."""
-    return {name.removeprefix(prefix): value for name, value in state.items()
-            if name.startswith(prefix)}
-
-
-def has_prefix(tower: torch.nn.Module) -> bool:
-    """Whether transformers names a tower's tensors with `vision_model.` before them."""
-    return next(iter(tower.state_dict())).startswith("vision_model.")
-
-
-def load(module: torch.nn.Module, state: dict) -> None:
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    assert not unexpected and not [name for name in missing if "position_ids" not in name]
+# ----- its size -----------------------------------------------------------------------------------
 
 
 def test_random_weights_of_its_kind_have_the_images_own_tokens(monkeypatch: pytest.MonkeyPatch):
     """For the bench: the mini model's tokenizer, with three tokens more."""
-    tiny = Size(VISION, replace(DECODER, vocab_size=640), "shikra")
+    tiny = Size(VISION, DECODER, "shikra")
     monkeypatch.setitem(SIZES, "shikra-tiny", tiny)
     model = random_model("shikra-tiny", torch.device("cpu"), torch.float32)
     said = [model.tokenizer.id_to_token(i) for i in model.prompt("a cup").tolist()]

@@ -25,17 +25,22 @@ from nanogap.config import printable, read_clip_config, read_json, refuse_quanti
 from nanogap.convert.pieces import Part, Piece
 from nanogap.convert.sentencepiece import read_llama_tokenizer
 from nanogap.files.checkpoint import checkpoint_folder, read_pickle
+from nanogap.files.settings import optional
 from nanogap.models import MODELS
 from nanogap.weights import our_name
 
-LLAMA = "`hf download huggyllama/llama-7b --local-dir weights/llama-7b` (13 GB)"
-LLAMA_2 = ("`hf download meta-llama/Llama-2-7b-chat-hf --local-dir weights/llama-2-7b-chat-hf` "
-           "(13 GB)")
+LLAMA = ("`hf download huggyllama/llama-7b --exclude '*.bin*' --local-dir weights/llama-7b` "
+         "(13 GB)")
+LLAMA_2 = ("`hf download meta-llama/Llama-2-7b-chat-hf --exclude '*.bin*' --local-dir "
+           "weights/llama-2-7b-chat-hf` (13 GB)")
 LLAVA = "`hf download liuhaotian/llava-v1.5-7b --local-dir weights/llava-v1.5-7b` (14 GB)"
 DELTA = ("`hf download shikras/shikra-7b-delta-v1 --local-dir weights/shikra-7b-delta-v1` "
          "(13 GB)")
-CLIP = ("`hf download openai/clip-vit-large-patch14{} --local-dir "
-        "weights/clip-vit-large-patch14{}` (1.7 GB)")
+CLIPS = {   # by the picture's side in pixels, the two that are published
+    224: ("`hf download openai/clip-vit-large-patch14 model.safetensors config.json "
+          "tokenizer.json --local-dir weights/clip-vit-large-patch14` (1.7 GB)"),
+    336: ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
+          "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")}
 EVA = "the link to it in MiniGPT-4's minigpt4/models/eva_vit.py (2 GB)"
 CHECKPOINT = "the link to it in MiniGPT-4's README"
 
@@ -109,9 +114,9 @@ def read_clip(path: Path | None, config: dict, source: Path) -> tuple[CLIPVision
 
     source: whose config.json names it
     """
-    name = str(config.get("mm_vision_tower"))
-    resolution = "-336" if name.endswith("-336") else ""
-    download = CLIP.format(resolution, resolution)
+    name = printable(str(config.get("mm_vision_tower")))
+    side, other = (336, 224) if name.endswith("-336") else (224, 336)
+    download = CLIPS[side]
     if path is None:
         raise NanogapError(f"{source} holds no vision tower ({name} is its own); get it with "
                            f"{download} and give it by --clip")
@@ -119,7 +124,6 @@ def read_clip(path: Path | None, config: dict, source: Path) -> tuple[CLIPVision
     if not (folder / "config.json").is_file():
         raise NanogapError(f"{folder} has no config.json, so it is no CLIP; get it with {download}")
     vision, _, _ = read_clip_config(folder)
-    other = 224 if resolution else 336        # the two that are published and look alike
     if vision.image_size == other and vision.hidden_size == CLIPVisionConfig().hidden_size:
         raise NanogapError(f"{folder} is a CLIP for {other} pixels, and {source} was trained with "
                            f"{name}; get that with {download}")
@@ -247,6 +251,11 @@ def shikra(base: Path, delta: Path, clip: Path) -> Recipe:
     difference, llama = Piece(delta, DELTA), Piece(base, LLAMA)
     rows = rows_of(difference)
     tokenizer = read_tokenizer(delta, special, rows)
+    for token, i in optional(delta, "added_tokens.json").items():
+        if tokenizer.token_to_id(token) != i:
+            raise NanogapError(f"{delta / 'added_tokens.json'} gives {printable(token)} the ID "
+                               f"{i!r:.80}, and Shikra's code {tokenizer.token_to_id(token)}; get "
+                               f"the difference with {DELTA}")
     dtype = torch.float16
     parts = {}
     for name in llama.files:

@@ -26,7 +26,9 @@ CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14 model.safetensors c
                  "tokenizer.json --local-dir weights/clip-vit-large-patch14` (1.7 GB)")
 PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"
 WHITE = Pad((255, 255, 255))
-THREE_DECIMALS = BoxFormat(       # several boxes have ";" between them; the first is read
+# several boxes have ";" between them.  differs: the first is read here, as from any model's answer,
+# and Shikra's own evaluation counts such an answer as wrong
+THREE_DECIMALS = BoxFormat(
     re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}[;\]]", re.ASCII),
     "Answer: [{:.3f},{:.3f},{:.3f},{:.3f}] .", digits=12)
 

@@ -1,0 +1,124 @@
+"""What parts of transformers, put together, make of a tiny Shikra: writes shikra.json here.
+
+run:  pip install transformers==5.23.0 && python -m tests.reference.make_shikra
+
+transformers has no Shikra, but it has the parts: CLIP's vision model and a LLaMA, with one linear
+layer between them.
+In:  tensors drawn from fixed seeds, one prompt, one image.
+Out: samples of features and logits with 8 significant digits, and the greedy words; a few KB.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanogap.clip import CLIPVisionConfig
+from nanogap.llama import LlamaConfig
+from nanogap.models.llava import LlavaConfig
+from nanogap.models.shikra import Shikra
+from tests.reference.make_minigpt import part
+from tests.reference.make_reference import (
+    NEW_TOKENS,
+    POSITIONS,
+    PRUNED,
+    pixel_values,
+    rounded,
+    summary,
+)
+from tests.tiny import draw
+
+OUTPUTS = Path(__file__).with_name("shikra.json")
+PATCH, START, END = 560, 561, 562
+PROMPT = [1, 319, 400, 77, START, PATCH, END, 36, 500, 9, 301, 88]           # P = 5, A = 6
+VISION = CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14)
+DECODER = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=640, rms_norm_eps=1e-6,
+                      max_position_embeddings=512)
+# order and position IDs of 16 patches: P and A are those of LLaVA's prompt, so these are as well
+MODES = {"full": (list(range(16)), list(range(27)))} | PRUNED
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    """All tensors of a tiny one, by our names: 4 x 4 patches, 3 layers see and 3 read."""
+    with torch.device("meta"):
+        model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
+    return {name: draw(name, value.shape, seed) for name, value in model.state_dict().items()}
+
+
+# ----- their parts --------------------------------------------------------------------------------
+
+
+def their_tower(state: dict[str, Tensor]) -> nn.Module:
+    """CLIP's vision model, with attention written out."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    tower = CLIPVisionModel(CLIPVisionConfig(
+        **asdict(VISION), hidden_act="quick_gelu", attn_implementation="eager")).eval()
+    inner = getattr(tower, "vision_model", tower)         # in some versions it is one in another
+    inner.load_state_dict(part(state, "vision_tower."), strict=True)
+    return tower
+
+
+@torch.no_grad()
+def their_features(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
+    """Patch features (16, C): the last layer but one, without CLS."""
+    return their_tower(state)(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+
+
+def their_decoder(state: dict[str, Tensor]) -> nn.Module:
+    """LLaMA, with attention written out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    decoder = LlamaForCausalLM(LlamaConfig(
+        **asdict(DECODER), attn_implementation="eager")).eval()
+    decoder.load_state_dict(part(state, "language_model."), strict=True)
+    return decoder
+
+
+@torch.no_grad()
+def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
+                 ids: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Logits (T, V) of the prompt with the patches `order` at these IDs, and the greedy words.
+
+    Without a cache; with a mask, or a gap in the IDs would count as the border of two sequences.
+    """
+    decoder, ids, place = their_decoder(state), list(ids), PROMPT.index(PATCH)
+    visual = nn.functional.linear(their_features(state, pixels)[list(order)],
+                                  state["multi_modal_projector.weight"],
+                                  state["multi_modal_projector.bias"])
+    embed = decoder.model.embed_tokens
+    before, after = embed(torch.tensor(PROMPT[:place])), embed(torch.tensor(PROMPT[place + 1:]))
+    x = torch.cat([before, visual, after])[None]
+    first, words = None, []
+    while len(words) < NEW_TOKENS and words[-1:] != [2]:
+        logits = decoder(inputs_embeds=x, position_ids=torch.tensor([ids]), use_cache=False,
+                         attention_mask=torch.ones(1, len(ids))).logits[0]
+        first = logits if first is None else first
+        words.append(int(logits[-1].argmax()))
+        x = torch.cat([x, embed(torch.tensor([words[-1:]]))], dim=1)
+        ids.append(ids[-1] + 1)
+    assert first is not None
+    return first, words
+
+
+def positions(mode: str) -> list[int]:
+    """Of which tokens logits are stored."""
+    return POSITIONS if mode == "full" else [5, 14]
+
+
+def main() -> None:
+    import transformers
+    pixels, state = pixel_values(), tensors()
+    answers = {"transformers": transformers.__version__,
+               "features": rounded(their_features(state, pixels)[[0, 7, 15], :6])}
+    for mode, (order, ids) in MODES.items():
+        logits, words = their_answer(state, pixels, order, ids)
+        answers[mode] = summary(logits, positions(mode)) | {"words": words}
+    rows = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in answers.items()]
+    OUTPUTS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    print(f"{OUTPUTS.name}: {OUTPUTS.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
