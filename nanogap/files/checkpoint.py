@@ -52,7 +52,8 @@ CONVERT = "save it for PyTorch with `from_pretrained(FOLDER, {})` and save_pretr
 OTHERS = {
     "adapter_model.*": ADAPTER,
     "non_lora_trainables.bin": ADAPTER,
-    "mm_projector.*": OWN_LAYOUT,
+    "mm_projector.*": "holds a projector in LLaVA's own layout and not the rest of its model; give "
+                      "the folder of all of it",
     "eva_vit_g*.pth": MINIGPT, "minigpt*.pth": MINIGPT,
     "*.gguf": "holds GGUF files, which are llama.cpp's; give the checkpoint that they were made "
               "from",
