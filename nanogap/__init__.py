@@ -6,17 +6,19 @@
     print(result.text, result.box)
 """
 
+import os
+import signal
 import sys
 import warnings
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback while a command imports
 
 # torch without numpy says so at import; nothing here needs numpy, so this one line is noise
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
-from nanogap.cli import NanogapError, leave, on_interrupt  # noqa: E402
-
-on_interrupt(leave, sys.argv[:1] == ["-m"])   # a command of this package, about to be imported
-
 from nanogap import gap, image, prompt, prune  # noqa: E402
+from nanogap.cli import NanogapError  # noqa: E402
 from nanogap.weights import load  # noqa: E402
 
 __all__ = ["NanogapError", "gap", "image", "load", "prompt", "prune"]

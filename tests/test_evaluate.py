@@ -608,6 +608,27 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annot
         assert "argument --max-new-tokens: " in capsys.readouterr().err
 
 
+def boxes_in(tmp_path: Path, side: int, box: list, count: int = 6) -> Path:
+    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+    entry = {"image": "a.png", "expression": "thing", "box": box}
+    (tmp_path / "own.jsonl").write_text((json.dumps(entry) + "\n") * count)
+    return tmp_path / "own.jsonl"
+
+
+@pytest.mark.parametrize("side, box, count, said", [
+    (200, [20, 30, 90, 100], 6, "percent"), (2000, [20, 30, 900, 1000], 6, "thousandths"),
+    (200, [20, 30, 90, 101], 6, None), (199, [20, 30, 90, 100], 6, None),
+    (200, [20, 30, 90, 100], 4, None)])
+def test_boxes_that_may_be_percent_are_wondered_at(
+        finder, tmp_path, capsys, side: int, box: list, count: int, said: str | None):
+    data = boxes_in(tmp_path, side, box, count)
+    assert run("--weights", finder, "--data", data, "--mode", "full") == 0
+    assert ("mean nothing" in capsys.readouterr().out) == (said is not None)
+    if said:
+        assert run("--weights", finder, "--data", data, "--mode", "full") == 0
+        assert f"if these are in {said} the numbers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total "),
     MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator:"

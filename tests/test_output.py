@@ -416,3 +416,22 @@ def test_each_field_of_an_answer_is_asked_for_its_type_once(place: Path):
         path.write_text(line + "\n")
         with pytest.raises(NanogapError, match="line 1 is no answer"):
             journal.read_lines(path)
+
+
+# ----- Ctrl-C -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 1.0, 2.0])
+def test_an_interrupt_at_any_time_is_one_line_or_nothing(seconds: float, place: Path):
+    """Also while torch is imported.  Before Python itself is there, the system's status is -2."""
+    asked = [[sys.executable, str(ROOT / "run.py"), "photo.png", "x"],
+             [sys.executable, "-m", "nanogap.evaluate", "--limit", "99"]]
+    running = [subprocess.Popen(one, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for one in asked]
+    time.sleep(seconds)
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    for process in running:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode in (130, 0, -2)
+        assert "Traceback" not in said and len(said.splitlines()) <= 4       # progress, and no more

@@ -61,6 +61,7 @@ from nanogap.weights import DTYPES, default_weights, load
 Todo = tuple[Example, Run, tuple[str, str, Box]]
 DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 TELL_EVERY = 10.0                   # seconds
+FEW = 5                             # boxes, which may all lie near a corner
 MOST_DRAWN = 1_000_000              # expressions about drawn scenes; they are held in memory
 
 
@@ -389,7 +390,7 @@ def print_report(args: argparse.Namespace, title: str, made: dict, data: Data,
                           "left_out": data.left_out, "runs": rows,
                           "picture": args.plot and str(args.plot)}))
         return
-    for line in (title, PROTOCOLS[args.protocol], *covers(data), *notes):
+    for line in (title, PROTOCOLS[args.protocol], *covers(data), *doubts(data), *notes):
         print(visible(line))
     print(table(rows), *cut_off(rows), sep="\n")
     if args.plot:
@@ -413,6 +414,17 @@ def covers(data: Data) -> list[str]:
         id_, why = next(iter(data.left_out.items()))
         lines.append(f"{asked}: {len(data.left_out)} cannot be asked, such as {id_}: {why:.300}")
     return lines
+
+
+def doubts(data: Data) -> list[str]:
+    """A word on boxes that all lie near the corner of large images: they may be no pixels."""
+    corners = [max(box) for example in data.examples for *_, box in example.questions]
+    sides = [min(example.size) for example in data.examples]
+    for most, unit in ((100, "percent"), (1000, "thousandths")):
+        if len(corners) >= FEW and max(corners) <= most and min(sides) >= 2 * most:
+            return [f"no box reaches beyond {most} pixels, and no side is below {min(sides)}: if "
+                    f"these are in {unit} the numbers below mean nothing, for pixels are read"]
+    return []
 
 
 def cut_off(rows: Sequence[dict]) -> list[str]:
