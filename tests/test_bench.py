@@ -105,6 +105,16 @@ def test_several_questions_are_asked_one_by_one_and_together(capsys, tiny, monke
     assert f"{ratio:.2f} times faster" in before
 
 
+def test_answers_a_second_count_all_questions(tiny, monkeypatch):
+    """By a clock that goes on by 2 milliseconds whenever it is asked."""
+    model, ticks = nanogap.load(tiny, "cpu"), iter(range(0, 1000, 2))
+    monkeypatch.setattr(Llava, "ground", lambda *_, **__: model.clock())
+    monkeypatch.setattr(Llava, "ground_all", lambda *_, **__: None)
+    monkeypatch.setattr(Llava, "clock", lambda _: next(ticks))
+    assert bench.many_times(model, bench.WHOLE, 2) == {
+        "one_by_one_per_s": 7 / 0.016, "ground_all_per_s": 7 / 0.002}
+
+
 def test_the_processor_is_named(capsys, tiny, tmp_path, monkeypatch):
     said, before = document(capsys, "--weights", str(tiny))
     assert said["processor"] and f" on {said['processor']}, float32, " in before
