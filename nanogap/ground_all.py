@@ -21,7 +21,7 @@ Letters: S tokens that all prompts begin with, A tokens after the image, T token
 of them drafted for one question, R rows in the cache, C channels, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
@@ -41,6 +41,7 @@ from nanogap.ground import (
     Query,
     Result,
     box_in,
+    check_whole,
     choose,
     ground,
 )
@@ -57,7 +58,7 @@ ROWS = {"cpu": 32, "cuda": 256}
 
 
 def ground_all(model: Model, image: Image.Image | str | Path | EncodedImage,
-               expressions: Sequence[str], prune: str = "cls_attention",
+               expressions: Iterable[str], prune: str = "cls_attention",
                keep: int | str | Tensor | None = "50%", mode: str = "gap", seed: int = 0, *,
                layer: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS,
                drafts: bool = True) -> list[Result]:
@@ -72,7 +73,9 @@ def ground_all(model: Model, image: Image.Image | str | Path | EncodedImage,
     """
     if isinstance(expressions, str):
         raise NanogapError("expressions is a single text: give a list of them, or call ground")
+    expressions = list(expressions)
     query = Query("", find(prune), keep, mode, seed, layer)
+    check_whole("max_new_tokens", max_new_tokens, 1)
     image = model.encode_image(image, query.needs())
     if not expressions:
         return []

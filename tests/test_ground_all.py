@@ -278,10 +278,12 @@ def test_results_can_be_used_where_gradients_flow(model, picture):
         assert not result.keep.is_inference() and not result.position_ids.is_inference()
 
 
-def test_a_picture_may_be_a_path(model):
+def test_a_picture_may_be_a_path_and_expressions_any_iterable(model):
     path = ROOT / "image.jpg"
     results = model.ground_all(path, THINGS[:2], max_new_tokens=3)
     alone = one_by_one(model, path, THINGS[:2], max_new_tokens=3)
+    once = model.ground_all(path, iter(THINGS[:2]), "fastv", 12, max_new_tokens=3)
+    assert len(results) == len(once) == 2
     assert [r.tokens for r in results] == [r.tokens for r in alone]
 
 
@@ -295,6 +297,7 @@ def test_a_picture_may_be_a_path(model):
     (["the man"], {"prune": "nothing"}, "unknown strategy 'nothing'"),
     (["the man"], {"mode": "gaps"}, "unknown mode 'gaps'"),
     (["the man"], {"keep": 17}, "cannot keep 17 of 16 visual tokens"),
+    (["the man"], {"max_new_tokens": 0}, "max_new_tokens is 0 here: give a whole number from 1"),
 ])
 def test_a_mistake_is_told_before_anything_is_asked(model, picture, expressions, more, message):
     with passes_of(model) as passes, pytest.raises(NanogapError, match=message):
