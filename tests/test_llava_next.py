@@ -565,7 +565,7 @@ def test_what_a_mistrals_config_leaves_out_is_not_what_a_llamas_does():
     ("preprocessor_config.json", {"aspect_ratio_setting": "pad"},
      "aspect_ratio_setting is 'pad'; nanogap implements 'anyres' only"),
     ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"},
-     "image_processor_type is 'CLIPImageProcessor'; nanogap implements 'LlavaNextImageProcessor'"),
+     "image_processor_type is 'CLIPImageProcessor', and a 'llava_next' "),
     ("preprocessor_config.json", {"size": {"shortest_edge": 336}},
      "size is .* and the vision tower reads squares of 56 pixels"),
     ("preprocessor_config.json", {"do_resize": False},

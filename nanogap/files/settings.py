@@ -77,6 +77,7 @@ def read_pixels(folder: Path, image_size: int, patch_size: int,
     processor = optional(folder, "processor_config.json")
     require_all(processor, PROCESSOR | {"patch_size": (patch_size,)}, "processor_config.json")
     file, found = read_processor(folder)
+    check_kind(folder, found, known["image_processor_type"], file)
     require_all(found, known, file)
     sides = ["size"]
     if found.get("do_center_crop") is not False:
@@ -88,6 +89,16 @@ def read_pixels(folder: Path, image_size: int, patch_size: int,
         require(found, "rescale_factor", 1 / 255, file=file)
     return Pixels(triple(found, "image_mean", CLIP_MEAN, file, least=0.0),
                   triple(found, "image_std", CLIP_STD, file))
+
+
+def check_kind(folder: Path, part: dict, kinds: tuple, file: str) -> None:
+    """Refuse the image processor of another model than config.json is of."""
+    found = part.get("image_processor_type")
+    if found is not None and found not in kinds:
+        model = optional(folder, "config.json").get("model_type")
+        raise NanogapError(f"{file}: image_processor_type is {found!r:.80}, and a {model!r:.80} "
+                           f"(config.json) has {kinds[0]!r}: the files belong to different "
+                           "checkpoints")
 
 
 def check_side(part: dict, key: str, image_size: int, file: str) -> None:
