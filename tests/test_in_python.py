@@ -14,8 +14,9 @@ from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.models import VLM
+from nanogap.models import MODELS, VLM
 from nanogap.prune import STRATEGIES
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = Image.radial_gradient("L").resize((90, 60))
@@ -204,3 +205,32 @@ def test_a_model_without_a_tokenizer_says_so(model: VLM):
         assert refused(lambda bare=bare: bare.ground(PICTURE, "x", "random", 4)) == (
             "the model has no tokenizer, so it can read no question: load it with nanogap.load, "
             "or set model.tokenizer")
+
+
+# ----- every family -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_all_of_this_holds_for_every_family(family: str, fresh_torch):
+    """Converted, under other defaults, with changed weights, and seen by another."""
+    model = tiny_model(family)
+    asked = {"prune": "cls_attention", "keep": 5, "max_new_tokens": 3}
+    said = model.ground(PICTURE, "x", **asked).tokens
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        torch.set_default_dtype(dtype)
+        assert model.ground(PICTURE, "x", **asked).tokens == said
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("meta")
+    assert model.ground(PICTURE, "x", **asked).tokens == said
+    torch.set_default_device("cpu")
+    image = model.encode_image(PICTURE, share=True)
+    assert model.ground(image, "x", **asked).tokens == said
+    for dtype in (torch.bfloat16, torch.float64, torch.float16):
+        converted = deepcopy(model).to(dtype)
+        converted.ground(PICTURE, "x", **asked)
+        refused(lambda converted=converted: converted.ground(image, "x", **asked))
+    with torch.no_grad():
+        weight(model).add_(0.1)
+    refused(lambda: model.ground(image, "x", **asked))
+    model.tokenizer = None
+    refused(lambda: model.ground(PICTURE, "x", **asked))
