@@ -24,6 +24,7 @@ import run
 from nanogap import NanogapError, figures, scenes
 from nanogap.bench import __main__ as bench
 from nanogap.cli import answer_for
+from nanogap.convert import __main__ as convert
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate import journal
 from nanogap.files import output
@@ -66,12 +67,14 @@ def commands(weights: Path) -> dict[str, Callable[[str], int]]:
         "figures --out": lambda out: of("f", figures.command)(["--out", out]),
         "train --out": lambda out: of("t", train.command)(["--out", out, "--minutes", "1",
                                                            "--device", "cpu"]),
+        "convert --out": lambda out: of("c", convert.command)([
+            "llava", "--base", str(weights), "--clip", str(weights), "--out", out]),
         "bench --save": lambda out: of("b", bench.command)(["--random", "350m", "--save", out])}
 
 
 FLAGS = list(commands(Path()))
 PICTURES = ("run --out", "evaluate --plot", "scenes")
-FOLDERS = ("figures --out", "train --out", "bench --save")
+FOLDERS = ("figures --out", "train --out", "convert --out", "bench --save")
 
 
 def ending(flag: str) -> str:
@@ -124,6 +127,7 @@ def test_a_place_that_cannot_be_written_is_one_line_before_the_work_begins(
     for module in (nanogap, evaluate, figures, bench.weights):
         monkeypatch.setattr(module, "load", load)
     monkeypatch.setattr(train, "train_stages", load)
+    monkeypatch.setattr(convert, "convert", load)
     out, before = BAD[bad](place, flag), sorted(place.rglob("*"))
     begun = time.time()
     assert commands(weights)[flag](out) == 2
