@@ -490,3 +490,28 @@ def test_a_header_of_safetensors_may_lie_and_costs_nothing(folder: Path):
     for size in (0, 1, 2 ** 40, 2 ** 63):
         path.write_bytes(struct.pack("<Q", size) + data[8:])
         assert "is cut off or broken" in refusal(folder)
+
+
+# ----- C: a CLIP that the tower does not come from ------------------------------------------------
+
+
+@pytest.mark.parametrize("change, refused", [
+    (lambda value: value, False), (lambda value: value.bfloat16().float(), False),
+    (lambda value: value * 1.05, False), (lambda value: torch.randn_like(value), True),
+    (lambda value: value.flip(0), True), (lambda value: -value, True),
+    (torch.zeros_like, True)], ids=["same", "rounded", "trained", "random", "rows", "minus", "0"])
+def test_a_clip_of_another_tower_is_refused_though_all_sizes_fit(
+        tmp_path: Path, change: Callable, refused: bool):
+    torch.manual_seed(0)
+    mini = Path(__file__).resolve().parent.parent / "weights" / "mini"
+    clip = shutil.copytree(mini / "clip_text", tmp_path / "clip")
+    shard = checkpoint.Shard(mini / "clip_text" / "model.safetensors", torch.device("cpu"))
+    state = {name: shard.get(name).float() for name in shard.names()}
+    write_tensors(clip / "model.safetensors", {
+        name: change(value).contiguous() if name.startswith("vision_model.") and value.dim() > 1
+        else value for name, value in state.items()})
+    if refused:
+        with pytest.raises(NanogapError, match="is a CLIP of other weights than the vision tow"):
+            nanogap.load(mini, "cpu", clip=clip)
+    else:
+        assert nanogap.load(mini, "cpu", clip=clip).text_guide is not None
