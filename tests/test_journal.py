@@ -117,3 +117,13 @@ def test_killed_while_putting_together_nothing_is_lost(path: Path, one_process):
     journal.put_together(path, journal.earlier(path, SETTINGS))
     path.with_name("answers.jsonl.part-0").write_text(part)
     assert [r["id"] for r in journal.earlier(path, SETTINGS)] == list("abcd")
+
+
+@pytest.mark.parametrize("text", [
+    "", "null", "5", "[]", "{", '"x"', "[" * 100_000, '{"seed": ' + "9" * 5000 + "}", "\xff",
+    '{"weights": {"a": [1]}, "seed": 0}', '{"weights": "\\u001b[2J"}', "{}"])
+def test_settings_that_someone_has_changed_are_one_line(path: Path, text: str):
+    path.with_name("answers.jsonl.settings.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(NanogapError, match="--resume: ") as caught:
+        journal.earlier(path, SETTINGS)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + 2 * len(str(path))

@@ -353,3 +353,27 @@ def test_a_file_that_is_no_file_is_not_read(folder: Path, monkeypatch, name: str
     (folder / "instances.json").symlink_to(Path(name).absolute())
     with pytest.raises(NanogapError, match=r"instances.json cannot be read \("):
         read_data(path, folder, "val")
+
+
+OTHERS = ["null", "true", "7", "-1", "0.5", "1e999", "NaN", '""', '" "', '"x"', '"\\ud800"', "[]",
+          "{}", "[1, 2, 3, 4]", "[0, 0, 1, 1]", '["a"]', '{"a": 1}', "9" * 5000, "[" * 5000,
+          "[[1, 2, 3, 4]]", '"' + "x" * 5000 + '"', '"\\u0000"', "[1e300, 1, 2, 3]"]
+
+
+@pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
+def test_each_key_of_another_type_is_one_line_or_left_out(folder: Path, entries: list):
+    """Every key of every form, and no key at all."""
+    kinds = []
+    for key in entries[1]:
+        for other in [*OTHERS, None]:
+            changed = {k: v for k, v in entries[1].items() if k != key or other is not None}
+            text = json.dumps(changed | ({} if other is None else {key: "OTHER"}))
+            text = text.replace('"OTHER"', other or "")
+            path = write(folder, lines(entries[:1]) + text + "\n" + lines(entries[2:]))
+            try:
+                data = read_data(path, folder)
+                kinds.append(len(data.left_out) + len(data.missing))
+            except NanogapError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600 + len(str(folder)), error
+                kinds.append(-1)
+    assert {-1, 0, 1} <= set(kinds)                     # one line, what is not read, and left out
