@@ -96,6 +96,7 @@ def test_many_questions_and_shared_images_are_answered_there(family: str, pictur
                    *model.ground_all(image, THINGS, keep=own, drafts=False, max_new_tokens=3),
                    *(model.ground(image, thing, mode="full", max_new_tokens=3)
                      for thing in THINGS)]
+        assert {result.keep.device.type for result in results} == {"cpu"}
         pixels = model.prepare_image(picture).cpu()
         logits = model(model.prompt("it"), pixels, own, size=picture.size)
         return [result.tokens for result in results] + [logits.argmax(-1).tolist()]
