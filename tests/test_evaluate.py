@@ -573,6 +573,32 @@ def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
     assert [row["expressions"] for row in document["runs"]] == [3, 3]
 
 
+@pytest.mark.parametrize("bad", [" ", "thing " * 5000])
+def test_what_could_not_be_asked_may_be_mended_and_no_answer_is_lost(
+        finder, annotations: Path, capsys, bad: str):
+    lines = [json.loads(line) for line in annotations.read_text().splitlines()[:4]]
+    out = annotations.with_name("x.jsonl")
+    asked = ["--weights", finder, "--data", annotations, "--out", out, "--mode", "full"]
+
+    def write(*changes: dict) -> None:
+        changed = [line | change for line, change in zip(lines, changes, strict=False)]
+        annotations.write_text("\n".join(map(json.dumps, [*changed, *lines[len(changes):]])))
+
+    write({}, {"expression": bad})
+    assert run(*asked) == 0
+    first = out.read_text()
+    write({}, {"expression": "thing 1"})
+    assert run(*asked, "--resume") == 0
+    assert out.read_text().startswith(first) and len(out.read_text().splitlines()) == 4
+    assert "covers" not in capsys.readouterr().out.split("IoU >= 0.5")[-1]
+    for change in ({"expression": "other"}, {"bbox": [20, 0, 100, 69]}):
+        write(change)
+        assert run(*asked, "--resume") == 2
+        said = capsys.readouterr().err
+        assert "x.jsonl has an answer to 1 in other data, " in said and said.count("\n") == 1
+    assert len(out.read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("change, message", [
     ({"expression": " "}, "holds nothing that can be asked: "),
     ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: thing"),

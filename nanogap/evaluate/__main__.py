@@ -40,6 +40,7 @@ from nanogap.cli import (
     count_argument,
     keep_argument,
     path_argument,
+    shown,
     tell,
     visible,
     whole_number,
@@ -370,6 +371,18 @@ def fingerprint(model: VLM) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict]) -> None:
+    """Refuse answers to other questions than the data's.  What was not answered may be mended."""
+    asked = {id_: (example.name, expression, list(truth)) for example in data.examples
+             for id_, expression, truth in example.questions}
+    for record in records:
+        answered = record["image"], record["expression"], record["truth"]
+        if asked.get(record["id"], answered) != answered:
+            raise NanogapError(f"--resume: {args.out} has an answer to {record['id']} in other "
+                               f"data, {shown(answered)} and not {shown(asked[record['id']])}; "
+                               "give that data, or a new file")
+
+
 # ----- the report ---------------------------------------------------------------------------------
 
 
@@ -470,6 +483,7 @@ def ask_model(args: argparse.Namespace, rank: int, world: int) -> None:
     made = settings(args, model, data)
     examples = first(data.examples, args.limit)
     earlier = journal.earlier(args.out, made)
+    check_questions(args, data, earlier)
     image = first_whole(model, examples)
     runs = runs_asked(args, image, model.pictures_alike)
     rehearse(model, image, runs, args.seed, args.layer)

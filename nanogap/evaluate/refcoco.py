@@ -53,7 +53,7 @@ class Data:
     """What is evaluated on."""
 
     name: str                          # says what it is, in a report
-    digest: str                        # changes when an expression or a box does
+    digest: str                        # changes with an image, or their order
     examples: list[Example]
     expressions: int                   # those that are left out included
     missing: list[str]                 # images that are not there
@@ -390,7 +390,7 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
         why = next(iter(left_out.values()), "it has no expression")
         raise NanogapError(f"{path} holds nothing that can be asked: {why}")
     name = f"{path.name} {split}" if split else path.name
-    digest = hashlib.sha256(repr(entries).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr(list(groups)).encode()).hexdigest()[:8]
     name = f"{name} ({told}): {len(entries)} expressions about {len(groups)} images"
     return Data(name, digest, examples, len(entries), missing, left_out)
 
