@@ -228,7 +228,7 @@ class Query:
         gap.check_mode(self.mode)
         check_whole("seed", self.seed, -1 << 63)
         if self.layer is not None:
-            check_whole("layer", self.layer, 0)
+            check_whole("layer", self.layer, -1 << 63)
 
     def needs(self) -> frozenset[str]:
         """What must be seen in the picture for that."""
