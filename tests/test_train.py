@@ -20,7 +20,7 @@ from nanogap import NanogapError
 from nanogap.cli import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.image import Pad, to_pixel_values
-from nanogap.models import VLM
+from nanogap.models import MODELS, VLM
 from nanogap.scenes import Scene, Thing, draw_scene, named, scene
 from nanogap.train import __main__ as train
 from nanogap.train import fit, objectives
@@ -76,14 +76,20 @@ def drawn(model: VLM, mixture: Mixture = MIXTURE) -> Batch:
     return Scenes("test", 2, 56, model.pixel_values, ask)[3]
 
 
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("later", [0.0, 0.6, 1.0])
 def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversation_alone(
-        model: VLM, monkeypatch: pytest.MonkeyPatch, later: float):
+        monkeypatch: pytest.MonkeyPatch, family: str, later: float):
+    """Shikra's image stands behind words that differ, so its conversations share nothing."""
+    recipe = replace(TINY, family=family)
+    model = train.new_model(recipe, 0, train.new_clip(recipe, 0)[0])
     mixture = replace(MIXTURE, later=later)
     pixels, scenes, said = drawn(model, mixture)
+    assert objectives.can_share(model, said) == (family != "shikra")
     losses, weights = [], []
     for one in said:
-        logits = model(torch.tensor(one.tokens[:-1]), pixels[one.image])      # (T - 1 + N - 1, V)
+        size = scenes[one.image].image.size
+        logits = model(torch.tensor(one.tokens[:-1]), pixels[one.image], size=size)
         at = [i for i, weight in enumerate(one.weights) if weight > 0]
         behind = [i - len(one.tokens) for i in at]                # the image stands before answers
         targets = torch.tensor([one.tokens[i] for i in at])

@@ -2,8 +2,9 @@
 
     python -m nanogap.train --out weights/mine                                     one process
     torchrun --nproc-per-node 2 -m nanogap.train --out weights/mine                one per CPU core
+    python -m nanogap.train --out weights/more --start weights/mine --stages box   goes on with it
 
-In:  nothing but a seed.
+In:  nothing but a seed, or weights to start from.
 Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`;
      all of it comes at the end, and weights that are there already are left alone.
 
@@ -13,6 +14,7 @@ The losses are in objectives.py, the scenes in nanogap/scenes.py.
 import math
 import random
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +46,7 @@ from nanogap.train.objectives import (
     short_questions,
 )
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
-from nanogap.weights import pick_device, save, save_clip
+from nanogap.weights import load, pick_device, save, save_clip
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,28 @@ def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
     return model
 
 
+def started(folder: Path, name: str) -> VLM:
+    """The model of a folder, to be trained on: in one of MODELS, its own or one of the same parts.
+
+    raises: NanogapError where its tensors are not those of the model
+    """
+    family, found = MODELS[name], load(folder, "cpu", "float32")
+    config = found.config
+    if type(found) is not family:
+        config = family.Config(config.text, config.vision, config.image_token)
+    model = family(config)
+    model.tokenizer = found.tokenizer
+    try:
+        new = set(model.load_state_dict(found.state_dict(), strict=False).unexpected_keys)
+    except RuntimeError:   # a tensor has another shape
+        new = {"a tensor of another shape"}
+    if new:
+        raise NanogapError(f"--start {folder} has {min(new)}, which a {name} has not; start from "
+                           f"a {name}, or from nothing")
+    model.get_submodule("vision_tower").requires_grad_(False)
+    return model
+
+
 # ----- the training -------------------------------------------------------------------------------
 
 
@@ -233,53 +257,70 @@ def check_new(out: Path) -> None:
 
 
 def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
-          steps: list[int] | None = None, minutes: float | None = None, workers: int = 0) -> None:
-    """All stages, from nothing to a folder that `nanogap.load` and transformers read.
+          steps: list[int] | None = None, minutes: float | None = None, workers: int = 0,
+          start: Path | None = None) -> None:
+    """All stages, from nothing or a checkpoint to a folder that `nanogap.load` reads.
 
     steps:   of each stage; minutes: as many steps as fit into so much time; neither: the recipe's
     workers: processes that draw scenes beside this one
+    start:   the folder of a trained model; the recipe's stages begin behind CLIP's then
     raises:  NanogapError where the folder holds weights, or another training writes to it
     """
     check_folder("--out", out)
+    progress = partial(progress_of, out, recipe, seed, steps, minutes)
     if joined()[0] > 0:
-        train_stages(out, recipe, device, seed, steps, minutes, workers)
+        train_stages(recipe, device, seed, progress(), workers, start)
         return
     with claim("--out", out):
         check_new(out)
-        train_stages(out, recipe, device, seed, steps, minutes, workers)
+        done = progress()
+        model, clip, words = train_stages(recipe, device, seed, done, workers, start)
+        with whole_checkpoint("--out", out) as folder:
+            if clip is not None and words is not None and model.reads_words:
+                save_clip(folder / "clip_text", clip, words)
+            elif start is not None and (start / "clip_text").exists():
+                shutil.copytree(start / "clip_text", folder / "clip_text")
+            save(folder, model)
+        done.path.unlink(missing_ok=True)
+        print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, done.steps))}")
 
 
-def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
-                 steps: list[int] | None, minutes: float | None, workers: int) -> None:
+def train_stages(recipe: Recipe, device: torch.device, seed: int, progress: Progress, workers: int,
+                 start: Path | None) -> tuple[VLM, CLIP | None, Tokenizer | None]:
     """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
-    first, *others = (stage.share(joined()[1]) for stage in recipe.stages)
-    size = recipe.pictures
-    progress = progress_of(out, recipe, seed, steps, minutes)
+    stages = [stage.share(joined()[1]) for stage in recipe.stages]
+    clip, words = None, None
+    if start is None:
+        clip, words = train_clip(recipe, device, seed, progress, workers)
+        at_hand, model = (new_model(recipe, seed, clip) for _ in range(2))
+    else:
+        at_hand, model = (started(start, recipe.family) for _ in range(2))
+    model.to(device)                          # the other prepares pictures and asks, on the CPU
+    for stage in stages[progress.stage:]:
+        assert stage.asked is not None                                        # it is for CLIP alone
+        ask = partial(conversations, at_hand, stage.asked)
+        data = Scenes(f"{seed} {stage.name}", stage.images, recipe.pictures, at_hand.pixel_values,
+                      ask, stage.draw)
+        fit(stage, model, partial(llava_loss, model, device=device), data, progress, workers)
+    return model, clip, words
+
+
+def train_clip(recipe: Recipe, device: torch.device, seed: int, progress: Progress,
+               workers: int) -> tuple[CLIP, Tokenizer]:
+    """The first stage, if it was not done before."""
     clip, words = new_clip(recipe, seed)
-    at_hand = new_model(recipe, seed, clip)   # on the CPU: prepares pictures, asks questions
-    prepare = at_hand.pixel_values
+    prepare = new_model(recipe, seed, clip).pixel_values
     clip.to(device)
     if progress.stage == 0:
-        data = Scenes(f"{seed} clip", first.images, size, prepare, captions, first.draw)
-        fit(first, clip, partial(clip_loss, clip, words, device=device), data, progress, workers)
+        stage = recipe.stages[0].share(joined()[1])
+        data = Scenes(f"{seed} clip", stage.images, recipe.pictures, prepare, captions, stage.draw)
+        fit(stage, clip, partial(clip_loss, clip, words, device=device), data, progress, workers)
         progress.clip = clip.state_dict()
         progress.state = {}
         if joined()[0] == 0:
             progress.save()
     progress.give(clip, progress.clip)
-    model = new_model(recipe, seed, clip).to(device)
-    for stage in others[progress.stage - 1:]:
-        assert stage.asked is not None                                        # it is for CLIP alone
-        ask = partial(conversations, at_hand, stage.asked)
-        data = Scenes(f"{seed} {stage.name}", stage.images, size, prepare, ask, stage.draw)
-        fit(stage, model, partial(llava_loss, model, device=device), data, progress, workers)
-    if joined()[0] == 0:
-        with whole_checkpoint("--out", out) as folder:
-            if MODELS[recipe.family].reads_words:
-                save_clip(folder / "clip_text", clip, words)
-            save(folder, model)
-        progress.path.unlink(missing_ok=True)
-        print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, progress.steps))}")
+    return clip, words
 
 
 def command(argv: Sequence[str] | None) -> None:
@@ -290,9 +331,13 @@ def command(argv: Sequence[str] | None) -> None:
                         help="folder to write; it goes on with a training that was interrupted")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
-    length.add_argument("--steps", type=whole_number, nargs=len(CPU.stages),
-                        help="exactly so many steps",
-                        metavar=tuple(stage.name.upper() for stage in CPU.stages))
+    length.add_argument("--steps", type=whole_number, nargs="+",
+                        help="exactly so many steps of each stage")
+    names = [stage.name for stage in CPU.stages]
+    parser.add_argument("--stages", nargs="+", choices=names, metavar="STAGE",
+                        help=f"of {' '.join(names)} (default: all, or with --start all but CLIP)")
+    parser.add_argument("--start", type=path_argument, metavar="DIR",
+                        help="weights to go on with (default: none, from nothing)")
     parser.add_argument("--model", choices=MODELS, default="llava", help="default: %(default)s")
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: gpu where there is one, else cpu")
@@ -311,7 +356,15 @@ def command(argv: Sequence[str] | None) -> None:
         torch.set_float32_matmul_precision("high")                            # products in TF32
     recipe = RECIPES[args.recipe or ("gpu" if device.type == "cuda" else "cpu")]
     recipe = recipe_for(args.model, recipe)
-    train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers)
+    chosen = args.stages or names[args.start is not None:]
+    if ("CLIP" in chosen) == (args.start is not None) or len(set(chosen)) < len(chosen):
+        raise NanogapError(f"--stages {' '.join(chosen)}: from nothing CLIP is the first, and with "
+                           "--start it is there already")
+    recipe = replace(recipe, stages=tuple(s for s in recipe.stages if s.name in chosen))
+    if args.steps and len(args.steps) != len(recipe.stages):
+        raise NanogapError(f"--steps {' '.join(map(str, args.steps))}: give a number for each of "
+                           f"{', '.join(s.name for s in recipe.stages)}")
+    train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers, args.start)
 
 
 if __name__ == "__main__":

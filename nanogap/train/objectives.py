@@ -288,7 +288,7 @@ def llava_loss(model: VLM, batch: Batch, device: torch.device) -> Tensor:
         seen = [model.encode_pixels(views.to(device), *scene.image.size)
                 for views, scene in zip(pixels, scenes, strict=True)]
     visual = [model.fed(image.features, torch.arange(image.n_visual), image) for image in seen]
-    read = read_sharing if can_share(model, said, visual) else read_whole
+    read = read_sharing if can_share(model, said) else read_whole
     logits, targets, weights = read(model, said, visual)
     losses = F.cross_entropy(logits, targets, reduction="none")               # (M,)
     return (losses * weights).sum() / weights.sum()
@@ -366,13 +366,13 @@ class SharedPast:
         return len(self.rows[0][0])
 
 
-def can_share(model: VLM, said: Sequence[Conversation], visual: Sequence[Tensor]) -> bool:
-    """Whether all that is said begins alike, up to the image, and images are of one length.
+def can_share(model: VLM, said: Sequence[Conversation]) -> bool:
+    """Whether all that is said begins alike, up to the image.
 
     On a GPU a step costs by the number of operations, and whole conversations take fewest.
     """
     before = {tuple(one.tokens[:one.tokens.index(model.config.image_token)]) for one in said}
-    return model.device.type == "cpu" and len(before) == len({*map(len, visual)}) == 1
+    return model.device.type == "cpu" and len(before) == 1
 
 
 def read_sharing(model: VLM, said: Sequence[Conversation],
@@ -384,15 +384,20 @@ def read_sharing(model: VLM, said: Sequence[Conversation],
     [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
     """
     decoder, device = model.language_model.model, model.device
-    P, N = said[0].tokens.index(model.config.image_token), len(visual[0])
+    P = said[0].tokens.index(model.config.image_token)
     system = torch.tensor(said[0].tokens[:P], device=device)                  # (P,)
     below_system = SharedPast(len(decoder.layers))
     decoder(decoder.embed_tokens(system)[None], torch.arange(P, device=device), below_system)
-    below_image = below_system.below(torch.zeros(len(visual), dtype=torch.long, device=device))
-    decoder(torch.stack(list(visual)), P + torch.arange(N, device=device), below_image)
-    kinds = dict.fromkeys(one.kind for one in said)
-    read = [read_kind(model, [one for one in said if one.kind == kind], below_image, P, P + N)
-            for kind in kinds]
+    read = []
+    for N in dict.fromkeys(map(len, visual)):                                 # images of one length
+        images = [i for i, features in enumerate(visual) if len(features) == N]
+        below_image = below_system.below(torch.zeros(len(images), dtype=torch.long, device=device))
+        x = torch.stack([visual[i] for i in images])                          # (B, N, C')
+        decoder(x, P + torch.arange(N, device=device), below_image)
+        about = [replace(one, image=images.index(one.image)) for one in said if one.image in images]
+        for kind in dict.fromkeys(one.kind for one in about):
+            of_kind = [one for one in about if one.kind == kind]
+            read.append(read_kind(model, of_kind, below_image, P, P + N))
     logits, targets, weights = zip(*read, strict=True)
     return torch.cat(logits), torch.cat(targets), torch.cat(weights)
 
