@@ -73,7 +73,11 @@ def ground_all(model: Model, image: Image.Image | str | Path | EncodedImage,
     """
     if isinstance(expressions, str):
         raise NanogapError("expressions is a single text: give a list of them, or call ground")
-    expressions = list(expressions)
+    try:
+        expressions = list(expressions)
+    except TypeError:
+        raise NanogapError(f"expressions is of type {type(expressions).__name__}: give a list of "
+                           "texts") from None
     query = Query("", find(prune), keep, mode, seed, layer)
     check_whole("max_new_tokens", max_new_tokens, 1)
     image = model.encode_image(image, query.needs())

@@ -66,6 +66,17 @@ def test_each_argument_of_another_type_is_one_line(argument: str, model: VLM):
             refused(lambda other=other: model.ground(**(good | {argument: other})))
 
 
+@pytest.mark.parametrize("argument", ["image", "expressions", "prune", "mode", "seed",
+                                      "max_new_tokens"])
+def test_so_is_each_argument_of_many_questions(argument: str, model: VLM):
+    good = {"image": PICTURE, "expressions": ["x", "y"], "prune": "random", "keep": 4,
+            "mode": "gap", "seed": 0, "layer": None, "max_new_tokens": 1}
+    takes = IN_ORDER.get(argument, ([], (), {}, set()))
+    for other in [*OTHERS, [None], ["x", 5], [""], [[]]]:
+        if not any(type(other) is type(one) and other == one for one in takes):
+            refused(lambda other=other: model.ground_all(**(good | {argument: other})))
+
+
 @pytest.mark.parametrize("load", [
     lambda other: nanogap.load(other), lambda other: nanogap.load(SHIPPED, clip=other),
     lambda other: nanogap.load(SHIPPED, device=other),
