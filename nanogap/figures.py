@@ -75,7 +75,7 @@ class Square:
 
 def answer(model: VLM) -> Image.Image:
     """What `python run.py image.jpg "the man on the left"` draws, and the true box of the scene."""
-    drawn = scene("image", 2196, size=672)
+    drawn = scene("image", 1117, size=672)
     truth = drawn.things[dict(drawn.expressions)[EXPRESSION]].box
     image = open_image(ROOT / "image.jpg")
     encoded = model.encode_image(image)
