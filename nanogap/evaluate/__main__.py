@@ -1,12 +1,14 @@
 """REC accuracy: how often the box that the model says overlaps the true one by at least half.
 
     python -m nanogap.evaluate --data scenes:val --prune random --keep 50% 25% --limit 500
+    python -m nanogap.evaluate --weights weights/mini weights/mini-shikra --plot models.png
     torchrun --nproc-per-node 2 -m nanogap.evaluate --data "refs(unc).p" --split val
     python -m nanogap.evaluate --score answers.jsonl --data own.jsonl
 
 In:  weights, expressions with true boxes, and any number of strategies, budgets and modes; or the
      answers of any program.
 Out: a table with 95 % intervals, on demand a picture, a JSON document, and a line for each answer.
+     Several models are asked one after the other, and compared in the end (compare.py).
 
 An answer without a box counts as wrong.  What cannot be asked (a picture that is not there or is
 broken, an expression that is blank or too long) is left out, and the report says what it covers.
@@ -25,7 +27,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -45,7 +47,7 @@ from nanogap.cli import (
     visible,
     whole_number,
 )
-from nanogap.evaluate import ablate, journal, plot
+from nanogap.evaluate import ablate, compare, journal, plot
 from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.refcoco import Data, Example, read_data
 from nanogap.evaluate.score import PROTOCOLS, TIMES, Run, score, summary, table
@@ -120,19 +122,28 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return chosen
 
 
-def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True) -> list[Run]:
-    """Every (strategy, budget, mode) that was asked for, once; mode full prunes nothing.
+def budgets_asked(args: argparse.Namespace, image: EncodedImage,
+                  alike: bool = True) -> dict[str, int | str | None]:
+    """What each budget that was asked for is in a model.
 
     image: any; a share of the visual tokens is a number of its
     alike: whether all pictures have as many; else a share stays one, and is a number of each
+    """
+    n = sum(len(view.index) for view in image.views)
+    return {keep: keep if keep.endswith("%") and not alike else prune.budget_of(keep, n)
+            for keep in args.keep}
+
+
+def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True) -> list[Run]:
+    """Every (strategy, budget, mode) that was asked for, once; mode full prunes nothing.
+
+    image, alike: as above
     """
     pruned = [mode for mode in args.mode if mode != "full"]
     whole = ["full"] if "full" in args.mode else []
     if args.ablate:
         pruned, whole = list(ablate.PRUNED), list(ablate.WHOLE)
-    n = sum(len(view.index) for view in image.views)
-    budgets = [keep if keep.endswith("%") and not alike else prune.budget_of(keep, n)
-               for keep in args.keep]
+    budgets = budgets_asked(args, image, alike).values()
     everything = image.n_visual if alike else "100%"
     runs: list[Run] = [("none", everything, mode) for mode in whole]
     runs += [(name, keep, mode) for name in args.prune for keep in budgets for mode in pruned]
@@ -263,7 +274,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m nanogap.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     found = str(default_weights()).replace("%", "%%")
-    add("--weights", type=path_argument, metavar="DIR", help=f"default: {found}")
+    add("--weights", nargs="+", type=path_argument, metavar="DIR",
+        help=f"several are compared (default: {found})")
     add("--data", default="scenes:val", metavar="FILE|scenes[:SPLIT]",
         help="drawn scenes, or annotations: refs(unc).p of RefCOCO, the JSON of MiniGPT-v2, "
              "Shikra, Qwen-VL or VLM-R1, or lines of your own, "
@@ -324,6 +336,10 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.data.partition(":")[0] == "scenes" and (args.split or args.images):
         raise NanogapError("--split and --images are for annotations of RefCOCO; for drawn scenes "
                            "give --data scenes:SPLIT")
+    args.models = list(dict.fromkeys(args.weights or [default_weights()]))
+    args.weights = args.models[0]
+    if len(args.models) > 1:
+        check_several(args)
     check_apart({"--out": args.out, "--plot": args.plot})
     if args.plot:
         check_picture("--plot", args.plot)
@@ -332,11 +348,23 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     names = args.prune or ["random"]
     args.prune = [prune.find(name) for name in names]
     args.files = [name.rpartition(":")[0] for name in names if ":" in name]
-    args.weights = args.weights or default_weights()
     args.keep = args.keep or ["50%"]
     args.mode = args.mode or DEFAULT_MODES
     args.family = args.family or "llava"
     return args
+
+
+def check_several(args: argparse.Namespace) -> None:
+    """Refuse what is about one model where several are asked."""
+    if args.out:
+        raise NanogapError("--out holds the answers of one model; give one of --weights at a time, "
+                           "each with a file of its own")
+    if args.clip:
+        raise NanogapError("--clip is the CLIP of one model; give one of --weights at a time, or "
+                           "put each one's into its folder, as clip_text")
+    if args.ablate and args.plot:
+        raise NanogapError("--plot draws the --ablate of one model; give one of --weights at a "
+                           "time, or leave --plot out")
 
 
 def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
@@ -386,26 +414,56 @@ def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict
 # ----- the report ---------------------------------------------------------------------------------
 
 
-def print_report(args: argparse.Namespace, title: str, made: dict, data: Data,
-                 rows: list[dict], notes: Sequence[str]) -> None:
-    """Print the table or the JSON document, and draw the picture.
+class Report(NamedTuple):
+    """What became of all that was asked."""
 
-    title: what was asked, in a line
-    made:  how it was asked, for the document
-    notes: what else has to be said above the table
-    """
+    title: str                 # what was asked, in a line
+    made: dict                 # how it was asked, for the document
+    data: Data
+    rows: list[dict]
+    notes: Sequence[str]       # what else has to be said above the table
+    budgets: dict[str, int | str | None]   # what each budget that was asked is in the model
+
+
+def print_report(args: argparse.Namespace, report: Report) -> None:
+    """Print the table or the JSON document, and draw the picture."""
     if args.plot:
-        save_picture("--plot", args.plot, plot.draw_rows(rows) if plot.are_cases(rows)
-                     else plot.draw_panels(rows))
+        save_picture("--plot", args.plot, plot.draw_rows(report.rows)
+                     if plot.are_cases(report.rows) else plot.draw_panels(report.rows))
     if args.json:
-        print(json.dumps({**made, "data": data.name, "expressions": rows[0]["expressions"],
-                          "of": data.expressions, "missing_images": data.missing,
-                          "left_out": data.left_out, "runs": rows,
-                          "picture": args.plot and str(args.plot)}))
+        print(json.dumps(document(args, report)))
         return
-    for line in (title, PROTOCOLS[args.protocol], *covers(data), *doubts(data), *notes):
+    print_table(args, report)
+    if args.plot:
+        print(f"picture: {args.plot}")
+
+
+def document(args: argparse.Namespace, report: Report) -> dict:
+    """All that is known, for a program."""
+    data = report.data
+    return {**report.made, "data": data.name, "expressions": report.rows[0]["expressions"],
+            "of": data.expressions, "missing_images": data.missing, "left_out": data.left_out,
+            "runs": report.rows, "picture": args.plot and str(args.plot)}
+
+
+def print_table(args: argparse.Namespace, report: Report) -> None:
+    """The table, below what it is about."""
+    for line in (report.title, PROTOCOLS[args.protocol], *covers(report.data),
+                 *doubts(report.data), *report.notes):
         print(visible(line))
-    print(table(rows), *cut_off(rows), sep="\n")
+    print(table(report.rows), *cut_off(report.rows), sep="\n")
+
+
+def print_comparison(args: argparse.Namespace, reports: Sequence[Report],
+                     found: Sequence[compare.Outcome]) -> None:
+    """What is said of several models together, after the table of each."""
+    if args.plot:
+        save_picture("--plot", args.plot, compare.draw_models(found))
+    if args.json:
+        print(json.dumps({"models": [document(args, report) for report in reports]}))
+        return
+    if not args.ablate:
+        print(compare.table(found))
     if args.plot:
         print(f"picture: {args.plot}")
 
@@ -470,16 +528,18 @@ def score_file(args: argparse.Namespace) -> None:
              "answer, and count as wrong" for row in rows if row["unanswered"]]
     made = {"score": str(args.score), "family": args.family, "protocol": args.protocol}
     title = f"{args.score}, {data.name}, {asked} expressions"
-    print_report(args, title, made, data, rows, notes)
+    print_report(args, Report(title, made, data, rows, notes, {}))
 
 
-def ask_model(args: argparse.Namespace, rank: int, world: int) -> None:
-    """Answer every expression in every run, and report; the process is one of several."""
-    data = data_asked(args)
-    if data.missing and rank == 0:
-        tell(missing(data))
+def load_asked(args: argparse.Namespace) -> VLM:
+    """The model, where and in the precision in which it was asked for."""
     device, dtype = (None if value == "auto" else value for value in (args.device, args.dtype))
-    model = load(args.weights, device, dtype, args.clip)
+    return load(args.weights, device, dtype, args.clip)
+
+
+def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Report | None:
+    """Answer every expression in every run; of several processes the first one has the report."""
+    model = load_asked(args)
     made = settings(args, model, data)
     examples = first(data.examples, args.limit)
     earlier = journal.earlier(args.out, made)
@@ -500,7 +560,7 @@ def ask_model(args: argparse.Namespace, rank: int, world: int) -> None:
     for others in gather([left_out], world):
         left_out |= others
     if rank > 0:
-        return
+        return None
     journal.put_together(args.out, records)
     data = without(data, left_out)
     ids = {id_ for example in examples for id_, *_ in example.questions} - left_out.keys()
@@ -512,7 +572,8 @@ def ask_model(args: argparse.Namespace, rank: int, world: int) -> None:
     title = (f"{args.weights}, {data.name}, {rows[0]['expressions']} expressions, "
              f"seed {args.seed}, {made['device']}, {made['dtype']}")
     notes = cut_notes(runs, image.n_visual, model, args.layer)
-    print_report(args, title, made | {"weights": str(args.weights)}, data, rows, notes)
+    return Report(title, made | {"weights": str(args.weights)}, data, rows, notes,
+                  budgets_asked(args, image, model.pictures_alike))
 
 
 def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM, layer: int | None) -> list[str]:
@@ -527,6 +588,78 @@ def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM, layer: int | None)
     return notes
 
 
+# ----- several models -----------------------------------------------------------------------------
+
+
+def with_values(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
+    """The same arguments, but for some of them."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def cannot_run(args: argparse.Namespace, examples: Sequence[Example]) -> dict[str, str]:
+    """Which strategies a model cannot run, and why: each is asked for one token.
+
+    raises: NanogapError that names the model, for all else that it cannot be asked
+    """
+    model = load_asked(args)
+    image = first_whole(model, examples)
+    why: dict[str, str] = {}
+    try:
+        runs = runs_asked(args, image, model.pictures_alike)
+        rehearse(model, image, [run for run in runs if run[0] == "none"], args.seed, args.layer)
+    except NanogapError as error:
+        raise NanogapError(f"{args.weights}: {error}") from None
+    for name in args.prune:
+        try:
+            rehearse(model, image, [run for run in runs if run[0] == name], args.seed, args.layer)
+        except NanogapError as error:
+            why[name] = str(error)
+    if set(args.prune) == set(why) and not {"full"} & set(args.mode):
+        raise NanogapError(f"{args.weights}: {why[args.prune[0]]}")
+    return why
+
+
+def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> None:
+    """Ask one model after the other, and compare them; only one at a time is in memory.
+
+    All are tried out first: a mistake in the last one would show after hours.
+    """
+    examples = first(data.examples, args.limit)
+    lacking = [cannot_run(with_values(args, weights=folder), examples) for folder in args.models]
+    for name in args.prune:
+        if all(name in why for why in lacking):
+            raise NanogapError(lacking[0][name])
+    reports, found = [], []
+    names = compare.names_of(args.models)
+    for i, (folder, name, why) in enumerate(zip(args.models, names, lacking, strict=True), 1):
+        if rank == 0:
+            tell(f"model {i} of {len(names)}: {folder}")
+        mine = with_values(args, weights=folder, prune=[p for p in args.prune if p not in why])
+        report = ask_model(mine, data, rank, world)
+        if report is None:                                  # the first process has it
+            continue
+        report = report._replace(made=report.made | {"cannot_run": why},
+                                 notes=[*left_out_notes(why), *report.notes])
+        reports.append(report)
+        found += compare.outcomes(name, report.rows, mine.prune, report.budgets)
+        if not args.json:
+            print_table(args, report)
+            print(flush=True)
+    if rank == 0:
+        print_comparison(args, reports, found)
+
+
+def left_out_notes(why: dict[str, str]) -> list[str]:
+    """A line for each reason why a model is not asked under some strategies."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in why.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"without {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
+# ----- the command --------------------------------------------------------------------------------
+
+
 def main(argv: Sequence[str] | None) -> None:
     """Ask a model, or score what another program has answered."""
     args = parse_arguments(argv)
@@ -537,7 +670,15 @@ def main(argv: Sequence[str] | None) -> None:
     with journal.own(args.out if rank == 0 else None):
         if args.out and rank == 0:
             journal.check_out(args.out, args.resume)        # another run may just have ended
-        ask_model(args, rank, world)
+        data = data_asked(args)
+        if data.missing and rank == 0:
+            tell(missing(data))
+        if len(args.models) > 1:
+            ask_models(args, data, rank, world)
+            return
+        report = ask_model(args, data, rank, world)
+        if report is not None:
+            print_report(args, report)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,11 @@ def ticks(top: float) -> list[float]:
     return [i / 10 for i in range(0, round(top * 10) + 1, 2 if top > 0.5 else 1)]
 
 
-def marker(pen: ImageDraw.ImageDraw, at: Point, style: Line) -> None:
+def marker(pen: ImageDraw.ImageDraw, at: Point, style: Line, radius: int = 10) -> None:
     """The mark of a mode at a place."""
     inside = PAGE if style.hollow else style.colour
-    pen.regular_polygon((*at, 11), style.corners, style.turn, inside, PAGE)
-    pen.regular_polygon((*at, 10), style.corners, style.turn, inside, style.colour, 3)
+    pen.regular_polygon((*at, radius + 1), style.corners, style.turn, inside, PAGE)
+    pen.regular_polygon((*at, radius), style.corners, style.turn, inside, style.colour, 3)
 
 
 def stroke(pen: ImageDraw.ImageDraw, points: Sequence[Point], style: Line) -> None:

@@ -1,0 +1,222 @@
+"""Several models beside each other: a table with a row for each, and a picture with a panel.
+
+In:  what became of each model under each strategy and budget.  Out: text, and one picture.
+
+A budget stands as it was asked, for half of the visual tokens is another number in each model.
+In the picture all tokens are a line down the panel, with its interval as a band; below the model's
+name there is a row for each strategy and budget, in it a mark for each mode (plot.py).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+from nanogap.cli import visible
+from nanogap.draw import PAPER, shortened
+from nanogap.evaluate.plot import (
+    BAND,
+    GRID,
+    RIGHT,
+    ROW,
+    TICKS,
+    TITLE,
+    TOP,
+    WIDTH,
+    Font,
+    draw_legend,
+    legend_rows,
+    line_of,
+    marker,
+    page,
+    stroke,
+    ticks,
+    top_of,
+)
+
+MOST = 4                      # panels beside each other
+NAMES, APART = 290, 48        # for strategies and budgets, and between panels; pixels
+RADIUS = 7                    # of a mark
+FAINT = "#9a9a9a"
+ALONE = ("none", "100%")      # strategy and budget of all tokens, where nothing else was asked
+
+
+class Outcome(NamedTuple):
+    """What became of one model under one strategy and budget."""
+
+    model: str
+    prune: str
+    keep: str                 # as it was asked
+    rows: dict[str, dict]     # a row of the report for each mode; "full" is all tokens
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each model: that of its folder, or the whole path where two would have one."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
+
+
+def outcomes(model: str, rows: Sequence[dict], prunes: Sequence[str],
+             budgets: dict[str, int | str | None]) -> list[Outcome]:
+    """The rows of one model's report, put together by strategy and budget.
+
+    budgets: what each budget that was asked is in this model, in tokens or as a share
+    """
+    whole = {row["mode"]: row for row in rows if row["mode"] == "full"}
+    found = []
+    for prune in prunes:
+        for keep, budget in budgets.items():
+            mine = {row["mode"]: row for row in rows
+                    if (row["prune"], row["keep"]) == (prune, budget)}
+            if mine:
+                found.append(Outcome(model, prune, keep, whole | mine))
+    return found or [Outcome(model, *ALONE, whole)]
+
+
+def by_run(found: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, Outcome]]:
+    """Strategy and budget -> model -> outcome, each in the order in which it first comes."""
+    runs: dict[tuple[str, str], dict[str, Outcome]] = {}
+    for each in found:
+        runs.setdefault((each.prune, each.keep), {})[each.model] = each
+    return runs
+
+
+def modes_of(found: Sequence[Outcome]) -> list[str]:
+    """All modes, all tokens first."""
+    modes = dict.fromkeys(mode for each in found for mode in each.rows)
+    return sorted(modes, key=lambda mode: mode != "full")
+
+
+# ----- the table ----------------------------------------------------------------------------------
+
+
+def table(found: Sequence[Outcome]) -> str:
+    """A row for each model under each strategy and budget, all models of one together."""
+    modes = modes_of(found)
+    ordered = [each for models in by_run(found).values() for each in models.values()]
+    lines = [["model", "prune", "keep",
+              *("all tokens" if mode == "full" else mode for mode in modes), "no box"]]
+    for each in ordered:
+        cells = [share(each.rows[mode]) if mode in each.rows else "-" for mode in modes]
+        most = max(row["no_box"] for row in each.rows.values())
+        lines.append([each.model, each.prune, each.keep, *cells, f"{most:.3f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    caption = ("Acc@0.5 with 95 % intervals; no box: the highest share of answers without a box "
+               "in any mode of the row")
+    return "\n".join([caption, *(visible(in_columns(line, widths)) for line in lines)])
+
+
+def in_columns(line: Sequence[str], widths: Sequence[int]) -> str:
+    """One line, its columns as wide as given."""
+    return "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def share(row: dict) -> str:
+    """Accuracy and its interval."""
+    return f"{row['accuracy']:.3f} {row['low']:.3f}..{row['high']:.3f}"
+
+
+# ----- the picture --------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """Where the panel of a model lies on the page, and what its axis ranges over."""
+
+    left: float
+    right: float
+    top: float
+    accuracy: float           # at the right; 0 is at the left
+
+    def x(self, accuracy: float) -> float:
+        return self.left + (self.right - self.left) * accuracy / self.accuracy
+
+    def y(self, row: int) -> float:
+        """The middle of a row."""
+        return self.top + ROW * (row + 0.5)
+
+
+def panel_of(index: int, panels: int, accuracy: float, rows: int) -> Panel:
+    """The place of a panel among others; where they do not fit beside each other, also below."""
+    columns = math.ceil(panels / math.ceil(panels / MOST))
+    width = (WIDTH - NAMES - RIGHT - APART * (columns - 1)) / columns
+    left = NAMES + (width + APART) * (index % columns)
+    top = TOP + TITLE + (TITLE + ROW * rows + TICKS) * (index // columns)
+    return Panel(left, left + width, top, accuracy)
+
+
+def draw_models(found: Sequence[Outcome]) -> Image.Image:
+    """A panel for each model, a row in it for each strategy and budget."""
+    runs, modes = by_run(found), modes_of(found)
+    models = {each.model: each.rows.get("full") for each in found}
+    if len(runs) > 1:
+        runs.pop(ALONE, None)
+    top = top_of([row for each in found for row in each.rows.values()])
+    panels = [panel_of(index, len(models), top, len(runs)) for index in range(len(models))]
+    bottom = int(panels[-1].y(len(runs))) - ROW // 2 + TICKS
+    names = {mode: "full: all tokens" if mode == "full" else mode for mode in modes}
+    picture, pen, font = page(bottom)
+    legend = legend_rows(pen, font, names)
+    picture, pen, font = page(bottom + ROW * len(legend) + ROW // 2)
+    for panel, (model, whole) in zip(panels, models.items(), strict=True):
+        if panel.left == NAMES:
+            draw_names(pen, font, panel, list(runs))
+        draw_frame(pen, font, panel, model, whole, panel.y(len(runs)) - ROW // 2)
+        for row, outcomes_there in enumerate(runs.values()):
+            draw_outcome(pen, font, panel, row, outcomes_there.get(model), modes)
+    pen.text((20, 16), "share found, with 95 % intervals", PAPER, font, "lt")
+    draw_legend(pen, font, legend, names, bottom)
+    return picture
+
+
+def draw_names(pen: ImageDraw.ImageDraw, font: Font, panel: Panel,
+               runs: Sequence[tuple[str, str]]) -> None:
+    """Strategies, each once below a thin line, and budgets, at the left of a line of panels."""
+    for row, (prune, keep) in enumerate(runs):
+        if row == 0 or runs[row - 1][0] != prune:
+            y = panel.y(row) - ROW // 2
+            pen.line((20, y, WIDTH - RIGHT, y), BAND)
+            name = shortened(prune, NAMES - 110, lambda text: pen.textlength(text, font))
+            pen.text((20, panel.y(row)), name, PAPER, font, "lm")
+        pen.text((NAMES - 20, panel.y(row)), keep, PAPER, font, "rm")
+
+
+def draw_frame(pen: ImageDraw.ImageDraw, font: Font, panel: Panel, model: str, whole: dict | None,
+               bottom: float) -> None:
+    """The name of a model, a grid of accuracies, and all tokens if they were asked."""
+    if whole:
+        pen.rectangle((panel.x(whole["low"]), panel.top, panel.x(whole["high"]), bottom), BAND)
+    marks = ticks(panel.accuracy)
+    width = panel.right - panel.left
+    every = 1 if width / len(marks) > 50 else 2
+    for index, accuracy in enumerate(marks):
+        x = panel.x(accuracy)
+        pen.line((x, panel.top, x, bottom), GRID)
+        if index % every == 0:
+            pen.text((x, bottom + 10), f"{accuracy:.1f}", PAPER, font, "mt")
+    if whole:
+        x = panel.x(whole["accuracy"])
+        stroke(pen, [(x, panel.top), (x, bottom)], line_of("full"))
+    title = shortened(model, width + APART - 10, lambda text: pen.textlength(text, font))
+    pen.text((panel.left, panel.top - 12), title, PAPER, font, "ls")
+
+
+def draw_outcome(pen: ImageDraw.ImageDraw, font: Font, panel: Panel, row: int,
+                 outcome: Outcome | None, modes: Sequence[str]) -> None:
+    """A mark and its interval for each mode that prunes, one below the other."""
+    if outcome is None:
+        pen.text((panel.left + 12, panel.y(row)), "left out", FAINT, font, "lm")
+        return
+    pruned = [mode for mode in modes if mode != "full"]
+    for index, mode in enumerate(pruned):
+        if mode in outcome.rows:
+            found, style = outcome.rows[mode], line_of(mode)
+            y = panel.y(row) + mark_at(index, len(pruned))
+            pen.line((panel.x(found["low"]), y, panel.x(found["high"]), y), style.colour, 3)
+            marker(pen, (panel.x(found["accuracy"]), y), style, RADIUS)
+
+
+def mark_at(index: int, modes: int) -> float:
+    """How far below the middle of its row a mode has its mark, in pixels."""
+    return min(10, 24 / max(modes - 1, 1)) * (index - (modes - 1) / 2)
