@@ -2,7 +2,8 @@
 
 import pytest
 
-from nanogap.evaluate.score import is_hit, score, summary, table, wilson
+from nanogap.evaluate.score import PADDED, is_hit, score, summary, table, wilson
+from nanogap.models import MODELS
 
 TRUTH = (20.0, 0.0, 100.0, 70.0)   # in a picture of 200 x 100
 
@@ -39,6 +40,19 @@ def test_lmms_eval_takes_shares_of_the_square_for_shares_of_the_picture():
     """0.25 and 0.60 of the height of 100 are 25 and 60: half of the truth, which is 0 to 70."""
     box, iou = score("lmms-eval", "[0.10, 0.25, 0.50, 0.60]", TRUTH, TRUTH, 200, 100)
     assert box == pytest.approx((20, 25, 100, 60)) and iou == pytest.approx(0.5)
+
+
+def test_shikra_counts_in_the_padded_square_in_thousandths():
+    """200 x 100 pixels: 50 of padding above, so (20, 25, 100, 60) is at (75, 110) of 200 down."""
+    truth = (20.0, 25.0, 100.0, 60.2)
+    said, pixels = "Answer: [0.100,0.375,0.500,0.550] .", (20.0, 25.0, 100.0, 60.0)
+    parse = MODELS["shikra"].box_format.parse
+    assert PADDED.from_pixels(truth, 200, 100) == (0.1, 0.375, 0.5, 0.551)
+    box, overlap = score("shikra", said, pixels, truth, 200, 100, parse)
+    assert box == pixels and overlap == pytest.approx(0.175 / 0.176)
+    for bad in ("[0.100,0.375,0.500,0.550;0.1,0.1,0.2,0.2]", said + " [0.1,0.1,0.2,0.2]", "no"):
+        assert score("shikra", bad, pixels, truth, 200, 100, parse) == (None, 0.0)
+    assert not is_hit(0.5, "shikra") and is_hit(0.5, "pixels")
 
 
 def test_lmms_eval_reads_the_numbers_in_the_format_of_the_model():

@@ -9,7 +9,7 @@ is a little wider.
 from collections.abc import Callable, Sequence
 
 from nanogap.cli import visible
-from nanogap.image import Box, iou
+from nanogap.image import Box, Pad, iou
 from nanogap.prompt import Shares, parse_box
 
 # strategy, budget (a number, a share such as "25%"; None: the strategy's own), mode
@@ -18,10 +18,12 @@ Run = tuple[str, int | str | None, str]
 PROTOCOLS = {
     "pixels": "boxes in pixels of the original image, continuous areas, IoU >= 0.5",
     "minigpt": "as MiniGPT-v2 counts: pixels of the original image, sides + 1 pixel, IoU > 0.5",
+    "shikra": "as Shikra counts: thousandths of the padded square, one box to an answer, IoU > 0.5",
     "lmms-eval": "as lmms-eval counts: the numbers said are shares of the unpadded image, "
                  "IoU >= 0.5 (its question has other words, which are not used here)",
 }
 TIMES = ("prefill_ms", "decode_ms")
+PADDED = Pad()
 
 
 def score(protocol: str, text: str, box: Box | None, truth: Box, width: int, height: int,
@@ -30,9 +32,16 @@ def score(protocol: str, text: str, box: Box | None, truth: Box, width: int, hei
 
     box:    in pixels of the width x height image, padding taken off
     parse:  how the model's format of a box is read
-    source: eval_utils.py of MiniGPT-v2; lmms-eval compares the model's numbers with truth / (W, H),
-            which in pixels is the same IoU
+    source: eval_utils.py of MiniGPT-v2; rec.py of Shikra, which has no use for a model of another
+            frame than the padded square; lmms-eval compares the model's numbers with
+            truth / (W, H), which in pixels is the same IoU
     """
+    if protocol == "shikra":
+        said = parse(text)
+        if said is None or text.count("[") != 1 or ";" in text:
+            return None, 0.0
+        square = PADDED.from_pixels(truth, width, height)
+        return box, iou(said, [round(share, 3) for share in square])
     if protocol == "lmms-eval":
         said = parse(text)
         box = said and (said[0] * width, said[1] * height, said[2] * width, said[3] * height)
@@ -50,8 +59,8 @@ def with_last_pixel(box: Box) -> Box:
 
 
 def is_hit(iou: float, protocol: str) -> bool:
-    """Whether an IoU counts; only MiniGPT-v2 wants more than half."""
-    return iou > 0.5 if protocol == "minigpt" else iou >= 0.5
+    """Whether an IoU counts; MiniGPT-v2 and Shikra want more than half."""
+    return iou > 0.5 if protocol in ("minigpt", "shikra") else iou >= 0.5
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
