@@ -222,8 +222,12 @@ def test_each_model_has_a_panel_and_each_mode_its_mark_in_it():
     for panel in panels:
         for at in (0, 1):
             y = panel.y(at)
-            for mode, accuracy in (("shifted", 0.1), ("gap", 0.5)):
+            for index, (mode, accuracy) in enumerate((("shifted", 0.1), ("gap", 0.5))):
                 x = panel.x(accuracy)
+                middle = panel.y(at) + compare.mark_at(index, 2)
+                for beside in (-4, 4):
+                    there = int(x + beside), int(middle + 2)
+                    assert picture.getpixel(there) == colour_of(mode)
                 assert count(picture, mode, (x - 9, y - 20, x + 9, y + 20)) > 60
                 assert count(picture, mode, (x + 14, y - 20, panel.right, y + 20)) == 0
         title = (panel.left, panel.top - TITLE, panel.right, panel.top)
