@@ -72,7 +72,8 @@ def read_scores(path: Path) -> dict[str, float]:
     if not path.is_file():
         raise NanogapError(f"{path.parent} lacks {path.name}, of which tokenizer.json is made; "
                            "download it as well")
-    data = path.read_bytes()[:MOST_BYTES + 1]
+    with path.open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
     scores: dict[str, float] = {}
     try:
         for number, value in read_fields(data):
