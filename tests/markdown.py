@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 
+from nanogap.evaluate import compare
 from nanogap.evaluate.score import PROTOCOLS, summary, table
 from nanogap.gap import MODES
 from nanogap.prune import STRATEGIES
@@ -55,10 +56,10 @@ def commands(markdown: str) -> list[tuple[int, str]]:
 
 
 @functools.cache
-def help_of(target: str) -> str:
-    """What a script, or `-m module`, prints for --help."""
+def help_of(target: str, *recipe: str) -> str:
+    """What a script, or `-m module`, prints for --help; also that of one of its recipes."""
     said = io.StringIO()
-    with patch.object(sys, "argv", [target, "--help"]), contextlib.redirect_stdout(said), \
+    with patch.object(sys, "argv", [target, *recipe, "--help"]), contextlib.redirect_stdout(said), \
             contextlib.suppress(SystemExit), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")                       # that it was imported before
         if target.endswith(".py"):
@@ -91,7 +92,7 @@ def what_is_wrong_with(command: str) -> str | None:
         return f"there is no {target}"
     if target.startswith("tests."):
         return None
-    flags = set(re.findall(r"--[\w-]+", help_of(target)))
+    flags = set(re.findall(r"--[\w-]+", help_of(target, *words[:target == "nanogap.convert"])))
     flag, choices = None, {"--prune": STRATEGIES, "--mode": MODES}
     for word in words:
         flag = word if word.startswith("--") else flag
@@ -118,7 +119,13 @@ def broken_links(markdown: str) -> list[tuple[int, str]]:
 
 
 def is_the_evaluators(text: str) -> bool:
-    """Whether output begins as `nanogap.evaluate` does: on what, how counted, which columns."""
+    """Whether output begins as `nanogap.evaluate` does: on what, how counted, which columns.
+
+    Of several models only the comparison may stand here.
+    """
+    if text.startswith("Acc@0.5 with 95 % intervals"):
+        rows = compare.table([]).split("\n")
+        return text.startswith(rows[0]) and text.split("\n")[1].split()[:3] == rows[1].split()[:3]
     unknown = {"visual_tokens": 0, "mean_iou": 0, "no_box": 0}
     nothing = summary([], ("none", 0, "full"), "pixels") | unknown
     columns = table([nothing]).split("\n")[0].split()
