@@ -68,8 +68,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
              "position IDs; or, in quotes, a mix of these: "
              f"{'; '.join(mode for mode in MODES if ',' in mode)} (default: full shifted gap)")
     add("--layer", metavar="K", type=whole_number,
-        help="of fastv: the decoder's layer, from 1 on, before which it prunes (default: 2 of 32, "
-             "and as early in others)")
+        help="of fastv: the decoder's layer before which it prunes, counted from 0 (default: 2 of "
+             "32, and as early in others)")
     add("--clip", metavar="DIR", type=path_argument,
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--max-new-tokens", metavar="N", type=count_argument, default=MAX_NEW_TOKENS,
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @dataclass(frozen=True)
-class Query:
+class Asked:
     """All that the modes have in common."""
 
     model: VLM
@@ -113,7 +113,7 @@ def patience(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def load(args: argparse.Namespace) -> Query:
+def load(args: argparse.Namespace) -> Asked:
     """Load the model and encode the image; mistakes that need no model are found first."""
     if not args.expression.strip():
         raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
@@ -130,13 +130,13 @@ def load(args: argparse.Namespace) -> Query:
     most = choices(encoded, prune)
     keep = budget_of(args.keep, most)
     check(prune, most, keep)
-    return Query(model, image, encoded, prune, keep)
+    return Asked(model, image, encoded, prune, keep)
 
 
 # ----- ask ----------------------------------------------------------------------------------------
 
 
-def ask(args: argparse.Namespace, query: Query) -> dict[str, Result]:
+def ask(args: argparse.Namespace, query: Asked) -> dict[str, Result]:
     """The answer in each mode, in the order in which these were given."""
     with patience("warming up"):
         warm_up(query)
@@ -149,7 +149,7 @@ def ask(args: argparse.Namespace, query: Query) -> dict[str, Result]:
     return results
 
 
-def warm_up(query: Query) -> None:
+def warm_up(query: Asked) -> None:
     """Answer once before the clock runs, or the first mode would pay for what the others reuse."""
     if query.model.device.type == "cpu":
         query.model.ground(query.encoded, "warm up", "random", 1, "gap", max_new_tokens=1)
@@ -160,7 +160,7 @@ def warm_up(query: Query) -> None:
 # ----- show ---------------------------------------------------------------------------------------
 
 
-def show(args: argparse.Namespace, query: Query, results: dict[str, Result]) -> None:
+def show(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -> None:
     """Save the picture, and print the table or the document."""
     document = report(args, query, results)
     picture = draw_results(query.image, query.encoded, args.expression, query.prune, results)
@@ -169,7 +169,7 @@ def show(args: argparse.Namespace, query: Query, results: dict[str, Result]) -> 
         print(json.dumps(document))
         return
     print(f"{document['weights']} on {document['device']}, {document['dtype']}")
-    if args.weights.resolve() == MINI:
+    if args.weights.resolve().parent == MINI.parent and args.weights.name.startswith("mini"):
         print("These weights know drawn scenes only; "
               "for photographs see \"Real weights\" in README.md.")
     if args.explain:
@@ -186,7 +186,7 @@ def show(args: argparse.Namespace, query: Query, results: dict[str, Result]) -> 
     print(f"picture: {args.out}")
 
 
-def report(args: argparse.Namespace, query: Query, results: dict[str, Result]) -> dict:
+def report(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -> dict:
     """The JSON document; the table shows the same numbers."""
     full = results.get("full")
     runs = []

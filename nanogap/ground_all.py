@@ -118,17 +118,17 @@ def together(model: Model, image: EncodedImage, query: Query, prompts: Sequence[
     with torch.inference_mode():
         kept, _ = choose(model, image, query)
 
-        def lay_out(input_ids: Tensor) -> Layout:
+        def layout_of(input_ids: Tensor) -> Layout:
             P, A = model.around_image(input_ids)
             return gap.lay_out(kept.keep, P, image.n_visual, A, query.mode, kept.n_added)
 
-        questions = [Question(number, prompt[alike:].tolist(), lay_out(prompt))
+        questions = [Question(number, prompt[alike:].tolist(), layout_of(prompt))
                      for number, prompt in enumerate(prompts)]
         groups = [questions[i:i + TOGETHER] for i in range(0, len(questions), TOGETHER)]
         form = model.box_format.foretell(model.tokenizer) if drafts else ()
         most = max_new_tokens + max(map(len, form), default=0)
         room = max(sum(len(q.text) + most for q in group) for group in groups)
-        layout = lay_out(prompts[0][:alike])
+        layout = layout_of(prompts[0][:alike])
         x = model.embed(prompts[0][:alike], image, kept, layout.order)        # (1, S, C)
         cache = prefill(model.language_model, x, layout, room=room).cache
         row_bytes = cache.bytes_in_use() // x.shape[1]
@@ -200,7 +200,7 @@ def result(model: Model, image: EncodedImage, q: Question, times: dict, padding:
         padding, cut_off=not q.ended(model.end_tokens))
 
 
-def mask_of(owner: Tensor, place: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+def mask_of_lanes(owner: Tensor, place: Tensor, T: int, dtype: torch.dtype) -> Tensor:
     """Which of R rows the tokens in the last T see: (T, R), 0 where they do, else -inf.
 
     owner: (R,) the number of the question whose token is in a row, or ALL
@@ -224,7 +224,7 @@ class Lanes:
         device = cache.keys.device
         widest = max(map(len, form), default=1)
         self.few = ROWS.get(device.type, ROWS["cpu"]) // widest               # questions
-        self.owner = torch.full((cache.lengths[0],), ALL, device=device)      # (R,): see mask_of
+        self.owner = torch.full((cache.lengths[0],), ALL, device=device)   # (R,) or ALL
         self.place = torch.zeros_like(self.owner)                             # (R,)
 
     def step(self, questions: Sequence[Question]) -> list[Question]:
@@ -261,7 +261,7 @@ class Lanes:
         self.owner = torch.cat([self.owner, owner])                           # (R,)
         self.place = torch.cat([self.place, place])                           # (R,)
         x = decoder.embed_tokens(tokens)[None]                                # (1, T, C)
-        mask = mask_of(self.owner, self.place, len(new), x.dtype)
+        mask = mask_of_lanes(self.owner, self.place, len(new), x.dtype)
         hidden = decoder(x, position_ids, self.cache, mask=mask)[0]           # (T, C)
         parts = hidden.split([len(pairs) for pairs in fed])
         ends = [part[-1 - len(q.drafted.tokens):]

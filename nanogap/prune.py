@@ -411,11 +411,12 @@ def select(name: str, views: Sequence[View], budget: int | None, seed: int = 0) 
     sizes = [len(view.index) for view in views]
     check(name, sum(sizes), budget)
     shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes)
+    generator = torch.Generator().manual_seed(seed)      # one for all views: they differ
     used = []
     parts = []
     for view, share in zip(views, shares, strict=True):
         if share != 0:
-            kept = STRATEGIES[name](view.seen, share, torch.Generator().manual_seed(seed))
+            kept = STRATEGIES[name](view.seen, share, generator)
             check_kept(name, kept, view.seen, share)
             used.append(view)
             parts.append(kept)

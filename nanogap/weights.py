@@ -122,7 +122,8 @@ def family_of(folder: Path) -> type[VLM]:
         if os.path.isdir(folder):
             what = "has no config.json, so it is not a checkpoint"
         raise NanogapError(other_form(folder) or
-                           f"{folder} {what}; get the published weights with {DOWNLOAD}")
+                           f"{folder} {what}; get the published weights with {DOWNLOAD}, or take "
+                           "some that come with nanogap, such as weights/mini")
     config = read_json(folder / "config.json")
     found = config.get("model_type")
     if own_layout(config) and found not in MODELS:   # LLaVA's own has other names as well
@@ -269,7 +270,7 @@ def tensors_of(folder: Path, shapes: dict[str, torch.Size], device: torch.device
                 raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
                                    "another name")
             tensor = shard.get(name)
-            if tensor.dtype.itemsize == 1:
+            if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
                 refuse_other_form(path, name, tensor)
             if tensor.is_floating_point():
                 tensor = fitted(ours, tensor, shapes[ours])

@@ -13,7 +13,7 @@ import nanogap
 from nanogap import NanogapError, ground_all
 from nanogap.gap import MODES
 from nanogap.ground import Result
-from nanogap.ground_all import ALL, begin_alike, mask_of
+from nanogap.ground_all import ALL, begin_alike, mask_of_lanes
 from nanogap.llama import KVCache
 from nanogap.models import MODELS, VLM
 from nanogap.models.llava import Llava
@@ -140,7 +140,7 @@ def test_a_mask_by_hand_for_two_questions_behind_two_shared_rows():
     """Question 0 has one token, then a choice of two; question 1 has two tokens."""
     owner = torch.tensor([ALL, ALL, 0, 0, 0, 1, 1])
     place = torch.tensor([0, 0, 0, 1, 1, 0, 1])
-    sees = mask_of(owner, place, 5, torch.float32) == 0
+    sees = mask_of_lanes(owner, place, 5, torch.float32) == 0
     assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0, 0],
                                    [1, 1, 1, 1, 0, 0, 0],
                                    [1, 1, 1, 0, 1, 0, 0],

@@ -430,7 +430,17 @@ def test_a_budget_is_shared_out_in_proportion(budget: int, sizes: list[int], sha
     assert shared_out(budget, sizes) == shares
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+def test_views_of_one_size_do_not_lose_the_same_patches_by_lot():
+    """As the tiles of LLaVA-1.6: one generator draws for all of them."""
+    view = two_views()[0]
+    N = len(view.index)
+    both = [view, View(view.seen, view.index + N)]
+    first, second = prune.select("random", both, N, seed=3).keep.split(N // 2)
+    assert set(first.tolist()) != {index - N for index in second.tolist()}
+    assert first.tolist() == select("random", view.seen, N // 2, seed=3).keep.tolist()
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "random"])
 def test_what_is_kept_of_two_views_is_what_is_kept_of_each(name: str):
     """Its indices are those of the image; view follows view, and what is added goes last."""
     views = two_views()

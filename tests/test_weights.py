@@ -199,6 +199,9 @@ def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
 # ----- a folder that is none ----------------------------------------------------------------------
 
 
+SHIPPED = ", or take some that come with nanogap, such as weights/mini"
+
+
 def test_where_there_is_no_folder_the_error_holds_the_command_that_gets_one(tmp_path: Path):
     path = tmp_path / "weights"
     assert refusal(path) == f"{path} is not a folder; get the published weights with {DOWNLOAD}"
@@ -207,7 +210,7 @@ def test_where_there_is_no_folder_the_error_holds_the_command_that_gets_one(tmp_
 def test_a_folder_without_config_is_not_a_checkpoint(tmp_path: Path):
     assert refusal(tmp_path) == (
         f"{tmp_path} has no config.json, so it is not a checkpoint; "
-        f"get the published weights with {DOWNLOAD}")
+        f"get the published weights with {DOWNLOAD}{SHIPPED}")
 
 
 def test_a_folder_without_tensors_says_where_to_get_them(folder: Path):

@@ -290,8 +290,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mode", nargs="+", choices=MODES, metavar="MODE",
         help=f"any of {'; '.join(MODES)} (default: the first four)")
     add("--layer", type=whole_number, metavar="K",
-        help="of fastv: the decoder's layer before which it prunes (default: 2 of 32, and as early "
-             "in others)")
+        help="of fastv: the decoder's layer before which it prunes, counted from 0 (default: 2 of "
+             "32, and as early in others)")
     add("--max-new-tokens", type=count_argument, default=MAX_NEW_TOKENS, metavar="N",
         help="an answer is cut off there (default: %(default)s)")
     add("--clip", type=path_argument, metavar="DIR",

@@ -287,6 +287,6 @@ def refuse_other_form(path: Path, name: str, tensor: Tensor) -> None:
         if re.search(pattern, name):
             raise NanogapError(f"{path.parent} {says.format(folder=path.parent)} "
                                f"({path.name}: {printable(name)})")
-    if tensor.dtype.itemsize == 1:                       # numbers of 8 bits
+    if tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:   # numbers of 8 bits
         raise NanogapError(f"{path.parent} {QUANTISED} ({path.name}: {printable(name)} is "
                            f"{tensor.dtype})")

@@ -204,6 +204,7 @@ def spoken(template: str) -> str:
     """The text in a template: what stands outside its tags, and in quotes within them."""
     said = [TAG.sub(" ", template)]
     for tag in TAG.findall(template):
-        if tag.startswith("{{") and "raise_exception" not in tag or re.match(r"\{%-?\s*set\b", tag):
+        speaks = tag.startswith("{{") and "raise_exception" not in tag
+        if speaks or re.match(r"\{%-?\s*set\b", tag):
             said += [first or second for first, second in QUOTED.findall(tag)]
     return " ".join(said).replace("\\n", " ")

@@ -49,7 +49,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def finite(fields: dict[str, Tensor], dtype: torch.dtype) -> None:
+def check_finite(fields: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Refuse numbers that no strategy could rank: it is the weights that made them."""
     for name, field in fields.items():
         if not bool(field.isfinite().all()):
@@ -95,7 +95,7 @@ class VLM(nn.Module):
     language_model: LlamaForCausalLM
     tokenizer: Tokenizer
 
-    ground = plainly(ground)                   # the method, as model.ground(image, expression, ...)
+    ground = plainly(ground)                   # as model.ground(image, expression, ...)
     ground_all = plainly(ground_all)           # many expressions at once
     describe = plainly(describe)
 
@@ -231,7 +231,7 @@ class VLM(nn.Module):
         image = ready(image)
         start = self.clock()
         encoded = self.encode_pixels(self.pixel_values(image), *image.size)
-        finite({"features": encoded.features}, self.dtype)
+        check_finite({"features": encoded.features}, self.dtype)
         self.see(encoded, set(needs) - {"text"}, "")
         return replace(encoded, vision_ms=self.clock() - start, share=share, seen_by=self.state())
 
@@ -241,7 +241,7 @@ class VLM(nn.Module):
         """The views of a picture, each with what a strategy needs to see and nothing else."""
         views = []
         text = {"text": self.embed_text(expression)} if "text" in needs else {}
-        finite(text, self.dtype)
+        check_finite(text, self.dtype)
         for i, view in enumerate(image.views):
             known = view.seen.fields
             missing = set(needs) - set(known) - {"text"}
@@ -250,7 +250,7 @@ class VLM(nn.Module):
             if "aligned" in missing:
                 known["aligned"] = self.align(view.seen.features)
             known |= self.fields(image, i, missing)
-            finite({name: known[name] for name in missing}, self.dtype)
+            check_finite({name: known[name] for name in missing}, self.dtype)
             fields = {name: value for name, value in known.items() if name in needs}
             views.append(replace(view, seen=replace(view.seen, fields=fields | text)))
         return views
@@ -285,7 +285,7 @@ class VLM(nn.Module):
         return places[0], len(input_ids) - places[0] - 1
 
     def embed(self, input_ids: Tensor, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
-        """The prompt with what is kept in the place of its image token: (1, P + K + M + A, C).
+        """The prompt with what is kept in the place of its image token: (1, P + K + M + A, C').
 
         order: (K,) which of the kept tokens comes where, as gap.lay_out says
         """
@@ -305,7 +305,7 @@ class VLM(nn.Module):
         return self.project(features)
 
     def splice(self, input_ids: Tensor, visual: Tensor) -> Tensor:
-        """Put visual tokens (K, C) in the image token's place: embeddings (1, P + K + A, C)."""
+        """Put visual tokens (K + M, C') in the image token's place: (1, P + K + M + A, C')."""
         P, _ = self.around_image(input_ids)
         embed_tokens = self.language_model.model.embed_tokens
         input_ids = input_ids.to(self.device)

@@ -204,7 +204,7 @@ class Llava(VLM):
             bos_token=integer(section(config, "text_config"), "bos_token_id", 1, most, 0),
             eos_token=ends[0], other_ends=ends[1:],
             image_mean=pixels.mean, image_std=pixels.std,
-            dtype=str(config.get("torch_dtype") or config.get("dtype")))
+            dtype=str(config.get("torch_dtype") or config.get("dtype") or ""))
 
     def write_config(self, folder: Path, dtype: str) -> None:
         """config.json as the hub has it, every key spelled out, and the two files beside it."""

@@ -219,7 +219,7 @@ class MiniGPT(VLM):
             image_token=integer(config, "image_token_index", decoder.vocab_size, HUGE, 0),
             bos_token=integer(text, "bos_token_id", 1, decoder.vocab_size - 1, 0),
             eos_token=ends[0], other_ends=ends[1:],
-            dtype=str(config.get("torch_dtype") or config.get("dtype")))
+            dtype=str(config.get("torch_dtype") or config.get("dtype") or ""))
 
     def write_config(self, folder: Path, dtype: str) -> None:
         """config.json, every key spelled out, and generation_config.json."""

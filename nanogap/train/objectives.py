@@ -237,7 +237,8 @@ def box_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
 def decimal_places(tokens: Sequence[str]) -> list[int]:
     """Which place of a number each token of a box is: 1 for tenths, 2 hundredths; 0 for the rest.
 
-    In "[0.12" these are the digits behind the point, in "{<12>" (of a hundred) both.
+    In "[0.12" these are the digits behind the point, in "{<12>" (of a hundred) both; the only digit
+    of "{<7>" counts as tenths.
     """
     text = "".join(tokens)
     places = [0] * (len(text) + 1)
@@ -402,8 +403,8 @@ def read_sharing(model: VLM, said: Sequence[Conversation],
     return torch.cat(logits), torch.cat(targets), torch.cat(weights)
 
 
-def first_answer(one: Conversation) -> int:
-    """Where in its tokens the first answer begins."""
+def first_weighted(one: Conversation) -> int:
+    """Where in its tokens the first stands that counts in the loss."""
     return next(at for at, weight in enumerate(one.weights) if weight > 0)
 
 
@@ -414,9 +415,10 @@ def read_kind(model: VLM, said: Sequence[Conversation], past: SharedPast, P: int
     past: the images, and the P tokens before them; start: the position ID that comes next
     """
     decoder, device = model.language_model.model, model.device
-    # what all questions begin with is run once for each image
+    # what all questions begin with is run once for each image; the token before the first one that
+    # counts must stay in the rest, for its logits foretell it (commonprefix takes any sequences)
     texts = [one.tokens[P + 1:] for one in said]
-    shared = min(len(os.path.commonprefix(texts)), *(first_answer(one) - P - 2 for one in said))
+    shared = min(len(os.path.commonprefix(texts)), *(first_weighted(one) - P - 2 for one in said))
     head = torch.tensor(texts[0][:shared], device=device)                     # (shared,)
     below_head = past.below(torch.arange(past.sequences, device=device))
     x = decoder.embed_tokens(head).expand(past.sequences, -1, -1)             # (B, shared, C')
