@@ -204,7 +204,8 @@ SHIPPED = ", or take some that come with nanogap, such as weights/mini"
 
 def test_where_there_is_no_folder_the_error_holds_the_command_that_gets_one(tmp_path: Path):
     path = tmp_path / "weights"
-    assert refusal(path) == f"{path} is not a folder; get the published weights with {DOWNLOAD}"
+    assert refusal(path) == (
+        f"{path} is not a folder; get the published weights with {DOWNLOAD}{SHIPPED}")
 
 
 def test_a_folder_without_config_is_not_a_checkpoint(tmp_path: Path):
