@@ -1,12 +1,24 @@
 """What several test files ask."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from PIL import Image
 
 import nanogap
 from nanogap.models.llava import Llava
+from nanogap.prune import STRATEGIES
 from tests.tiny import tiny_config, write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def strategies_as_they_were() -> Iterator[None]:
+    """Strategies that a test enters are gone after it."""
+    before = dict(STRATEGIES)
+    yield
+    STRATEGIES.clear()
+    STRATEGIES.update(before)
 
 
 @pytest.fixture(scope="module")
