@@ -439,3 +439,12 @@ def test_an_interrupt_at_any_time_is_one_line_or_nothing(seconds: float, place: 
         _, said = process.communicate(timeout=60)
         assert process.returncode in (130, 0, -2)
         assert "Traceback" not in said and len(said.splitlines()) <= 4       # progress, and no more
+
+
+def test_what_a_killed_training_left_goes_when_the_next_one_is_written(tmp_path: Path):
+    left = tmp_path / ".0123abcd.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half of it")
+    with output.whole_checkpoint("--out", tmp_path) as folder:
+        (folder / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -188,11 +188,20 @@ def whole_folder(flag: str, folder: Path) -> Iterator[Path]:
     """
     for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
-    partial = beside(folder)
+    with unfinished(flag, folder, beside(folder)) as partial:
+        yield partial
+        partial.replace(folder)
+
+
+@contextmanager
+def unfinished(flag: str, folder: Path, partial: Path) -> Iterator[Path]:
+    """A new folder of what is not yet in its place; nothing of it is left in the end.
+
+    raises: NanogapError about `folder` for whatever cannot be written
+    """
     try:
         partial.mkdir()
         yield partial
-        partial.replace(folder)
     except NanogapError:
         raise
     except Exception as error:           # safetensors and tokenizers have their own for a full disk
@@ -240,20 +249,15 @@ def standing(folder: Path) -> list[str]:
 def whole_checkpoint(flag: str, folder: Path) -> Iterator[Path]:
     """A folder to write a checkpoint to, whose files come into `folder` at the end, or none does.
 
-    config.json comes last: without it a folder is no checkpoint.
+    config.json comes last: without it a folder is no checkpoint.  What a process left that was
+    killed in here goes first, so claim the folder before.
     """
-    partial = folder / f".{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir()
+    for left in folder.glob(".*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    with unfinished(flag, folder, folder / f".{secrets.token_hex(4)}.partial") as partial:
         yield partial
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             target = folder / path.name
             if target.is_dir():          # of a process that was killed in this very loop
                 shutil.rmtree(target)
             path.replace(target)
-    except NanogapError:
-        raise
-    except Exception as error:           # safetensors and tokenizers have their own for a full disk
-        raise unwritable(flag, folder, error, "folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
