@@ -248,12 +248,18 @@ def sizes(part: dict, default: CLIPVisionConfig | CLIPTextConfig,
 
 def read_vision(config: dict) -> CLIPVisionConfig:
     """The vision tower's part of config.json."""
-    vision = section(config, "vision_config")
-    require_all(vision, VISION)
     default = VIT_B_32 if "vision_config" in config else CLIPVisionConfig()
+    return read_tower(section(config, "vision_config"), VISION, default)
+
+
+def read_tower(vision: dict, required: dict[str, tuple],
+               default: CLIPVisionConfig) -> CLIPVisionConfig:
+    """The sizes of a vision tower; what is missing is the default's."""
+    require_all(vision, required)
     high = {"num_hidden_layers": LAYERS, "image_size": 1 << 12, "patch_size": 1 << 12}
     read = CLIPVisionConfig(**sizes(vision, default, high),
-                            layer_norm_eps=number(vision, "layer_norm_eps", 1e-5))
+                            layer_norm_eps=number(vision, "layer_norm_eps",
+                                                  default.layer_norm_eps))
     if read.hidden_size % read.num_attention_heads or read.image_size < read.patch_size:
         raise NanogapError(f"config.json: vision_config makes no sense: {read}")
     return read

@@ -39,15 +39,13 @@ from nanogap.cli import NanogapError
 from nanogap.clip import CLIPVisionConfig
 from nanogap.config import (
     HUGE,
-    LAYERS,
     integer,
-    number,
     read_decoder,
     read_json,
+    read_tower,
     refuse_quantised,
     require_all,
     section,
-    sizes,
     write_json,
 )
 from nanogap.files.settings import read_ends
@@ -215,7 +213,7 @@ class MiniGPT(VLM):
         decoder = read_decoder(text)
         ends = read_ends(folder, config, text, decoder.vocab_size)
         return MiniGPTConfig(
-            decoder, read_eva(vision),
+            decoder, read_tower(vision, VISION, VIT_G_14),
             image_token=integer(config, "image_token_index", decoder.vocab_size, HUGE, 0),
             bos_token=integer(text, "bos_token_id", 1, decoder.vocab_size - 1, 0),
             eos_token=ends[0], other_ends=ends[1:],
@@ -233,14 +231,3 @@ class MiniGPT(VLM):
             "vision_config": vision, "torch_dtype": dtype})
         write_json(folder / "generation_config.json",
                    {"bos_token_id": c.bos_token, "eos_token_id": [c.eos_token, *c.other_ends]})
-
-
-def read_eva(vision: dict) -> CLIPVisionConfig:
-    """The vision tower's part of config.json."""
-    require_all(vision, VISION)
-    high = {"num_hidden_layers": LAYERS, "image_size": 1 << 12, "patch_size": 1 << 12}
-    read = CLIPVisionConfig(**sizes(vision, VIT_G_14, high),
-                     layer_norm_eps=number(vision, "layer_norm_eps", 1e-6))
-    if read.hidden_size % read.num_attention_heads or read.image_size < read.patch_size:
-        raise NanogapError(f"config.json: vision_config makes no sense: {read}")
-    return read
