@@ -143,7 +143,7 @@ class Model(Protocol):
 
     def to_pixels(self, box: Any, width: int, height: int) -> Box: ...
 
-    def clock(self) -> float: ...
+    def clock_ms(self) -> float: ...
 
 
 def ground(model: Model, image: Image.Image | str | Path | EncodedImage, expression: str,
@@ -170,7 +170,7 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
     check_whole("max_new_tokens", max_new_tokens, 1)
     image = model.encode_image(image, query.needs())
     with torch.inference_mode():                                              # no_grad, but faster
-        start = model.clock()
+        start = model.clock_ms()
         input_ids = model.encode_question(question or model.question(expression))
         P, A = model.around_image(input_ids)
         model.check_length(P + image.n_visual + A + max_new_tokens)
@@ -179,7 +179,7 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
         x = model.embed(input_ids, image, kept, layout.order)                 # (1, T, C)
         form = model.box_format.foretell(model.tokenizer) if drafts else ()
         prompt = read(model, image, x, layout, cuts, form, max_new_tokens)
-        prefilled = model.clock()
+        read_at = model.clock_ms()
         tokens = []
         for token in (decode_drafted(prompt, max_new_tokens, model.end_tokens, form) if drafts
                       else decode(prompt, max_new_tokens, model.end_tokens)):
@@ -187,8 +187,8 @@ def ground(model: Model, image: Image.Image | str | Path | EncodedImage, express
             if on_token is not None:
                 on_token(token)
         text = model.tokenizer.decode(tokens)
-    timings = {"vision_ms": image.vision_ms, "prefill_ms": prefilled - start,
-               "decode_ms": model.clock() - prefilled, "new_tokens": len(tokens),
+    timings = {"vision_ms": image.vision_ms, "prefill_ms": read_at - start,
+               "decode_ms": model.clock_ms() - read_at, "new_tokens": len(tokens),
                "passes": prompt.passes}
     layout = prompt.layout
     return Result(

@@ -83,7 +83,7 @@ def ground_all(model: Model, image: Image.Image | str | Path | EncodedImage,
     image = model.encode_image(image, query.needs())
     if not expressions:
         return []
-    start = model.clock()
+    start = model.clock_ms()
     prompts = [model.encode_question(model.question(expression)) for expression in expressions]
     for prompt in prompts:
         model.check_length(len(prompt) - 1 + image.n_visual + max_new_tokens)
@@ -133,15 +133,15 @@ def together(model: Model, image: EncodedImage, query: Query, prompts: Sequence[
         cache = prefill(model.language_model, x, layout, room=room).cache
         row_bytes = cache.bytes_in_use() // x.shape[1]
         lanes = Lanes(model.language_model, cache, form, max_new_tokens, model.end_tokens)
-        prefill_ms = model.clock() - start
+        prefill_ms = model.clock_ms() - start
         for group in groups:
-            begun = model.clock()
+            begun = model.clock_ms()
             unanswered = lanes.step(group)                                    # reads their texts
-            prefill_ms += model.clock() - begun
+            prefill_ms += model.clock_ms() - begun
             while unanswered:
                 unanswered = lanes.step(unanswered)
             lanes.retain(x.shape[1], [])
-        decode_ms = model.clock() - start - prefill_ms
+        decode_ms = model.clock_ms() - start - prefill_ms
     times = {"vision_ms": image.vision_ms, "prefill_ms": prefill_ms / len(questions),
              "decode_ms": decode_ms / len(questions)}
     padding = image.padding(kept.keep)

@@ -36,7 +36,7 @@ from nanogap.prune import Kept, View, VisualTokens, check, ranked, select, strat
 PUBLISHED_LAYERS = 32   # of the decoder for which the methods give their layers
 FASTV_LAYER = 2         # FastV's K, of so many
 SPARSE_LAYERS = (3, 7, 16)   # SparseVLM prunes what layers 2, 6 and 15 give out, counted from 0
-SPARSE_TOKENS = 576
+PUBLISHED_TOKENS = 576       # LLaVA-1.5's, for which SparseVLM gives its budgets
 SPARSE_BUDGETS = {      # what its code calls a budget: tokens kept at each cut, without those added
     "sparsevlm": {
         192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
@@ -193,7 +193,7 @@ def plan(name: str, N: int, budget: int | None, layers: int,
         return [(before, max(1, N // 2 ** (i + 1)) if halves else None)
                 for i, before in enumerate(at)]
     published = SPARSE_BUDGETS.get(name, {})
-    if (N, layers) == (SPARSE_TOKENS, PUBLISHED_LAYERS) and budget in published:
+    if (N, layers) == (PUBLISHED_TOKENS, PUBLISHED_LAYERS) and budget in published:
         return list(zip(at, published[budget], strict=True))
 
     def cuts(size: float) -> list[tuple[int, int]]:
@@ -209,7 +209,7 @@ def plan(name: str, N: int, budget: int | None, layers: int,
         raise NanogapError(f"{name} cannot keep {budget} of {N} visual tokens in the mean over "
                            f"{layers} layers, of which {at[0]} see all: keep from "
                            f"{ceil(lowest)} to {N}")
-    return list(cuts(largest(lambda size: mean(size) <= budget, SPARSE_TOKENS)))
+    return list(cuts(largest(lambda size: mean(size) <= budget, PUBLISHED_TOKENS)))
 
 
 def largest(fits: Callable[[float], bool], high: float) -> float:
@@ -232,8 +232,8 @@ def shares_of(name: str, size: float, share: float, count: int) -> list[float]:
     published = SPARSE_BUDGETS.get(name)
     if published is None:
         return [size ** (i + 1) for i in range(count)]
-    nearest = min(published, key=lambda own: abs(own / SPARSE_TOKENS - share))
-    return [size * kept / SPARSE_TOKENS for kept in published[nearest][:count]]
+    nearest = min(published, key=lambda own: abs(own / PUBLISHED_TOKENS - share))
+    return [size * kept / PUBLISHED_TOKENS for kept in published[nearest][:count]]
 
 
 def where(name: str, layers: int, layer: int | None) -> list[int]:

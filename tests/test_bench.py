@@ -108,9 +108,9 @@ def test_several_questions_are_asked_one_by_one_and_together(capsys, tiny, monke
 def test_answers_a_second_count_all_questions(tiny, monkeypatch):
     """By a clock that goes on by 2 milliseconds whenever it is asked."""
     model, ticks = nanogap.load(tiny, "cpu"), iter(range(0, 1000, 2))
-    monkeypatch.setattr(Llava, "ground", lambda *_, **__: model.clock())
+    monkeypatch.setattr(Llava, "ground", lambda *_, **__: model.clock_ms())
     monkeypatch.setattr(Llava, "ground_all", lambda *_, **__: None)
-    monkeypatch.setattr(Llava, "clock", lambda _: next(ticks))
+    monkeypatch.setattr(Llava, "clock_ms", lambda _: next(ticks))
     assert bench.many_times(model, bench.WHOLE, 2) == {
         "one_by_one_per_s": 7 / 0.016, "ground_all_per_s": 7 / 0.002}
 

@@ -140,11 +140,11 @@ def pass_bytes(model: VLM, kv_bytes: int) -> int:
 def our_times(model: VLM, run: Run, new: int) -> dict:
     """One question without drafts and once more with them: milliseconds, tokens and bytes."""
     prune, keep, mode = run
-    start = model.clock()
+    start = model.clock_ms()
     result = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new, drafts=False)
-    between = model.clock()
+    between = model.clock_ms()
     drafted = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new)
-    end = model.clock()
+    end = model.clock_ms()
     took = result.timings
     return {"vision_ms": took["vision_ms"], "prefill_ms": took["prefill_ms"],
             "first_token_ms": took["vision_ms"] + took["prefill_ms"],
@@ -157,12 +157,12 @@ def many_times(model: VLM, run: Run, new: int) -> dict:
     """Several questions about one picture, which is encoded before: answers a second."""
     prune, keep, mode = run
     image = model.encode_image(IMAGE, share=True)
-    start = model.clock()
+    start = model.clock_ms()
     for expression in QUESTIONS:
         model.ground(image, expression, prune, keep, mode, max_new_tokens=new)
-    between = model.clock()
+    between = model.clock_ms()
     model.ground_all(image, QUESTIONS, prune, keep, mode, max_new_tokens=new)
-    end = model.clock()
+    end = model.clock_ms()
     return {"one_by_one_per_s": 1000 * len(QUESTIONS) / (between - start),
             "ground_all_per_s": 1000 * len(QUESTIONS) / (end - between)}
 

@@ -74,24 +74,24 @@ def peer_times(peer: Any, model: VLM, image: Image.Image, expression: str, new: 
     Tokens and pixels are prepared within these times, as they are in ours.
     """
     n_visual = model.encode_image(image).n_visual
-    at = [model.clock()]
+    at = [model.clock_ms()]
     peer.model.get_image_features(pixel_values=model.prepare_image(image))
-    at.append(model.clock())
+    at.append(model.clock_ms())
     ids = prompt(model, expression, n_visual)
     out = peer(input_ids=ids, pixel_values=model.prepare_image(image), use_cache=True,
                logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)                        # (1, 1)
     token.item()
-    at.append(model.clock())
+    at.append(model.clock_ms())
     for _ in range(new - 1):
         name = "cache" if "cache" in out else "past_key_values"   # since 5.24, and before
         out = peer(input_ids=token, use_cache=True, **{name: out[name]})
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         token.item()                                  # as generation does to look for its end
-    at.append(model.clock())
+    at.append(model.clock_ms())
     ids = prompt(model, expression, n_visual)
     model.tokenizer.decode(generate(peer, ids, model.prepare_image(image), new))
-    at.append(model.clock())
+    at.append(model.clock_ms())
     vision, first, passes, box = (after - before for before, after in pairwise(at))
     return {"vision_ms": vision, "prefill_ms": first - vision, "first_token_ms": first,
             "pass_ms": passes / max(new - 1, 1), "box_ms": box}

@@ -138,7 +138,7 @@ class VLM(nn.Module):
                                  for w in weights])
         return self.device, self.dtype, sum(changes), tuple(numbers.tolist())
 
-    def clock(self) -> float:
+    def clock_ms(self) -> float:
         """Milliseconds, after all that its device has been asked to do is done."""
         return 1000 * clock(self.device)
 
@@ -229,11 +229,12 @@ class VLM(nn.Module):
                                    "changed: call model.encode_image on the picture again")
             return image
         image = ready(image)
-        start = self.clock()
+        start = self.clock_ms()
         encoded = self.encode_pixels(self.pixel_values(image), *image.size)
         check_finite({"features": encoded.features}, self.dtype)
         self.see(encoded, set(needs) - {"text"}, "")
-        return replace(encoded, vision_ms=self.clock() - start, share=share, seen_by=self.state())
+        return replace(encoded, vision_ms=self.clock_ms() - start, share=share,
+                       seen_by=self.state())
 
     @torch.inference_mode(False)
     @torch.no_grad()
