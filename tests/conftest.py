@@ -1,6 +1,8 @@
 """What several test files ask."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +37,15 @@ def picture() -> Image.Image:
     generator = torch.Generator().manual_seed(4)
     levels = torch.randint(0, 256, (60 * 40 * 3,), generator=generator, dtype=torch.uint8)
     return Image.frombytes("RGB", (60, 40), bytes(levels.tolist()))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint that stays as it is."""
+    return write_checkpoint(tmp_path_factory.mktemp("whole") / "tiny")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed or broken."""
+    return shutil.copytree(whole, tmp_path / "tiny")

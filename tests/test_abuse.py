@@ -6,7 +6,6 @@ Out: no traceback, no second of computing, no gigabyte.  What was found this way
 
 import json
 import random
-import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from nanogap.models.llava import Llava
 from nanogap.prompt import format_box, parse_box
 from nanogap.weights import DOWNLOAD, load_into
 from tests.test_weights import CPU, refusal, set_header, set_key
-from tests.tiny import write_checkpoint, write_shards, write_tensors
+from tests.tiny import write_shards, write_tensors
 
 PICTURE = Image.new("RGB", (40, 30), "orange")
 
@@ -104,17 +103,6 @@ def most_memory() -> int:
 
 
 # ----- files --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("whole") / "tiny")
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be broken."""
-    return shutil.copytree(whole, tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("name, count", [

@@ -27,20 +27,9 @@ from nanogap.files.pickles import look_through
 from nanogap.files.tokenizer import read_tokenizer
 from nanogap.models.llava import Llava
 from tests.test_weights import edit, logits, refusal
-from tests.tiny import tiny_config, tiny_tensors, write_checkpoint, write_shards, write_tensors
+from tests.tiny import tiny_config, tiny_tensors, write_shards, write_tensors
 
 ROWS = 640
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("whole") / "tiny")
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to be changed."""
-    return shutil.copytree(whole, tmp_path / "tiny")
 
 
 def put(folder: Path, file: str, **keys: object) -> None:

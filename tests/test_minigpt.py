@@ -53,7 +53,7 @@ from tests.reference.make_minigpt import (
 )
 from tests.reference.make_reference import VOCABULARY
 from tests.test_reference import PUBLISHED, assert_same, live, needs_published
-from tests.tiny import write_tensors
+from tests.tiny import write_finder, write_tensors
 
 READS_WORDS = [name for name in STRATEGIES if needs_of(name) & {"text", "aligned"}]
 
@@ -533,25 +533,7 @@ BOX = "{<10><25><50><60>}"
 @pytest.fixture(scope="module")
 def finder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that answers every question with BOX, one token, and stops."""
-    model = nanogap.load(folder)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    whole = json.loads(model.tokenizer.to_str())
-    token = whole["model"]["vocab"][BOX] = model.config.text.vocab_size - 1
-    model.tokenizer = Tokenizer.from_str(json.dumps(whole))
-    decoder, head = model.language_model.model, model.language_model.lm_head.weight
-    decoder.norm.weight.fill_(1)
-    embed = decoder.embed_tokens.weight
-    head.zero_()
-    for layer in decoder.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-    for step, (said, following) in enumerate([(int(model.prompt("x")[-1]), token), (token, 2)]):
-        embed[said] = torch.eye(embed.shape[1])[step]
-        head[following, step] = 1
-    out = tmp_path_factory.mktemp("finder")
-    weights.save(out, model, torch.float32)
-    return out
+    return write_finder(folder, tmp_path_factory.mktemp("finder"), BOX)
 
 
 @pytest.fixture

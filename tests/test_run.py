@@ -15,7 +15,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch.nn.modules.module import register_module_forward_hook
 
 import nanogap
@@ -27,7 +26,7 @@ from nanogap.explain import columns
 from nanogap.files.output import save_picture
 from nanogap.gap import MODES
 from nanogap.prune import STRATEGIES, budget_of
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_finder
 
 ROOT = Path(run.__file__).parent
 BOX = "[0.10, 0.25, 0.50, 0.60]"
@@ -41,25 +40,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that answers every question with BOX, one token, and stops."""
-    model = nanogap.load(weights)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    spelled = json.loads(model.tokenizer.to_str())
-    token = spelled["model"]["vocab"][BOX] = model.config.text.vocab_size - 1
-    model.tokenizer = Tokenizer.from_str(json.dumps(spelled))
-    decoder, head = model.language_model.model, model.language_model.lm_head.weight
-    decoder.norm.weight.fill_(1)
-    embed = decoder.embed_tokens.weight
-    head.zero_()
-    for layer in decoder.layers:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-    for step, (said, following) in enumerate([(int(model.prompt("x")[-1]), token), (token, 2)]):
-        embed[said] = torch.eye(embed.shape[1])[step]
-        head[following, step] = 1
-    folder = tmp_path_factory.mktemp("finder")
-    checkpoints.save(folder, model, torch.float32)
-    return folder
+    return write_finder(weights, tmp_path_factory.mktemp("finder"), BOX)
 
 
 @pytest.fixture

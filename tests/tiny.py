@@ -183,3 +183,28 @@ def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: st
         (folder / "model.safetensors").unlink()
         write_shards(folder, tensors, shards)
     return folder
+
+
+def write_finder(folder: Path, out: Path, answer: str) -> Path:
+    """A checkpoint that answers every question with a text, one token, and stops.
+
+    folder: of a tiny one, which it is made of
+    """
+    model = weights.load(folder, "cpu", "float32")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    spelled = json.loads(model.tokenizer.to_str())
+    token = spelled["model"]["vocab"][answer] = model.config.text.vocab_size - 1
+    model.tokenizer = Tokenizer.from_str(json.dumps(spelled))
+    decoder, head = model.language_model.model, model.language_model.lm_head.weight
+    decoder.norm.weight.fill_(1)
+    embed = decoder.embed_tokens.weight
+    head.zero_()
+    for layer in decoder.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    for step, (said, following) in enumerate([(int(model.prompt("x")[-1]), token), (token, 2)]):
+        embed[said] = torch.eye(embed.shape[1])[step]
+        head[following, step] = 1
+    weights.save(out, model, torch.float32)
+    return out
