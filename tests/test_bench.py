@@ -21,6 +21,7 @@ from nanogap.llama import KVCache, LlamaConfig
 from nanogap.models.llava import Llava
 
 CPU = torch.device("cpu")
+MINI_NEXT = Path(__file__).parent.parent / "weights" / "mini-next"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 MINI = Path(__file__).resolve().parent.parent / "weights" / "mini"
 
@@ -156,9 +157,19 @@ def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_agreement_one_after_the_other(capsys, tiny):
+def test_a_peer_that_sees_tiles_is_told_how_large_the_picture_is(capsys):
     pytest.importorskip("transformers")
-    said, _ = document(capsys, "--weights", str(tiny), "--agree")
+    said, _ = document(capsys, "--weights", str(MINI_NEXT),
+                       "--against", "transformers")
+    assert said["theirs"]["same_tokens"] and said["theirs"]["box_ms"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tiny", "mini-next"])
+def test_agreement_one_after_the_other(capsys, tiny, name: str):
+    pytest.importorskip("transformers")
+    folder = tiny if name == "tiny" else MINI_NEXT
+    said, _ = document(capsys, "--weights", str(folder), "--agree")
     assert said["same_argmax"] == said["logits"] > 16 and said["same_tokens"]
     assert said["largest_difference"] <= 2e-5 * said["largest_logit"]
 

@@ -30,12 +30,13 @@ from nanogap.bench.graph import GraphedDecoder
 from nanogap.bench.machine import first_use, limits, processor, read_files
 from nanogap.bench.peer import (
     agree,
-    check_peer,
     generate,
     load_peer,
     peer_times,
     prompt,
+    seen,
     their_class,
+    their_library,
 )
 from nanogap.bench.sizes import SIZES, count_parameters, random_model, save_random
 from nanogap.cli import (
@@ -102,7 +103,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.random and not args.save and (args.against or args.agree):
         raise NanogapError("transformers reads weights from a folder: add --save DIR")
     if args.against or args.agree:
-        their_class()
+        their_library()
     if args.new < 2 or args.rounds < 1:
         raise NanogapError("nothing would be measured: give --new 2 and --rounds 1 at least")
 
@@ -224,7 +225,7 @@ def get_peer(args: argparse.Namespace, folder: Path, model: VLM) -> tuple[Any, d
         lambda peer: peer_times(peer, model, IMAGE, EXPRESSION, args.new), model.device)
     said = model.ground(IMAGE, EXPRESSION, mode="full", max_new_tokens=args.new).tokens
     ids = prompt(model, EXPRESSION, model.encode_image(IMAGE).n_visual)
-    theirs = generate(peer, ids, model.prepare_image(IMAGE), args.new)
+    theirs = generate(peer, ids, seen(model, IMAGE), args.new)
     return peer, facts | {"library": f"transformers {version('transformers')}",
                           "same_tokens": said == theirs}
 
@@ -352,7 +353,7 @@ def command(argv: Sequence[str] | None) -> None:
     if folder is None and not args.random:
         folder = weights.default_weights()
     if folder and (args.against or args.agree):
-        check_peer(weights.checkpoint_folder(folder))
+        their_class(weights.checkpoint_folder(folder))
     if args.agree:
         print(json.dumps(agree(folder, device, dtype_name, IMAGE, EXPRESSION, args.new)))
         return

@@ -1,4 +1,4 @@
-"""The other side of the comparison: transformers' LLaVA on the same weights, image and prompt.
+"""The other side of the comparison: transformers' model of the same weights, image and prompt.
 
 In:  a checkpoint's folder.  Out: times of its parts, and the tokens that it generates.
 
@@ -19,9 +19,12 @@ from nanogap.config import read_json
 from nanogap.models import VLM
 from nanogap.weights import load
 
+CLASSES = {"llava": "LlavaForConditionalGeneration",   # by `model_type`, where transformers has one
+           "llava_next": "LlavaNextForConditionalGeneration"}
 
-def their_class() -> Any:
-    """transformers' LLaVA, with its messages turned off."""
+
+def their_library() -> Any:
+    """transformers, with its messages turned off."""
     try:
         import transformers
     except ImportError:
@@ -30,23 +33,25 @@ def their_class() -> Any:
             from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return transformers.LlavaForConditionalGeneration
+    return transformers
 
 
-def check_peer(folder: Path) -> None:
-    """Refuse a folder of which there is no such class: see `their_class`.
+def their_class(folder: Path) -> str:
+    """The name of transformers' class for the model of a folder.
 
-    raises: NanogapError where it holds another model than LLaVA-1.5
+    raises: NanogapError where it has none
     """
     found = read_json(folder / "config.json").get("model_type")
-    if found != "llava":
-        raise NanogapError(f"{folder} holds a {found!r:.80} model, and only LLaVA-1.5 ('llava') is "
-                           "compared with transformers: leave --against and --agree out")
+    if found not in CLASSES:
+        raise NanogapError(f"{folder} holds a {found!r:.80} model, and transformers has only "
+                           f"{' and '.join(CLASSES)}: leave --against and --agree out")
+    return CLASSES[found]
 
 
 def load_peer(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """transformers' model, with the fastest attention that it has."""
-    peer = their_class().from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    found = getattr(their_library(), their_class(folder))
+    peer = found.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     peer.generation_config.eos_token_id = None   # as many tokens as are asked for
     return peer.to(device).eval()
 
@@ -61,10 +66,19 @@ def prompt(model: VLM, expression: str, n_visual: int) -> Tensor:
     return ids.repeat_interleave(repeats)[None].to(model.device)
 
 
-def generate(peer: Any, ids: Tensor, pixel_values: Tensor, new: int) -> list[int]:
-    """`new` tokens by transformers' own generation, greedily."""
+def seen(model: VLM, image: Image.Image) -> dict[str, Tensor]:
+    """A picture as transformers wants it: with its size, where its tokens depend on that."""
+    pixel_values = model.prepare_image(image)                                 # (views, 3, S, S)
+    if model.pictures_alike:
+        return {"pixel_values": pixel_values}
+    size = torch.tensor([[image.height, image.width]], device=model.device)
+    return {"pixel_values": pixel_values[None], "image_sizes": size}
+
+
+def generate(peer: Any, ids: Tensor, picture: dict[str, Tensor], new: int) -> list[int]:
+    """`new` tokens by transformers' own generation, greedily; picture: as `seen` gives it."""
     said = peer.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                         pixel_values=pixel_values, max_new_tokens=new)
+                         max_new_tokens=new, **picture)
     return said[0, ids.shape[1]:].tolist()
 
 
@@ -75,11 +89,10 @@ def peer_times(peer: Any, model: VLM, image: Image.Image, expression: str, new: 
     """
     n_visual = model.encode_image(image).n_visual
     at = [model.clock_ms()]
-    peer.model.get_image_features(pixel_values=model.prepare_image(image))
+    peer.model.get_image_features(**seen(model, image))
     at.append(model.clock_ms())
     ids = prompt(model, expression, n_visual)
-    out = peer(input_ids=ids, pixel_values=model.prepare_image(image), use_cache=True,
-               logits_to_keep=1)
+    out = peer(input_ids=ids, use_cache=True, logits_to_keep=1, **seen(model, image))
     token = out.logits[:, -1].argmax(-1, keepdim=True)                        # (1, 1)
     token.item()
     at.append(model.clock_ms())
@@ -90,7 +103,7 @@ def peer_times(peer: Any, model: VLM, image: Image.Image, expression: str, new: 
         token.item()                                  # as generation does to look for its end
     at.append(model.clock_ms())
     ids = prompt(model, expression, n_visual)
-    model.tokenizer.decode(generate(peer, ids, model.prepare_image(image), new))
+    model.tokenizer.decode(generate(peer, ids, seen(model, image), new))
     at.append(model.clock_ms())
     vision, first, passes, box = (after - before for before, after in pairwise(at))
     return {"vision_ms": vision, "prefill_ms": first - vision, "first_token_ms": first,
@@ -108,12 +121,12 @@ def agree(folder: Path, device: torch.device, dtype_name: str | None, image: Ima
     dtype = model.dtype
     n_visual = model.encode_image(image).n_visual
     ids = prompt(model, expression, n_visual)                                 # (1, T)
-    pixel_values = model.prepare_image(image)
-    ours = model(model.prompt(expression), pixel_values)                      # (T, V)
+    picture = seen(model, image)
+    ours = model(model.prompt(expression), model.prepare_image(image), size=image.size)   # (T, V)
     said = model.ground(image, expression, mode="full", max_new_tokens=new).tokens
     del model
     peer = load_peer(folder, device, dtype)
-    theirs = peer(input_ids=ids, pixel_values=pixel_values).logits[0].float()   # (T, V)
+    theirs = peer(input_ids=ids, **picture).logits[0].float()                 # (T, V)
     our_choice = ours.argmax(-1)                                              # (T,)
     their_choice = theirs.argmax(-1)
     at_ours = theirs.gather(1, our_choice[:, None])[:, 0]
@@ -124,4 +137,4 @@ def agree(folder: Path, device: torch.device, dtype_name: str | None, image: Ima
             "largest_difference": float((ours - theirs).abs().max()),
             "largest_logit": float(theirs.abs().max()),
             "theirs_over_our_choice": float(far.max()),
-            "same_tokens": said == generate(peer, ids, pixel_values, new)}
+            "same_tokens": said == generate(peer, ids, picture, new)}
