@@ -40,7 +40,7 @@ from nanogap.files.output import check_picture, save_picture
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result, choices
 from nanogap.image import open_image
-from nanogap.in_decoder import cuts_in_words
+from nanogap.in_decoder import check_layer, cuts_in_words
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of, check, find, needs_of
 from nanogap.weights import DTYPES, MINI, default_weights
@@ -120,6 +120,7 @@ def load(args: argparse.Namespace) -> Asked:
     image = open_image(args.image)
     check_picture("--out", args.out, args.image)
     prune = find(args.prune)
+    check_layer(args.layer, [prune])
     device = None if args.device == "auto" else args.device
     dtype = None if args.dtype == "auto" else args.dtype
     with patience(f"loading {args.weights}"):

@@ -18,7 +18,7 @@ Letters: P tokens before the image, N visual tokens, n of them at a cut, K kept,
 after the image; H heads, T tokens in the sequence, D of them drafted, Q that look at the others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import cast
@@ -31,7 +31,17 @@ from nanogap.cli import NanogapError
 from nanogap.gap import Layout
 from nanogap.llama import Decoder, KVCache, LlamaDecoderLayer, LlamaForCausalLM, rope_angles, rotate
 from nanogap.prompt import NOTHING, Draft
-from nanogap.prune import Kept, View, VisualTokens, check, ranked, select, strategy, without
+from nanogap.prune import (
+    Kept,
+    View,
+    VisualTokens,
+    check,
+    in_decoder,
+    ranked,
+    select,
+    strategy,
+    without,
+)
 
 PUBLISHED_LAYERS = 32   # of the decoder for which the methods give their layers
 FASTV_LAYER = 2         # FastV's K, of so many
@@ -234,6 +244,14 @@ def shares_of(name: str, size: float, share: float, count: int) -> list[float]:
         return [size ** (i + 1) for i in range(count)]
     nearest = min(published, key=lambda own: abs(own / PUBLISHED_TOKENS - share))
     return [size * kept / PUBLISHED_TOKENS for kept in published[nearest][:count]]
+
+
+def check_layer(layer: int | None, names: Iterable[str]) -> None:
+    """Refuse a layer that none of the strategies would cut before."""
+    fixed = {"pyramiddrop", *SPARSE_BUDGETS}
+    if layer is not None and all(not in_decoder(name) or name in fixed for name in names):
+        raise NanogapError("--layer says where fastv cuts, or a strategy of your own in the "
+                           "decoder: give --prune fastv, or leave it out")
 
 
 def where(name: str, layers: int, layer: int | None) -> list[int]:

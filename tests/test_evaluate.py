@@ -416,6 +416,7 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     (["--ablate", "--mode", "gap"], "--ablate has its own modes"),
     (["--ablate", "--keep", "auto"], "random needs a budget"),
     (["--layer", "3", "--prune", "fastv"], "fastv cannot cut before layer 3 of 3"),
+    (["--layer", "2", "--prune", "random", "sparsevlm"], "--layer says where fastv cuts, or a "),
     (["--prune", "random", "sparsevlm", "--keep", "6"], "sparsevlm cannot keep 6 of 16 visual "
      "tokens in the mean over 3 layers, of which 1 see all: keep from 7 to 16"),
     (["--family", "llava"], "--family says whose format --score reads"),

@@ -222,6 +222,8 @@ def test_layer_says_before_which_layer_fastv_cuts(
     assert tokens == [(16 + 4 + 4) / 3, (16 + 16 + 4) / 3]
     assert run.main([*argv, "--layer", "3"]) == 2
     assert "fastv cannot cut before layer 3 of 3" in capsys.readouterr().err
+    assert run.main([photo, "x", "--weights", str(finder), "--layer", "2"]) == 2
+    assert "--layer says where fastv cuts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, cuts", [

@@ -55,7 +55,7 @@ from nanogap.files.output import check_apart, check_picture, save_picture
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
 from nanogap.image import Box
-from nanogap.in_decoder import counts, cuts_in_words, plan
+from nanogap.in_decoder import check_layer, counts, cuts_in_words, plan
 from nanogap.models import MODELS, VLM
 from nanogap.processes import gather, join
 from nanogap.scenes import scene
@@ -347,6 +347,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         journal.check_out(args.out, args.resume)
     names = args.prune or ["random"]
     args.prune = [prune.find(name) for name in names]
+    check_layer(args.layer, args.prune)
     args.files = [name.rpartition(":")[0] for name in names if ":" in name]
     args.keep = args.keep or ["50%"]
     args.mode = args.mode or DEFAULT_MODES
