@@ -265,7 +265,7 @@ def test_one_expression_and_the_same_one_twice(model, picture):
 def test_the_times_are_shares_of_what_all_took(model, picture, monkeypatch):
     """By a clock that counts how often it is asked."""
     ticks = iter(range(1000))
-    monkeypatch.setattr(type(model), "clock", lambda self: float(next(ticks)))
+    monkeypatch.setattr(type(model), "clock_ms", lambda self: float(next(ticks)))
     image = model.encode_image(picture)
     results = model.ground_all(image, THINGS, max_new_tokens=4)
     spent = [r.timings["prefill_ms"] + r.timings["decode_ms"] for r in results]
