@@ -39,6 +39,7 @@ from nanogap.files.checkpoint import (
 )
 from nanogap.files.tokenizer import check_clip_ends, check_image_token, read_tokenizer
 from nanogap.models import MODELS, VLM, plainly
+from nanogap.packed import pack
 
 HERE = Path(__file__).resolve().parent.parent / "weights"
 REAL = HERE / "llava-1.5-7b-hf"
@@ -67,7 +68,8 @@ def our_name(name: str, rename: Sequence[tuple[str, str]]) -> str:
 
 @plainly
 def load(folder: str | Path, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
+         dtype: str | torch.dtype | None = None, clip: str | Path | None = None,
+         packed: bool = False) -> VLM:
     """Load a checkpoint, ready to ground; config.json says which family of nanogap/models it is.
 
     folder: config.json, tokenizer.json and model.safetensors, or shards with their index
@@ -76,6 +78,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
             more than two billion parameters; `model.device` and `model.dtype` say which it was
     clip:   folder of the CLIP that the vision tower comes from, for strategies that read the
             expression; None takes `clip_text` in the folder, if it is there
+    packed: faster on a CPU, for twice the memory (packed.py)
     raises: NanogapError where anything is missing, broken, unknown or of another shape
     """
     folder = checkpoint_folder(as_path(folder))
@@ -95,6 +98,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
         tied["language_model.lm_head.weight"] = "language_model.model.embed_tokens.weight"
     load_into(model, folder, device, dtype, family.download, family.rename, tied,
               fitted=family.fitted)
+    if packed:
+        pack(model)
     if clip is None and os.path.isdir(folder / "clip_text"):
         clip = folder / "clip_text"
     if clip is not None:
