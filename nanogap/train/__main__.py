@@ -4,6 +4,8 @@
     torchrun --nproc-per-node 2 -m nanogap.train --out weights/mine                one per CPU core
     python -m nanogap.train --out weights/more --start weights/mine --stages box   goes on with it
 
+Together with --start, torchrun wants `-m -- nanogap.train`, since it has options of that beginning.
+
 In:  nothing but a seed, or weights to start from.
 Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`;
      all of it comes at the end, and weights that are there already are left alone.
