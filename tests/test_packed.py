@@ -1,4 +1,4 @@
-"""Packed weights: the same words, from a second copy of each matrix that is used while it is true."""
+"""Packed weights: the same words, from a second copy of each matrix, used while it is true."""
 
 import copy
 import io
