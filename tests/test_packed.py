@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def linear() -> PackedLinear:
-    """A packed layer (3 -> 5) in a model of its own, and what it makes of `X`."""
+    """A layer (3 -> 5) that packs."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5)).requires_grad_(False)
     pack(model)
@@ -44,6 +44,7 @@ def test_it_is_the_same_product(linear):
 @torch.no_grad()
 def test_the_product_is_that_of_the_packed_copy(linear):
     other = nn.Linear(3, 5)
+    linear(X)                                                                 # it packs now
     linear.packed = torch.ops.mkldnn._reorder_linear_weight(other.weight)
     torch.testing.assert_close(linear(X), F.linear(X, other.weight, linear.bias))
 
@@ -52,15 +53,32 @@ def test_the_product_is_that_of_the_packed_copy(linear):
 @pytest.mark.parametrize("change", [
     lambda linear: linear.weight.mul_(2),                                     # in place
     lambda linear: setattr(linear, "weight", nn.Parameter(-linear.weight)),   # another one
-    lambda linear: linear.double(),                                           # converted
+    lambda linear: linear.bfloat16(),                                         # converted
+    lambda linear: linear.double(),                                           # to what no CPU packs
 ])
 def test_changed_weights_count_at_once(linear, change):
+    linear(X)
     change(linear)
     x = X.to(linear.weight.dtype)
-    torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias), rtol=0, atol=0)
+    torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias))
+    assert (linear.packed is None) == (x.dtype == torch.float64)              # packed again
+
+
+@torch.no_grad()
+def test_a_weight_in_the_memory_of_an_earlier_one_is_not_taken_for_it():
+    """One matrix after the other, each freed before the next is made."""
+    torch.manual_seed(0)
+    linear = PackedLinear(nn.Linear(64, 64).requires_grad_(False))
+    x = torch.eye(64)
+    for _ in range(20):
+        linear.weight = None
+        linear.weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+        torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias))
 
 
 def test_gradients_go_through_the_plain_matrix(linear):
+    with torch.no_grad():
+        linear(X)
     linear.requires_grad_(True)
     linear(X).sum().backward()
     torch.testing.assert_close(linear.weight.grad, X.sum(0).expand(5, 3))
@@ -77,6 +95,12 @@ def test_copies_and_files_hold_the_plain_matrix_alone(linear):
         assert other.packed is None
         torch.testing.assert_close(other(X), before)
     assert linear.packed is not None and list(linear.state_dict()) == ["weight", "bias"]
+
+
+@torch.no_grad()
+def test_a_matrix_that_is_never_multiplied_by_is_not_packed(linear):
+    """As that of EVA's queries, keys and values, which are given a bias in the product."""
+    assert linear.packed is None and linear(X).shape == (2, 5) and linear.packed is not None
 
 
 # ----- a whole model ------------------------------------------------------------------------------
@@ -110,7 +134,9 @@ def test_the_command_says_the_same(tmp_path, capsys):
 def test_what_cannot_be_packed_is_refused():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(NanogapError, match="for a CPU, and these are on meta"):
+    with pytest.raises(NanogapError, match="torch.float32 on meta cannot be packed here: leave"):
         pack(model)
-    with pytest.raises(NanogapError, match="cannot pack weights in torch.float64 on this CPU"):
-        pack(nn.Sequential(nn.Linear(2, 2).requires_grad_(False).to(torch.float64)))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    with pytest.raises(NanogapError, match="weights in torch.float64 on cpu cannot be packed here"):
+        pack(model)
+    assert type(model[0]) is nn.Linear                                        # nor half of it

@@ -36,6 +36,7 @@ from nanogap.ground_all import ground_all
 from nanogap.image import Box, Frame, ready
 from nanogap.in_decoder import prefill
 from nanogap.llama import Decoder, LlamaForCausalLM
+from nanogap.packed import version
 from nanogap.prompt import BoxFormat, Shares, Template
 from nanogap.prune import Kept, View
 
@@ -132,7 +133,7 @@ class VLM(nn.Module):
         weights = list(self.parameters())
         if self.text_guide is not None:
             weights += self.text_guide.clip.parameters()
-        changes = [0 if w.is_inference() else w._version for w in weights]
+        changes = map(version, weights)
         with torch.no_grad():
             numbers = torch.cat([w.as_strided((1,), (1,), w.storage_offset() + w.numel() // 2)
                                  for w in weights])
