@@ -21,9 +21,9 @@ from nanogap.llama import KVCache, LlamaConfig
 from nanogap.models.llava import Llava
 
 CPU = torch.device("cpu")
-MINI_NEXT = Path(__file__).parent.parent / "weights" / "mini-next"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 MINI = Path(__file__).resolve().parent.parent / "weights" / "mini"
+MINI_NEXT = MINI.parent / "mini-next"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,13 @@ def document(capsys: pytest.CaptureFixture, *argv: str) -> tuple[dict, str]:
 
 
 # ----- the document -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+@pytest.mark.parametrize("flags", [[], ["--pack"]])
+def test_packed_weights_are_measured_and_named(capsys, tiny, flags: list[str]):
+    said, before = document(capsys, "--weights", str(tiny), *flags)
+    assert said["packed"] == (", packed, " in before) == bool(flags)
 
 
 def test_a_run_for_all_tokens_and_for_every_budget(capsys, tiny):
@@ -159,8 +166,7 @@ def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
 @pytest.mark.filterwarnings("ignore")
 def test_a_peer_that_sees_tiles_is_told_how_large_the_picture_is(capsys):
     pytest.importorskip("transformers")
-    said, _ = document(capsys, "--weights", str(MINI_NEXT),
-                       "--against", "transformers")
+    said, _ = document(capsys, "--weights", str(MINI_NEXT), "--against", "transformers")
     assert said["theirs"]["same_tokens"] and said["theirs"]["box_ms"] > 0
 
 

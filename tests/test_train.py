@@ -403,3 +403,13 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NanogapError, match="file/out cannot be written .*; give another folder"):
         train.train(tmp_path / "file" / "out", TINY, CPU, steps=[1, 1, 1, 1])
+
+
+def test_torchrun_hands_start_on_behind_two_dashes():
+    """As the module says; without them torchrun asks which of its own options is meant."""
+    from torch.distributed.run import parse_args
+    ours = ["nanogap.train", "--start", "weights/mini"]
+    args = parse_args(["--nproc-per-node", "2", "-m", "--", *ours])
+    assert args.module and [args.training_script, *args.training_script_args] == ours
+    with pytest.raises(SystemExit):
+        parse_args(["--nproc-per-node", "2", "-m", *ours])
