@@ -1,85 +1,28 @@
-"""Ten thousand broken inputs, each answered by a value or by one line that says what is wrong.
+"""Thousands of odd words and budgets, each answered by a value or by one line.
 
-In:  good files and words, and mutators that break them; draws are seeded, so a failure comes again.
+In:  words and indices; draws are seeded, so a failure comes again.
 Out: no traceback, no second of computing, no gigabyte.  What was found this way has its own test.
 """
 
 import json
 import random
-import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.config import read_clip_config
-from nanogap.files.checkpoint import weight_files
 from nanogap.gap import MODES
 from nanogap.models.llava import Llava
 from nanogap.prompt import format_box, parse_box
-from nanogap.weights import DOWNLOAD, load_into
-from tests.test_weights import CPU, refusal, set_header, set_key
-from tests.tiny import write_shards, write_tensors
+from tests.test_weights import refusal, set_key
 
 PICTURE = Image.new("RGB", (40, 30), "orange")
-
-# JSON that a file may hold in the place of something good: wrong, extreme, deep, or no JSON at all
-NASTY = [
-    "null", "true", "[]", "{}", "[[]]", '{"a": null}', "NaN", "-Infinity", "1e999", "-1", "0",
-    "0.5", "1", "7", "1024", "131072", "4194304", str(2 ** 63), "9" * 400, "9" * 5000, "[0, 0]",
-    "[4294967296, 4294967296]", '""', '"\\u0000"', '"\\ud800"', '"..\\n"', '"config.json"',
-    '"F4"', '"F8_E8M0"', '"I64"', '"' + "x" * 5000 + '"', "[" * 200 + "]" * 200,
-    '{"a":' * 900 + "1" + "}" * 900, "[" * 5000]
-
-
-# ----- mutators -----------------------------------------------------------------------------------
-
-
-def places(value: dict | list) -> Iterator[tuple[dict | list, str | int]]:
-    """Every place in a JSON document, as a container and a key."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)):
-        yield value, key
-        if isinstance(value[key], (dict, list)):
-            yield from places(value[key])
-
-
-def swapped(draw: random.Random, data: bytes) -> bytes:
-    """One or two places of a JSON document get a nasty value, or a nasty name, or are left out."""
-    value = json.loads(data)
-    for _ in range(draw.choice([1, 1, 2])):
-        container, key = draw.choice(list(places(value)) or [(value, "x")])
-        how = draw.choice(["value"] * 8 + ["name", "nothing"])
-        if how == "value" or isinstance(container, list):
-            container[key] = "VALUE"
-        else:
-            old = container.pop(key, None)
-            container |= {"NAME": old} if how == "name" else {}
-    words = [text for text in NASTY if text.startswith('"')]
-    text = json.dumps(value).replace('"NAME"', draw.choice(words))
-    return text.replace('"VALUE"', draw.choice(NASTY)).encode()
-
-
-def damaged(draw: random.Random, data: bytes) -> bytes:
-    """Some bytes are changed, doubled, dropped, replaced, or all the rest is cut off."""
-    for _ in range(draw.choice([1, 1, 2, 5])):
-        start = draw.randrange(len(data) + 1)
-        end = start + draw.choice([1, 8, len(data)])
-        nasty = draw.choice(NASTY).encode()
-        middle = draw.choice([draw.randbytes(1), data[start:end] * 2, b"", nasty])
-        data = data[:start] + middle + data[end:]
-    return data
-
-
-def broken(draw: random.Random, data: bytes) -> bytes:
-    return (swapped if draw.random() < 0.7 else damaged)(draw, data)
-
 
 def answered(ask: Callable, given: object) -> str:
     """"value", or "error" for the project's own on one line; all else fails and says on what."""
@@ -93,95 +36,6 @@ def answered(ask: Callable, given: object) -> str:
         raise AssertionError(f"{error!r:.200} came of {given!r:.2000}") from error
     assert time.process_time() - start < 3, f"slow: {given!r:.2000}"
     return kind
-
-
-def most_memory() -> int:
-    """The most bytes that this process ever had mapped, touched or not; 0 without /proc."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak:"))
-
-
-# ----- files --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name, count", [
-    ("config.json", 2500), ("generation_config.json", 250), ("preprocessor_config.json", 750)])
-def test_a_broken_config_gives_a_config_or_one_line(name: str, count: int, folder: Path):
-    draw, path = random.Random(name), folder / name
-    good, kinds = path.read_bytes(), []
-    for _ in range(count):
-        path.write_bytes(data := broken(draw, good))
-        kinds.append(answered(lambda: Llava.read_config(folder), data))
-    assert min(kinds.count("value"), kinds.count("error")) > count / 10       # some good, some bad
-
-
-def test_a_broken_config_of_clip_gives_a_config_or_one_line(tmp_path: Path):
-    draw, kinds = random.Random("clip"), []
-    good = (Path(nanogap.__file__).parents[1] / "weights/mini/clip_text/config.json").read_bytes()
-    for _ in range(500):
-        (tmp_path / "config.json").write_bytes(data := broken(draw, good))
-        kinds.append(answered(lambda: read_clip_config(tmp_path), data))
-    assert set(kinds) == {"value", "error"}
-
-
-def test_a_config_that_still_reads_gives_a_model_that_answers_or_one_line(folder: Path):
-    draw, path = random.Random("load"), folder / "config.json"
-    good, kinds = path.read_bytes(), []
-    while len(kinds) < 30:
-        path.write_bytes(data := swapped(draw, good))
-        if answered(lambda: Llava.read_config(folder), data) == "value":
-            kinds.append(answered(lambda: nanogap.load(folder, "cpu").ground(
-                PICTURE, "the man", "random", 4, max_new_tokens=2), data))
-    assert set(kinds) == {"value", "error"}
-
-
-def test_a_broken_index_names_its_shards_or_one_line(tmp_path: Path):
-    write_shards(tmp_path, {f"tensor.{i}": torch.ones(2) for i in range(6)}, 3)
-    draw, path = random.Random("index"), tmp_path / "model.safetensors.index.json"
-    good, kinds = path.read_bytes(), []
-    for _ in range(1500):
-        path.write_bytes(data := broken(draw, good))
-        kinds.append(answered(lambda: weight_files(tmp_path, DOWNLOAD), data))
-    assert set(kinds) == {"value", "error"}
-
-
-def test_a_broken_header_gives_tensors_or_one_line_and_never_takes_a_gigabyte(tmp_path: Path):
-    model, path = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), tmp_path / "model.safetensors"
-    write_tensors(path, dict(model.state_dict()))
-    good, draw, kinds, before = path.read_bytes(), random.Random("header"), [], most_memory()
-    size, = struct.unpack("<Q", good[:8])
-
-    def ask() -> None:
-        load_into(model, tmp_path, CPU, torch.float32, DOWNLOAD)
-
-    for i in range(1500):
-        if i % 3:
-            set_header(path, broken(draw, good[8:8 + size]), good[8 + size:])
-        else:
-            path.write_bytes(damaged(draw, good))
-        kinds.append(answered(ask, path.read_bytes()))
-    assert set(kinds) == {"value", "error"}
-    assert most_memory() - before < 1 << 30
-
-
-def test_a_broken_pickle_of_tensors_gives_tensors_or_one_line(tmp_path: Path):
-    model, path = nn.Linear(3, 2), tmp_path / "pytorch_model.bin"
-    draw, kinds = random.Random("pickle"), []
-
-    def ask() -> None:
-        load_into(model, tmp_path, CPU, torch.float32, DOWNLOAD)
-
-    for value in (None, [], "x", torch.ones(2), {"bias": None}, {"bias": [1.0]},
-                  {7: torch.ones(2)}):
-        torch.save(value, path)
-        assert answered(ask, value) == "error"
-    torch.save(model.state_dict(), path)
-    good = path.read_bytes()
-    for _ in range(300):
-        path.write_bytes(data := damaged(draw, good))
-        kinds.append(answered(ask, data))
-    assert set(kinds) == {"value", "error"}
 
 
 # ----- words --------------------------------------------------------------------------------------

@@ -284,22 +284,6 @@ def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
         read_data(write(tmp_path, lines([entry])), folder).examples[0].image()
 
 
-def nested(depth: int) -> bytes:
-    """A tuple in a tuple, and so on."""
-    return b"\x80\x02" + b")" + b"\x85" * depth + b"."
-
-
-@pytest.mark.parametrize("data", [
-    nested(1_000_000), b"\x80\x02]" + b"r\xff\xff\xff\x7f" + b".",
-    b"\x80\x02" + b"]" + b"2a" * 1_000_000 + b".", b"\x80\x02\x8b\xff\xff\xff\x7f",
-    b"\x80\x02X\xff\xff\xff\xff", b"\x80\x04\x8d" + b"\xff" * 8, b"I" + b"9" * 5000 + b"\n."],
-    ids=["deep", "memo", "itself", "long", "text", "long text", "digits"])
-def test_a_pickle_that_asks_for_too_much_is_refused_before_it_is_built(folder: Path, data: bytes):
-    write(folder, json.dumps(INSTANCES), "instances.json")
-    with pytest.raises(NanogapError, match="neither JSON nor a whole pickle|is a pickle, but not"):
-        read_data(write(folder, data), folder, "val")
-
-
 HUGE = 10 ** 5000                   # Python prints no number of so many digits
 NASTY = [HUGE, -HUGE, None, [], {}, "x", (1,), float("nan"), 1.5, b"x"]
 
