@@ -24,7 +24,7 @@ from PIL import Image
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.cli import (
+from nanogap.checks.command import (
     Parser,
     answer_for,
     count_argument,
@@ -34,15 +34,15 @@ from nanogap.cli import (
     visible,
     whole_number,
 )
-from nanogap.draw import agreement, draw_results, shortened
-from nanogap.explain import columns, explain
-from nanogap.files.output import check_picture, save_picture
+from nanogap.checks.output import check_picture, save_picture
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result, choices
 from nanogap.image import open_image
-from nanogap.in_decoder import check_layer, cuts_in_words
+from nanogap.methods.in_decoder import check_layer, cuts_in_words
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of, check, find, needs_of
+from nanogap.show.draw import agreement, draw_results, shortened
+from nanogap.show.explain import columns, explain
 from nanogap.weights import DTYPES, MINI, default_weights
 
 WORDS = 32       # columns for them in the table: a box, and a little more

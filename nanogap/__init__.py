@@ -18,7 +18,7 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 from nanogap import gap, image, prompt, prune  # noqa: E402
-from nanogap.cli import NanogapError  # noqa: E402
+from nanogap.checks.command import NanogapError  # noqa: E402
 from nanogap.weights import load  # noqa: E402
 
 __all__ = ["NanogapError", "gap", "image", "load", "prompt", "prune"]

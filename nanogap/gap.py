@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, arange
 
-from nanogap.cli import NanogapError, shown
+from nanogap.checks.command import NanogapError, shown
 
 # the order of the kept tokens, their IDs, the IDs of the text after them
 MODES = {

@@ -28,12 +28,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanogap import gap
-from nanogap.cli import NanogapError
-from nanogap.decode import decode, decode_drafted
+from nanogap.checks.command import NanogapError
+from nanogap.fast.decode import decode, decode_drafted
 from nanogap.gap import Layout
 from nanogap.image import Box
-from nanogap.in_decoder import Cut, Prefilled, cuts_of, prefill
 from nanogap.llama import Decoder, KVCache, LlamaForCausalLM
+from nanogap.methods.in_decoder import Cut, Prefilled, cuts_of, prefill
 from nanogap.prompt import DESCRIBE, BoxFormat, Form, draft
 from nanogap.prune import Kept, View, budget_of, close_rows, find, in_decoder, needs_of, select
 

@@ -14,7 +14,7 @@ from itertools import chain, takewhile
 
 from tokenizers import Tokenizer
 
-from nanogap.cli import ItemError
+from nanogap.checks.command import ItemError
 
 DESCRIBE = "Provide a brief description of the given image."   # as LLaVA's first stage asks
 Shares = tuple[float, float, float, float]   # x1, y1, x2, y2, each in [0, 1] of the model's frame

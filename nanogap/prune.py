@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanogap import gap
-from nanogap.cli import NanogapError
+from nanogap.checks.command import NanogapError
 
 FIELDS = {   # what a strategy may need to see, besides the features
     "cls":           "(C,)        the CLS token after the feature layer",

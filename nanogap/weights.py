@@ -18,17 +18,7 @@ from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError, shown
-from nanogap.clip import CLIP, CLIPVisionConfig, TextGuide
-from nanogap.config import (
-    one_line,
-    own_layout,
-    read_clip_config,
-    read_json,
-    section,
-    write_json,
-)
-from nanogap.files.checkpoint import (
+from nanogap.checks.checkpoint import (
     Shard,
     checkpoint_folder,
     other_form,
@@ -37,9 +27,19 @@ from nanogap.files.checkpoint import (
     refuse_other_form,
     weight_files,
 )
-from nanogap.files.tokenizer import check_clip_ends, check_image_token, read_tokenizer
+from nanogap.checks.command import NanogapError, shown
+from nanogap.checks.config import (
+    one_line,
+    own_layout,
+    read_clip_config,
+    read_json,
+    section,
+    write_json,
+)
+from nanogap.checks.tokenizer import check_clip_ends, check_image_token, read_tokenizer
+from nanogap.clip import CLIP, CLIPVisionConfig, TextGuide
+from nanogap.fast.packed import pack
 from nanogap.models import MODELS, VLM, plainly
-from nanogap.packed import pack
 
 HERE = Path(__file__).resolve().parent.parent / "weights"
 REAL = HERE / "llava-1.5-7b-hf"

@@ -16,7 +16,7 @@ from nanogap.gap import MODES, lay_out
 from nanogap.image import iou
 from nanogap.models import MODELS, VLM
 from nanogap.prune import Kept
-from nanogap.scenes import COLOURS, KINDS, Cast, Scene, draw_scene, named, scene
+from nanogap.train.scenes import COLOURS, KINDS, Cast, Scene, draw_scene, named, scene
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).with_name("golden_mini.json")

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from nanogap import weights
-from nanogap.bench.graph import GraphedDecoder
 from nanogap.bench.machine import first_use, limits, processor, read_files
 from nanogap.bench.peer import (
     agree,
@@ -39,7 +38,7 @@ from nanogap.bench.peer import (
     their_library,
 )
 from nanogap.bench.sizes import SIZES, count_parameters, random_model, save_random
-from nanogap.cli import (
+from nanogap.checks.command import (
     NanogapError,
     Parser,
     answer_for,
@@ -47,12 +46,13 @@ from nanogap.cli import (
     path_argument,
     whole_number,
 )
+from nanogap.fast.graph import GraphedDecoder
+from nanogap.fast.packed import pack
 from nanogap.ground import choices
 from nanogap.llama import LlamaConfig
 from nanogap.models import VLM
-from nanogap.packed import pack
 from nanogap.prune import STRATEGIES, budget_of, check, find
-from nanogap.scenes import scene
+from nanogap.train.scenes import scene
 
 SCENE = scene("bench", 0)
 IMAGE = SCENE.image

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nanogap.files.checkpoint import weight_files
+from nanogap.checks.checkpoint import weight_files
 from nanogap.models import clock
 from nanogap.weights import DOWNLOAD
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanogap.cli import NanogapError
-from nanogap.config import read_json
+from nanogap.checks.command import NanogapError
+from nanogap.checks.config import read_json
 from nanogap.models import VLM
 from nanogap.weights import load
 

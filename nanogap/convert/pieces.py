@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor
 
-from nanogap.cli import NanogapError
-from nanogap.config import printable
-from nanogap.files.checkpoint import Shard, refuse_adapter, weight_files
+from nanogap.checks.checkpoint import Shard, refuse_adapter, weight_files
+from nanogap.checks.command import NanogapError
+from nanogap.checks.config import printable
 from nanogap.weights import DTYPES, UNUSED, our_name
 
 CPU = torch.device("cpu")

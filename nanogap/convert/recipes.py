@@ -19,13 +19,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Size, Tensor
 
-from nanogap.cli import NanogapError, tell
+from nanogap.checks.checkpoint import checkpoint_folder, read_pickle
+from nanogap.checks.command import NanogapError, tell
+from nanogap.checks.config import (
+    printable,
+    read_clip_config,
+    read_json,
+    refuse_quantised,
+    require_all,
+)
+from nanogap.checks.settings import optional
 from nanogap.clip import CLIPVisionConfig
-from nanogap.config import printable, read_clip_config, read_json, refuse_quantised, require_all
 from nanogap.convert.pieces import Part, Piece
 from nanogap.convert.sentencepiece import read_llama_tokenizer
-from nanogap.files.checkpoint import checkpoint_folder, read_pickle
-from nanogap.files.settings import optional
 from nanogap.models import MODELS
 from nanogap.weights import our_name
 

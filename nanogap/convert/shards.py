@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanogap.cli import NanogapError, tell
-from nanogap.config import write_json
+from nanogap.checks.command import NanogapError, tell
+from nanogap.checks.config import write_json
 from nanogap.convert.pieces import Part
 
 SHARD = 4_000_000_000         # bytes of a file, unless one tensor is larger

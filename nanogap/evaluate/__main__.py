@@ -13,7 +13,7 @@ Out: a table with 95 % intervals, on demand a picture, a JSON document, and a li
 An answer without a box counts as wrong.  What cannot be asked (a picture that is not there or is
 broken, an expression that is blank or too long) is left out, and the report says what it covers.
 An image is encoded once for all that is asked about it, and what is asked under one pruning is
-asked at once (nanogap/ground_all.py); of the times each answer has an equal share.
+asked at once (nanogap/fast/ground_all.py); of the times each answer has an equal share.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 
 from nanogap import prune
-from nanogap.cli import (
+from nanogap.checks.command import (
     ItemError,
     NanogapError,
     Parser,
@@ -47,18 +47,18 @@ from nanogap.cli import (
     visible,
     whole_number,
 )
+from nanogap.checks.output import check_apart, check_picture, save_picture
 from nanogap.evaluate import ablate, compare, journal, plot
 from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.refcoco import Data, Example, read_data
 from nanogap.evaluate.score import PROTOCOLS, TIMES, Run, score, summary, table
-from nanogap.files.output import check_apart, check_picture, save_picture
+from nanogap.fast.processes import gather, join
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result
 from nanogap.image import Box
-from nanogap.in_decoder import check_layer, counts, cuts_in_words, plan
+from nanogap.methods.in_decoder import check_layer, counts, cuts_in_words, plan
 from nanogap.models import MODELS, VLM
-from nanogap.processes import gather, join
-from nanogap.scenes import scene
+from nanogap.train.scenes import scene
 from nanogap.weights import DTYPES, default_weights, load
 
 Todo = tuple[Example, Run, tuple[str, str, Box]]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanogap.cli import NanogapError, shown
+from nanogap.checks.command import NanogapError, shown
 from nanogap.evaluate.journal import beside
 from nanogap.evaluate.refcoco import (
     Data,

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from nanogap.cli import visible
-from nanogap.draw import PAPER, shortened
+from nanogap.checks.command import visible
 from nanogap.evaluate.plot import (
     BAND,
     GRID,
@@ -35,6 +34,7 @@ from nanogap.evaluate.plot import (
     ticks,
     top_of,
 )
+from nanogap.show.draw import PAPER, shortened
 
 MOST = 4                      # panels beside each other
 NAMES, APART = 290, 48        # for strategies and budgets, and between panels; pixels

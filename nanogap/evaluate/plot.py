@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nanogap.draw import PAGE, PAPER, STYLES, dashes
 from nanogap.gap import MODES
+from nanogap.show.draw import PAGE, PAPER, STYLES, dashes
 
 WIDTH, FONT_SIZE, ROW = 1200, 24, 40          # of the page; its letters; a line of the legend
 LEFT, RIGHT, TOP = 90, 24, 48                 # margins of the page, pixels

@@ -28,8 +28,8 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from nanogap.cli import ItemError, NanogapError, shown
-from nanogap.files.pickles import look_through
+from nanogap.checks.command import ItemError, NanogapError, shown
+from nanogap.checks.pickles import look_through
 from nanogap.image import Box, open_image
 from nanogap.prompt import check_expression
 

@@ -8,7 +8,7 @@ is a little wider.
 
 from collections.abc import Callable, Sequence
 
-from nanogap.cli import visible
+from nanogap.checks.command import visible
 from nanogap.image import Box, Pad, iou
 from nanogap.prompt import Shares, parse_box
 

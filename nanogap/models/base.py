@@ -27,16 +27,16 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanogap.cli import ItemError, NanogapError
+from nanogap.checks.command import ItemError, NanogapError
 from nanogap.clip import TextGuide
-from nanogap.decode import decode
+from nanogap.fast.decode import decode
+from nanogap.fast.ground_all import ground_all
+from nanogap.fast.packed import version
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, describe, ground
-from nanogap.ground_all import ground_all
 from nanogap.image import Box, Frame, ready
-from nanogap.in_decoder import prefill
 from nanogap.llama import Decoder, LlamaForCausalLM
-from nanogap.packed import version
+from nanogap.methods.in_decoder import prefill
 from nanogap.prompt import BoxFormat, Shares, Template
 from nanogap.prune import Kept, View
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError
-from nanogap.clip import CLIPVisionConfig, CLIPVisionTower
-from nanogap.config import (
+from nanogap.checks.checkpoint import OWN_LAYOUT
+from nanogap.checks.command import NanogapError
+from nanogap.checks.config import (
     HUGE,
     LAYERS,
     integer,
@@ -32,8 +32,8 @@ from nanogap.config import (
     section,
     write_json,
 )
-from nanogap.files.checkpoint import OWN_LAYOUT
-from nanogap.files.settings import PIXELS, VICUNAS, Chat, check_question, read_ends, read_pixels
+from nanogap.checks.settings import PIXELS, VICUNAS, Chat, check_question, read_ends, read_pixels
+from nanogap.clip import CLIPVisionConfig, CLIPVisionTower
 from nanogap.ground import EncodedImage
 from nanogap.image import CLIP_MEAN, CLIP_STD, Frame, Pad, to_pixel_values
 from nanogap.llama import LlamaConfig, LlamaForCausalLM

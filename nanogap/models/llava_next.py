@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError
-from nanogap.config import read_json, section
-from nanogap.files.settings import MISTRAL, PIXELS, VICUNAS, Chat, read_processor
+from nanogap.checks.command import NanogapError
+from nanogap.checks.config import read_json, section
+from nanogap.checks.settings import MISTRAL, PIXELS, VICUNAS, Chat, read_processor
 from nanogap.ground import EncodedImage
 from nanogap.image import Size, Tiles, to_pixel_values
 from nanogap.models.llava import REQUIRED, VICUNA, Llava, LlavaConfig

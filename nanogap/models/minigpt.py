@@ -35,9 +35,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError
-from nanogap.clip import CLIPVisionConfig
-from nanogap.config import (
+from nanogap.checks.command import NanogapError
+from nanogap.checks.config import (
     HUGE,
     integer,
     read_decoder,
@@ -48,7 +47,8 @@ from nanogap.config import (
     section,
     write_json,
 )
-from nanogap.files.settings import read_ends
+from nanogap.checks.settings import read_ends
+from nanogap.clip import CLIPVisionConfig
 from nanogap.ground import EncodedImage
 from nanogap.image import Stretch, to_pixel_values
 from nanogap.llama import LlamaConfig, LlamaForCausalLM

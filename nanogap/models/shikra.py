@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 from torch import nn
 
-from nanogap.cli import NanogapError
-from nanogap.files.checkpoint import DELTA
+from nanogap.checks.checkpoint import DELTA
+from nanogap.checks.command import NanogapError
 from nanogap.image import Pad
 from nanogap.models.llava import SYSTEM, Llava, LlavaConfig
 from nanogap.prompt import NUMBER, BoxFormat, Template, encode

@@ -10,7 +10,7 @@ In:  nothing but a seed, or weights to start from.
 Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`;
      all of it comes at the end, and weights that are there already are left alone.
 
-The losses are in objectives.py, the scenes in nanogap/scenes.py.
+The losses are in objectives.py, the scenes in nanogap/train/scenes.py.
 """
 
 import math
@@ -27,14 +27,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from nanogap.cli import NanogapError, Parser, answer_for, path_argument, whole_number
+from nanogap.checks.command import NanogapError, Parser, answer_for, path_argument, whole_number
+from nanogap.checks.output import check_folder, claim, standing, whole_checkpoint
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
-from nanogap.files.output import check_folder, claim, standing, whole_checkpoint
+from nanogap.fast.processes import join, joined
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
-from nanogap.processes import join, joined
 from nanogap.prompt import DESCRIBE
-from nanogap.scenes import caption, draw_scene
 from nanogap.train.fit import Progress, TrainingStage, fit
 from nanogap.train.objectives import (
     Mixture,
@@ -47,6 +46,7 @@ from nanogap.train.objectives import (
     llava_loss,
     short_questions,
 )
+from nanogap.train.scenes import caption, draw_scene
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
 from nanogap.weights import load, pick_device, save, save_clip
 

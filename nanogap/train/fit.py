@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogap.cli import NanogapError, tell
-from nanogap.files.checkpoint import look_into
-from nanogap.files.output import write_whole
-from nanogap.processes import joined
-from nanogap.scenes import draw_scene
+from nanogap.checks.checkpoint import look_into
+from nanogap.checks.command import NanogapError, tell
+from nanogap.checks.output import write_whole
+from nanogap.fast.processes import joined
 from nanogap.train.objectives import Batch, Draw, Mixture, Scenes
+from nanogap.train.scenes import draw_scene
 
 TIMED = 20           # steps after which --minutes is turned into a number of steps, again and again
 REPORT_EVERY = 50    # steps

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nanogap.clip import CLIP
 from nanogap.models import VLM
 from nanogap.prompt import DESCRIBE, encode
-from nanogap.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
+from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
 
 # ----- data ---------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ def draw_often_alike(rng: random.Random, size: int) -> Scene:
 class Scenes(torch.utils.data.Dataset):
     """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
 
-    A split of `nanogap.scenes` is one word, so these seeds, of several words, are never a split's.
+    A split of `nanogap.train.scenes` is one word, so these seeds, of several words, are never a split's.
     """
 
     def __init__(self, seed: str, images: int, image_size: int, prepare: Prepare, ask: Ask,

@@ -1,0 +1,1 @@
+"""Strategies beyond those of the paper."""

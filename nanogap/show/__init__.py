@@ -1,0 +1,1 @@
+"""What people see: the picture, --explain, explain_ids, figures."""

@@ -1,0 +1,227 @@
+"""The pictures of the README and of tutorial.md.
+
+    python -m nanogap.show.figures                      all of them, into nanogap/show/figures
+    python -m nanogap.show.figures places --out DIR     one of them, elsewhere
+
+In:  weights, and image.jpg.  Out: small PNG files.
+Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
+"""
+
+import colorsys
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from nanogap import gap
+from nanogap.checks.command import NanogapError, Parser, answer_for, path_argument
+from nanogap.checks.output import check_file, check_folder, save_picture
+from nanogap.image import open_image
+from nanogap.models import VLM
+from nanogap.prune import STRATEGIES, in_decoder
+from nanogap.show.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
+from nanogap.train.scenes import scene
+from nanogap.weights import MINI, load
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPRESSION = "the man on the left"
+SIDE, LABEL, FONT_SIZE = 240, 42, 22          # of a small picture and the line below it, pixels
+PATCH = 40                                    # of a square before it is made small, pixels
+GREY, HEAT = "#5a5a5a", "#ff9a00"
+
+
+def sheet(panels: Sequence[tuple[Image.Image, str]], columns: int, side: int = SIDE) -> Image.Image:
+    """Small pictures in rows, each with a line of text below."""
+    rows = math.ceil(len(panels) / columns)
+    width = columns * (side + MARGIN) + MARGIN
+    height = rows * (side + LABEL) + 2 * MARGIN
+    page = Image.new("RGB", (width, height), PAGE)
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default(FONT_SIZE)
+    for i, (picture, label) in enumerate(panels):
+        row, column = divmod(i, columns)
+        x = MARGIN + column * (side + MARGIN)
+        y = MARGIN + row * (side + LABEL)
+        page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        pen.text((x, y + side + LABEL / 2 - 2), label, font=font, fill=PAPER, anchor="lm")
+    return page
+
+
+class Square:
+    """image.jpg as the model sees it, so large that each patch has PATCH whole pixels a side."""
+
+    def __init__(self, model: VLM) -> None:
+        self.encoded = model.encode_image(ROOT / "image.jpg", {"cls_attention"}, share=True)
+        self.seen = self.encoded.views[0].seen
+        self.rows = self.seen.rows
+        self.columns = self.seen.columns
+        self.picture = model.frame.fit(open_image(ROOT / "image.jpg"), self.columns * PATCH)
+
+    def cell(self, index: int) -> tuple[int, int, int, int]:
+        """Where the patch with that raster index lies: x1, y1, x2, y2."""
+        row, column = divmod(index, self.columns)
+        return (column * PATCH, row * PATCH, (column + 1) * PATCH, (row + 1) * PATCH)
+
+    def cells(self) -> torch.Tensor:
+        """The same for all patches (N, 4)."""
+        return torch.tensor([self.cell(index) for index in range(self.rows * self.columns)])
+
+
+# ----- the README ---------------------------------------------------------------------------------
+
+
+def answer(model: VLM) -> Image.Image:
+    """What `python run.py image.jpg "the man on the left"` draws, and the true box of the scene."""
+    drawn = scene("image", 1117, size=672)
+    truth = drawn.things[dict(drawn.expressions)[EXPRESSION]].box
+    image = open_image(ROOT / "image.jpg")
+    encoded = model.encode_image(image)
+    results = {mode: model.ground(encoded, EXPRESSION, "random", "50%", mode)
+               for mode in ("full", "shifted", "gap")}
+    return draw_results(image, encoded, EXPRESSION, "random", results, truth)
+
+
+# ----- chapters 1 and 2 ---------------------------------------------------------------------------
+
+
+def patches(model: VLM) -> Image.Image:
+    """The image as a square, the raster index of each patch, and what CLS attends to."""
+    square = Square(model)
+    ruled = square.picture.copy()
+    pen = ImageDraw.Draw(ruled)
+    font = ImageFont.load_default(21)
+    for index in range(square.rows * square.columns):
+        x1, y1, x2, y2 = square.cell(index)
+        pen.rectangle((x1, y1, x2, y2), outline=PAGE)
+        pen.text(((x1 + x2) / 2, (y1 + y2) / 2), str(index), PAGE, font, anchor="mm",
+                 stroke_width=2, stroke_fill=PAPER)
+    return sheet([(square.picture, "padded to a square"),
+                  (ruled, f"{square.rows} x {square.columns} patches"),
+                  (attended(square), "what CLS attends to")], 3, 324)
+
+
+def attended(square: Square) -> Image.Image:
+    """The square in grey, and the more orange the more CLS attends to it, the mean over heads."""
+    weights = square.seen.cls_attention.float().mean(0)                       # (N,)
+    levels = (200 * (weights / weights.max()) ** 0.5).round().int().tolist()
+    mask = Image.frombytes("L", (square.columns, square.rows), bytes(levels))
+    mask = mask.resize(square.picture.size, Image.Resampling.NEAREST)
+    grey = square.picture.convert("L").point(lambda level: level * 0.5).convert("RGB")
+    return Image.composite(Image.new("RGB", grey.size, HEAT), grey, mask)
+
+
+# ----- chapter 8 ----------------------------------------------------------------------------------
+
+
+def line(model: VLM) -> Image.Image:
+    """Sixteen patches on the line of position IDs: a token stands where its ID says."""
+    P, N, A = 3, 16, 3
+    ranked = torch.tensor([9, 6, 2, 13, 10, 5])
+    cell, left, high = 38, 140, 64
+    page = Image.new("RGB", (left + cell * (P + N + A + 1), 5 * high), PAGE)
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default(FONT_SIZE)
+    for row, mode in enumerate(("full", "gap", "shifted", "permuted")):
+        layout = gap.lay_out(torch.arange(N) if mode == "full" else ranked, P, N, A, mode)
+        keep = layout.keep.tolist()
+        y = 14 + row * high
+        pen.text((MARGIN, y + cell / 2), mode, PAPER, font, anchor="lm")
+        names = ["T"] * P + [str(index) for index in keep] + ["T"] * A
+        colours = [GREY] * P + [hue(index / N) for index in keep] + [GREY] * A
+        for name, colour, at in zip(names, colours, layout.position_ids.tolist(), strict=True):
+            x = left + at * cell
+            pen.rectangle((x, y, x + cell - 4, y + cell - 4), colour)
+            pen.text((x + cell / 2 - 2, y + cell / 2 - 2), name, PAPER if name == "T" else PAGE,
+                     font, anchor="mm")
+    y = 4 * high + 16
+    pen.text((MARGIN, y), "position ID", PAPER, font, anchor="lm")
+    small = ImageFont.load_default(18)
+    for at in range(P + N + A):
+        pen.text((left + at * cell + cell / 2 - 2, y), str(at), PAPER, small, anchor="mm")
+    return page
+
+
+def hue(share: float) -> str:
+    """A colour between red, at 0, and violet, at 1."""
+    levels = colorsys.hsv_to_rgb(0.85 * share, 0.55, 0.95)
+    return "#" + "".join(f"{round(255 * level):02x}" for level in levels)
+
+
+def places(model: VLM) -> Image.Image:
+    """image.jpg put together again: each kept patch in the cell that its position ID names."""
+    square = Square(model)
+    N = square.rows * square.columns
+    ranked = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    panels = []
+    for mode in ("full", "gap", "shifted", "permuted"):
+        layout = gap.lay_out(ranked if mode == "full" else ranked[:N // 2], 0, N, 0, mode)
+        canvas = Image.new("RGB", square.picture.size, GREY)
+        for index, at in zip(layout.keep.tolist(), layout.position_ids.tolist(), strict=True):
+            canvas.paste(square.picture.crop(square.cell(index)), square.cell(at))
+        panels.append((canvas, f"{mode}, {len(layout.keep)} tokens"))
+    return sheet(panels, 4)
+
+
+# ----- chapter 10 ---------------------------------------------------------------------------------
+
+
+def strategies(model: VLM) -> Image.Image:
+    """A quarter of the patches of image.jpg, as each strategy chooses them for one expression.
+
+    Those that prune in the decoder keep a half in the mean over layers; what is left is shown.
+    """
+    square = Square(model)
+    panels = []
+    for name in STRATEGIES:
+        budget = "50%" if in_decoder(name) else "25%"
+        result = model.ground(square.encoded, EXPRESSION, name, budget, "gap", max_new_tokens=1)
+        keep = result.keep.tolist()
+        dimmed = dim_dropped(square.picture, keep, square.cells())
+        panels.append((dimmed, f"{name}, {len(keep)}"))
+    return sheet(panels, 4)
+
+
+# ----- the command --------------------------------------------------------------------------------
+
+
+FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
+    "answer": answer, "patches": patches, "line": line, "places": places, "strategies": strategies}
+
+
+def make(names: Sequence[str], model: VLM, out: Path) -> list[Path]:
+    """Draw some of the pictures; their paths."""
+    paths = [out / f"{name}.png" for name in names]
+    for name, path in zip(names, paths, strict=True):
+        picture = FIGURES[name](model).quantize(255, dither=Image.Dither.NONE)
+        save_picture("--out", path, picture, optimize=True)
+    return paths
+
+
+def command(argv: Sequence[str] | None) -> None:
+    """Draw the pictures that were asked for."""
+    parser = Parser(prog="python -m nanogap.show.figures",
+                    description="Draw the pictures of the README and of tutorial.md.")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help=f"any of {', '.join(FIGURES)} (default: all)")
+    parser.add_argument("--weights", type=path_argument, default=MINI, metavar="DIR",
+                        help="default: weights/mini")
+    parser.add_argument("--out", type=path_argument, default=ROOT / "nanogap" / "show" / "figures",
+                        metavar="DIR", help="default: nanogap/show/figures")
+    args = parser.parse_args(argv)
+    unknown = set(args.names) - set(FIGURES)
+    if unknown:
+        raise NanogapError(f"there is no picture {min(unknown)!r}: "
+                           f"choose from {', '.join(FIGURES)}")
+    names = args.names or list(FIGURES)
+    check_folder("--out", args.out)
+    for name in names:
+        check_file("--out", args.out / f"{name}.png")
+    for path in make(names, load(args.weights, "cpu", "float32"), args.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(answer_for("nanogap.show.figures", command, None))

@@ -1,0 +1,355 @@
+"""What nanogap.bench reports: keys and arithmetic, never times.  And what it measures with: random
+weights of every size, and decoding with graphs.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanogap
+from nanogap import NanogapError, weights
+from nanogap.bench import __main__ as bench
+from nanogap.bench import machine, sizes
+from nanogap.bench.sizes import random_model, save_random
+from nanogap.checks.command import answer_for
+from nanogap.fast.graph import GraphedDecoder
+from nanogap.llama import KVCache, LlamaConfig
+from nanogap.models.llava import Llava
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
+MINI_NEXT = MINI.parent / "mini-next"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with 4 x 4 patches, as `--random tiny --save DIR` writes them."""
+    folder = tmp_path_factory.mktemp("random") / "tiny"
+    save_random("tiny", folder, CPU, torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine's takes seconds, and says nothing about this code."""
+    monkeypatch.setattr(bench, "limits", lambda *_: {"copy_gb_s": 20.0, "matmul_tflop_s": 0.2})
+
+
+def document(capsys: pytest.CaptureFixture, *argv: str) -> tuple[dict, str]:
+    """The JSON on the last line of what the command says, and what stands before it."""
+    bench.command([*argv, "--device", "cpu", "--rounds", "2", "--new", "3"])
+    before, _, last = capsys.readouterr().out.rstrip("\n").rpartition("\n")
+    return json.loads(last), before
+
+
+# ----- the document -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+@pytest.mark.parametrize("flags", [[], ["--pack"]])
+def test_packed_weights_are_measured_and_named(capsys, tiny, flags: list[str]):
+    said, before = document(capsys, "--weights", str(tiny), *flags)
+    assert said["packed"] == (", packed, " in before) == bool(flags)
+
+
+def test_a_run_for_all_tokens_and_for_every_budget(capsys, tiny):
+    said, before = document(capsys, "--weights", str(tiny), "--keep", "8", "25%", "--json")
+    assert before == ""
+    assert [(r["prune"], r["visual_tokens"]) for r in said["runs"]] == [
+        ("none", 16), ("cls_attention", 8), ("cls_attention", 4)]
+    assert said["dtype"] == "float32" and said["new_tokens"] == 3 and said["theirs"] is None
+    assert said["runs"][0]["prompt_tokens"] - said["runs"][2]["prompt_tokens"] == 12
+
+
+def test_the_cache_holds_keys_and_values_of_prompt_and_passes(capsys, tiny):
+    """3 layers of 64 channels in float32; of 3 new tokens the last is never fed."""
+    for run in document(capsys, "--weights", str(tiny), "--json")[0]["runs"]:
+        assert run["kv_bytes"] == (run["prompt_tokens"] + 2) * 2 * 3 * 64 * 4
+
+
+def test_ratios_are_quotients_of_the_medians_beside_them(capsys, tiny):
+    said, _ = document(capsys, "--weights", str(tiny), "--json")
+    full = said["runs"][0]
+    for run in said["runs"]:
+        assert run["full_over_this"] == {key: full[key] / run[key] for key in bench.BOUGHT}
+        flop = bench.prefill_flop(nanogap.load(tiny).config.text, run["prompt_tokens"])
+        assert run["prefill_tflop_s"] == pytest.approx(flop / (run["prefill_ms"] / 1e3) / 1e12)
+        share = run["prefill_tflop_s"] / said["matmul_tflop_s"]
+        assert run["prefill_share"] == pytest.approx(share)
+        assert run["decode_share"] == pytest.approx(run["decode_gb_s"] / said["copy_gb_s"])
+    assert said["ours"]["load_over_read"] == said["ours"]["load_s"] / said["read_s"]
+    assert said["ours"]["weight_bytes"] == said["parameters"] * 4
+
+
+def test_the_table_says_what_pruning_buys_and_the_json_comes_last(capsys):
+    said, before = document(capsys, "--random", "tiny", "--keep", "4", "--prune", "random")
+    assert said["weights"] == "random tiny" and said["read_s"] is None
+    assert "Pruning to 4 tokens makes prefill" in before and "which reads all weights." in before
+
+
+def test_several_questions_are_asked_one_by_one_and_together(capsys, tiny, monkeypatch):
+    """About one picture, pruned as in the last run, 7 as RefCOCO has them."""
+    asked = []
+    for method in (Llava.ground, Llava.ground_all):
+        def noted(model, image, what, *args, method=method, **more):
+            asked.append((method.__name__, what, *args))
+            return method(model, image, what, *args, **more)
+
+        monkeypatch.setattr(Llava, method.__name__, noted)
+    said, before = document(capsys, "--weights", str(tiny), "--keep", "8", "4")
+    run = ("cls_attention", 4, "gap")
+    one_by_one = [("ground", question, *run) for question in bench.QUESTIONS]
+    at = asked.index(("ground_all", bench.QUESTIONS, *run))
+    assert len(bench.QUESTIONS) == 7 and asked[at - 7:at] == one_by_one
+    told = said["questions"]
+    assert (told["number"], told["prune"], told["keep"]) == (7, "cls_attention", 4)
+    ratio = told["ground_all_per_s"] / told["one_by_one_per_s"]
+    assert "ground_all, 7 questions about one picture, cls_attention 4: " in before
+    assert f"{ratio:.2f} times faster" in before
+
+
+def test_answers_a_second_count_all_questions(tiny, monkeypatch):
+    """By a clock that goes on by 2 milliseconds whenever it is asked."""
+    model, ticks = nanogap.load(tiny, "cpu"), iter(range(0, 1000, 2))
+    monkeypatch.setattr(Llava, "ground", lambda *_, **__: model.clock_ms())
+    monkeypatch.setattr(Llava, "ground_all", lambda *_, **__: None)
+    monkeypatch.setattr(Llava, "clock_ms", lambda _: next(ticks))
+    assert bench.many_times(model, bench.WHOLE, 2) == {
+        "one_by_one_per_s": 7 / 0.016, "ground_all_per_s": 7 / 0.002}
+
+
+def test_the_processor_is_named(capsys, tiny, tmp_path, monkeypatch):
+    said, before = document(capsys, "--weights", str(tiny))
+    assert said["processor"] and f" on {said['processor']}, float32, " in before
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "nothing")   # as elsewhere than Linux
+    assert machine.processor()
+
+
+def test_the_work_of_a_prefill_by_hand():
+    """T = 3 tokens, 2 layers, C = 8, 2 heads and 1 key-value head of 4 channels, 16 inside the MLP.
+
+    Weights of k and v: 2 * 8 * 4 = 64, for 3 tokens in both layers.  Of q, o and the MLP:
+    2 * 64 + 3 * 128 = 512, for 3 tokens and then for 1.  The head: 80.  Looks: 1 + 2 + 3, then 3;
+    each 2 * 2 * 8.
+    """
+    config = LlamaConfig(8, 16, 2, 2, 1, head_dim=4, vocab_size=10)
+    assert bench.prefill_flop(config, 3) == 2 * (64 * 6 + 512 * 4 + 80) + 32 * 9
+
+
+def test_a_pass_reads_all_weights_but_the_embeddings_and_the_cache():
+    """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; a norm; the head 640 x 64."""
+    model = random_model("tiny", CPU, torch.bfloat16)
+    parameters = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
+    assert bench.pass_bytes(model, 1000) == 2 * parameters + 1000
+
+
+# ----- against transformers -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
+    pytest.importorskip("transformers")
+    said, before = document(capsys, "--weights", str(tiny), "--against", "transformers")
+    assert said["theirs"]["same_tokens"] and said["theirs"]["library"].startswith("transformers ")
+    for run in said["runs"]:
+        assert run["theirs_over_this"]["pass_ms"] == said["theirs"]["pass_ms"] / run["pass_ms"]
+        drafted = said["theirs"]["box_ms"] / run["drafted_box_ms"]
+        assert run["theirs_over_this"]["drafted_box_ms"] == drafted
+    assert "times faster than transformers" in before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_that_sees_tiles_is_told_how_large_the_picture_is(capsys):
+    pytest.importorskip("transformers")
+    said, _ = document(capsys, "--weights", str(MINI_NEXT), "--against", "transformers")
+    assert said["theirs"]["same_tokens"] and said["theirs"]["box_ms"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tiny", "mini-next"])
+def test_agreement_one_after_the_other(capsys, tiny, name: str):
+    pytest.importorskip("transformers")
+    folder = tiny if name == "tiny" else MINI_NEXT
+    said, _ = document(capsys, "--weights", str(folder), "--agree")
+    assert said["same_argmax"] == said["logits"] > 16 and said["same_tokens"]
+    assert said["largest_difference"] <= 2e-5 * said["largest_logit"]
+
+
+def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = "not installed here; get it with `pip install transformers"
+    with pytest.raises(NanogapError, match=message):
+        bench.command(["--against", "transformers"])
+
+
+# ----- strategies of one's own --------------------------------------------------------------------
+
+
+def test_a_strategy_of_ones_own_is_measured_by_its_file(capsys, tiny, tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\nfrom nanogap.prune import Kept, strategy\n\n\n"
+                                      "@strategy()\ndef first_ones(seen, budget, generator):\n"
+                                      "    return Kept(torch.arange(budget))\n")
+    name = f"{tmp_path / 'mine.py'}:first_ones"
+    said, _ = document(capsys, "--weights", str(tiny), "--keep", "5", "--prune", name, "--json")
+    runs = [(run["prune"], run["visual_tokens"]) for run in said["runs"]]
+    assert runs == [("none", 16), ("first_ones", 5)]
+
+
+def test_without_weights_the_default_ones_are_measured(monkeypatch, tiny, capsys):
+    monkeypatch.setattr(weights, "default_weights", lambda: tiny)
+    assert document(capsys, "--json")[0]["weights"] == str(tiny)
+
+
+# ----- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--random", "tiny", "--weights", "w"], "give --weights DIR, or --random SIZE"),
+    (["--save", "w"], "--save DIR only with the latter"),
+    (["--random", "tiny", "--agree"], "add --save DIR"),
+    (["--random", "8b"], "invalid choice: '8b'"),
+    (["--new", "1"], "nothing would be measured"),
+    (["--rounds", "0"], "nothing would be measured"),
+    (["--keep", "0"], "is not a number of visual tokens"),
+    (["--random", "tiny", "--keep", "17"], "cannot keep 17 of 16 visual tokens"),
+    (["--random", "tiny", "--keep", "auto"], "cls_attention needs a budget"),
+    (["--random", "tiny", "--prune", "nothing"], "unknown strategy 'nothing'"),
+    (["--random", "tiny", "--prune", "nowhere.py:mine"], "there is no file nowhere.py"),
+    (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
+])
+def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
+    assert answer_for("nanogap.bench", bench.command, [*argv, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeypatch):
+    message = "is there already; give a new folder, or measure what is in it"
+    with pytest.raises(NanogapError, match=message):
+        save_random("tiny", tiny, CPU, torch.bfloat16)
+    usage = shutil._ntuple_diskusage(0, 0, 13 * 10 ** 9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(NanogapError, match="7b takes 14.1 GB and 13.0 GB are free"):
+        save_random("7b", tmp_path / "7b", CPU, torch.bfloat16)
+
+
+# ----- random weights -----------------------------------------------------------------------------
+
+
+def test_random_weights_come_back_from_disk_as_they_were_drawn(tiny):
+    drawn = random_model("tiny", CPU, torch.bfloat16)
+    loaded = nanogap.load(tiny, "cpu", "bfloat16")
+    assert loaded.config == drawn.config
+    for name, value in drawn.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("size, parameters", [("7b", 7.06e9), ("13b", 13.35e9), ("350m", 0.35e9)])
+def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
+    assert sizes.count_parameters(size) == pytest.approx(parameters, rel=0.01)
+    assert isinstance(sizes.empty_model(size), Llava)
+    assert sizes.SIZES[size].vision.grid ** 2 == 576
+
+
+def test_signals_neither_explode_nor_vanish_in_random_weights():
+    model = random_model("tiny", CPU, torch.float32)
+    logits = model(model.prompt("the man"), model.prepare_image(bench.IMAGE))
+    assert 0.3 < float(logits.std()) < 3
+    assert len(logits.argmax(-1).unique()) > 20
+
+
+# ----- what makes it fast -------------------------------------------------------------------------
+
+
+def test_a_graphed_pass_gives_the_logits_of_the_model():
+    """Of all tokens of a pass, with alternatives and without, for two prompts in turns."""
+    model = random_model("tiny", CPU, torch.float32).language_model
+    graphed = GraphedDecoder(model)
+    generator = torch.Generator().manual_seed(0)
+    for rows, T, alternatives in ((9, 1, 1), (9, 5, 1), (9, 5, 3), (70, 5, 3), (9, 5, 5)):
+        prompt = torch.randn(1, rows, 64, generator=generator)
+        x = torch.randn(1, T, 64, generator=generator)
+        ids = torch.arange(rows) * 3
+        places = ids[-1] + 1 + torch.arange(T)
+        caches = [KVCache(model.model.config, rows + T + 2, x) for _ in range(2)]
+        for cache in caches:
+            model(prompt, ids, cache)
+        plain = model(x, places, caches[0], alternatives)
+        logits = graphed(x, places, caches[1], alternatives)
+        assert logits.shape == (1, T, 640)
+        assert torch.allclose(logits, plain, atol=1e-5)
+        assert caches[1].lengths == caches[0].lengths == [rows + T] * 3
+    assert sorted(graphed.recordings) == [
+        (64, 1, 1), (64, 5, 1), (64, 5, 3), (64, 5, 5), (128, 5, 3)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
+    """On a CPU the same code runs unrecorded: a cache of a fixed number of rows, and a mask."""
+    model = nanogap.load(MINI, device, "float32")
+    image = model.encode_image(bench.IMAGE)
+    questions = [("full", None, 25), ("gap", 36, 25), ("full", None, 9)]
+
+    def said(drafts: bool) -> list:
+        return [model.ground(image, bench.EXPRESSION, "random", keep, mode, max_new_tokens=most,
+                             drafts=drafts) for mode, keep, most in questions]
+
+    plain = said(False) + said(True)
+    model.decoder = GraphedDecoder(model.language_model)
+    graphed = said(False) + said(True)
+    assert [r.tokens for r in graphed] == [r.tokens for r in plain]
+    assert [r.kv_bytes for r in graphed] == [r.kv_bytes for r in plain]
+    assert [r.timings["passes"] for r in graphed] == [r.timings["passes"] for r in plain]
+    assert {rows % 64 for rows, _, _ in model.decoder.recordings} == {0}
+
+
+def test_a_graphed_decoder_stands_aside_where_the_decoder_cuts():
+    """Its passes are over the same rows in all layers; behind a cut there are fewer."""
+    model = nanogap.load(MINI, "cpu", "float32")
+    image = model.encode_image(bench.IMAGE)
+    asked = [("random", 36), ("fastv", 72), ("pyramiddrop", None), ("random", 18),
+             ("sparsevlm", 60), ("sparsevlm_plus", 60), ("random", 36)]
+
+    def said(drafts: bool) -> list:
+        return [model.ground(image, bench.EXPRESSION, name, keep, "gap", drafts=drafts)
+                for name, keep in asked]
+
+    plain = said(False) + said(True)
+    model.decoder = Counted(model.language_model)
+    graphed = said(False) + said(True)
+    assert [r.tokens for r in graphed] == [r.tokens for r in plain]
+    assert [r.kv_bytes for r in graphed] == [r.kv_bytes for r in plain]
+    passes = [result.timings["passes"] for result in graphed]
+    cut = [bool(result.cuts) for result in graphed]
+    assert cut == [name != "random" for name, _ in asked] * 2
+    assert model.decoder.calls == sum(n for n, was in zip(passes, cut, strict=True) if not was) > 0
+
+
+class Counted(GraphedDecoder):
+    calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return super().__call__(*arguments)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pass_never_waits_for_the_gpu(dtype: torch.dtype):
+    model = random_model("tiny", torch.device("cuda"), dtype)
+    x, ids = torch.randn(1, 9, 64, device="cuda", dtype=dtype), torch.arange(9, device="cuda")
+    pixels = model.prepare_image(bench.IMAGE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before, after = model.vision_tower(pixels)
+        model.vision_tower.fields(before[0], after[0], {"cls", "cls_attention", "keys"})
+        cache = KVCache(model.config.text, 16, x)
+        model.language_model(x, ids, cache, last=1)
+        model.language_model(x[:, :5], 9 + ids[:5], cache, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

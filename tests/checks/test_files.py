@@ -1,0 +1,339 @@
+"""A checkpoint's files, by the kinds of what is wrong with them: loops over all of each kind.
+
+In:  a tiny checkpoint, of which one file says something else.
+Out: an answer that follows it, or one line that names it; never a piece of it passed over.
+"""
+
+import json
+import os
+import shutil
+import stat
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanogap
+from nanogap import NanogapError
+from nanogap.checks import checkpoint, settings
+from nanogap.models.llava import Llava
+from tests.checks.test_weights import edit, logits, refusal
+from tests.tiny import tiny_config, tiny_tensors, write_shards, write_tensors
+
+ROWS = 640
+
+
+def put(folder: Path, file: str, **keys: object) -> None:
+    """Keys into a JSON file, which is there afterwards."""
+    path = folder / file
+    value = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(value | keys))
+
+
+# ----- A: every key is followed, or refused by its name -------------------------------------------
+
+OTHER: dict[type, object] = {bool: True, int: 7, float: 1.5, str: "other", type(None): 5,
+                             tuple: [3], list: [3], dict: {"a": 1}}
+TABLES = {"generation_config.json": settings.GENERATION,
+          "preprocessor_config.json": settings.PIXELS, "processor_config.json": settings.PROCESSOR,
+          "tokenizer_config.json": settings.TOKENIZER}
+
+
+@pytest.mark.parametrize("file", TABLES)
+def test_a_key_that_would_change_an_answer_is_refused_by_its_name(file: str, folder: Path):
+    path, table = folder / file, TABLES[file]
+    before = path.read_text() if path.exists() else "{}"
+    for key, harmless in table.items():
+        for value in (*harmless, None):
+            path.write_text(json.dumps(json.loads(before) | {key: value}))
+            Llava.read_config(folder)
+        for value in (True, False, 7, 0.5, "other", [3], {"a": 1}):
+            if value not in harmless:
+                path.write_text(json.dumps(json.loads(before) | {key: value}))
+                with pytest.raises(NanogapError, match=f"{file}: {key} is "):
+                    Llava.read_config(folder)
+
+
+@pytest.mark.parametrize("file, keys", [
+    ("config.json", {"transformers_version": "9", "use_cache": False, "_name_or_path": "x",
+                     "pad_token_id": 3, "image_seq_length": 16, "ignore_index": -100,
+                     "initializer_range": 9}),
+    ("generation_config.json", {"max_length": 7, "max_new_tokens": 7, "temperature": 0.1,
+                                "top_p": 0.3, "top_k": 3, "pad_token_id": 3, "use_cache": False}),
+    ("preprocessor_config.json", {"do_convert_rgb": True, "processor_class": "x", "do_pad": True,
+                                  "data_format": "channels_first"}),
+    ("tokenizer_config.json", {"model_max_length": 5, "padding_side": "left", "legacy": False})])
+def test_a_key_that_changes_nothing_is_left_alone(file: str, keys: dict, folder: Path, whole: Path):
+    """Length and sampling are the caller's: here answers are greedy, and end at max_new_tokens."""
+    put(folder, file, **keys)
+    assert Llava.read_config(folder) == Llava.read_config(whole)
+
+
+@pytest.mark.parametrize("spelling", [
+    {"rope_theta": 500.0}, {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}},
+    {"rope_theta": 500.0, "rope_scaling": {"rope_type": "default"}},
+    {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 1.0}},
+    {"rope_theta": 500.0, "rope_scaling": None}])
+def test_each_spelling_of_rope_is_read(spelling: dict, folder: Path):
+    edit(folder / "config.json", lambda config: config["text_config"].pop("rope_theta", None))
+    edit(folder / "config.json", lambda config: config["text_config"].update(spelling))
+    assert Llava.read_config(folder).text.rope_theta == 500.0
+
+
+@pytest.mark.parametrize("spelling", [
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 500.0}}},
+    {"rope_parameters": {"partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 0.5}])
+def test_scaled_positions_are_refused_in_each_spelling(spelling: dict, folder: Path):
+    edit(folder / "config.json", lambda config: config["text_config"].update(spelling))
+    with pytest.raises(NanogapError, match="config.json: "):
+        Llava.read_config(folder)
+
+
+def test_the_image_processor_is_found_in_either_file(folder: Path):
+    """transformers 5 writes it into processor_config.json, which then counts."""
+    half = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    put(folder, "processor_config.json", image_processor=half)
+    config = Llava.read_config(folder)
+    assert (config.image_mean, config.image_std) == ((0.5,) * 3, (0.25,) * 3)
+    put(folder, "processor_config.json", image_processor=half | {"do_normalize": False})
+    with pytest.raises(NanogapError, match="processor_config.json: do_normalize is False"):
+        Llava.read_config(folder)
+
+
+@pytest.mark.parametrize("ends, first, others", [
+    (7, 7, ()), ([7], 7, ()), ([7, 9], 7, (9,)), ([7, 9, 7], 7, (9,)), ([9, 2, 7], 9, (2, 7))])
+def test_any_of_several_end_tokens_ends_an_answer(ends: object, first: int, others: tuple,
+                                                 folder: Path):
+    put(folder, "generation_config.json", eos_token_id=ends)
+    config = Llava.read_config(folder)
+    assert (config.eos_token, config.other_ends) == (first, others)
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json",
+                                   "processor_config.json", "tokenizer_config.json"])
+def test_another_chat_template_is_refused_wherever_it_stands(where: str, folder: Path):
+    llama3 = ("{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+              "{{ m['content'] }}<|eot_id|>{% endfor %}")
+    if where.endswith(".jinja"):
+        (folder / where).write_text(llama3)
+    else:
+        put(folder, where, chat_template=llama3)
+    with pytest.raises(NanogapError, match=f"{where} holds another chat template than Vicuna's"):
+        Llava.read_config(folder)
+
+
+def test_padding_and_truncation_left_over_in_a_tokenizer_change_no_prompt(
+        folder: Path, whole: Path):
+    pad = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 3,
+           "pad_type_id": 0, "pad_token": "<pad>"}
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    ids = nanogap.load(whole, "cpu").prompt("the man on the left").tolist()
+    for keys in ({"padding": pad}, {"truncation": cut}, {"padding": pad, "truncation": cut},
+                 {"padding": pad | {"strategy": {"Fixed": 10 ** 9}}}):
+        put(folder, "tokenizer.json", **{"padding": None, "truncation": None} | keys)
+        assert nanogap.load(folder, "cpu").prompt("the man on the left").tolist() == ids
+
+
+# ----- B: which of several files counts -----------------------------------------------------------
+
+
+def test_the_file_that_counts_is_the_one_that_transformers_would_take(tmp_path: Path):
+    """Each kind of file holds the number of its place in the order; the first there is counts."""
+    made: dict[str, Callable[[float], object]] = {
+        "model.safetensors": lambda v: write_tensors(tmp_path / "model.safetensors",
+                                                     {"x": torch.full((2,), v)}),
+        "model.safetensors.index.json": lambda v: write_shards(
+            tmp_path, {"x": torch.full((2,), v), "y": torch.ones(1)}, 2),
+        "pytorch_model.bin": lambda v: torch.save({"x": torch.full((2,), v)},
+                                                  tmp_path / "pytorch_model.bin")}
+    for value, name in reversed(list(enumerate(made))):
+        made[name](float(value))
+        files = checkpoint.weight_files(tmp_path, "")
+        shard = [checkpoint.Shard(file, torch.device("cpu")) for file in files]
+        found = next(one.get("x") for one in shard if "x" in one.names())
+        assert found.tolist() == [value, value], name
+
+
+# ----- D: whole files of another form -------------------------------------------------------------
+
+TINY = tiny_tensors(tiny_config())
+PROJECTION = "language_model.model.layers.0.mlp.down_proj.weight"
+
+
+def no_weights(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"GGUF")
+
+
+def tensors(folder: Path, **changed: object) -> None:
+    write_tensors(folder / "model.safetensors", TINY | changed)
+
+
+FORMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "adapter": (lambda f: put(f, "adapter_config.json", peft_type="LORA"), "adapter"),
+    "adapter alone": (lambda f: no_weights(f, "adapter_model.safetensors"), "adapter"),
+    "trainables": (lambda f: no_weights(f, "non_lora_trainables.bin"), "adapter"),
+    "lora in it": (lambda f: tensors(f, **{"base_model.model.x.lora_A.weight": torch.ones(2)}),
+                   "adapter"),
+    "projector": (lambda f: no_weights(f, "mm_projector.bin"), "LLaVA's own layout"),
+    "own names": (lambda f: tensors(f, **{"model.mm_projector.0.weight": torch.ones(2)}),
+                  "LLaVA's own layout"),
+    "llama.cpp": (lambda f: no_weights(f, "llava-q4.gguf"), "GGUF"),
+    "tensorflow": (lambda f: no_weights(f, "tf_model.h5"), "from_tf=True"),
+    "flax": (lambda f: no_weights(f, "flax_model.msgpack"), "from_flax=True"),
+    "distributed": (lambda f: no_weights(f, "__0_0.distcp"), "state of a training"),
+    "deepspeed": (lambda f: no_weights(f, "global_step100"), "state of a training"),
+    "4 bits": (lambda f: tensors(f, **{PROJECTION: torch.zeros(9, 1, dtype=torch.uint8)}),
+               "quantised"),
+    "8 bits": (lambda f: tensors(f, **{PROJECTION: TINY[PROJECTION].to(torch.int8)}), "quantised"),
+    "absmax": (lambda f: tensors(f, **{f"{PROJECTION}.absmax": torch.ones(9)}), "quantised"),
+    "awq": (lambda f: tensors(f, **{"language_model.x.qweight": torch.ones(9)}), "quantised"),
+    "said": (lambda f: put(f, "config.json", quantization_config={"quant_method": "gptq"}),
+             "quantised"),
+    "newer tokenizer": (lambda f: put(f, "tokenizer.json", version="2.0"), "a newer library"),
+    "older tokenizer": (lambda f: (f / "tokenizer.json").rename(f / "vocab.json"),
+                        "save_pretrained")}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_whole_file_of_another_form_is_told_what_it_is_and_not_fetched_again(
+        form: str, folder: Path):
+    change, says = FORMS[form]
+    change(folder)
+    said = refusal(folder)
+    assert says in said and "again" not in said and "broken" not in said, said
+
+
+def test_a_download_that_stopped_is_to_go_on(folder: Path):
+    no_weights(folder, "model.safetensors.abc.incomplete")
+    assert "run it again: it continues" in refusal(folder)
+
+
+def test_a_folder_of_the_hubs_cache_is_used(whole: Path, tmp_path: Path):
+    cache = tmp_path / "models--llava-hf--llava-1.5-7b-hf"
+    shutil.copytree(whole, cache / "snapshots" / "abc")
+    for given in (cache, cache / "snapshots", cache / "snapshots" / "abc"):
+        assert torch.equal(logits(given), logits(whole))
+    (cache / "snapshots" / "def").mkdir()
+    assert "holds 2 snapshots (abc, def); give the folder of one" in refusal(cache)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc\n")
+    assert torch.equal(logits(cache), logits(whole))
+    assert "is the hub's cache; give a folder in it, such as " in refusal(tmp_path)
+
+
+def test_each_pickle_of_torchs_is_read_today_or_by_hand(folder: Path, whole: Path):
+    (folder / "model.safetensors").unlink()
+    for legacy in (False, True):                      # torch before 1.6 wrote no archive
+        torch.save(TINY, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        assert torch.equal(logits(folder), logits(whole))
+    sparse = TINY | {PROJECTION: TINY[PROJECTION].to_sparse()}
+    for state, why in ((sparse, "more than tensors"), ([1], "more than tensors"),
+                       ({"epoch": 7}, "more than tensors")):
+        torch.save(state, folder / "pytorch_model.bin")
+        assert why in refusal(folder) and "torch.save(model.state_dict(), PATH)" in refusal(folder)
+
+
+# ----- K: files that are no files -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json",
+                                  "preprocessor_config.json", "model.safetensors"])
+def test_a_file_that_is_no_file_is_one_line_at_once(name: str, kind: str, folder: Path):
+    (folder / name).unlink(missing_ok=True)
+    if kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to(folder / "nothing")
+    if kind == "link to nothing" and name in ("generation_config.json", "preprocessor_config.json"):
+        return                                        # it may be missing
+    begun = time.time()
+    refusal(folder)
+    assert time.time() - begun < 2
+
+
+def test_a_file_larger_than_any_of_its_kind_is_not_read(folder: Path):
+    with open(folder / "config.json", "ab") as file:
+        file.truncate(1 << 40)                        # of no bytes on the disk
+    assert "more than any file of that kind" in refusal(folder)
+
+
+# ----- what a mistake is blamed on ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_broken(name: str, folder: Path):
+    (folder / name).chmod(0)
+    assert "may not be read by this user" in refusal(folder)
+    (folder / name).chmod(stat.S_IRUSR)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory"),
+                                   RuntimeError("unable to mmap: Cannot allocate memory (12)")])
+def test_a_lack_of_memory_is_not_called_broken(error: Exception, folder: Path, monkeypatch):
+    def full(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "safe_open", full)
+    assert "there is no room in memory for" in refusal(folder)
+    torch.save(TINY, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", full)
+    assert "there is no room in memory for" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", [PROJECTION, "multi_modal_projector.linear_1.weight",
+                                  "vision_tower.vision_model.pre_layrnorm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_blamed_on_the_weights(
+        name: str, value: float, folder: Path, picture):
+    """Not on the strategy, whose scores they spoil."""
+    tensors(folder, **{name: torch.full_like(TINY[name], value)})
+    model = nanogap.load(folder, "cpu")
+    for strategy in ("random", "cls_attention", "prumerge", "divprune", "fastv"):
+        with pytest.raises(NanogapError, match="numbers .*that are not finite.* weights"):
+            model.ground(picture, "x", strategy, 12)
+
+
+def test_a_header_of_safetensors_may_lie_and_costs_nothing(folder: Path):
+    """Its length, its offsets, its shapes: one line that says to fetch it again."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    for size in (0, 1, 2 ** 40, 2 ** 63):
+        path.write_bytes(struct.pack("<Q", size) + data[8:])
+        assert "is cut off or broken" in refusal(folder)
+
+
+# ----- C: a CLIP that the tower does not come from ------------------------------------------------
+
+
+@pytest.mark.parametrize("change, refused", [
+    (lambda value: value, False), (lambda value: value.bfloat16().float(), False),
+    (lambda value: value * 1.05, False), (lambda value: torch.randn_like(value), True),
+    (lambda value: value.flip(0), True), (lambda value: -value, True),
+    (torch.zeros_like, True)], ids=["same", "rounded", "trained", "random", "rows", "minus", "0"])
+def test_a_clip_of_another_tower_is_refused_though_all_sizes_fit(
+        tmp_path: Path, change: Callable, refused: bool):
+    torch.manual_seed(0)
+    mini = Path(__file__).resolve().parents[2] / "weights" / "mini"
+    clip = shutil.copytree(mini / "clip_text", tmp_path / "clip")
+    shard = checkpoint.Shard(mini / "clip_text" / "model.safetensors", torch.device("cpu"))
+    state = {name: shard.get(name).float() for name in shard.names()}
+    write_tensors(clip / "model.safetensors", {
+        name: change(value).contiguous() if name.startswith("vision_model.") and value.dim() > 1
+        else value for name, value in state.items()})
+    if refused:
+        with pytest.raises(NanogapError, match="is a CLIP of other weights than the vision tow"):
+            nanogap.load(mini, "cpu", clip=clip)
+    else:
+        assert nanogap.load(mini, "cpu", clip=clip).text_guide is not None

@@ -1,0 +1,516 @@
+"""The command, run in this process on tiny checkpoints, and a few times as a person runs it.
+
+One checkpoint, `weights`, is random and babbles.  The other, `finder`, always says the same box:
+its layers add nothing to the last token of the prompt, and the table of tokens does the rest.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.modules.module import register_module_forward_hook
+
+import nanogap
+import run
+from nanogap import weights as checkpoints
+from nanogap.checks.command import keep_argument
+from nanogap.checks.output import save_picture
+from nanogap.clip import CLIPVisionTower
+from nanogap.gap import MODES
+from nanogap.prune import STRATEGIES, budget_of
+from nanogap.show.explain import columns
+from tests.tiny import write_checkpoint, write_finder
+
+ROOT = Path(run.__file__).parent
+BOX = "[0.10, 0.25, 0.50, 0.60]"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def finder(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that answers every question with BOX, one token, and stops."""
+    return write_finder(weights, tmp_path_factory.mktemp("finder"), BOX)
+
+
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A 100 x 50 picture in an empty folder, from which the command is run."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (100, 50), (90, 140, 60)).save("photo.png")
+    return "photo.png"
+
+
+# ----- what comes out -----------------------------------------------------------------------------
+
+
+def test_the_table_has_a_line_for_each_mode_and_the_picture_is_saved(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(finder), "--keep", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{finder} on cpu, float32"
+    assert " ".join(lines[1].split()) == (
+        "mode tokens position IDs box (pixels) IoU prefill decode KV MB words")
+    # 33 tokens before, 16 patches, 20 after; (0.10, 0.25) of the square is pixel (10, 25 - 25)
+    shown = [re.split(r"  +", line)[:5] for line in lines[2:5]]
+    assert shown == [["full", "16", "0..68", "10, 0, 50, 35", "1.00"],
+                     ["shifted", "4", "0..56", "10, 0, 50, 35", "1.00"],
+                     ["gap", "4", "0..68", "10, 0, 50, 35", "1.00"]]
+    assert all(line.endswith(f"  {BOX}") for line in lines[2:5])
+    assert re.fullmatch(r"The image was encoded once \(\d+ ms\).  "
+                        r"IoU is with the box of the full run.", lines[5])
+    assert lines[6:] == ["picture: answer.png"]
+    assert all(len(line) <= 114 for line in lines[1:])
+    assert Image.open("answer.png").width == 988 and not list(Path().glob("*.partial"))
+
+
+def test_json_is_one_document_and_nothing_else(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(finder), "--json", "--explain",
+                     "--keep", "25%", "--prune", "spatial", "--out", "a.jpg"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    runs = document.pop("runs")
+    assert document == {"image": "photo.png", "expression": "the man", "weights": str(finder),
+                        "device": "cpu", "dtype": "float32", "prune": "spatial", "keep": 4,
+                        "picture": "a.jpg"}
+    timings = [r.pop("timings") for r in runs]
+    assert [r.pop("kv_bytes") for r in runs] == [2 * 3 * 64 * 4 * rows for rows in (70, 58, 58)]
+    assert runs == [
+        {"mode": mode, "visual_tokens": tokens, "box": [10.0, 0.0, 50.0, 35.0], "text": BOX,
+         "cut_off": False, "iou_with_full": 1.0, "position_ids": [0, last],
+         "next_position": last + 1}
+        for mode, tokens, last in (("full", 16, 68), ("shifted", 4, 56), ("gap", 4, 68))]
+    for timing in timings:
+        assert set(timing) == {"vision_ms", "prefill_ms", "decode_ms", "new_tokens", "passes"}
+        assert (timing["new_tokens"], timing["passes"]) == (2, 1)
+
+
+def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    """It says a box, which is one token, and its end."""
+    asked = [photo, "the man", "--weights", str(finder), "--mode", "full", "gap", "--keep", "4"]
+    assert run.main([*asked, "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[5:7] == [
+        f"{mode}: the answer was cut off before its end, at 1 tokens; give it more room with "
+        "--max-new-tokens." for mode in ("full", "gap")]
+    assert run.main([*asked, "--max-new-tokens", "1", "--json"]) == 0
+    assert [r["cut_off"] for r in json.loads(capsys.readouterr().out)["runs"]] == [True, True]
+    assert run.main([*asked, "--max-new-tokens", "2"]) == 0
+    assert "cut off" not in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_in_a_pass_is_one_line(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    assert run.main([photo, "the man", "--weights", str(finder)]) == 2
+    assert capsys.readouterr().err == (
+        "run.py: memory ran out (CUDA out of memory); end other programs, or take less at a time: "
+        "another --dtype or --device, smaller --weights, a smaller --keep without mode full\n")
+    assert not Path("answer.png").exists()
+
+
+def test_an_answer_without_a_box_has_none_and_no_iou(
+        photo: str, weights: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(weights), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(r["box"], r["iou_with_full"]) for r in runs] == [(None, None)] * 3
+
+
+def test_in_the_table_a_missing_box_is_a_dash_and_long_words_are_cut_and_spelled_out(
+        capsys: pytest.CaptureFixture):
+    timings = {"vision_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0}
+    common = {"visual_tokens": 4, "position_ids": [0, 56], "kv_bytes": 2 ** 20, "timings": timings,
+              "box": None, "iou_with_full": None}
+    run.print_table({"runs": [
+        {"mode": "gap", "text": "a man\n\x1b[31m in blue, to the left of the dog", **common},
+        {"mode": "shifted", "text": "人" * 40, **common},
+        {"mode": "compact, text not moved", "text": "", **common}]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("  a man\\n\\x1b[31m in blue, to t...")
+    assert lines[2].endswith("  " + "人" * 14 + "...")
+    assert all(re.search(r"0\.\.56 +- +2 ms +3 ms +1\.0", line) for line in lines[1:4])
+    starts = {line.index("  2 ms") for line in lines[1:4]}
+    assert len(starts) == 1 and lines[3] == lines[3].rstrip()            # one below the other
+    assert all(columns(line) <= 130 for line in lines)
+
+
+def test_modes_are_run_in_the_order_given_and_once_each(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "x", "--weights", str(finder), "--json",
+                     "--mode", "permuted", "gap", "permuted"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(r["mode"], r["iou_with_full"]) for r in runs] == [("permuted", None), ("gap", None)]
+
+
+def test_the_image_is_encoded_once_for_all_modes(photo: str, finder: Path):
+    called = []
+    with register_module_forward_hook(lambda module, inputs, output: called.append(type(module))):
+        assert run.main([photo, "x", "--weights", str(finder),
+                         "--mode", "full", "shifted", "permuted", "gap"]) == 0
+    assert called.count(CLIPVisionTower) == 1
+
+
+def test_the_same_seed_keeps_the_same_patches_and_another_seed_others(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    def shown(seed: str) -> str:
+        assert run.main([photo, "x", "--weights", str(finder), "--keep", "4", "--mode", "gap",
+                         "--seed", seed, "--explain"]) == 0
+        return capsys.readouterr().out.partition("4 of 16 patches stay:")[2][:100]
+    assert shown("0") == shown("0") != shown("1")
+
+
+def test_a_strategy_that_finds_its_own_budget_is_given_none(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "x", "--weights", str(finder), "--json", "--prune", "prumerge",
+                     "--keep", "auto"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["keep"] is None and 1 < document["runs"][1]["visual_tokens"] <= 17
+    assert budget_of(keep_argument("auto"), 16) is None
+
+
+def test_a_strategy_of_ones_own_is_given_by_its_file_and_name(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    Path("mine.py").write_text("import torch\nfrom nanogap.prune import Kept, strategy\n\n"
+                               "@strategy()\ndef corner(seen, budget, generator):\n"
+                               "    return Kept(torch.arange(budget))\n")
+    argv = [photo, "x", "--weights", str(finder), "--prune", "mine.py:corner", "--keep", "3",
+            "--mode", "gap"]
+    with patch.dict(STRATEGIES):                              # as before, afterwards
+        assert run.main([*argv, "--explain"]) == 0
+        assert "      # # # .\n      . . . .\n" in capsys.readouterr().out
+        assert run.main([*argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["prune"] == "mine.py:corner"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_answered_and_drawn(
+        mode: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "x", "--weights", str(finder), "--mode", mode, "--keep", "4"]) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith(f"{mode} ") and row.endswith(f"  {BOX}")
+    assert Path("answer.png").exists()
+
+
+def test_the_help_names_every_strategy_and_every_mode(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in STRATEGIES) and "FILE.py:NAME" in shown
+    assert all(mode in shown for mode in MODES)
+
+
+def test_layer_says_before_which_layer_fastv_cuts(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--json", "--prune", "fastv", "--mode", "gap"]
+    tokens = []
+    for layer, keep in ("1", "8"), ("2", "12"):
+        assert run.main([*argv, "--layer", layer, "--keep", keep]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["runs"][0]["visual_tokens"])
+    assert tokens == [(16 + 4 + 4) / 3, (16 + 16 + 4) / 3]
+    assert run.main([*argv, "--layer", "3"]) == 2
+    assert "fastv cannot cut before layer 3 of 3" in capsys.readouterr().err
+    assert run.main([photo, "x", "--weights", str(finder), "--layer", "2"]) == 2
+    assert "--layer says where fastv cuts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, cuts", [
+    (["fastv", "--keep", "12", "--layer", "2"], "4 from layer 2 on"),
+    (["pyramiddrop", "--keep", "auto"], "8 from layer 1 on, 4 from layer 2 on"),
+    (["sparsevlm", "--keep", "9"], "6 from layer 1 on, 5 from layer 2 on"),
+    (["random"], None)])
+def test_the_table_says_where_the_decoder_cuts(
+        argv: list[str], cuts: str | None, photo: str, finder: Path,
+        capsys: pytest.CaptureFixture):
+    """With the one cluster that SparseVLM adds at each cut."""
+    assert run.main([photo, "x", "--weights", str(finder), "--prune", *argv]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "counted from 0" in line]
+    assert lines == ([f"{argv[0]} in 3 layers, counted from 0: visual tokens cut to {cuts}."]
+                     if cuts else [])
+
+
+def test_a_clip_given_by_name_is_what_the_strategy_reads_with(
+        photo: str, capsys: pytest.CaptureFixture):
+    mini = ROOT / "weights/mini"
+    argv = [photo, "x", "--weights", str(mini), "--json", "--prune", "text_similarity"]
+    assert run.main([*argv, "--clip", str(mini / "clip_text")]) == 0
+    given = json.loads(capsys.readouterr().out)["runs"]
+    assert run.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert [r["text"] for r in given] == [r["text"] for r in found]
+
+
+def test_no_draft_means_a_pass_for_each_token_and_the_same_words(
+        photo: str, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(ROOT / "weights/mini"), "--json", "--mode", "full"]
+    words = []
+    for more in ([], ["--no-draft"]):
+        assert run.main(argv + more) == 0
+        words.append(json.loads(capsys.readouterr().out)["runs"][0])
+    assert words[0]["text"] == words[1]["text"]
+    assert words[0]["timings"]["passes"] < words[1]["timings"]["passes"] == (
+        words[1]["timings"]["new_tokens"] - 1)
+
+
+@pytest.mark.parametrize(
+    "keep, tokens", [("1", 1), ("16", 16), ("1%", 1), ("25%", 4), ("100%", 16)])
+def test_keep_is_a_number_of_tokens_or_a_share(keep: str, tokens: int):
+    assert budget_of(keep_argument(keep), 16) == tokens
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (20000, 300)])
+def test_the_most_extreme_picture_works(
+        size: tuple[int, int], photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    Image.new("L", size, 90).save("extreme.png")
+    assert run.main(["extreme.png", "x", "--weights", str(finder), "--json"]) == 0
+    box = json.loads(capsys.readouterr().out)["runs"][0]["box"]
+    assert box is None or 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+
+
+@pytest.mark.parametrize("expression", [
+    "左边的人", "الرجل على اليسار", "😀 👩‍👩‍👧",
+    "\u202eright to left", "the man\non the\tleft", "\x1b[31mred\x07", "<image>",
+    "</s>", '"; rm -rf', "{0} {x} %s \\", "the man " * 12, "x" * 90])
+def test_any_expression_works_and_is_explained_in_80_columns(
+        expression: str, photo: str, weights: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, expression, "--weights", str(weights), "--explain", "--mode", "gap"]
+    assert run.main(argv) == 0
+    lines = capsys.readouterr().out.split("\n")[1:]
+    table = next(i for i, line in enumerate(lines) if line.startswith("mode  "))
+    assert max(columns(line) for line in lines[:table]) <= 80
+    assert max(columns(line) for line in lines[table:]) <= 114
+    assert all(line.isprintable() for line in lines)
+    assert Image.open("answer.png").size == (988, 660)        # with two lines of caption
+
+
+# ----- --explain ----------------------------------------------------------------------------------
+
+
+def test_explain_shows_the_ids_that_gap_gives_back(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert run.main([photo, "the man", "--weights", str(finder), "--explain", "--prune", "spatial",
+                     "--keep", "4", "--mode", "gap"]) == 0
+    out = capsys.readouterr().out
+    for line in ("   100 x 50 pixels, padded to 100 x 100,",
+                 "   resized to pixel_values (1, 3, 56, 56)",
+                 "   features (16, 32), in raster order: row by row",
+                 "      . . . .\n      . # . #\n      . . . .\n      . # . #",
+                 "   P = 33 tokens before the image, A = 20 after it; decoder width 64",
+                 "5  Mode gap: raster order, original position IDs",
+                 "   embeddings (1, 57, 64) at cache rows 0..56: rows have no gaps",
+                 "   position IDs: P = 33 tokens | K = 4 patches | A = 20 tokens",
+                 "      0..32 | 38 40 46 48 | 49..68",
+                 f"      {BOX}\n      (0.1, 0.25, 0.5, 0.6)\n      (10.0, 0.0, 50.0, 35.0)"):
+        assert f"\n{line}\n" in out
+    assert re.search(r"ID now +69 +70\n +cache row +57 +-\n", out)
+
+
+# ----- mistakes -----------------------------------------------------------------------------------
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr with which the command refuses; nothing is written anywhere."""
+    before = sorted(Path().rglob("*"))
+    assert run.main(argv) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines(True) if not line.endswith(" ...\n")]
+    err = "".join(lines)                                      # without those of a slow machine
+    assert err.startswith("run.py: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert "Traceback" not in out + err and "picture:" not in out
+    assert sorted(Path().rglob("*")) == before
+    return err.removeprefix("run.py: ").removesuffix("\n")
+
+
+KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25%, nor \"auto\"; "
+        "see `python run.py --help`")
+RANGE = "of 16 visual tokens: keep from 1 to 16, or 1% to 100%"
+
+
+def test_a_strategy_that_cannot_find_a_budget_needs_one(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--keep", "auto"]
+    assert refused(argv, capsys) == (
+        "random needs a budget: keep from 1 to 16 visual tokens, or 1% to 100%"
+        " (those that find one themselves are prumerge, prumerge_plus, trim, pyramiddrop)")
+
+
+def test_a_mean_below_what_the_first_layers_see_is_refused(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--keep", "5", "--prune", "fastv"]
+    assert refused(argv, capsys) == (
+        "fastv cannot keep 5 of 16 visual tokens in the mean over 3 layers, of which 1 see all: "
+        "keep from 6 to 16")
+
+
+def test_the_default_weights_are_found_from_any_folder(
+        photo: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """And named as seen from there; of drawn scenes one is told only where they are meant."""
+    monkeypatch.setattr(checkpoints, "REAL", Path("nowhere").resolve())
+    assert run.main([photo, "the man", "--mode", "gap"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{ROOT / 'weights/mini'} on cpu, float32"
+    assert lines[1].startswith("These weights know drawn scenes only")
+    monkeypatch.chdir(ROOT)
+    assert checkpoints.default_weights() == Path("weights/mini")
+
+
+@pytest.mark.parametrize("name, message", [
+    ("nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py; give FILE.py:NAME"),
+    ("empty.py:f", "empty.py has no function 'f'; give FILE.py:NAME")])
+def test_a_strategy_that_no_file_holds_is_refused_before_any_work(
+        name: str, message: str, photo: str, capsys: pytest.CaptureFixture):
+    Path("empty.py").touch()
+    assert refused([photo, "x", "--weights", "nowhere", "--prune", name], capsys) == message
+
+
+@pytest.mark.parametrize("keep, message", [
+    *((keep, f"argument --keep: {keep!r} {KEEP}") for keep in (
+        "0", "-3", "abc", "", "1.5", "0%", "%", "nan", "1e3", "٣", "²", "1_0", " 5", "+5")),
+    ("17", f"cannot keep 17 {RANGE}"),
+    ("101%", f"cannot keep 101% {RANGE}"),
+    ("99999999", f"cannot keep 99999999 {RANGE}"),
+    ("9" * 5000, "argument --keep: '" + "9" * 79 + " " + KEEP),
+])
+@pytest.mark.parametrize("mode", ["gap", "full"])
+def test_keep_out_of_range_is_refused_in_every_mode(
+        keep: str, message: str, mode: str, photo: str, finder: Path,
+        capsys: pytest.CaptureFixture):
+    argv = [photo, "x", "--weights", str(finder), "--mode", mode, "--keep", keep]
+    assert refused(argv, capsys) == message
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["missing.png", "x"],
+     'there is no image "missing.png"; give the path of a picture, such as image.jpg'),
+    (["", "x"], 'there is no image ""; give the path of a picture, such as image.jpg'),
+    ([".", "x"], ". is a folder; give the path of one picture in it"),
+    (["photo.png", ""], 'the expression is empty; name a thing, such as "the man on the left"'),
+    (["photo.png", " \t\n\u3000"],
+     'the expression is empty; name a thing, such as "the man on the left"'),
+    (["photo.png", "x", "--prune", "magic"],
+     "unknown strategy 'magic': choose from random, spatial, "),
+    (["photo.png", "x", "--mode", "gap", "Full"],
+     "argument --mode: invalid choice: 'Full' (choose from "),
+    (["photo.png", "x", "--device", "tpu"],
+     "argument --device: invalid choice: 'tpu' (choose from "),
+    (["photo.png", "x", "--dtype", "int8"],
+     "argument --dtype: invalid choice: 'int8' (choose from "),
+    (["photo.png", "x", "--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on"),
+    (["photo.png", "x", "--weights", "nowhere"],
+     "nowhere is not a folder; get the published weights with `hf download"),
+    (["photo.png", "x", "--weights", "."],
+     ". has no config.json, so it is not a checkpoint; get the published weights with `hf "),
+    (["photo.png"], "the following arguments are required: EXPRESSION; see `python run.py --help`"),
+    (["photo.png", "x", "y"], "unrecognized arguments: y (several words want quotes around them); "
+     "see `python run.py --help`"),
+])
+def test_a_mistake_is_one_line_and_status_2(
+        argv: list[str], message: str, photo: str, capsys: pytest.CaptureFixture):
+    assert refused(argv, capsys).startswith(message)
+
+
+ENDING = "a picture cannot be written with that ending; use .png or .jpg"
+FOLDER = "would be in a folder that does not exist; make it with `mkdir -p "
+
+
+@pytest.mark.parametrize("out, message", [
+    ("answer", f"--out answer: {ENDING}"),
+    ("answer.txt", f"--out answer.txt: {ENDING}"),
+    ("answer.xbm", f"--out answer.xbm: {ENDING}"),            # knows black and white only
+    ("no/such/a.png", f"--out no/such/a.png {FOLDER}"),
+    ("folder.png", "--out folder.png is a folder; give the path of a picture to write"),
+    ("photo.png", "--out photo.png is the image itself; give another path"),
+    ("photo.png/a.png", f"--out photo.png/a.png {FOLDER}"),
+    ("a" * 300 + ".png", f"--out {'a' * 300}.png cannot be written (File name too long); "),
+])
+def test_a_picture_that_cannot_be_written_is_refused_before_any_work(
+        out: str, message: str, photo: str, capsys: pytest.CaptureFixture):
+    Path("folder.png").mkdir()
+    assert refused([photo, "x", "--weights", "nowhere", "--out", out], capsys).startswith(message)
+
+
+@pytest.mark.skipif(os.access("/", os.W_OK), reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(photo: str, capsys: pytest.CaptureFixture):
+    Path("locked").mkdir(mode=0o500)
+    assert refused([photo, "x", "--out", "locked/a.png"], capsys) == (
+        "--out locked/a.png cannot be written (permission denied); give another path")
+
+
+def test_a_picture_that_fails_at_the_last_moment_leaves_nothing_behind(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    """The name fits into the file system, the name of the partial file beside it does not."""
+    name = "a" * 250 + ".png"
+    message = refused([photo, "x", "--weights", str(finder), "--out", name], capsys)
+    assert message == f"--out {name} cannot be written (File name too long); give another path"
+
+
+def test_a_partial_picture_is_taken_away(photo: str):
+    Path("a.png").mkdir()                                     # came into being during the run
+    with pytest.raises(nanogap.NanogapError, match="--out a.png cannot be written"):
+        save_picture("--out", Path("a.png"), Image.new("RGB", (8, 8)))
+    assert sorted(path.name for path in Path().iterdir()) == ["a.png", "photo.png"]
+
+
+def test_a_mistake_leaves_an_earlier_picture_alone(
+        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    Path("answer.png").write_bytes(b"from before")
+    refused([photo, "x", "--weights", str(finder), "--keep", "17"], capsys)
+    assert Path("answer.png").read_bytes() == b"from before"
+
+
+@pytest.mark.parametrize("expression, message", [
+    ("a" * 20000, "the expression is too long: with the image and room for the answer the model "
+     "would need 20131 "),
+    ("人" * 20000, "the expression is too long: with the image and room for the answer the model "),
+    ("a\udcff", "the expression is not valid Unicode: "),        # how argv shows a stray byte
+])
+def test_an_expression_that_no_model_could_read_is_refused(
+        expression: str, message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    assert refused([photo, expression, "--weights", str(finder)], capsys).startswith(message)
+
+
+# ----- as a person runs it ------------------------------------------------------------------------
+
+
+def command(*argv: str, **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-W", "default", ROOT / "run.py", *argv],
+                          capture_output=True, timeout=120, **options)
+
+
+def only_progress(stderr: bytes) -> bool:
+    return all(re.fullmatch(rb"(loading|looking|answering) .* \.\.\.", line)
+               for line in stderr.splitlines())
+
+
+def test_as_a_command_stdout_is_the_document_and_stderr_is_quiet(photo: str, finder: Path):
+    done = command(photo, "x", "--weights", str(finder), "--json")
+    assert done.returncode == 0 and only_progress(done.stderr), done.stderr.decode()
+    assert json.loads(done.stdout)["runs"][2]["mode"] == "gap" and done.stdout.count(b"\n") == 1
+    assert Image.open("answer.png").format == "PNG"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are other things elsewhere")
+def test_as_a_command_it_may_lose_its_reader(photo: str, finder: Path):
+    """`| head -1` closes the pipe before the table is written: no line, and not a success."""
+    done = command(photo, "x", "--weights", str(finder), "--mode", "gap",
+                   env=os.environ | {"PYTHONUNBUFFERED": ""},          # buffered, as it usually is
+                   preexec_fn=lambda: os.dup2(broken_pipe(), 1))
+    assert done.returncode == 141 and only_progress(done.stderr), done.stderr.decode()
+
+
+def broken_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer

@@ -1,0 +1,650 @@
+"""Checkpoints: what loads, what it costs, and what each broken one is told."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import nanogap
+from nanogap import NanogapError, weights
+from nanogap.clip import CLIPVisionConfig
+from nanogap.llama import LlamaConfig
+from nanogap.models import MODELS
+from nanogap.models.llava import Llava
+from nanogap.weights import default_weights, our_name, pick_device, pick_dtype, save
+from tests.tiny import (
+    LAYOUTS,
+    published_name,
+    tiny_config,
+    tiny_tensors,
+    write_checkpoint,
+    write_tensors,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
+NORM = "language_model.model.norm.weight"
+PROMPT = torch.tensor([1, 319, 400, 560, 36, 500, 9])
+
+
+def logits(folder: Path) -> Tensor:
+    """What the model in that folder says of one prompt and one image: (3 + 16 + 3, 640)."""
+    pixels = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(1)) * 4 - 2
+    return nanogap.load(folder, "cpu")(PROMPT, pixels)
+
+
+def refusal(folder: Path | str, **options: object) -> str:
+    """The text of the error with which a folder is refused: always one line."""
+    with pytest.raises(NanogapError) as caught:
+        nanogap.load(folder, **{"device": "cpu"} | options)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 600
+    return text
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    """Change a JSON file in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def set_key(folder: Path, part: str | None, key: str, value: object) -> None:
+    """Change a key of config.json: of text_config, of vision_config, or of the top (None)."""
+    edit(folder / "config.json",
+         lambda config: (config[f"{part}_config"] if part else config).update({key: value}))
+
+
+def with_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors on disk."""
+    tensors = tiny_tensors(tiny_config())
+    change(tensors)
+    write_tensors(folder / "model.safetensors", tensors)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny checkpoint, in one file and in two shards."""
+    place = tmp_path_factory.mktemp("whole")
+    return write_checkpoint(place / "tiny"), write_checkpoint(place / "sharded", shards=2)
+
+
+@pytest.fixture
+def folder(whole: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the single file's folder, to be broken."""
+    return shutil.copytree(whole[0], tmp_path / "tiny")
+
+
+# ----- what loads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ours, layout, on_disk", [
+    (NORM, "a", "language_model.model.norm.weight"),
+    (NORM, "c", "model.language_model.norm.weight"),
+    ("language_model.lm_head.weight", "b", "language_model.lm_head.weight"),
+    ("language_model.lm_head.weight", "d", "lm_head.weight"),
+    ("multi_modal_projector.linear_1.bias", "d", "model.multi_modal_projector.linear_1.bias"),
+    ("vision_tower.pre_layrnorm.bias", "a", "vision_tower.vision_model.pre_layrnorm.bias"),
+    ("vision_tower.pre_layrnorm.bias", "b", "vision_tower.pre_layrnorm.bias"),
+    ("vision_tower.pre_layrnorm.bias", "c", "model.vision_tower.vision_model.pre_layrnorm.bias"),
+    ("vision_tower.pre_layrnorm.bias", "d", "model.vision_tower.pre_layrnorm.bias")])
+def test_each_layout_names_a_tensor_in_its_own_way_and_all_become_ours(
+        ours: str, layout: str, on_disk: str):
+    assert published_name(ours, layout) == on_disk
+    assert our_name(on_disk, Llava.rename) == ours
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_single_or_sharded_gives_the_same_logits_bit_for_bit(
+        layout: str, shards: int, folder: Path, tmp_path: Path):
+    other = write_checkpoint(tmp_path / "other", layout=layout, shards=shards)
+    assert len(list(other.glob("*.safetensors"))) == shards
+    assert torch.equal(logits(other), logits(folder))
+
+
+def test_a_model_comes_ready_to_ask_and_knows_its_device_and_dtype(folder: Path):
+    model = nanogap.load(str(folder), "cpu")
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.prompt("a dog").tolist().count(model.config.image_token) == 1
+
+
+def test_what_is_saved_loads_again_bit_for_bit(folder: Path, tmp_path: Path):
+    save(tmp_path / "again", nanogap.load(folder, "cpu"), torch.float32)
+    assert torch.equal(logits(tmp_path / "again"), logits(folder))
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
+        "tokenizer.json"]
+
+
+@pytest.mark.parametrize("old", ["language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
+                                 "vision_tower.vision_model.embeddings.position_ids"])
+def test_buffers_that_older_files_hold_are_ignored(old: str, folder: Path):
+    expected = logits(folder)
+    with_tensors(folder, lambda tensors: tensors.update({old: torch.arange(4)}))
+    assert torch.equal(logits(folder), expected)
+
+
+def test_tied_embeddings_need_no_lm_head_on_disk(tmp_path: Path):
+    model = nanogap.load(write_checkpoint(tmp_path, tiny_config(tie_word_embeddings=True)), "cpu")
+    state = model.state_dict()
+    assert torch.equal(state["language_model.lm_head.weight"],
+                       state["language_model.model.embed_tokens.weight"])
+
+
+# ----- where they are ----------------------------------------------------------------------------
+
+
+def test_the_weights_that_ship_are_found_from_any_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(weights, "REAL", tmp_path / "not downloaded")
+    monkeypatch.chdir(tmp_path)
+    assert default_weights() == ROOT / "weights" / "mini"
+    assert (default_weights() / "config.json").is_file()
+    monkeypatch.chdir(ROOT)
+    assert str(default_weights()) == os.path.join("weights", "mini")         # short where it can be
+
+
+def test_the_real_weights_go_before_those_that_ship(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(weights, "REAL", tmp_path)
+    assert default_weights() == tmp_path
+
+
+# ----- device and precision -----------------------------------------------------------------------
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype, device, own, size, expected", [
+    (None, CPU, "float16", 2_000_000_000, torch.float32),
+    (None, CPU, "float16", 7_063_427_072, torch.bfloat16),
+    (None, GPU, "float16", 7_063_427_072, torch.float16),
+    (None, GPU, "bfloat16", 1_000_000, torch.bfloat16),
+    (None, GPU, "None", 1_000_000, torch.float16),
+    ("float32", CPU, "float16", 7_063_427_072, torch.float32),
+    (torch.bfloat16, CPU, "float16", 1_000_000, torch.bfloat16)])
+def test_precision_is_the_one_asked_for_or_the_best_for_the_device(
+        dtype: str | torch.dtype | None, device: torch.device, own: str, size: int,
+        expected: torch.dtype):
+    assert pick_dtype(dtype, device, own, size) == expected
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("asked", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_precision_on_disk_becomes_the_one_asked_for(
+        stored: torch.dtype, asked: torch.dtype, tmp_path: Path):
+    model = nanogap.load(write_checkpoint(tmp_path, dtype=stored), "cpu", asked)
+    assert {value.dtype for value in model.state_dict().values()} == {asked}
+    drawn = tiny_tensors(tiny_config())[NORM]
+    assert torch.equal(model.state_dict()[NORM], drawn.to(stored).to(asked))
+
+
+def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
+    choices = "choose from float32, bfloat16, float16"
+    assert refusal(folder, dtype="int8") == f"unknown dtype int8; {choices}"
+    assert refusal(folder, dtype=torch.int8) == f"unknown dtype torch.int8; {choices}"
+    assert refusal(folder, device="abacus").startswith(
+        "device abacus is not available here; choose from cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+# ----- a folder that is none ----------------------------------------------------------------------
+
+
+SHIPPED = ", or take some that come with nanogap, such as weights/mini"
+
+
+def test_where_there_is_no_folder_the_error_holds_the_command_that_gets_one(tmp_path: Path):
+    path = tmp_path / "weights"
+    assert refusal(path) == (
+        f"{path} is not a folder; get the published weights with {DOWNLOAD}{SHIPPED}")
+
+
+def test_a_folder_without_config_is_not_a_checkpoint(tmp_path: Path):
+    assert refusal(tmp_path) == (
+        f"{tmp_path} has no config.json, so it is not a checkpoint; "
+        f"get the published weights with {DOWNLOAD}{SHIPPED}")
+
+
+def test_a_folder_without_tensors_says_where_to_get_them(folder: Path):
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == (
+        f"{folder} holds no model.safetensors and no index of shards; "
+        f"get the weights with {DOWNLOAD}")
+
+
+def test_a_folder_without_tokenizer_is_to_be_downloaded_again(folder: Path):
+    (folder / "tokenizer.json").unlink()
+    assert refusal(folder) == f"{folder} has no tokenizer.json; download it again, whole"
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0\1"])
+def test_a_broken_tokenizer_is_named(text: str, folder: Path):
+    (folder / "tokenizer.json").write_text(text)
+    assert refusal(folder).startswith(f"{folder / 'tokenizer.json'} cannot be read (")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"model": {"type": "BPE"}}'])
+def test_what_is_whole_and_no_tokenizer_is_not_fetched_again(text: str, folder: Path):
+    (folder / "tokenizer.json").write_text(text)
+    said = refusal(folder)
+    assert said.startswith(str(folder / "tokenizer.json")) and "download" not in said
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_belongs_elsewhere(tmp_path: Path):
+    folder = write_checkpoint(tmp_path, tiny_config(vocab_size=561))            # <pad> has ID 561
+    assert refusal(folder) == (
+        f"{folder / 'tokenizer.json'} has more tokens than the model has embeddings "
+        "(561): it belongs to another checkpoint")
+
+
+# ----- tensors that do not fit --------------------------------------------------------------------
+
+
+def test_a_missing_tensor_is_named(folder: Path):
+    with_tensors(folder, lambda tensors: tensors.pop(NORM))
+    assert refusal(folder) == f"{folder} lacks 1 of 89 tensors, such as {NORM}; download it again"
+
+
+def test_an_extra_tensor_is_named(folder: Path):
+    extra = "language_model.model.layers.3.input_layernorm.weight"            # there are 0 to 2
+    with_tensors(folder, lambda tensors: tensors.update({extra: torch.ones(64)}))
+    assert refusal(folder) == (
+        f"{folder / 'model.safetensors'} holds {extra}, which is not a part of this "
+        "model: the file and config.json belong to different checkpoints")
+
+
+@pytest.mark.parametrize("value, found", [
+    (torch.ones(63), "torch.float32 [63]"), (torch.ones(64, 1), "torch.float32 [64, 1]"),
+    (torch.ones(()), "torch.float32 []"), (torch.ones(64, dtype=torch.int32), "torch.int32 [64]")])
+def test_a_misshapen_tensor_is_named_with_both_shapes(value: Tensor, found: str, folder: Path):
+    with_tensors(folder, lambda tensors: tensors.update({NORM: value}))
+    assert refusal(folder) == (
+        f"{folder / 'model.safetensors'}: {NORM} is {found}, and config.json makes it "
+        "[64]: the file and config.json belong to different checkpoints")
+
+
+def test_a_tensor_that_comes_twice_under_two_names_is_refused(folder: Path):
+    twice = "model.language_model.norm.weight"
+    with_tensors(folder, lambda tensors: tensors.update({twice: torch.ones(64)}))
+    assert "norm.weight, which was there before under another name" in refusal(folder)
+
+
+def test_a_config_of_another_size_is_told_from_its_tensors(folder: Path):
+    edit(folder / "config.json", lambda config: config["text_config"].update(num_hidden_layers=4))
+    assert refusal(folder).startswith(
+        f"{folder} lacks 9 of 98 tensors, such as language_model.model.layers.3.")
+
+
+# ----- shards and their index ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(whole: tuple[Path, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(whole[1], tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "deeper/x.safetensors", ".",
+                                  "..\\x.safetensors", "x\0.safetensors"])
+def test_an_index_that_names_a_file_outside_its_folder_is_not_trusted(name: str, sharded: Path):
+    write_tensors(sharded.parent / "x.safetensors", {NORM: torch.ones(64)})
+    index = sharded / "model.safetensors.index.json"
+    edit(index, lambda value: value["weight_map"].update({NORM: name}))
+    assert refusal(sharded) == (
+        f"{index} names {name!r}, which is not a file of this folder; do not trust it")
+
+
+def test_a_missing_shard_is_named_and_the_download_continues(sharded: Path):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    assert refusal(sharded) == (
+        f"{sharded} lacks model-00002-of-00002.safetensors, which its index names; "
+        "run the download again: it continues where it stopped")
+
+
+@pytest.mark.parametrize("text", [
+    "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": null}'])
+def test_an_index_without_weight_map_is_refused(text: str, sharded: Path):
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(text)
+    assert refusal(sharded) == f"{index} has no weight_map; download it again"
+
+
+def test_an_index_that_is_not_json_is_refused(sharded: Path):
+    index = sharded / "model.safetensors.index.json"
+    index.write_text("<html>404</html>")
+    assert refusal(sharded).startswith(f"{index} cannot be read (")
+
+
+def test_an_index_that_names_one_shard_of_two_leaves_tensors_out(sharded: Path):
+    index = sharded / "model.safetensors.index.json"
+    edit(index, lambda value: value.update(weight_map={NORM: "model-00002-of-00002.safetensors"}))
+    assert refusal(sharded).startswith(f"{sharded} lacks 44 of 89 tensors, such as vision_tower.")
+
+
+# ----- files that are broken ----------------------------------------------------------------------
+
+
+def header_of(path: Path) -> tuple[dict, bytes]:
+    """The JSON header of a safetensors file, and the bytes behind it."""
+    data = path.read_bytes()
+    size, = struct.unpack("<Q", data[:8])
+    return json.loads(data[8: 8 + size]), data[8 + size:]
+
+
+def set_header(path: Path, header: dict | bytes, behind: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + behind)
+
+
+def assert_broken(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    text = refusal(folder)
+    assert text.startswith(f"{path} is cut off or broken (")
+    assert text.endswith("); download it again")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.00001, 0.001, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_named(share: float, folder: Path):
+    path = folder / "model.safetensors"
+    os.truncate(path, int(share * path.stat().st_size))
+    assert_broken(folder)
+
+
+@pytest.mark.parametrize("length", [0, 7, 1 << 20, 1 << 40, (1 << 64) - 1])
+def test_a_header_that_lies_about_its_own_length_is_refused(length: int, folder: Path):
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    assert_broken(folder)
+
+
+@pytest.mark.parametrize("offsets", [[0, 1 << 40], [4, 260], [260, 4], [-4, 252], [0, 255]])
+def test_a_header_whose_offsets_do_not_fit_is_refused(offsets: list[int], folder: Path):
+    header, behind = header_of(folder / "model.safetensors")
+    header[NORM]["data_offsets"] = offsets                                    # 64 x 4 are 256
+    set_header(folder / "model.safetensors", header, behind)
+    assert_broken(folder)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"null", b'{"x": 1}', b"\xff\xfe{}"])
+def test_a_header_that_is_not_one_is_refused(text: bytes, folder: Path):
+    set_header(folder / "model.safetensors", text, b"\0" * 64)
+    assert_broken(folder)
+
+
+def test_a_pointer_to_the_file_in_place_of_the_file_is_refused(folder: Path):
+    pointer = "version https://git-lfs.github.com/spec/v1\nsize 14126854144\n"
+    (folder / "model.safetensors").write_text(pointer)
+    assert_broken(folder)
+
+
+def test_an_older_pickle_under_the_name_is_refused_and_not_run(folder: Path):
+    torch.save({NORM: torch.ones(64)}, folder / "model.safetensors")
+    assert refusal(folder) == (f"{folder / 'model.safetensors'} is a file of torch.save's under "
+                               "another name; call it pytorch_model.bin")
+
+
+# ----- config.json --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "{", "nonsense", '{"a": 1} {"b": 2}'])
+def test_a_config_that_is_not_json_is_named(text: str, folder: Path):
+    (folder / "config.json").write_text(text)
+    assert refusal(folder).startswith(f"{folder / 'config.json'} cannot be read (")
+
+
+def test_a_config_in_another_encoding_is_named(folder: Path):
+    (folder / "config.json").write_bytes('{"model_type": "llava"}'.encode("utf-16"))
+    assert refusal(folder).startswith(f"{folder / 'config.json'} cannot be read (")
+
+
+@pytest.mark.parametrize("text, kind", [
+    ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str")])
+def test_a_config_that_is_no_object_is_named(text: str, kind: str, folder: Path):
+    (folder / "config.json").write_text(text)
+    assert refusal(folder) == (f"{folder / 'config.json'} holds no JSON object but a {kind}: "
+                               "it is some other file under this name")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"]])
+def test_another_kind_of_model_is_refused_by_name(model_type: object, folder: Path):
+    edit(folder / "config.json", lambda config: config.update(model_type=model_type))
+    assert refusal(folder) == (
+        f"{folder / 'config.json'} describes a {model_type!r} model; nanogap loads "
+        f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
+    assert "'llava'" in refusal(folder)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+@pytest.mark.parametrize("tokenizer", [True, False], ids=["with tokenizer.json", "without"])
+def test_llavas_own_layout_is_recognised_and_answered_with_the_line_that_converts_it(
+        tokenizer: bool, model_type: str, folder: Path):
+    """liuhaotian/llava-v1.5-7b and its fine-tunes: model_type is "llava" too, all else differs."""
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": model_type, "hidden_size": 4096,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2}))
+    (folder / "model.safetensors").unlink()
+    if not tokenizer:
+        (folder / "tokenizer.json").unlink()
+    text = refusal(folder)
+    assert text == (
+        f"{folder} is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
+        f"`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR` (config.json has "
+        "mm_vision_tower)")
+
+
+BETWEEN = "{}; it must leave a layer before and after the features, of 3"
+
+
+@pytest.mark.parametrize("part, key, value, text", [
+    ("text", "hidden_size", "64", "'64', not a whole number from 1 to 131072"),
+    ("text", "hidden_size", 64.0, "64.0, not a whole number from 1 to 131072"),
+    ("text", "hidden_size", True, "True, not a whole number from 1 to 131072"),
+    ("text", "num_hidden_layers", 0, "0, not a whole number from 1 to 256"),
+    ("text", "num_hidden_layers", 10 ** 9, "1000000000, not a whole number from 1 to 256"),
+    ("text", "vocab_size", -1, "-1, not a whole number from 1 to 4194304"),
+    ("text", "rms_norm_eps", "tiny", "'tiny', not a positive number"),
+    ("text", "rms_norm_eps", -1e-5, "-1e-05, not a positive number"),
+    ("text", "rope_theta", 0, "0, not a positive number"),
+    ("text", "rope_theta", float("nan"), "nan, not a positive number"),
+    ("text", "rope_scaling", {"factor": 2}, "{'factor': 2}; nanogap implements None only"),
+    ("text", "rope_parameters", [10000.0], "not an object"),
+    ("text", "hidden_act", "gelu", "'gelu'; nanogap implements 'silu' only"),
+    ("text", "model_type", "mistral", "'mistral'; nanogap implements 'llama' only"),
+    ("text", "attention_bias", True, "True; nanogap implements False only"),
+    ("vision", "hidden_act", "gelu", "'gelu'; nanogap implements 'quick_gelu' only"),
+    ("vision", "num_channels", 4, "4; nanogap implements 3 only"),
+    ("vision", "layer_norm_eps", [], "[], not a positive number"),
+    (None, "text_config", [], "not an object"),
+    (None, "vision_config", "clip", "not an object"),
+    (None, "vision_feature_layer", -1, BETWEEN.format(-1)),
+    (None, "vision_feature_layer", 0, BETWEEN.format(0)),
+    (None, "vision_feature_layer", [-2, -5], "[-2, -5], not a whole number from -256 to 256"),
+    (None, "vision_feature_select_strategy", "full", "'full'; nanogap implements 'default' only"),
+    (None, "projector_hidden_act", "relu", "'relu'; nanogap implements 'gelu' only"),
+    (None, "image_token_index", "<image>", "'<image>', not a whole number from 0 to 4194304")])
+def test_a_config_that_nanogap_cannot_follow_is_refused_by_key(
+        part: str | None, key: str, value: object, text: str, folder: Path):
+    set_key(folder, part, key, value)
+    assert refusal(folder) == f"config.json: {key} is {text}"
+
+
+@pytest.mark.parametrize("part, key, value, text", [
+    ("text", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'; nanogap implements"),
+    ("text", "num_key_value_heads", 3, "4 attention heads of 16 channels do not go with 3 "),
+    ("text", "head_dim", 15, "4 attention heads of 15 channels do not go with 4 key-value heads"),
+    ("vision", "patch_size", 112, "vision_config makes no sense: CLIPVisionConfig(hidden_size=32"),
+    ("vision", "num_attention_heads", 5, "vision_config makes no sense: CLIPVisionConfig(")])
+def test_parts_of_a_config_that_do_not_go_together_are_refused(
+        part: str, key: str, value: object, text: str, folder: Path):
+    set_key(folder, part, key, value)
+    assert refusal(folder).startswith(f"config.json: {text}")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "preprocessor_config.json"])
+def test_a_broken_file_beside_the_config_is_named(name: str, folder: Path):
+    (folder / name).write_text("{")
+    assert refusal(folder).startswith(f"{folder / name} cannot be read (")
+
+
+@pytest.mark.parametrize("mean", [[0.5, 0.5], "grey", [0.5, 0.5, "x"], 0.5])
+def test_a_mean_colour_is_three_positive_numbers(mean: object, folder: Path):
+    edit(folder / "preprocessor_config.json", lambda config: config.update(image_mean=mean))
+    assert "image_mean is " in refusal(folder)
+
+
+# ----- what config.json omits, and what it must be asked for -------------------------------------
+
+PUBLISHED = {   # the keys of llava-hf/llava-1.5-7b-hf that say something, and no others
+    "model_type": "llava", "image_token_index": 32000, "projector_hidden_act": "gelu",
+    "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
+                    "torch_dtype": "float16", "vocab_size": 32064},
+    "tie_word_embeddings": False, "torch_dtype": "float16",
+    "vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+                      "model_type": "clip_vision_model", "num_attention_heads": 16,
+                      "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+                      "vocab_size": 32000},
+    "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "vocab_size": 32064}
+
+
+def test_the_published_keys_are_enough_and_the_rest_is_supplied(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    config = Llava.read_config(tmp_path)
+    assert config.text == LlamaConfig(
+        4096, 11008, 32, 32, 32, 128, 32064, 1e-5, 10000.0, 4096, False)
+    assert config.vision == CLIPVisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5)
+    assert (config.bos_token, config.eos_token, config.projector_bias) == (1, 2, True)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Llava(config).parameters()) == 7_063_427_072
+
+
+def test_an_empty_llava_config_is_that_of_transformers_classes(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    config = Llava.read_config(tmp_path)
+    assert config.text == LlamaConfig(
+        4096, 11008, 32, 32, 32, 128, 32000, 1e-6, 10000.0, 2048, False)
+    assert config.vision == CLIPVisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5)
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
+    assert Llava.read_config(tmp_path).vision == CLIPVisionConfig(768, 3072, 12, 12, 224, 32, 1e-5)
+
+
+OMITTED = ("num_key_value_heads", "head_dim", "hidden_act", "rope_theta", "attention_bias",
+           "bos_token_id", "eos_token_id", "tie_word_embeddings", "layer_norm_eps")
+
+
+def test_keys_that_hold_their_defaults_may_be_missing_or_null(folder: Path):
+    expected = logits(folder)
+
+    def omit(config: dict) -> None:
+        for key in OMITTED:
+            config["text_config"].pop(key, None)
+            config["vision_config"].pop(key, None)
+        del config["multimodal_projector_bias"], config["image_seq_length"], config["architectures"]
+        config["text_config"] |= dict.fromkeys(["rope_scaling", "num_key_value_heads", "head_dim"])
+
+    edit(folder / "config.json", omit)
+    (folder / "generation_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
+    assert torch.equal(logits(folder), expected)
+
+
+@pytest.mark.parametrize("part, key, value", [
+    ("text", "rms_norm_eps", 1e-2), ("text", "rope_theta", 5000.0),
+    ("text", "rope_parameters", {"rope_theta": 5000.0, "rope_type": "default"}),
+    ("vision", "layer_norm_eps", 1e-2), (None, "vision_feature_layer", -3)])
+def test_what_the_config_says_is_read_and_not_guessed(
+        part: str | None, key: str, value: object, folder: Path):
+    before = logits(folder)
+    set_key(folder, part, key, value)
+    assert float((logits(folder) - before).abs().max()) > 0.01
+
+
+def test_both_spellings_of_the_newer_keys_are_read(folder: Path):
+    expected = logits(folder)
+
+    def respell(config: dict) -> None:
+        config["image_token_id"] = config.pop("image_token_index")
+        config["dtype"] = config.pop("torch_dtype")
+        text = config["text_config"]
+        text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
+
+    edit(folder / "config.json", respell)
+    config = Llava.read_config(folder)
+    assert (config.image_token, config.dtype, config.text.rope_theta) == (560, "float32", 10000.0)
+    assert torch.equal(logits(folder), expected)
+
+
+def test_the_end_token_is_that_of_generation_config_where_there_is_one(folder: Path):
+    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=7))
+    assert Llava.read_config(folder).eos_token == 7
+    (folder / "generation_config.json").unlink()
+    assert Llava.read_config(folder).eos_token == 2
+
+
+def test_colours_are_normalised_as_preprocessor_config_says(folder: Path):
+    edit(folder / "preprocessor_config.json",
+         lambda config: config.update(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]))
+    config = nanogap.load(folder, "cpu").config
+    assert (config.image_mean, config.image_std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+# ----- memory -------------------------------------------------------------------------------------
+
+# VmHWM, the most that was ever resident, begins anew with a program; ru_maxrss inherits pytest's
+MEASURE = """
+import sys
+import nanogap, torch
+
+def megabytes(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+nanogap.load(sys.argv[2], "cpu")                     # a tiny one first: what loading itself needs
+before = megabytes("VmRSS")
+model = nanogap.load(sys.argv[1], "cpu", sys.argv[3])
+mappings = sum(line.endswith("/large/model.safetensors\\n") for line in open("/proc/self/maps"))
+print(megabytes("VmHWM") - before, len({p.dtype for p in model.parameters()}), mappings)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read off /proc")
+@pytest.mark.parametrize("stored, head, asked, least, most, mappings", [
+    (torch.float32, torch.float32, "float32", 0, 0.2, "1"),       # mapped: read when it is used
+    (torch.float16, torch.float16, "bfloat16", 0.9, 1.15, "0"),   # converted: one copy, never two
+    (torch.float32, torch.float16, "float32", 0, 0.2, "1"),       # each tensor as it needs
+    (torch.float16, torch.bfloat16, "bfloat16", 0.9, 1.15, "1")])
+def test_loading_needs_no_more_memory_than_one_copy(
+        stored: torch.dtype, head: torch.dtype, asked: str, least: float, most: float,
+        mappings: str, folder: Path, tmp_path: Path):
+    config = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+                         num_key_value_heads=16, head_dim=64,
+                         num_hidden_layers=4 // stored.itemsize)
+    large = write_checkpoint(tmp_path / "large", config, dtype=stored)
+    write_tensors(large / "model.safetensors", {
+        name: tensor.to(head if "lm_head" in name else stored)
+        for name, tensor in tiny_tensors(config, "a").items()})
+    size = (large / "model.safetensors").stat().st_size / 2 ** 20
+    assert size > 60
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, large, folder, asked],
+                          cwd=ROOT, text=True, capture_output=True, check=True)
+    grown, dtypes, found = done.stdout.split()
+    assert dtypes == "1" and least * size - 5 <= float(grown) <= most * size + 5
+    assert found == mappings
+
+
+def test_a_start_does_not_import_torchs_compiler():
+    """A second, for one operation on the meta device that torch knows only by its decomposition."""
+    code = """
+import sys
+import nanogap
+nanogap.load("weights/mini", "cpu").ground("image.jpg", "a man", keep=72)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

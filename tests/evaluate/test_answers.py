@@ -1,0 +1,193 @@
+"""Answers of any program, scored: three expressions by hand, and the evaluator's own file again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nanogap.checks.command import answer_for
+from nanogap.evaluate import __main__ as evaluate
+from nanogap.evaluate import plot
+from tests.checks.test_run import finder, weights  # noqa: F401
+
+# A picture of 200 x 100: in the padded square of 200 x 200 it begins 50 pixels down.
+BOXES = [[20, 0, 100, 70], [20, 0, 100, 35], [120, 0, 190, 70]]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three expressions; the picture itself is not there."""
+    return write(tmp_path / "data.jsonl", [
+        {"image": "a.jpg", "expression": f"thing {i}", "box": box, "width": 200, "height": 100}
+        for i, box in enumerate(BOXES)])
+
+
+def write(path: Path, items: list) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+def score(capsys, data: Path, items: list, *flags: str) -> str:
+    """What is printed for some lines."""
+    file = write(data.with_name("given.jsonl"), items)
+    argv = ["--score", str(file), "--data", str(data), *flags]
+    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 0
+    return capsys.readouterr().out
+
+
+def rows(capsys, data: Path, items: list, *flags: str) -> list[dict]:
+    return json.loads(score(capsys, data, items, *flags, "--json"))["runs"]
+
+
+SAID = "[0.10, 0.25, 0.50, 0.60]"   # of the square: 20..100 x 0..70 in pixels of the picture
+
+
+def test_three_answers_by_hand(data: Path, capsys):
+    """The first box is the true one, the second is twice as large, and the third is elsewhere."""
+    printed = score(capsys, data, [{"id": i, "text": f"It is at {SAID}."} for i in (1, 2, 3)])
+    head, protocol, columns, line = printed.splitlines()
+    assert head.endswith("given.jsonl, data.jsonl (nanogap): 3 expressions about 1 images, "
+                         "3 expressions")
+    assert protocol == "boxes in pixels of the original image, continuous areas, IoU >= 0.5"
+    assert columns.split()[0] == "prune" and not columns.endswith("decode")
+    assert line.split() == ["given", "-", "-", "given", "0.667", "0.208..0.939", "0.500", "0.000",
+                            "-"]
+
+
+def test_a_box_is_in_pixels_and_its_words_are_not_read(data: Path, capsys):
+    items = [{"id": str(i), "box": box} for i, box in enumerate(BOXES, 1)]
+    assert rows(capsys, data, items)[0]["mean_iou"] == 1.0
+    row, = rows(capsys, data, [items[0], items[1] | {"text": SAID}, {"id": 3, "box": None}])
+    assert row["mean_iou"] == pytest.approx(2 / 3) and row["no_box"] == pytest.approx(1 / 3)
+
+
+def test_a_box_without_area_is_none(data: Path, capsys):
+    items = [{"id": 1, "box": [100, 70, 20, 0]}, {"id": 2, "text": "[0.5, 0.5, 0.1, 0.1]"},
+             {"id": 3, "text": "[0.10, 0.00, 0.50, 0.20]"}]                    # in the padding
+    assert rows(capsys, data, items)[0]["no_box"] == 1.0
+
+
+def test_the_protocol_decides_how_boxes_are_counted(data: Path, capsys):
+    """20 x 25 to 100 x 60 as lmms-eval takes it; half a box is a hit for all but MiniGPT-v2."""
+    said = [{"id": i, "text": SAID} for i in (1, 2, 3)]
+    row, = rows(capsys, data, said, "--protocol", "lmms-eval")
+    assert row["mean_iou"] == pytest.approx((0.5 + 10 / 60 + 0) / 3)
+    row, = rows(capsys, data, said, "--protocol", "minigpt")
+    assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
+
+
+def test_what_is_not_answered_counts_as_wrong_and_is_said(data: Path, capsys):
+    items = [{"id": 1, "text": SAID}]
+    printed = score(capsys, data, items).splitlines()
+    assert printed[2] == ("given, given: 2 of 3 expressions have no answer, and count as wrong")
+    assert printed[4].split()[4:6] == ["0.333", "0.061..0.792"]
+    row, = rows(capsys, data, items)
+    assert (row["unanswered"], row["expressions"], row["no_box"]) == (2, 3, pytest.approx(2 / 3))
+
+
+def test_lines_may_name_their_runs_and_what_was_measured(data: Path, capsys):
+    measured = {"prune": "mine", "keep": 64, "visual_tokens": 64, "padding": 0.5}
+    items = [{"id": i, "text": SAID, "mode": mode, **measured}
+             for mode in ("gap", "shifted") for i in (1, 2, 3)]
+    told = rows(capsys, data, items[:-1])
+    assert [(r["prune"], r["keep"], r["mode"], r["visual_tokens"], r["padding"], r["unanswered"])
+            for r in told] == [("mine", 64, "gap", 64, 0.5, 0), ("mine", 64, "shifted", 64, 0.5, 1)]
+
+
+@pytest.mark.parametrize("flags, tokens", [((), {}), (("--json",), {"visual_tokens": 64})])
+def test_the_picture_is_drawn(data: Path, capsys, flags: tuple, tokens: dict):
+    picture = data.with_name("plot.png")
+    score(capsys, data, [{"id": 1, "text": SAID} | tokens], "--plot", str(picture), *flags)
+    assert Image.open(picture).width == plot.WIDTH
+
+
+@pytest.mark.parametrize("items, flags, message", [
+    ([{"id": 4, "text": "x"}], [], "line 1: '4' is none of the 3 expressions of data.jsonl"),
+    ([{"id": 2, "text": "x"}], ["--limit", "1"], "line 1: '2' is none of the 1 expressions"),
+    ([{"id": 1, "text": "x"}] * 2, [], "line 2 answers '1' again; take one of the lines out"),
+    ([{"text": "x"}], [], "line 1 has no id; give lines of"),
+    ([5], [], "line 1 has no id; give lines of"),
+    ([{"id": 1}], [], "line 1 has neither text nor box; give what was answered"),
+    ([{"id": 1, "text": None}], [], "line 1: the text is None; give what was said"),
+    ([{"id": 1, "box": [1, 2, 3]}], [], "line 1: the box [1, 2, 3] is not four numbers"),
+    ([{"id": 1, "box": [1, 2, 3, float("nan")]}], [], "is not four numbers; give x1, y1, x2, y2"),
+    ([{"id": 1, "text": "x", "mode": 5}], [], "line 1: mode is 5; give a name"),
+    ([{"id": 1, "text": "x", "padding": "y"}], [], "line 1: padding is 'y'; give a number"),
+    ([{"id": 1, "text": "x", "keep": [1]}], [], "line 1: keep is [1]; give a number of visual"),
+    ([{"id": 1, "box": None}], ["--protocol", "lmms-eval"], "line 1 has no text, and --protocol"),
+    ([], [], "holds no answer; give lines of"),
+    ([{"id": 1, "text": "x"}], ["--resume"], "--score asks no model, so --resume has nothing to"),
+    ([{"id": 1, "text": "x"}], ["--mode", "gap"], "--score asks no model, so --mode has nothing"),
+    ([{"id": 1, "text": "x"}], ["--family", "best"], "invalid choice: 'best'"),
+])
+def test_a_mistake_is_one_line_and_status_2(data: Path, capsys, items, flags, message):
+    file = write(data.with_name("given.jsonl"), items)
+    argv = ["--score", str(file), "--data", str(data), *flags]
+    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
+    heard = capsys.readouterr()
+    assert message in heard.err and heard.err.count("\n") == 1 and heard.out == ""
+
+
+def test_broken_files_are_named(data: Path, capsys):
+    for content, message in ((None, "cannot be read (No such file or directory); give a file of"),
+                             ('{"id": 1, "text": "x"}\n{"id"', "given.jsonl, line 2: broken JSON")):
+        file = data.with_name("given.jsonl")
+        if content:
+            file.write_text(content)
+        argv = ["--score", str(file), "--data", str(data)]
+        assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_image_whose_size_nobody_knows_is_refused(data: Path, capsys):
+    own = write(data, [{"image": "a.jpg", "expression": "thing", "box": BOXES[0]}])
+    file = write(data.with_name("given.jsonl"), [{"id": 1, "text": SAID}])
+    argv = ["--score", str(file), "--data", str(own)]
+    Image.new("RGB", (200, 100)).save(data.with_name("b.jpg"))
+    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
+    assert "a.jpg" in capsys.readouterr().err
+    Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
+    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 0
+
+
+@pytest.mark.parametrize("protocol", ["pixels", "minigpt", "lmms-eval"])
+def test_the_evaluators_own_file_gives_the_same_table(
+        finder: Path, data: Path, capsys, protocol: str):  # noqa: F811
+    Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
+    out = data.with_name("answers.jsonl")
+    shared = ["--data", str(data), "--protocol", protocol]
+    argv = ["--weights", str(finder), "--out", str(out), "--keep", "4", "8", "--device", "cpu"]
+    assert answer_for("nanogap.evaluate", evaluate.main, [*shared, *argv]) == 0
+    asked = capsys.readouterr().out.splitlines()
+    assert answer_for("nanogap.evaluate", evaluate.main, [*shared, "--score", str(out)]) == 0
+    scored = capsys.readouterr().out.splitlines()
+    assert scored[1:] == asked[1:] and len(scored) == 3 + 7
+    if protocol == "lmms-eval":
+        argv = ["--data", str(data), "--score", str(out)]
+        assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
+        assert "holds boxes as lmms-eval reads them" in capsys.readouterr().err
+
+
+def test_each_key_of_another_type_is_scored_or_one_line(data: Path, capsys):
+    others = [None, True, 7, -1, 0.5, float("nan"), float("inf"), "", "x", "\ud800", [], {}, [1, 2],
+              [0, 0, 1, 1], [1, 2, 3, 4], [[1]], {"a": 1}, "x" * 5000, 10 ** 300]
+    good = {"id": 1, "text": SAID, "box": [1, 2, 30, 40], "prune": "x", "keep": 4, "mode": "gap",
+            "visual_tokens": 4, "padding": 0.5, "prefill_ms": 1.0, "decode_ms": 2.0,
+            "cut_off": False}
+    status = []
+    for key in good:
+        for other in others:
+            file = write(data.with_name("given.jsonl"), [good | {key: other}])
+            argv = ["--score", str(file), "--data", str(data)]
+            status.append(answer_for("nanogap.evaluate", evaluate.main, argv))
+            heard = capsys.readouterr()
+            assert heard.err.count("\n") == (1 if status[-1] else 0) and len(heard.err) < 700
+    assert set(status) == {0, 2}
+
+
+def test_boxes_of_answers_that_are_no_pixels_are_refused(data: Path, capsys):
+    items = [{"id": i, "box": [0.1, 0.2, 0.3, 0.4]} for i in (1, 2, 3)]
+    argv = ["--score", str(write(data.with_name("given.jsonl"), items)), "--data", str(data)]
+    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
+    assert "the boxes are normalised and not in pixels" in capsys.readouterr().err

@@ -1,0 +1,284 @@
+"""Several models asked with one command: each one's own table, a row for each, and one picture."""
+
+import json
+import re
+import weakref
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageColor
+
+from nanogap.checks.command import answer_for
+from nanogap.evaluate import __main__ as evaluate
+from nanogap.evaluate import compare, plot
+from nanogap.evaluate.compare import Outcome
+from nanogap.evaluate.plot import TITLE
+from nanogap.show.draw import PAGE, PAPER
+from tests.tiny import tiny_config, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI, SHIKRA = ROOT / "weights" / "mini", ROOT / "weights" / "mini-shikra"
+MODES = ("full", "shifted", "permuted", "gap")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random weights, 16 visual tokens, and no text tower."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny_config())
+
+
+def run(*arguments: object) -> int:
+    argv = [*map(str, arguments), "--device", "cpu"]
+    return answer_for("nanogap.evaluate", evaluate.main, argv)
+
+
+def timeless(document: dict) -> dict:
+    rows = [row | {"prefill_ms": 0, "decode_ms": 0} for row in document["runs"]]
+    return document | {"runs": rows}
+
+
+def row(accuracy: float, no_box: float = 0.0) -> dict:
+    return {"accuracy": accuracy, "low": max(accuracy - 0.05, 0), "high": accuracy + 0.05,
+            "no_box": no_box}
+
+
+def outcome(model: str, prune: str = "random", keep: str = "50%", **modes: float) -> Outcome:
+    return Outcome(model, prune, keep, {mode: row(share) for mode, share in modes.items()})
+
+
+# ----- one command --------------------------------------------------------------------------------
+
+
+def test_several_models_answer_as_each_alone(capsys):
+    asked = ["--limit", 3, "--keep", "50%", "25%", "--json"]
+    alone = []
+    for weights in (MINI, SHIKRA):
+        assert run("--weights", weights, *asked) == 0
+        alone.append(timeless(json.loads(capsys.readouterr().out)))
+    assert run("--weights", MINI, SHIKRA, *asked) == 0
+    heard = capsys.readouterr()
+    together = [timeless(document) for document in json.loads(heard.out)["models"]]
+    assert together == [document | {"cannot_run": {}} for document in alone]
+    assert alone[0]["runs"] != alone[1]["runs"]
+    assert f"model 2 of 2: {SHIKRA}\n" in heard.err
+
+
+def test_each_model_has_its_table_and_all_together_a_row_each(capsys):
+    assert run("--weights", MINI, SHIKRA, "--limit", 3, "--keep", "50%", "25%") == 0
+    parts = capsys.readouterr().out.split("\n\n")
+    assert [part.split(", ")[0] for part in parts[:2]] == [str(MINI), str(SHIKRA)]
+    cells = {}
+    for name, part in zip(("mini", "mini-shikra"), parts[:2], strict=True):
+        for line in part.split("\n")[3:]:
+            prune, keep, _, mode, share, interval, *_ = line.split()
+            cells[name, prune, keep, mode] = [share, interval]
+    caption, head, *rows = parts[2].rstrip().split("\n")
+    assert caption.startswith("Acc@0.5 with 95 % intervals")
+    assert re.split("  +", head) == ["model", "prune", "keep", "all tokens", *MODES[1:], "no box"]
+    said = [line.split() for line in rows]
+    assert [line[:3] for line in said] == [
+        [name, "random", keep] for keep in ("50%", "25%") for name in ("mini", "mini-shikra")]
+    for name, _, keep, *numbers in said:
+        tokens = {"50%": "72", "25%": "36"}[keep]
+        expected = [cells[name, "none", "144", "full"]]
+        expected += [cells[name, "random", tokens, mode] for mode in MODES[1:]]
+        assert numbers[:-1] == sum(expected, [])
+
+
+def test_half_of_the_tokens_is_one_row_whatever_number_it_is(folder, capsys):
+    """72 of 144 and 8 of 16."""
+    assert run("--weights", MINI, folder, "--limit", 1, "--mode", "gap") == 0
+    table = capsys.readouterr().out.split("\n\n")[2]
+    assert [line.split()[:3] for line in table.split("\n")[2:4]] == [
+        ["mini", "random", "50%"], [folder.name, "random", "50%"]]
+
+
+def test_a_model_given_twice_is_asked_once(folder, capsys):
+    assert run("--weights", folder, folder, "--limit", 1, "--mode", "full") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Acc@0.5") == 1 and "model" not in printed
+
+
+def test_one_model_at_a_time_is_in_memory(folder, monkeypatch, capsys):
+    loaded, load = [], evaluate.load
+
+    def counted(*args: object) -> object:
+        assert [each() for each in loaded] == [None] * len(loaded)
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(evaluate, "load", counted)
+    assert run("--weights", MINI, folder, SHIKRA, "--limit", 1, "--keep", 4) == 0
+    assert len(loaded) == 6                                  # each is tried out, and then asked
+
+
+# ----- what one of them cannot do -----------------------------------------------------------------
+
+
+def test_a_strategy_that_a_model_cannot_run_is_left_out_in_a_line(folder, tmp_path, capsys):
+    picture = tmp_path / "x.png"
+    asked = ["--limit", 1, "--prune", "text_similarity", "random", "trim", "--mode", "full", "gap"]
+    assert run("--weights", folder, MINI, *asked, "--plot", picture) == 0
+    tiny, mini, table = capsys.readouterr().out.split("\n\n")
+    without = [line for line in tiny.split("\n") if line.startswith("without ")]
+    assert len(without) == 1
+    assert without[0].startswith("without text_similarity, trim: to compare patches with words "
+                                 "takes CLIP's text tower")
+    assert [line.split()[0] for line in tiny.split("\n")[4:6]] == ["none", "random"]
+    assert "trim  " not in tiny and "text_similarity  " not in tiny
+    assert "without" not in mini
+    assert [line.split()[:2] for line in table.split("\n")[2:6]] == [
+        [folder.name, "random"], ["mini", "random"], ["mini", "text_similarity"], ["mini", "trim"]]
+    assert Image.open(picture).width == plot.WIDTH
+    assert run("--weights", folder, MINI, *asked, "--json") == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [list(model["cannot_run"]) for model in models] == [["text_similarity", "trim"], []]
+    assert run("--weights", folder, *asked) == 2             # alone it is an error
+    assert "takes CLIP's text tower" in capsys.readouterr().err
+
+
+def test_a_model_that_can_run_none_of_them_shows_all_tokens(folder, capsys):
+    asked = ["--weights", folder, MINI, "--limit", 1, "--prune", "text_similarity"]
+    assert run(*asked, "--mode", "full", "gap") == 0
+    rows = capsys.readouterr().out.split("\n\n")[2].split("\n")[2:4]
+    assert [line.split()[:3] for line in rows] == [
+        [folder.name, "none", "100%"], ["mini", "text_similarity", "50%"]]
+    assert rows[0].split()[5] == "-"
+    assert run(*asked, "--mode", "gap") == 2
+    heard = capsys.readouterr()
+    assert f"{folder}: to compare patches with words takes" in heard.err and heard.out == ""
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prune", "random", "--keep", "auto"], "random needs a budget"),
+    (["--keep", "100"], "{folder}: cannot keep 100 of 16 visual tokens: keep from 1 to 16"),
+    (["--prune", "fastv", "--layer", "9"], "fastv cannot cut before layer 9 of "),
+    (["--out", "x.jsonl"], "--out holds the answers of one model; give one of --weights at a time"),
+    (["--clip", "x"], "--clip is the CLIP of one model; give one of --weights at a time"),
+    (["--ablate", "--plot", "x.png"], "--plot draws the --ablate of one model; give one of")])
+def test_a_mistake_is_one_line_before_any_model_is_asked(
+        folder, tmp_path, monkeypatch, capsys, arguments: list, message: str):
+    monkeypatch.chdir(tmp_path)
+    assert run("--weights", MINI, folder, "--limit", 1, *arguments) == 2
+    heard = capsys.readouterr()
+    assert heard.err.count("\n") == 1 and heard.out == ""
+    assert message.replace("{folder}", str(folder)) in heard.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_there_are_told_before_any_model_is_asked(tmp_path, capsys):
+    assert run("--weights", MINI, tmp_path / "none", "--limit", 1) == 2
+    heard = capsys.readouterr()
+    assert "none is not a folder" in heard.err and heard.out == ""
+
+
+def test_the_ablation_of_several_has_their_tables_only(folder, capsys):
+    other = write_checkpoint(folder.parent / "other", tiny_config(), seed=1)
+    assert run("--weights", folder, other, "--limit", 1, "--keep", 4, "--ablate",
+               "--max-new-tokens", 2) == 0
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 2 and all("text collides" in table for table in tables)
+
+
+# ----- the table ----------------------------------------------------------------------------------
+
+
+def test_models_are_named_by_their_folders_unless_two_have_one_name():
+    assert compare.names_of([Path("a/mini"), Path("b/next")]) == ["mini", "next"]
+    assert compare.names_of([Path("a/mini"), Path("b/mini")]) == ["a/mini", "b/mini"]
+
+
+def test_no_box_is_the_highest_share_in_the_row():
+    rows = {"full": row(0.9), "shifted": row(0.1, 0.25), "gap": row(0.5, 0.125)}
+    line = compare.table([Outcome("mini", "random", "50%", rows)]).split("\n")[2]
+    assert line.split() == ["mini", "random", "50%", "0.900", "0.850..0.950", "0.100",
+                            "0.050..0.150", "0.500", "0.450..0.550", "0.250"]
+
+
+# ----- the picture --------------------------------------------------------------------------------
+
+
+def colour_of(mode: str) -> tuple:
+    return ImageColor.getrgb(plot.line_of(mode).colour)
+
+
+def count(picture: Image.Image, what: str, box: tuple) -> int:
+    """How many pixels in a box have a colour, or that of a mode."""
+    colour = ImageColor.getrgb(what) if what.startswith("#") else colour_of(what)
+    piece = picture.crop(tuple(int(v) for v in box))
+    return {found: n for n, found in piece.getcolors(piece.width * piece.height)}.get(colour, 0)
+
+
+def test_each_model_has_a_panel_and_each_mode_its_mark_in_it():
+    """0.9 of the axis, which ends at 1.0, is all tokens; 0.5 is GAP, 0.1 shifted."""
+    models = ("mini", "mini-next", "mini-shikra", "mini-minigpt")
+    found = [outcome(model, prune, full=0.9, shifted=0.1, gap=0.5)
+             for model in models for prune in ("random", "trim")]
+    picture = compare.draw_models(found)
+    panels = [compare.panel_of(index, 4, 1.0, 2) for index in range(4)]
+    assert all(a.right < b.left and a.top == b.top
+               for a, b in zip(panels, panels[1:], strict=False))
+    assert panels[-1].right < picture.width == plot.WIDTH
+    for panel in panels:
+        for at in (0, 1):
+            y = panel.y(at)
+            for index, (mode, accuracy) in enumerate((("shifted", 0.1), ("gap", 0.5))):
+                x = panel.x(accuracy)
+                middle = panel.y(at) + compare.mark_at(index, 2)
+                for beside in (-4, 4):
+                    there = int(x + beside), int(middle + 2)
+                    assert picture.getpixel(there) == colour_of(mode)
+                assert count(picture, mode, (x - 9, y - 20, x + 9, y + 20)) > 60
+                assert count(picture, mode, (x + 14, y - 20, panel.right, y + 20)) == 0
+        title = (panel.left, panel.top - TITLE, panel.right, panel.top)
+        assert count(picture, PAPER, title) > 50
+
+
+def test_all_tokens_are_a_line_down_every_panel_with_their_interval_as_a_band():
+    found = [outcome(model, prune, full=share, gap=0.5)
+             for model, share in (("a", 0.9), ("b", 0.7)) for prune in ("random", "trim")]
+    picture = compare.draw_models(found)
+    for index, share in enumerate((0.9, 0.7)):
+        panel = compare.panel_of(index, 2, 1.0, 2)
+        for y in (panel.top + 4, panel.y(1) + 12):
+            assert picture.getpixel((int(panel.x(share)), int(y))) == colour_of("full")
+            at = int(panel.x(share + 0.03)), int(y)
+            assert picture.getpixel(at) == ImageColor.getrgb(plot.BAND)
+            assert picture.getpixel((int(panel.x(0.58)), int(y))) == ImageColor.getrgb(PAGE)
+
+
+def test_what_a_model_was_not_asked_has_no_mark_in_its_panel_and_a_row_in_the_others():
+    found = [outcome("a", "random", full=0.9, gap=0.5), outcome("a", "trim", full=0.9, gap=0.5),
+             outcome("b", "random", full=0.9, gap=0.5)]
+    picture = compare.draw_models(found)
+    marks = []
+    for index in range(2):
+        panel = compare.panel_of(index, 2, 1.0, 2)
+        marks += [count(picture, "gap", (panel.left, panel.y(at) - 20, panel.right,
+                                         panel.y(at) + 20)) for at in range(2)]
+    assert min(marks[:3]) > 60 and marks[3] == 0
+
+
+def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
+    whole = Outcome("b", *compare.ALONE, {"full": row(0.9)})
+    picture = compare.draw_models([outcome("a", full=0.9, gap=0.5), whole])
+    panel = compare.panel_of(1, 2, 1.0, 1)
+    assert picture.getpixel((int(panel.x(0.9)), int(panel.y(0)))) == colour_of("full")
+    assert picture.height == compare.draw_models([outcome("a", full=0.9, gap=0.5)]).height
+    assert compare.draw_models([whole]).width == plot.WIDTH
+
+
+def test_more_than_four_models_go_on_below():
+    places = [compare.panel_of(index, 5, 1.0, 1) for index in range(5)]
+    assert len({place.top for place in places[:3]}) == 1
+    assert places[3].left == places[0].left and places[3].top > places[0].y(1)
+    picture = compare.draw_models([outcome(f"m{i}", full=0.9, gap=0.5) for i in range(5)])
+    x, y = places[4].x(0.9), places[4].y(0)
+    assert picture.getpixel((int(x), int(y))) == colour_of("full")
+
+
+def test_six_modes_stay_in_their_row():
+    assert [compare.mark_at(index, 3) for index in range(3)] == [-10, 0, 10]
+    assert compare.mark_at(0, 1) == 0
+    assert abs(compare.mark_at(5, 6)) + compare.RADIUS < plot.ROW / 2

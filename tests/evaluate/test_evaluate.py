@@ -1,0 +1,693 @@
+"""The evaluator on checkpoints of which the answers are known, and on the mini model."""
+# ruff: noqa: F811
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import nanogap
+from nanogap.checks.command import answer_for
+from nanogap.evaluate import __main__ as evaluate
+from nanogap.evaluate import ablate, journal, plot
+from nanogap.evaluate.__main__ import drawn_data, first
+from nanogap.evaluate.refcoco import Example
+from nanogap.gap import MODES
+from nanogap.models.llava import Llava
+from nanogap.prune import STRATEGIES, View, VisualTokens
+from nanogap.weights import default_weights
+from tests.checks.test_run import finder, weights  # noqa: F401
+from tests.tiny import tiny_config, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random weights, which say nothing in particular."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny_config())
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> Path:
+    """Four expressions about a picture of 200 x 100, and one about another, which is not there.
+
+    `finder` always says [0.10, 0.25, 0.50, 0.60] of the square of 200 x 200, in which the picture
+    begins 50 pixels down: in its own pixels that is 20..100 x 0..70.
+    """
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg")
+    boxes = [[20, 0, 100, 70], [20, 0, 100, 35], [20, 0, 100, 34], [120, 0, 190, 70]]
+    entries = [{"img_path": "a.jpg", "expression": f"thing {i}", "bbox": box, "width": 200,
+                "height": 100} for i, box in enumerate(boxes)]
+    entries.append(entries[0] | {"img_path": "gone.jpg"})
+    path = tmp_path / "shikra.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def run(*arguments: object) -> int:
+    argv = [*map(str, arguments), "--device", "cpu"]
+    return answer_for("nanogap.evaluate", evaluate.main, argv)
+
+
+def report(capsys) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+# ----- what is asked ------------------------------------------------------------------------------
+
+
+def test_a_split_is_a_word_that_seeds_the_scenes():
+    one, again, other = (drawn_data(split, 1).examples[0] for split in ("val", "val", "test"))
+    assert one.questions == again.questions != other.questions
+    assert one.questions[0][0] == "val/0/0"
+    assert one.image().tobytes() == again.image().tobytes() != other.image().tobytes()
+
+
+def test_the_limit_counts_expressions_and_not_images():
+    examples = drawn_data("val", 15).examples
+    assert [len(e.questions) for e in examples] == [7, 4, 4]
+    assert [len(e.questions) for e in first(examples, 9)] == [7, 2]
+    assert first(examples, None) == examples
+
+
+class IMAGE:
+    """16 visual tokens in one view."""
+
+    n_visual = 16
+    views = [View(VisualTokens(torch.zeros(16, 1), 4, 4), torch.arange(16))]
+
+
+def test_mode_full_comes_once_and_the_same_budget_once():
+    class Args:
+        mode, prune, keep, ablate = ["full", "gap"], ["random", "spatial"], ["50%", "4", "8"], False
+    assert evaluate.runs_asked(Args, IMAGE) == [
+        ("none", 16, "full"), ("random", 8, "gap"), ("random", 4, "gap"), ("spatial", 8, "gap"),
+        ("spatial", 4, "gap")]
+
+
+def test_the_ablation_asks_all_its_cases_in_place_of_modes():
+    class Args:
+        mode, prune, keep, ablate = ["full", "gap"], ["random"], ["4", "8"], True
+    runs = evaluate.runs_asked(Args, IMAGE)
+    assert len(runs) == len(ablate.WHOLE) + 2 * len(ablate.PRUNED)
+    assert runs[0] == ("none", 16, "nothing changed")
+    assert runs[-1] == ("random", 8, "original, text collides")
+
+
+# ----- scores that are known ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol, ious, box", [
+    ("pixels", [1, 35 / 70, 34 / 70, 0], [20, 0, 100, 70]),
+    ("minigpt", [1, 36 / 71, 35 / 71, 0], [20, 0, 100, 70]),
+    ("lmms-eval", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60])])
+def test_boxes_are_mapped_back_and_scored_by_the_protocol(
+        finder, annotations: Path, capsys, protocol: str, ious: list, box: list):
+    out = annotations.with_name("answers.jsonl")
+    assert run("--weights", finder, "--data", annotations, "--mode", "full", "--protocol", protocol,
+               "--out", out, "--json") == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["iou"] for line in lines] == pytest.approx(ious)
+    assert lines[0]["box"] == pytest.approx(box)
+    assert lines[1] | {"box": 0, "iou": 0, "prefill_ms": 0, "decode_ms": 0} == {
+        "id": "2", "image": "a.jpg", "expression": "thing 1", "mode": "full", "prune": "none",
+        "keep": 16, "box": 0,
+        "text": "[0.10, 0.25, 0.50, 0.60]", "truth": [20, 0, 100, 35], "iou": 0, "cut_off": False,
+        "visual_tokens": 16, "kept": list(range(16)), "padding": 0.5, "prefill_ms": 0,
+        "decode_ms": 0}
+    document = report(capsys)
+    assert document["protocol"] == protocol
+    assert document["runs"][0]["accuracy"] == (0.25 if protocol == "lmms-eval" else 0.5)
+
+
+def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: Path, capsys):
+    assert run("--weights", finder, "--data", annotations, "--keep", "50%", "25%") == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].endswith("shikra.jsonl (Shikra): 5 expressions about 2 images, 4 expressions, "
+                             "seed 0, cpu, float32")
+    assert lines[1] == "boxes in pixels of the original image, continuous areas, IoU >= 0.5"
+    assert lines[2] == "covers 4 of 5 expressions: 1 images are missing, such as gone.jpg"
+    assert [line.split()[:6] for line in lines[4:6]] == [
+        ["none", "16", "16", "full", "0.500", "0.150..0.850"],
+        ["random", "8", "8", "shifted", "0.500", "0.150..0.850"]]
+    assert len(lines) == 4 + 1 + 2 * 3
+    assert said.err == "1 images are missing, such as gone.jpg\n"
+
+
+def test_lmms_evals_report_says_that_the_question_is_not_lmms_evals(finder, annotations, capsys):
+    assert run("--weights", finder, "--data", annotations, "--mode", "full",
+               "--protocol", "lmms-eval") == 0
+    assert "its question has other words, which are not used here" in capsys.readouterr().out
+
+
+def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path, capsys):
+    picture = annotations.with_name("plot.png")
+    assert run("--weights", finder, "--data", annotations, "--json", "--plot", picture) == 0
+    document = report(capsys)
+    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "layer",
+                             "max_new_tokens", "picture", "expressions", "of", "missing_images",
+                             "left_out", "runs"}
+    assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
+    assert [row["mode"] for row in document["runs"]] == ["full", "shifted", "permuted", "gap"]
+    assert Image.open(picture).width == plot.WIDTH
+
+
+# ----- every strategy, budget and mode ------------------------------------------------------------
+
+
+def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    assert run("--weights", folder, "--limit", 3, "--keep", 4, "--out", out) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["mode"], line["id"]) for line in lines] == [
+        (mode, f"val/0/{i}") for mode in ("full", "shifted", "permuted", "gap") for i in range(3)]
+    assert all(set(line) == journal.KEYS for line in lines)
+
+
+def test_each_image_is_looked_at_once_and_asked_at_once_in_each_run(folder, tmp_path, monkeypatch):
+    """Seven expressions about one scene, and two about the next, after a rehearsal."""
+    encoded, asked = [], []
+    encode_pixels, ground_all = Llava.encode_pixels, Llava.ground_all
+
+    def encode(self, *args):
+        encoded.append(args)
+        return encode_pixels(self, *args)
+
+    def ask(self, image, expressions, *args, **more):
+        asked.append(len(expressions))
+        return ground_all(self, image, expressions, *args, **more)
+
+    monkeypatch.setattr(Llava, "encode_pixels", encode)
+    monkeypatch.setattr(Llava, "ground_all", ask)
+    assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
+    assert len(encoded) == 1 + 2
+    assert asked == [1, 1, 1] + [7, 7, 7] + [2, 2, 2]
+
+
+def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, tmp_path, capsys):
+    """A blank one among four about a picture: each is asked alone then, in the same words."""
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "expression": expression, "box": [1, 2, 30, 31]}
+             for expression in ("the man", "the dog", "   ", "a car")]
+    texts = []
+    for name, data in (("all", lines), ("whole", lines[:2] + lines[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in data))
+        out = tmp_path / f"{name}.out"
+        assert run("--weights", folder, "--data", tmp_path / f"{name}.jsonl", "--keep", 4,
+                   "--out", out) == 0
+        texts.append([(x["mode"], x["expression"], x["text"])
+                      for x in map(json.loads, out.read_text().splitlines())])
+    assert texts[0] == texts[1] and len(texts[0]) == 3 * 4
+    assert "the expression is empty" in capsys.readouterr().out
+
+
+def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(evaluate, "ask", lambda model, image, expressions, run, seed, *more:
+                        seeds.append(seed) or [{"text": "", "box": None}])
+
+    class Model:
+        encode_image = staticmethod(lambda image: Image.new("RGB", (9, 9)))
+        parse_box = None
+
+    class Args:
+        seed, layer, protocol, max_new_tokens = 10, 2, "pixels", 64
+
+    todo = [(Example(number, "a.jpg", (9, 9), lambda: None, []), ("random", 4, "gap"),
+             ("x", "thing", (0, 0, 1, 1))) for number in (0, 3)]
+    assert len(list(evaluate.answers(Model, todo, Args, {}))) == 2
+    assert seeds == [10, 13]
+
+
+def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, capsys):
+    picture = tmp_path / "plot.png"
+    assert run("--weights", folder, "--limit", 1, "--keep", 4, "--ablate", "--plot", picture,
+               "--json") == 0
+    assert [row["mode"] for row in report(capsys)["runs"]] == [*ablate.WHOLE, *ablate.PRUNED]
+    assert Image.open(picture).height > 14 * 40
+
+
+def test_padding_is_counted_in_every_case_of_the_ablation(folder, annotations, capsys):
+    """A picture of 200 x 100 leaves the first and the last of four rows empty."""
+    assert run("--weights", folder, "--data", annotations, "--limit", 1, "--keep", 16, "--ablate",
+               "--json") == 0
+    assert [row["padding"] for row in report(capsys)["runs"]] == [0.5] * 14
+
+
+def test_every_mode_can_be_asked_of_every_strategy(folder, capsys):
+    assert run("--weights", folder, "--limit", 1, "--keep", 8, "--mode", *MODES, "--prune",
+               "spatial", "prumerge", "fastv", "--json") == 0
+    rows = report(capsys)["runs"]
+    assert [(row["prune"], row["mode"]) for row in rows] == [
+        ("none", "full"), *((prune, mode) for prune in ("spatial", "prumerge", "fastv")
+                            for mode in MODES if mode != "full")]
+
+
+def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.prune, "STRATEGIES", dict(STRATEGIES))
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\nfrom nanogap.prune import Kept\n\n"
+                    "def top_left(seen, budget, generator):\n"
+                    "    return Kept(torch.arange(budget))\n")
+    out = tmp_path / "answers.jsonl"
+    assert run("--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
+               f"{file}:top_left", "--out", out) == 0
+    answer = json.loads(out.read_text())
+    assert (answer["prune"], answer["kept"]) == ("top_left", [0, 1, 2])
+    assert "top_left" in capsys.readouterr().out
+
+
+def test_answers_of_a_strategy_that_was_edited_are_not_mixed_with_the_old_ones(
+        folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.prune, "STRATEGIES", dict(STRATEGIES))
+    file, out = tmp_path / "mine.py", tmp_path / "answers.jsonl"
+    code = "from nanogap.prune import Kept, random as mine\n"
+    asked = ["--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
+             f"{file}:mine", "--out", out]
+    file.write_text(code)
+    assert run(*asked) == 0
+    assert run(*asked, "--resume") == 0
+    file.write_text(code + "# edited\n")
+    assert run(*asked, "--resume") == 2
+    assert "was made with another strategy file, " in capsys.readouterr().err
+
+
+def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, tmp_path, capsys):
+    """3 layers of 16 tokens, of which 4 stay: before the last one (16 + 16 + 4) / 3."""
+    kept = []
+    for layer, keep in ((1, 8), (2, 12)):
+        out = tmp_path / f"{layer}.jsonl"
+        assert run("--weights", folder, "--limit", 1, "--keep", keep, "--mode", "gap", "--prune",
+                   "fastv", "--layer", layer, "--json", "--out", out) == 0
+        assert report(capsys)["runs"][0]["visual_tokens"] == keep
+        kept.append(len(json.loads(out.read_text())["kept"]))
+    assert kept == [4, 4]
+
+
+def test_where_the_decoder_cuts_is_said_once_for_each_budget(folder, capsys):
+    """The cluster that SparseVLM adds at each cut is counted."""
+    assert run("--weights", folder, "--limit", 1, "--keep", 9, 16, "--mode", "gap", "shifted",
+               "--prune", "random", "fastv", "sparsevlm") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "counted from 0" in line]
+    layers = "in 3 layers, counted from 0: visual tokens cut to"
+    assert lines == [f"fastv {layers} 5 from layer 1 on", f"fastv {layers} 16 from layer 1 on",
+                     f"sparsevlm {layers} 6 from layer 1 on, 5 from layer 2 on",
+                     f"sparsevlm {layers} 16 from layer 1 on, 16 from layer 2 on"]
+
+
+def test_the_weights_that_ship_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--limit", 1, "--mode", "full") == 0
+    assert capsys.readouterr().out.startswith(str(default_weights()))
+
+
+# ----- long runs ----------------------------------------------------------------------------------
+
+
+def timeless(path: Path) -> list[dict]:
+    return [json.loads(line) | {"prefill_ms": 0, "decode_ms": 0}
+            for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(folder, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    asked = ["--weights", folder, "--limit", 4, "--keep", 4, "--json"]
+    assert run(*asked, "--out", out) == 0
+    whole, told = timeless(out), report(capsys)
+    eleven = out.read_bytes().splitlines(keepends=True)[:11]
+    out.write_bytes(b"".join(eleven)[:-30])
+    assert run(*asked, "--out", out, "--resume") == 0
+    assert timeless(out) == whole and len(whole) == 16
+    again = report(capsys)
+    assert [r["no_box"] for r in again["runs"]] == [r["no_box"] for r in told["runs"]]
+    assert [r["expressions"] for r in again["runs"]] == [4] * 4
+
+
+def test_a_finished_run_can_be_extended_and_reported_on_in_part(folder, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    asked = ["--weights", folder, "--keep", 4, "--json"]
+    assert run(*asked, "--out", out, "--limit", 2, "--mode", "gap") == 0
+    before = out.read_text()
+    assert run(*asked, "--out", out, "--limit", 3, "--mode", "gap", "shifted", "--resume") == 0
+    assert out.read_text().startswith(before) and len(timeless(out)) == 6
+    capsys.readouterr()
+    assert run(*asked, "--out", out, "--limit", 1, "--mode", "shifted", "--resume") == 0
+    assert [r["expressions"] for r in report(capsys)["runs"]] == [1]
+
+
+@pytest.mark.parametrize("other, what", [
+    (["--seed", "1"], "seed, 0 and not 1"),
+    (["--data", "scenes:test"], "data, scenes:val and not scenes:test;"),
+    (["--protocol", "minigpt"], "protocol, pixels and not minigpt"),
+    (["--dtype", "bfloat16"], "dtype, float32 and not bfloat16")])
+def test_other_settings_are_not_mixed_into_a_file(folder, tmp_path, capsys, other, what):
+    out, asked = tmp_path / "answers.jsonl", ["--weights", folder, "--limit", 1, "--mode", "full"]
+    assert run(*asked, "--out", out) == 0
+    before = out.read_bytes()
+    assert run(*asked, "--out", out, "--resume", *other) == 2
+    assert f"was made with another {what}" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder, tmp_path, capsys):
+    out, asked = tmp_path / "answers.jsonl", ["--limit", 1, "--mode", "full"]
+    other = write_checkpoint(tmp_path / folder.name, tiny_config(), seed=1)
+    assert run(*asked, "--weights", folder, "--out", out) == 0
+    assert run(*asked, "--weights", other, "--out", out, "--resume") == 2
+    assert "was made with another weights" in capsys.readouterr().err
+
+
+def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
+    args = evaluate.parse_arguments(["--weights", str(ROOT / "weights" / "mini"),
+                                     "--out", str(tmp_path / "a.jsonl")])
+    model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
+    before = evaluate.settings(args, model, data)
+    assert before == evaluate.settings(args, model, data)
+    model.text_guide.clip.text_projection.weight.mul_(2)
+    assert before["weights"] != evaluate.settings(args, model, data)["weights"]
+
+
+def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "TELL_EVERY", 0.0)
+    assert run("--weights", folder, "--limit", 2, "--mode", "full") == 0
+    drawn, one, two = capsys.readouterr().err.splitlines()
+    assert drawn == "drawing scenes: 0 of 2 expressions"
+    assert one.startswith("1 of 2 answers, ") and " a second, " in one
+    assert two.endswith("0.0 min to go")
+
+
+def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
+    asked = ["--weights", str(folder), "--limit", "9", "--keep", "4", "--mode", "full", "gap"]
+    alone, out = tmp_path / "alone.jsonl", tmp_path / "answers.jsonl"
+    assert run(*asked, "--out", alone) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "nanogap.evaluate", *asked, "--out", str(out), "--device", "cpu"],
+        cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    key = journal.name
+    assert sorted(timeless(out), key=key) == sorted(timeless(alone), key=key)
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:5]] == [
+        ["prune", "keep"], ["none", "16"], ["random", "4"]]
+    assert sorted(p.name for p in tmp_path.iterdir() if "answers" in p.name) == [
+        "answers.jsonl", "answers.jsonl.settings.json"]
+
+
+# ----- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "coco.json"], "--data coco.json cannot be read (No such file or directory); give"),
+    (["--keep", "0"], "'0' is not a number of visual tokens such as 64"),
+    (["--keep", "17"], "cannot keep 17 of 16 visual tokens"),
+    (["--prune", "best"], "unknown strategy 'best': choose from random, "),
+    (["--prune", "mine.py:best"], "there is no file mine.py; give FILE.py:NAME"),
+    (["--prune", "random", "--keep", "auto"], "random needs a budget"),
+    (["--ablate", "--mode", "gap"], "--ablate has its own modes"),
+    (["--ablate", "--keep", "auto"], "random needs a budget"),
+    (["--layer", "3", "--prune", "fastv"], "fastv cannot cut before layer 3 of 3"),
+    (["--layer", "2", "--prune", "random", "sparsevlm"], "--layer says where fastv cuts, or a "),
+    (["--prune", "random", "sparsevlm", "--keep", "6"], "sparsevlm cannot keep 6 of 16 visual "
+     "tokens in the mean over 3 layers, of which 1 see all: keep from 7 to 16"),
+    (["--family", "llava"], "--family says whose format --score reads"),
+    (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say there"),
+    (["--limit", "0"], "--limit 0 asks nothing"),
+    (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),
+    (["--plot", "x.txt"], "--plot x.txt: a picture cannot be written with that ending; use .png "
+     "or .jpg"),
+])
+def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
+        folder, tmp_path, capsys, arguments: list, message: str):
+    assert run("--weights", folder, "--out", tmp_path / "answers.jsonl", *arguments) == 2
+    heard = capsys.readouterr()
+    assert heard.err.count("\n") == 1 and message in heard.err and heard.out == ""
+    assert not list(tmp_path.glob("answers*"))
+
+
+def test_resume_needs_a_file(capsys):
+    assert run("--resume") == 2
+    assert "--resume needs the file to go on with: give it with --out" in capsys.readouterr().err
+
+
+# ----- whose answers they are ---------------------------------------------------------------------
+
+
+def test_all_that_answers_depend_on_is_in_the_digest():
+    """One number of every tensor, every setting, every word; CLIP's text tower as well."""
+    model = nanogap.load(ROOT / "weights" / "mini", "cpu")
+    seen = {evaluate.fingerprint(model)}
+    assert evaluate.fingerprint(nanogap.load(ROOT / "weights" / "mini", "cpu")) in seen
+    draw, count = random.Random(2), 1
+
+    def has_changed() -> None:
+        nonlocal count
+        seen.add(evaluate.fingerprint(model))
+        count += 1
+        assert len(seen) == count, "the digest is one that was there before"
+
+    for part in (model, model.text_guide.clip):
+        tensors = draw.sample(list(part.state_dict().values()), 30)
+        for tensor in [*tensors, *list(part.state_dict().values())[-2:]]:
+            tensor.view(-1)[draw.randrange(tensor.numel())] += 1
+            has_changed()
+    for name, config in (("config", model.config), ("text", model.config.text),
+                         ("vision", model.config.vision)):
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if not isinstance(value, int | float | tuple | str | bool):
+                continue
+            new = (9.5,) if isinstance(value, tuple) else f"{value}x" if isinstance(
+                value, str) else value + 1
+            changed = replace(config, **{field.name: new})
+            model.config = changed if name == "config" else replace(model.config, **{name: changed})
+            has_changed()
+    model.frame = replace(model.frame, colour=(1, 2, 3))
+    has_changed()
+    model.template = replace(model.template, before="x")
+    has_changed()
+    model.tokenizer.add_tokens(["zzz"])
+    has_changed()
+    model.text_guide.tokenizer.add_tokens(["zzz"])
+    has_changed()
+    model.text_guide = None
+    has_changed()
+    model.half()
+    has_changed()
+
+
+@pytest.mark.parametrize("change", [
+    lambda f: edit(f, "config.json", lambda c: c["text_config"].update(rope_theta=5000.0)),
+    lambda f: edit(f, "preprocessor_config.json", lambda c: c.update(image_std=[0.5] * 3)),
+    lambda f: edit(f, "generation_config.json", lambda c: c.update(eos_token_id=[2, 9])),
+    lambda f: edit(f, "tokenizer.json", lambda c: c["added_tokens"][-1].update(content="<pat>"))],
+    ids=["rope", "std", "ends", "words"])
+def test_answers_of_a_model_that_was_edited_are_not_mixed_with_the_old_ones(
+        folder, tmp_path, capsys, change):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    asked = ["--weights", copy, "--limit", 1, "--mode", "full", "--out", tmp_path / "x.jsonl"]
+    assert run(*asked) == 0
+    change(copy)
+    assert run(*asked, "--resume") == 2
+    assert "was made with another weights, model " in capsys.readouterr().err
+
+
+def edit(folder: Path, file: str, change) -> None:
+    value = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    change(value)
+    (folder / file).write_text(json.dumps(value))
+
+
+# ----- one bad item of thousands ------------------------------------------------------------------
+
+WHOLE = Image.new("RGB", (200, 100))
+
+
+def spoiled(path: Path, how: str) -> None:
+    """A picture that cannot be asked about."""
+    path.unlink()
+    if how == "cut off":
+        Image.effect_noise((200, 100), 50).save(path)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif how == "of another size":
+        Image.new("RGB", (100, 200)).save(path)
+    elif how == "a pipe":
+        os.mkfifo(path)
+    elif how != "gone":
+        path.write_bytes({"empty": b"", "a text": b"hello", "a program": b"%!PS-Adobe-3.0"}[how])
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["sized", "own"])
+@pytest.mark.parametrize("how", ["gone", "cut off", "of another size", "a pipe", "empty", "a text",
+                                 "a program"])
+def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
+        finder, tmp_path, capsys, how: str, sized: bool):
+    """b.jpg is the bad one; it comes first, for the first is looked at to begin with."""
+    if how == "of another size" and not sized:
+        pytest.skip("nothing says its size")
+    size = {"width": 200, "height": 100} if sized else {}
+    entries = [{"image": name, "expression": "thing", "box": [20, 0, 100, 70]} | size
+               for name in ("b.jpg", "a.jpg", "b.jpg", "a.jpg", "a.jpg")]
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    for name in ("a.jpg", "b.jpg"):
+        WHOLE.save(tmp_path / name)
+    spoiled(tmp_path / "b.jpg", how)
+    asked = ["--weights", finder, "--data", data, "--out", tmp_path / "x.jsonl", "--mode", "full"]
+    for again in ((), ("--resume",)):
+        assert run(*asked, *again) == 0
+        printed = capsys.readouterr().out
+        assert "covers 3 of 5 expressions: " in printed and "b.jpg" in printed
+        assert "5 expressions about 2 images, 3 expressions" in printed
+    (tmp_path / "b.jpg").unlink(missing_ok=True)
+    WHOLE.save(tmp_path / "b.jpg")
+    assert run(*asked, "--resume") == 0                              # mended, it is asked after all
+    printed = capsys.readouterr().out
+    assert "covers" not in printed and "2 images, 5 expressions" in printed
+
+
+@pytest.mark.parametrize("bad", ["", "  ", "\n\t", "\ud800", "thing " * 5000])
+def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
+        finder, annotations: Path, capsys, bad: str):
+    lines = annotations.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"expression": bad})
+    annotations.write_text("\n".join(lines[:4]))
+    asked = ["--weights", finder, "--data", annotations, "--out", annotations.with_name("x.jsonl"),
+             "--mode", "full", "gap"]
+    for again in ((), ("--resume",)):
+        assert run(*asked, *again) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[2].startswith("covers 3 of 4 expressions: 1 cannot be asked, such as 2: ")
+        assert [line.split()[4] for line in lines[4:6]] == ["0.333", "0.333"]
+    assert run(*asked, "--resume", "--json") == 0
+    document = report(capsys)
+    assert list(document["left_out"]) == ["2"]
+    assert [row["expressions"] for row in document["runs"]] == [3, 3]
+
+
+@pytest.mark.parametrize("bad", [" ", "thing " * 5000])
+def test_what_could_not_be_asked_may_be_mended_and_no_answer_is_lost(
+        finder, annotations: Path, capsys, bad: str):
+    lines = [json.loads(line) for line in annotations.read_text().splitlines()[:4]]
+    out = annotations.with_name("x.jsonl")
+    asked = ["--weights", finder, "--data", annotations, "--out", out, "--mode", "full"]
+
+    def write(*changes: dict) -> None:
+        changed = [line | change for line, change in zip(lines, changes, strict=False)]
+        annotations.write_text("\n".join(map(json.dumps, [*changed, *lines[len(changes):]])))
+
+    write({}, {"expression": bad})
+    assert run(*asked) == 0
+    first = out.read_text()
+    write({}, {"expression": "thing 1"})
+    assert run(*asked, "--resume") == 0
+    assert out.read_text().startswith(first) and len(out.read_text().splitlines()) == 4
+    assert "covers" not in capsys.readouterr().out.split("IoU >= 0.5")[-1]
+    for change in ({"expression": "other"}, {"bbox": [20, 0, 100, 69]}):
+        write(change)
+        assert run(*asked, "--resume") == 2
+        said = capsys.readouterr().err
+        assert "x.jsonl has an answer to 1 in other data, " in said and said.count("\n") == 1
+    assert len(out.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"expression": " "}, "holds nothing that can be asked: "),
+    ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: thing"),
+    ({"img_path": "broken.jpg"}, "none of the 1 images can be opened: ")])
+def test_where_nothing_can_be_asked_that_is_an_error(
+        finder, annotations: Path, capsys, change: dict, message: str):
+    annotations.with_name("broken.jpg").write_bytes(b"hello")
+    line = json.loads(annotations.read_text().splitlines()[0])
+    annotations.write_text(json.dumps(line | change))
+    assert run("--weights", finder, "--data", annotations, "--mode", "full") == 2
+    heard = capsys.readouterr()
+    assert message in heard.err and heard.err.count("\n") == 1
+
+
+# ----- answers that are none ----------------------------------------------------------------------
+
+
+def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annotations, capsys):
+    """`finder` says a box, which is one token, and the end."""
+    out = annotations.with_name("x.jsonl")
+    asked = ["--weights", finder, "--data", annotations, "--mode", "full", "gap", "--out", out]
+    assert run(*asked, "--max-new-tokens", 1) == 0
+    assert ("8 of 8 answers were cut off before their end; give them more room with "
+            "--max-new-tokens") in capsys.readouterr().out
+    assert all(json.loads(line)["cut_off"] for line in out.read_text().splitlines())
+    assert run(*asked, "--resume", "--max-new-tokens", 2) == 2
+    assert "was made with another max_new_tokens, 1 and not 2" in capsys.readouterr().err
+    out.unlink(), out.with_name("x.jsonl.settings.json").unlink()
+    assert run(*asked, "--max-new-tokens", 2) == 0
+    assert "cut off" not in capsys.readouterr().out
+    for bad in (0, -1, "x", "9" * 30):
+        assert run(*asked, "--max-new-tokens", bad) == 2
+        assert "argument --max-new-tokens: " in capsys.readouterr().err
+
+
+def boxes_in(tmp_path: Path, side: int, box: list, count: int = 6) -> Path:
+    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+    entry = {"image": "a.png", "expression": "thing", "box": box}
+    (tmp_path / "own.jsonl").write_text((json.dumps(entry) + "\n") * count)
+    return tmp_path / "own.jsonl"
+
+
+@pytest.mark.parametrize("side, box, count, said", [
+    (200, [20, 30, 90, 100], 6, "percent"), (2000, [20, 30, 900, 1000], 6, "thousandths"),
+    (200, [20, 30, 90, 101], 6, None), (199, [20, 30, 90, 100], 6, None),
+    (200, [20, 30, 90, 100], 4, None)])
+def test_boxes_that_may_be_percent_are_wondered_at(
+        finder, tmp_path, capsys, side: int, box: list, count: int, said: str | None):
+    data = boxes_in(tmp_path, side, box, count)
+    assert run("--weights", finder, "--data", data, "--mode", "full") == 0
+    assert ("mean nothing" in capsys.readouterr().out) == (said is not None)
+    if said:
+        assert run("--weights", finder, "--data", data, "--mode", "full") == 0
+        assert f"if these are in {said} the numbers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total "),
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator:"
+                                " can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")], ids=repr)
+def test_memory_that_runs_out_in_a_pass_is_one_line(folder, capsys, monkeypatch, error: Exception):
+    def full(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    assert run("--weights", folder, "--limit", 1, "--mode", "full") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nanogap.evaluate: memory ran out (") and said.count("\n") == 1
+    assert "another --dtype or --device" in said
+
+
+def test_more_scenes_than_memory_holds_are_refused_at_once(folder, capsys):
+    assert run("--weights", folder, "--limit", 10 ** 9) == 2
+    assert "--limit 1000000000 is more than can be drawn" in capsys.readouterr().err
+
+
+def test_what_stands_in_a_file_cannot_move_the_cursor(finder, annotations: Path, capsys):
+    """Names of pictures, splits, strategies; an escape sequence is spelled out."""
+    entry = json.loads(annotations.read_text().splitlines()[0])
+    lines = [entry, entry | {"img_path": "\x1b[2Jgone\u202e.jpg"}]
+    annotations.write_text("\n".join(map(json.dumps, lines)))
+    given = annotations.with_name("given.jsonl")
+    given.write_text(json.dumps({"id": 1, "box": [1, 2, 3, 4], "prune": "\x1b[2J", "mode": "\x07"}))
+    assert run("--weights", finder, "--data", annotations, "--mode", "full") == 0
+    assert run("--score", given, "--data", annotations) == 0
+    annotations.write_text(json.dumps(lines[1]))
+    assert run("--weights", finder, "--data", annotations) == 2
+    heard = capsys.readouterr()
+    assert all(c.isprintable() or c == "\n" for c in heard.out + heard.err)
+    assert heard.out.count("\\x1b[2J") == 3 and heard.err.count("\\x1b[2J") == 2

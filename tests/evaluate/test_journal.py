@@ -1,0 +1,129 @@
+"""A run that was killed goes on, and loses the line that it was writing at most."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanogap.checks.command import NanogapError
+from nanogap.evaluate import journal
+
+SETTINGS = {"weights": "mini 1234", "seed": 0}
+
+
+def record(id_: str) -> dict:
+    return {"id": id_, "image": "a.jpg", "expression": "the man", "mode": "gap", "prune": "random",
+            "keep": 8, "text": "", "box": None, "truth": [0, 0, 8.5, 9], "iou": 0.0,
+            "cut_off": False, "visual_tokens": 8, "kept": [0, 3], "padding": 0.25,
+            "prefill_ms": 1.5, "decode_ms": None}
+
+
+def write(path: Path, *ids: str, rank: int = 0, world: int = 1) -> None:
+    put = journal.begin(path, SETTINGS, rank, world)
+    for id_ in ids:
+        put(record(id_))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write(tmp_path / "answers.jsonl", "a", "b", "c")
+    return tmp_path / "answers.jsonl"
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """The parts of several processes, without the processes."""
+    monkeypatch.setattr(journal.dist, "barrier", lambda: None)
+
+
+def test_killed_at_any_byte_at_most_the_last_line_is_lost(path: Path):
+    whole = path.read_bytes()
+    ends = [i for i, byte in enumerate(whole) if byte == 10]
+    for size in (*range(0, len(whole), 40), *ends, *(end + 1 for end in ends)):
+        path.write_bytes(whole[:size])
+        found = [r["id"] for r in journal.earlier(path, SETTINGS)]
+        assert found == ["a", "b", "c"][:whole[:size].count(b"\n")]
+        write(path, *["a", "b", "c"][len(found):])
+        assert path.read_bytes() == whole
+
+
+def test_the_settings_come_first_so_there_is_no_file_without_them(path: Path):
+    settings = path.with_name("answers.jsonl.settings.json")
+    assert json.loads(settings.read_text()) == SETTINGS
+    settings.unlink()
+    with pytest.raises(NanogapError, match="settings.json is not there, which says how"):
+        journal.check_out(path, resume=True)
+
+
+def test_killed_before_the_first_line_it_starts_again(tmp_path: Path):
+    path = tmp_path / "new.jsonl"
+    journal.check_out(path, resume=True)
+    assert journal.earlier(path, SETTINGS) == []
+    write(path)
+    journal.check_out(path, resume=True)
+    assert journal.earlier(path, SETTINGS) == []
+
+
+@pytest.mark.parametrize("key, value", [("weights", "mini 9999"), ("seed", 1)])
+def test_other_settings_are_refused_by_name(path: Path, key: str, value: object):
+    message = f"made with another {key}, {SETTINGS[key]} and not {value}"
+    with pytest.raises(NanogapError, match=message):
+        journal.earlier(path, SETTINGS | {key: value})
+
+
+def test_a_file_that_exists_is_continued_or_left_alone(path: Path):
+    journal.check_out(path, resume=True)
+    with pytest.raises(NanogapError, match="answers.jsonl exists; continue it with --resume, or"):
+        journal.check_out(path, resume=False)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("no/folder/x.jsonl", "in a folder that does not exist; make it with `mkdir -p .*no/folder`"),
+    (".", "is a folder; give the path of a file to write")])
+def test_a_file_that_cannot_be_begun_is_refused(tmp_path: Path, name: str, message: str):
+    with pytest.raises(NanogapError, match=message):
+        journal.check_out(tmp_path / name, resume=False)
+
+
+@pytest.mark.parametrize("line", ['{"id": "b"}', "5", "{", ""])
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(path: Path, line: str):
+    first, second, third = path.read_text().split("\n")[:3]
+    path.write_text("\n".join([first, line, third, ""]))
+    with pytest.raises(NanogapError, match="answers.jsonl, line 2 is no answer"):
+        journal.earlier(path, SETTINGS)
+    assert path.read_text().split("\n")[1] == line
+
+
+def test_the_same_answer_counts_once(path: Path):
+    write(path, "b", "d")
+    assert [r["id"] for r in journal.earlier(path, SETTINGS)] == ["a", "b", "c", "d"]
+
+
+def test_parts_of_several_processes_are_read_and_put_together(path: Path, one_process):
+    write(path, "d", rank=0, world=2)
+    write(path, "e", rank=1, world=2)
+    assert [p.name for p in journal.beside(path)[1]] == [
+        "answers.jsonl", "answers.jsonl.part-0", "answers.jsonl.part-1"]
+    records = journal.earlier(path, SETTINGS)
+    journal.put_together(path, records)
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == list("abcde")
+    assert journal.beside(path)[1] == [path]
+
+
+def test_killed_while_putting_together_nothing_is_lost(path: Path, one_process):
+    """The whole file is there and a part of it still is."""
+    write(path, "d", rank=0, world=2)
+    part = path.with_name("answers.jsonl.part-0").read_text()
+    journal.put_together(path, journal.earlier(path, SETTINGS))
+    path.with_name("answers.jsonl.part-0").write_text(part)
+    assert [r["id"] for r in journal.earlier(path, SETTINGS)] == list("abcd")
+
+
+@pytest.mark.parametrize("text", [
+    "", "null", "5", "[]", "{", '"x"', '{"seed": ' + "9" * 5000 + "}", "\xff",
+    '{"weights": {"a": [1]}, "seed": 0}', '{"weights": "\\u001b[2J"}', "{}"])
+def test_settings_that_someone_has_changed_are_one_line(path: Path, text: str):
+    path.with_name("answers.jsonl.settings.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(NanogapError, match="--resume: ") as caught:
+        journal.earlier(path, SETTINGS)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + 2 * len(str(path))

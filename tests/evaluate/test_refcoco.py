@@ -1,0 +1,364 @@
+"""Every published form of annotations becomes the same thing, and what is broken is named."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nanogap.checks.command import NanogapError
+from nanogap.evaluate.refcoco import Data, read_data
+from nanogap.image import open_image
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = Path(os.environ.get("NANOGAP_REFCOCO", ROOT / "../shared/published/refcoco"))
+NAME = "COCO_train2014_000000000007"
+SIZE = {"width": 40, "height": 30}
+
+# One image, two things: a man at 10..20 x 5..25 with two expressions, a dog at 22..38 x 9..19.
+SAID = [("the man", [10, 5, 20, 25]), ("man on left", [10, 5, 20, 25]), ("a dog", [22, 9, 38, 19])]
+
+
+def by_side(box: list) -> list:
+    """x1 y1 x2 y2 -> x y width height."""
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+MINIGPT = [{"img_id": f"{NAME}_{i}", "sents": said, "bbox": by_side(box), **SIZE}
+           for i, (said, box) in enumerate(SAID)]
+SHIKRA = [{"img_path": f"{NAME}.jpg", "expression": said, "bbox": box, "dataset_name": "x", **SIZE}
+          for said, box in SAID]
+QWEN = [{"image": f"data/coco/train2014/{NAME}.jpg", "sent": said, "bbox": box, **SIZE}
+        for said, box in SAID]
+VLM_R1 = [{"image": f"coco/train2014/{NAME}.jpg", "problem": f"Please provide ... {said}.",
+           "normal_caption": said, "solution": box, "normalized_solution": [0, 0, 999, 999], **SIZE}
+          for said, box in SAID]
+OWN = [{"image": f"{NAME}.jpg", "expression": said, "box": box} for said, box in SAID]
+REFS = [{"ref_id": 1, "ann_id": 71, "image_id": 7, "split": "val", "file_name": "COCO_7_71.jpg",
+         "sentences": [{"sent_id": 100, "sent": "the man", "raw": "THE MAN!", "tokens": []},
+                       {"sent_id": 101, "sent": "man on left", "raw": "Man left", "tokens": []}]},
+        {"ref_id": 2, "ann_id": 72, "image_id": 7, "split": "testA", "file_name": "COCO_7_72.jpg",
+         "sentences": [{"sent_id": 102, "sent": "a dog", "raw": "A DOG", "tokens": []}]}]
+INSTANCES = {"images": [{"id": 7, "file_name": "7.jpg", **SIZE}],
+             "annotations": [{"id": 71, "bbox": [10, 5, 10, 20]},
+                             {"id": 72, "bbox": [22, 9, 16, 10]}]}
+
+
+def lines(entries: list[dict]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 30)).save(tmp_path / f"{NAME}.jpg")
+    return tmp_path
+
+
+def write(folder: Path, text: str | bytes, name: str = "any.file") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def refs(folder: Path, refs: object = REFS, protocol: int = 0) -> Path:
+    write(folder, json.dumps(INSTANCES), "instances.json")
+    return write(folder, pickle.dumps(refs, protocol))
+
+
+def told(data: Data) -> list[tuple[str, list]]:
+    return [(said, list(box)) for e in data.examples for _, said, box in e.questions]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(MINIGPT), lines(SHIKRA), lines(QWEN), json.dumps(VLM_R1),
+    lines(OWN), lines(MINIGPT), json.dumps(QWEN, indent=2), "\ufeff\n" + lines(SHIKRA),
+], ids=["MiniGPT-v2", "Shikra", "Qwen", "VLM-R1", "one's own", "lines of MiniGPT's", "indented",
+        "with a BOM"])
+def test_all_forms_say_the_same_and_the_name_of_the_file_says_nothing(folder: Path, text: str):
+    data = read_data(write(folder, text), folder)
+    assert told(data) == SAID and data.expressions == 3
+    assert [id_ for e in data.examples for id_, *_ in e.questions] == ["1", "2", "3"]
+    assert data.examples[0].image().size == (40, 30)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_gives_one_split_with_a_line_for_each_sentence(folder: Path, protocol: int):
+    data = read_data(refs(folder, REFS, protocol), folder, "val")
+    assert told(data) == SAID[:2]
+    assert [id_ for id_, *_ in data.examples[0].questions] == ["100", "101"]
+    assert data.name == "any.file val (testA 1, val 2): 2 expressions about 1 images"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch burgled",)
+
+
+class Harmless:
+    def __reduce__(self):
+        return set, ([1],)
+
+
+@pytest.mark.parametrize("thing", [Evil(), Harmless(), print], ids=["os.system", "set", "print"])
+def test_a_pickle_that_names_anything_is_refused_and_runs_nothing(folder: Path, monkeypatch, thing):
+    monkeypatch.chdir(folder)
+    with pytest.raises(NanogapError, match=r"is refused: it names \w+\.\w+, and annotations"):
+        read_data(refs(folder, [*REFS, thing], 2), folder, "val")
+    assert not (folder / "burgled").exists()
+
+
+def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
+    for split, why in ((None, "several splits"), ("test", "no split 'test'")):
+        with pytest.raises(NanogapError, match=f"has {why}; choose .* --split: testA 1, val 2"):
+            read_data(refs(folder), folder, split)
+    with pytest.raises(NanogapError, match="holds one split only; leave --split out"):
+        read_data(write(folder, lines(QWEN)), folder, "val")
+
+
+def qwen(box: str) -> str:
+    return f'{{"width": 40, "height": 30, "image": "a.jpg", "sent": "x", "bbox": {box}}}'
+
+
+@pytest.mark.parametrize("text, message", [
+    (lines(QWEN)[:-20], r"line 3: broken JSON"),
+    (json.dumps(QWEN, indent=1)[:-40], r"any.file, line \d\d: broken JSON"),
+    (b'{"image": "\xff"}', r"line 1: broken JSON .*fetch the file again"),
+    ("[" * 100000, "broken JSON"),
+    ("", "neither JSON nor a whole pickle"),
+    (pickle.dumps(REFS, 0)[:-50], "neither JSON nor a whole pickle"),
+    (pickle.dumps([1, 2]), "is a pickle, but not a list of ann_id, image_id, sentences, split"),
+    (b"PAR1\x15\x04", "neither JSON nor a whole pickle"),
+    ("[]", "holds no annotation"),
+    (json.dumps(INSTANCES), "line 1 is an annotation of no form that is read here: MiniGPT-v2"),
+    ('[{"image": "a.jpg"}, 5]', "entry 1 is an annotation of no form"),
+    (lines(QWEN) + '{"image": "a.jpg", "sent": "x"}', "line 4 lacks bbox, height, width, which"),
+    (lines([OWN[0] | {"width": 40}]), "line 1 lacks height, which the form of nanogap has"),
+    (lines(OWN) + lines([OWN[0] | {"box": [5, 5, 9, 35]}]), "line 4: the box .*reaches out of its "
+     "image, 40 x 30 pixels"),
+    (lines(QWEN) + "5", "line 4 lacks bbox, height, image, sent, width"),
+    (qwen("[1, 2, 3]"), r"line 1: the box \[1, 2, 3\] is not four numbers"),
+    (qwen("[1, 2, NaN, 4]"), r"the box \[1, 2, nan, 4\] is not four numbers"),
+    (qwen("[1, 2, 1e400, 4]"), "is not four numbers"),
+    (qwen('"1234"'), "is not four numbers"),
+    (qwen("[5, 5, 5, 9]"), r"the box \[5, 5, 5, 9\] has no area"),
+    (qwen("[5, 5, 9, 35]"), "reaches out of its image, 40 x 30 pixels"),
+    (qwen("[1, 1, 9, 9]").replace('"x"', '" "'), "line 1: the expression is empty"),
+    (qwen("[1, 1, 9, 9]").replace("40", '"40"'), "line 1: the image and the expression must"),
+])
+def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, message: str):
+    with pytest.raises(NanogapError, match=message) as caught:
+        read_data(write(folder, text), folder)
+    assert str(folder / "any.file") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path):
+    path = refs(folder)
+    (folder / "instances.json").write_text('{"annotations": []}')
+    with pytest.raises(NanogapError, match=r"instances.json does not have .*KeyError\('images'\)"):
+        read_data(path, folder, "val")
+    (folder / "instances.json").write_text('{"annotations": [], "images": []}')
+    with pytest.raises(NanogapError, match=r"do not fit together \(KeyError\(71\)\)"):
+        read_data(path, folder, "val")
+    (folder / "instances.json").unlink()
+    with pytest.raises(NanogapError, match=r"cannot be read \(No such file.*put instances.json"):
+        read_data(path, folder, "val")
+
+
+def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
+    other = [entry | {"img_path": "COCO_train2014_000000000008.jpg"} for entry in SHIKRA]
+    data = read_data(write(folder, lines(other[:2] + SHIKRA)), folder)
+    assert (data.expressions, data.missing) == (5, ["COCO_train2014_000000000008.jpg"])
+    assert [(e.number, len(e.questions)) for e in data.examples] == [(1, 3)]
+    with pytest.raises(NanogapError, match="none of the 1 images is in .*000008.jpg; get COCO"):
+        read_data(write(folder, lines(other)), folder)
+
+
+def test_images_are_found_with_their_folders_without_them_and_beside_the_file(folder: Path):
+    deep = folder / "images" / "data" / "coco" / "train2014"
+    deep.mkdir(parents=True)
+    path = write(folder, lines(QWEN))
+    assert not read_data(path, None).missing
+    (folder / f"{NAME}.jpg").rename(deep / f"{NAME}.jpg")
+    assert not read_data(path, folder / "images").missing
+    assert not read_data(path, deep).missing
+
+
+def test_an_image_of_another_size_is_another_image(folder: Path):
+    Image.new("RGB", (80, 60)).save(folder / f"{NAME}.jpg")
+    example, = read_data(write(folder, lines(QWEN)), folder).examples
+    with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
+        example.image()
+
+
+def test_an_image_of_ones_own_says_its_size_itself(folder: Path):
+    example, = read_data(write(folder, lines(OWN)), folder).examples
+    assert (example.name, example.size) == (f"{NAME}.jpg", (40, 30))
+    assert example.image().size == (40, 30)
+    example, = read_data(write(folder, lines([own | SIZE for own in OWN])), folder).examples
+    assert example.size == (40, 30)
+    Image.new("RGB", (80, 60)).save(folder / f"{NAME}.jpg")
+    with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
+        example.image()
+
+
+def test_where_no_picture_is_opened_none_is_missed_but_for_its_size(tmp_path: Path):
+    """As for --score, which needs nothing but the size."""
+    data = read_data(write(tmp_path, lines(SHIKRA)), None, pictures=False)
+    assert (told(data), data.missing, data.examples[0].size) == (SAID, [], (40, 30))
+    both = lines([*OWN, OWN[0] | SIZE | {"image": "b.jpg"}])
+    data = read_data(write(tmp_path, both), None, pictures=False)
+    assert (told(data), data.missing) == (SAID[:1], [f"{NAME}.jpg"])
+
+
+def test_the_digest_changes_with_an_image_and_not_with_a_word_that_may_be_mended(folder: Path):
+    """Answers hold their own question, against which they are compared on --resume."""
+    other = QWEN[0] | {"image": "other.jpg"}
+    same, *digests = (read_data(write(folder, lines(entries)), folder).digest for entries in (
+        [QWEN[0] | {"sent": " "}, *QWEN[1:]], QWEN, [other, *QWEN], [*QWEN, other]))
+    assert digests[0] == same and len(set(digests)) == 3
+    assert read_data(write(folder, lines(QWEN), "else.where"), folder).digest == same
+
+
+@pytest.mark.skipif(not (PUBLISHED / "refcoco_val.json").is_file(),
+                    reason="set NANOGAP_REFCOCO to a folder with refcoco_val.json of MiniGPT-v2")
+def test_the_published_val_split_has_10834_expressions_about_1500_images(tmp_path: Path):
+    Image.new("RGB", (640, 428)).save(tmp_path / "COCO_train2014_000000580957.jpg")
+    data = read_data(PUBLISHED / "refcoco_val.json", tmp_path)
+    assert data.name == "refcoco_val.json (MiniGPT-v2): 10834 expressions about 1500 images"
+    assert len(data.missing) == 1499
+    id_, expression, box = data.examples[0].questions[0]
+    assert expression == "bowl behind the others can only see part"
+    assert box == pytest.approx((468.3, 0.91, 640.0, 117.03))
+
+
+# ----- frames -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("entries", [QWEN, OWN], ids=["with a size", "without"])
+def test_an_annotated_picture_is_not_turned_for_its_box_is_in_stored_pixels(
+        tmp_path: Path, entries: list, ending: str):
+    data = write(tmp_path, lines([entry | {"image": f"a{ending}"} for entry in entries]))
+    stored = Image.effect_noise((40, 30), 50).convert("RGB")
+    plain = None
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"a{ending}", exif=exif)
+        example, = read_data(data, None).examples
+        plain = plain or example.image().tobytes()
+        assert (example.size, example.image().tobytes()) == ((40, 30), plain), orientation
+        turned = open_image(tmp_path / f"a{ending}").size          # as run.py has it
+        assert turned == ((40, 30) if orientation < 5 else (30, 40))
+
+
+@pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
+@pytest.mark.parametrize("scale", [1, 1000], ids=["shares", "thousandths"])
+def test_boxes_that_are_no_pixels_are_refused(folder: Path, entries: list, scale: int):
+    """In one's own form the picture says how large it is."""
+    key = next(key for key in ("bbox", "solution", "box") if key in entries[0])
+    sides = (40, 30, 40, 30)
+    wrong = [entry | {key: [scale * v / side for v, side in zip(entry[key], sides, strict=True)]}
+             for entry in entries]
+    why = "normalised and not in pixels" if scale == 1 else "boxes are in pixels here"
+    with pytest.raises(NanogapError, match=why):
+        read_data(write(folder, lines(wrong)), folder)
+
+
+# ----- files that someone made to do harm ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "x/../../secret.jpg", "{}/secret.jpg", "..", "/",
+                                  "", ".", "\0", "a\0.jpg", "x" * 5000])
+def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "secret.jpg")
+    entry = QWEN[0] | {"image": name.format(tmp_path)}
+    with pytest.raises(NanogapError, match="none of the 1 images is in"):
+        read_data(write(tmp_path, lines([entry])), folder)
+    Image.new("RGB", (40, 30)).save(folder / "secret.jpg")
+    if name.endswith("secret.jpg"):            # by its name alone it is found in the folder
+        read_data(write(tmp_path, lines([entry])), folder).examples[0].image()
+
+
+HUGE = 10 ** 5000                   # Python prints no number of so many digits
+NASTY = [HUGE, -HUGE, None, [], {}, "x", (1,), float("nan"), 1.5, b"x"]
+
+
+@pytest.mark.parametrize("value", NASTY, ids=lambda value: f"{type(value).__name__}")
+@pytest.mark.parametrize("key", ["ann_id", "image_id", "split", "sentences", "sent_id", "sent"])
+def test_a_pickle_of_other_types_is_one_line(folder: Path, key: str, value: object):
+    """Or the reference counts as one of another split."""
+    wrong = pickle.loads(pickle.dumps(REFS[:1]))
+    (wrong[0] if key in wrong[0] else wrong[0]["sentences"][0])[key] = value
+    if (key, value) in (("split", "x"), ("sent", "x"), ("sentences", [])):
+        return
+    with pytest.raises(NanogapError) as caught:
+        read_data(refs(folder, [*wrong, *REFS[1:]], 2), folder, "val")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "1e999", "null", "[]", "{}", '"x"', "-5", "true"])
+@pytest.mark.parametrize("key", ["id", "bbox", "width", "height"])
+def test_instances_of_other_types_are_one_line(folder: Path, key: str, value: str):
+    path = refs(folder)
+    text = json.dumps(INSTANCES).replace(f'"{key}": 7', f'"{key}": VALUE').replace(
+        '"bbox": [10, 5, 10, 20]', '"bbox": VALUE' if key == "bbox" else '"bbox": [10, 5, 10, 20]')
+    for side in (40, 30):
+        text = text.replace(f'"{key}": {side}', f'"{key}": VALUE')
+    write(folder, text.replace("VALUE", value), "instances.json")
+    with pytest.raises(NanogapError) as caught:
+        read_data(path, folder, "val")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_split_without_sentences_holds_nothing(folder: Path):
+    with pytest.raises(NanogapError, match="holds nothing that can be asked: it has no expression"):
+        read_data(refs(folder, [REFS[0] | {"sentences": []}]), folder, "val")
+
+
+def test_a_sentence_that_is_there_twice_is_refused(folder: Path):
+    """Counted twice, it would be answered once."""
+    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
+    with pytest.raises(NanogapError, match="sentence 100 is there twice; take one of them out"):
+        read_data(refs(folder, twice), folder, "val")
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/full", ".", "/dev/null"])
+def test_a_file_that_is_no_file_is_not_read(folder: Path, monkeypatch, name: str):
+    monkeypatch.chdir(folder)
+    os.mkfifo("pipe")
+    with pytest.raises(NanogapError, match=r"--data .* cannot be read \("):
+        read_data(Path(name), folder)
+    path = refs(folder)
+    (folder / "instances.json").unlink()
+    (folder / "instances.json").symlink_to(Path(name).absolute())
+    with pytest.raises(NanogapError, match=r"instances.json cannot be read \("):
+        read_data(path, folder, "val")
+
+
+OTHERS = ["null", "true", "7", "-1", "0.5", "1e999", "NaN", '""', '" "', '"x"', '"\\ud800"', "[]",
+          "{}", "[1, 2, 3, 4]", "[0, 0, 1, 1]", '["a"]', '{"a": 1}', "9" * 5000, "[" * 5000,
+          "[[1, 2, 3, 4]]", '"' + "x" * 5000 + '"', '"\\u0000"', "[1e300, 1, 2, 3]"]
+
+
+@pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
+def test_each_key_of_another_type_is_one_line_or_left_out(folder: Path, entries: list):
+    """Every key of every form, and no key at all."""
+    kinds = []
+    for key in entries[1]:
+        for other in [*OTHERS, None]:
+            changed = {k: v for k, v in entries[1].items() if k != key or other is not None}
+            text = json.dumps(changed | ({} if other is None else {key: "OTHER"}))
+            text = text.replace('"OTHER"', other or "")
+            path = write(folder, lines(entries[:1]) + text + "\n" + lines(entries[2:]))
+            try:
+                data = read_data(path, folder)
+                kinds.append(len(data.left_out) + len(data.missing))
+            except NanogapError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600 + len(str(folder)), error
+                kinds.append(-1)
+    assert {-1, 0, 1} <= set(kinds)                     # one line, what is not read, and left out

@@ -1,0 +1,660 @@
+"""LLaVA-1.6: which tiles a picture is cut into, where its tokens stand, and what pruning keeps.
+
+Worked examples on a tiny random model: a square of 56 x 56 pixels is 4 x 4 patches.  A picture of
+100 x 60 pixels lies on a canvas of 112 x 112, as 112 x 68 pixels in the middle: 2 x 2 tiles, 8 x 8
+patches, of which the upper and the lower two rows show only black.
+
+    base view    4 x 4            tokens  0 .. 15
+    grid         4 x 8            token   16 + 9 row + column; a newline is 16 + 9 row + 8
+"""
+
+import argparse
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+import nanogap
+from nanogap import gap
+from nanogap.checks.command import NanogapError
+from nanogap.checks.config import read_decoder
+from nanogap.clip import CLIPVisionConfig
+from nanogap.convert.sentencepiece import read_llama_tokenizer
+from nanogap.evaluate.__main__ import runs_asked
+from nanogap.ground import choices
+from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, Stretch, Tiles
+from nanogap.llama import LlamaConfig
+from nanogap.models.llava import VICUNA
+from nanogap.models.llava_next import TEMPLATES, LlavaNext, parts
+from nanogap.prompt import encode
+from nanogap.prune import STRATEGIES, Kept, close_rows, in_decoder, needs_of, shared_out
+from nanogap.show import draw
+from nanogap.show.draw import dim_dropped
+from nanogap.show.explain import explain
+from tests.test_llava import run_with_mask
+from tests.tiny import LAYOUTS, tiny_next_config, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+MISTRAL = Path(os.environ.get("NANOGAP_MISTRAL",
+                              ROOT / "../shared/published/mistral-7b-instruct-v0.2"))
+PUBLISHED = Path(os.environ.get("NANOGAP_PUBLISHED", ROOT / "../shared/published/llava-1.5-7b-hf"))
+HUB = Tiles(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))   # (height, width)
+SIZE = (100, 60)
+N = 16 + 4 * 9
+NEWLINES = [24, 33, 42, 51]
+PRUNED = [mode for mode in gap.MODES if mode != "full"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlavaNext:
+    folder = write_checkpoint(tmp_path_factory.mktemp("next"), tiny_next_config())
+    return nanogap.load(folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return noise(*SIZE)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(4)
+    levels = torch.randint(0, 256, (width * height * 3,), generator=generator, dtype=torch.uint8)
+    return Image.frombytes("RGB", (width, height), bytes(levels.tolist()))
+
+
+# ----- the choice of a grid -----------------------------------------------------------------------
+
+
+def tokens(width: int, height: int) -> int:
+    """N of LLaVA-1.6 as published."""
+    return len(parts(HUB, width, height, 24, 336)[1])
+
+
+@pytest.mark.parametrize("size, canvas, shown", [
+    # 640 x 480: on 672 x 672 all 640 * 480 pixels are shown; on 672 x 336 only 448 * 336
+    ((640, 480), (672, 672), 640 * 480),
+    # 900 x 300: 1008 x 336 shows all of it, and wastes less than 672 x 672 does, which shows less
+    ((900, 300), (336, 1008), 900 * 300),
+    ((250, 700), (1008, 336), 250 * 700),
+    # 336 x 336 fits on each; 672 x 336 and 336 x 672 waste least, and the first in the list wins
+    ((336, 336), (336, 672), 336 * 336),
+])
+def test_the_canvas_shows_most_pixels_and_then_wastes_least(size, canvas, shown):
+    assert HUB.canvas(*size) == canvas
+    H, W = canvas
+    scale = min(W / size[0], H / size[1])
+    assert min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1]) == shown
+
+
+def test_the_original_code_reads_width_first_and_so_breaks_ties_the_other_way():
+    """Its list, with each pair turned round, is what a converter has to write: the same choice."""
+    turned = Tiles(tuple((width, height) for height, width in HUB.pinpoints))
+    assert HUB.canvas(336, 336) == (336, 672)                # the hub: one row of two tiles
+    assert turned.canvas(336, 336) == (672, 336)             # the original: two rows of one
+    assert (HUB.canvas(222, 171), tokens(222, 171)) == ((336, 672), 1368)
+    assert len(parts(turned, 222, 171, 24, 336)[1]) == 1026
+    assert turned.canvas(640, 480) == HUB.canvas(640, 480)   # pictures of COCO's sizes agree
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((640, 480), 2340), ((480, 640), 2352), ((640, 427), 2144), ((427, 640), 2160),
+    ((1024, 899), 2634), ((336, 336), 1176), ((900, 300), 2328), ((250, 700), 2276),
+    ((2000, 500), 1890), ((1100, 808), 2340), ((640, 640), 576 + 48 * 49)])
+def test_the_number_of_visual_tokens_is_that_of_the_hubs_processor(size, expected):
+    assert tokens(*size) == expected
+
+
+def test_the_picture_lies_in_the_middle_of_its_canvas_and_what_is_around_it_is_black(model):
+    """60 * 112 / 100 = 67.2 are 68 pixels, and 22 lie above them and 22 below."""
+    assert model.frame.canvas(*SIZE) == (112, 112)
+    assert model.frame.placed(*SIZE) == (0, 22, 112, 68)
+    white = Image.new("RGB", SIZE, "white")
+    pixels = model.prepare_image(white)
+    levels = pixels * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    assert levels.shape == (5, 3, 56, 56)
+    assert torch.allclose(levels[0], torch.ones(()), atol=1e-6)               # stretched
+    black_above = torch.ones(56).bool()
+    black_above[22:] = False
+    for tile in (1, 2):                                                       # the upper ones
+        assert torch.allclose(levels[tile][:, ~black_above], torch.ones(()), atol=1e-6)
+        assert torch.allclose(levels[tile][:, black_above], torch.zeros(()), atol=1e-6)
+    assert torch.allclose(levels[3:], levels[1:3].flip(2), atol=1e-6)         # and the lower ones
+
+
+def test_tiles_are_cut_row_by_row_behind_the_base_view(model):
+    """Four colours in the quarters of a picture: one for each tile, from left to right."""
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
+    quarters = Image.new("RGB", (112, 112))
+    for i, colour in enumerate(colours.tolist()):
+        quarters.paste(tuple(colour), (i % 2 * 56, i // 2 * 56, i % 2 * 56 + 56, i // 2 * 56 + 56))
+    pixels = model.prepare_image(quarters)
+    levels = pixels * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    assert torch.allclose(levels[1:].mean((2, 3)), colours / 255, atol=1e-5)
+    base = torch.tensor(list(quarters.resize((56, 56), Image.Resampling.BICUBIC).tobytes()))
+    assert torch.allclose(levels[0].flatten(1).T.flatten() * 255, base.float(), atol=1e-3)
+
+
+# ----- where tokens stand -------------------------------------------------------------------------
+
+
+def test_rows_of_padding_are_cut_off_by_the_proportions_of_the_picture():
+    """60 * 8 / 100 = 4.8 rows of 8 show something: (8 - 4) // 2 = 2 go above, and 2 below."""
+    assert HUB.unpadded(100, 60, 8, 8) == (slice(2, 6), slice(0, 8))
+    assert HUB.unpadded(60, 100, 8, 8) == (slice(0, 8), slice(2, 6))
+    assert HUB.unpadded(80, 50, 8, 8) == (slice(1, 7), slice(0, 8))           # 5: 1 and 1, 6 stay
+    assert HUB.unpadded(80, 80, 8, 8) == (slice(0, 8), slice(0, 8))
+    assert HUB.unpadded(900, 7, 24, 72) == (slice(12, 12), slice(0, 72))      # none is left
+
+
+def test_the_base_view_comes_first_and_every_row_of_the_grid_ends_in_a_newline(model, picture):
+    image = model.encode_image(picture)
+    assert image.n_visual == len(image.features) == N == 52
+    assert image.n_patches == N - 4
+    assert image.row_end.tolist() == [-1] * 16 + [end for end in NEWLINES for _ in range(9)]
+    rectangles = [(view.seen.rows, view.seen.columns) for view in image.views]
+    assert rectangles == [(4, 4), (2, 4), (2, 4), (2, 4), (2, 4)]
+    assert [view.index.tolist() for view in image.views] == [
+        list(range(16)),
+        [16, 17, 18, 19, 25, 26, 27, 28], [20, 21, 22, 23, 29, 30, 31, 32],   # upper tiles
+        [34, 35, 36, 37, 43, 44, 45, 46], [38, 39, 40, 41, 47, 48, 49, 50]]   # lower tiles
+
+
+def test_each_patch_is_what_the_tower_saw_of_its_tile(model, picture):
+    """The upper right tile lost its first two rows: token 20 is its patch 8."""
+    pixels = model.prepare_image(picture)
+    image = model.encode_image(picture)
+    _, upper_right = model.vision_tower(pixels[2:3])                          # (1, 1 + 16, C)
+    assert torch.allclose(image.features[[20, 21, 29]], upper_right[0, 1:][[8, 9, 12]], atol=1e-5)
+    assert not image.features[NEWLINES].any()
+
+
+def test_where_a_token_lies_in_the_picture(model, picture):
+    """A patch of the base view is 25 x 15 pixels of the picture, one of a tile 12.5 x 12.4.
+
+    68 pixels of the canvas are 60 of the picture; row 2 of the canvas begins at 28 - 22 = 6.
+    """
+    at = model.encode_image(picture).at
+    assert at[[0, 5]].tolist() == [[0, 0, 25, 15], [25, 15, 50, 30]]
+    first, last, down = at[16], at[50], 60 / 68
+    assert torch.allclose(first, torch.tensor([0, 6 * down, 12.5, 20 * down]))
+    assert torch.allclose(last, torch.tensor([87.5, 48 * down, 100, 62 * down]), atol=1e-4)
+    assert (at[NEWLINES] == 0).all()
+
+
+def test_a_picture_so_long_that_its_rows_round_to_none_is_a_base_view_alone(model):
+    image = model.encode_image(noise(900, 7))
+    assert image.n_visual == 16 and len(image.views) == 1
+    assert model.ground(noise(900, 7), "the man", keep=4).visual_tokens == 4
+
+
+# ----- what the decoder is fed --------------------------------------------------------------------
+
+
+def test_newlines_are_one_vector_and_patches_go_through_the_projector(model, picture):
+    ids, image = model.prompt("the man"), model.encode_image(picture)
+    P, A = model.around_image(ids)
+    x = model.embed(ids, image, Kept(torch.arange(N)), torch.arange(N))[0]
+    assert x.shape == (P + N + A, 64)
+    assert torch.equal(x[P + 24], model.image_newline)
+    assert torch.equal(x[P + torch.tensor(NEWLINES)], model.image_newline.expand(4, -1))
+    assert torch.allclose(x[P:P + 24], model.project(image.features[:24]), atol=1e-6)
+
+
+def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, picture):
+    ids, pixels = model.prompt("the man"), model.prepare_image(picture)
+    assert model(ids, pixels, size=SIZE).shape == (len(ids) - 1 + N, 640)
+    message = (r"a picture of 56 x 56 pixels has a base view and tiles of 112 x 56 pixels, and "
+               r"there are 5 views in pixel_values: give the size of the picture that they show")
+    with pytest.raises(NanogapError, match=message):
+        model(ids, pixels)
+    square = model.prepare_image(noise(56, 56))
+    assert model(ids, square).shape == model(ids, square, size=(56, 56)).shape
+
+
+@pytest.mark.parametrize("mode", gap.MODES)
+def test_keeping_everything_is_no_pruning_bit_for_bit(model, picture, mode: str):
+    ids, pixels = model.prompt("the man"), model.prepare_image(picture)
+    everything = model(ids, pixels, torch.arange(N), mode, size=SIZE)
+    assert torch.equal(everything, model(ids, pixels, size=SIZE))
+
+
+def test_gap_equals_the_unpruned_sequence_with_the_dropped_tokens_masked_out(model, picture):
+    """An independent definition: all tokens at their IDs, and nobody looks at the dropped ones."""
+    ids, image = model.prompt("the man"), model.encode_image(picture)
+    P, A = model.around_image(ids)
+    keep = torch.tensor([2, 9, 17, 24, 40, 42])
+    x = model.embed(ids, image, Kept(torch.arange(N)), torch.arange(N))
+    stays = torch.cat([torch.arange(P), P + keep, P + N + torch.arange(A)])
+    seen = torch.zeros(x.shape[1], dtype=torch.bool)
+    seen[stays] = True
+    mask = torch.ones(x.shape[1], x.shape[1]).tril().bool() & (seen | torch.eye(x.shape[1]).bool())
+    logits = run_with_mask(model.language_model, x, torch.arange(x.shape[1]), mask)
+    ours = model(ids, model.prepare_image(picture), keep, "gap", size=SIZE)
+    assert torch.allclose(logits[0, stays], ours, atol=2e-4)
+
+
+# ----- pruning ------------------------------------------------------------------------------------
+
+
+def test_ids_after_pruning_a_2_x_2_grid_of_tiles(model, picture):
+    """One patch of each view stays: 5; 17, 29 of the upper tiles, and 34, 50 of the lower.
+
+    17 stands in the first row, which token 24 closes; 29 in the second, closed by 33; 34 in the
+    third, by 42; 50 in the last, by 51.  GAP takes the numbers of what stays.
+    """
+    kept = close_rows(Kept(torch.tensor([5, 17, 29, 34, 50])), model.encode_image(picture).row_end)
+    assert kept.keep.tolist() == [5, 17, 24, 29, 33, 34, 42, 50, 51]
+    P, A = 3, 2
+    ids_of_all = torch.arange(P + N + A)
+    stays = torch.cat([torch.arange(P), P + kept.keep, P + N + torch.arange(A)])
+    ids, next_position = gap.position_ids(kept.keep, P, N, A, "gap")
+    assert torch.equal(ids, ids_of_all[stays])
+    assert ids.tolist() == [0, 1, 2, 8, 20, 27, 32, 36, 37, 45, 53, 54, 55, 56]
+    assert next_position == 57
+    shifted, _ = gap.position_ids(kept.keep, P, N, A, "shifted")
+    assert shifted.tolist() == list(range(14))
+
+
+def test_in_order_of_rank_a_newline_stands_behind_the_lowest_patch_of_its_row(model, picture):
+    """Patches 18 and 16 share a row, and the base view has no rows to close."""
+    row_end = model.encode_image(picture).row_end
+    features = torch.arange(5.0)[:, None]
+    kept = close_rows(Kept(torch.tensor([18, 50, 3, 16, 40]), features, features[:1]), row_end)
+    assert kept.keep.tolist() == [18, 50, 51, 3, 16, 24, 40, 42]
+    assert kept.features[:, 0].tolist() == [0, 1, 0, 2, 3, 0, 4, 0]           # 0: newlines
+    assert kept.added.tolist() == [[0]]
+    layout = gap.lay_out(kept.keep, 3, N, 2, "permuted")
+    assert layout.keep.tolist() == kept.keep.tolist()
+    in_raster_order = gap.lay_out(kept.keep, 3, N, 2, "shifted").keep.tolist()
+    assert in_raster_order == sorted(kept.keep.tolist())
+
+
+def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(model, picture):
+    """12 of 48: 4 of the base view's 16 patches, and 2 of the 8 that are left of each tile."""
+    assert shared_out(12, [16, 8, 8, 8, 8]) == [4, 2, 2, 2, 2]
+    image = model.encode_image(picture, {"cls_attention"})
+    result = model.ground(image, "the man", "cls_attention", 12, "gap")
+    keep = set(result.keep.tolist())
+    assert [len(keep & set(view.index.tolist())) for view in image.views] == [4, 2, 2, 2, 2]
+    newlines = keep & set(NEWLINES)
+    assert newlines == {int(image.row_end[k]) for k in keep if k >= 16}
+    assert result.visual_tokens == len(result.keep) == 12 + len(newlines)
+    for view in image.views:
+        scores = view.seen.fields["cls_attention"].mean(0)
+        best = view.index[scores.argsort(descending=True)[:len(keep & set(view.index.tolist()))]]
+        assert set(best.tolist()) <= keep
+
+
+@pytest.mark.parametrize("budget, kept", [("100%", 52), ("25%", None), (48, 52), (1, 1)])
+def test_a_share_is_one_of_the_patches(model, picture, budget, kept):
+    result = model.ground(picture, "the man", "cls_similarity", budget, "gap")
+    assert kept is None or len(result.keep) == kept
+    patches = [index for index in result.keep.tolist() if index not in NEWLINES]
+    assert budget != "25%" or len(patches) == 12
+
+
+def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, picture):
+    """The upper right tile's own CLS, and of its patches the lower two rows."""
+    names = ("cls", "cls_attention", "keys", "last_queries", "last_keys", "projected")
+    image = model.encode_image(picture)
+    seen = model.see(image, names, "the man")[2].seen
+    before, after = model.vision_tower(model.prepare_image(picture)[2:3])
+    alone = model.vision_tower.fields(before[0], after[0], names)
+    assert seen.rows * seen.columns == len(seen.features) == 8
+    expected = {
+        "cls": alone["cls"], "cls_attention": alone["cls_attention"][:, 8:],
+        "keys": alone["keys"][8:], "last_queries": alone["last_queries"][[0, *range(9, 17)]],
+        "last_keys": alone["last_keys"][[0, *range(9, 17)]],
+        "projected": model.project(after[0, 9:])}
+    for name, value in expected.items():
+        assert torch.allclose(seen.fields[name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("mode", PRUNED)
+@pytest.mark.parametrize("name", [name for name in STRATEGIES
+                                  if "text" not in needs_of(name) and not in_decoder(name)])
+def test_every_strategy_prunes_every_view_in_every_mode(model, picture, name: str, mode: str):
+    image = model.encode_image(picture)
+    result = model.ground(image, "the man", name, "50%", mode, max_new_tokens=3)
+    keep = result.keep.tolist()
+    assert len(set(keep)) == len(keep)
+    assert {index for index in keep if index in NEWLINES} == {
+        int(image.row_end[index]) for index in keep if index >= 16}
+    if gap.MODES[mode][0] == "raster":
+        assert keep == sorted(keep)
+    if mode == "gap":
+        P, A = model.around_image(model.prompt("the man"))
+        assert result.position_ids[P:P + len(keep)].tolist() == [P + index for index in keep]
+        assert result.next_position == P + N + A
+
+
+def test_in_the_decoder_newlines_are_tokens_as_any_other(model, picture):
+    """FastV as published: it ranks all 52, and of those it drops newlines too."""
+    image = model.encode_image(picture)
+    result = model.ground(image, "the man", "fastv", 36, "gap")
+    assert result.cuts == [(1, 28)]                                           # 36 = (52 + 2 * 28)/3
+    assert result.visual_tokens == 36
+    whole = model.ground(image, "the man", "fastv", "100%", "gap", max_new_tokens=4)
+    assert whole.keep.tolist() == list(range(N))
+    closed = {int(image.row_end[index]) for index in result.keep.tolist()} - {-1}
+    assert closed != set(result.keep.tolist()) & set(NEWLINES)
+
+
+def test_indices_of_ones_own_are_fed_as_they_are(model, picture):
+    keep = torch.tensor([17, 3, 51])
+    assert model.ground(picture, "the man", keep=keep).keep.tolist() == [3, 17, 51]
+    assert model.ground(picture, "the man", keep=keep, mode="permuted").keep.tolist() == [17, 3, 51]
+
+
+def test_newlines_are_no_padding(model):
+    """All patches that unpadding leaves show some of the picture."""
+    image = model.encode_image(noise(*SIZE))
+    assert image.padding(torch.arange(N)) == 0
+    assert image.padding(torch.tensor(NEWLINES)) == 0
+    assert len(image.patches(torch.arange(N))) == N - 4
+    image.at[3] = torch.tensor([-9, 0, 0, 9])                                 # one beside it
+    assert image.padding(torch.tensor([3, 4, 24, 33])) == 0.5
+
+
+def test_a_share_is_a_number_of_each_picture_and_in_the_decoder_newlines_count(model, picture):
+    """52 tokens and 48 patches here; 300 x 57 pixels have two rows of 12 behind the base view."""
+    wide = model.encode_image(noise(300, 57))
+    assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
+    image = model.encode_image(picture)
+    assert [choices(image, name) for name in ("cls_attention", "fastv")] == [48, 52]
+    args = argparse.Namespace(mode=["full", "gap"], prune=["random"], keep=["50%", "8"],
+                              ablate=False)
+    assert not model.pictures_alike
+    assert runs_asked(args, image, model.pictures_alike) == [
+        ("none", "100%", "full"), ("random", "50%", "gap"), ("random", 8, "gap")]
+    assert runs_asked(args, image, True)[:2] == [("none", 52, "full"), ("random", 24, "gap")]
+
+
+# ----- boxes and words ----------------------------------------------------------------------------
+
+
+def test_boxes_are_said_in_the_padded_square_and_one_switch_changes_that(model):
+    box = (0.1, 0.3, 0.6, 0.7)
+    assert model.to_pixels(box, *SIZE) == pytest.approx((10, 10, 60, 50))
+    assert model.frame.from_pixels((10, 10, 60, 50), *SIZE) == pytest.approx(box)
+    assert model.frame.boxes == Pad()
+    other = replace(model.frame, boxes=Stretch())
+    assert other.to_pixels(box, *SIZE) == pytest.approx((10, 18, 60, 42))
+    assert other.from_pixels((10, 18, 60, 42), *SIZE) == pytest.approx(box)
+
+
+def test_a_mistral_is_asked_in_its_own_template(tmp_path: Path):
+    model = nanogap.load(write_checkpoint(tmp_path, tiny_next_config("mistral")), "cpu")
+    assert model.template == TEMPLATES["mistral"]
+    before, after = model.template.around(model.question("the man on the left"))
+    assert before + "<image>" + after == (
+        "[INST] <image>\nPlease provide the bounding box coordinate of the region this sentence "
+        "describes: the man on the left. [/INST]")
+    before, _ = TEMPLATES["llama"].around("?")
+    assert before.startswith("A chat between a curious human and") and before.endswith(" USER: ")
+
+
+@pytest.mark.skipif(
+    not (MISTRAL / "tokenizer.model").is_file(),
+    reason="set NANOGAP_MISTRAL to a folder with the tokenizer.model of Mistral-7B-Instruct-v0.2")
+def test_the_prompt_in_the_published_tokens_of_mistral():
+    """32 before the image is expanded; `[INST]` is three ordinary tokens."""
+    tokenizer = read_llama_tokenizer(MISTRAL / "tokenizer.model", ("<image>", "<pad>"))
+    template = TEMPLATES["mistral"]
+    ids = template.encode(tokenizer, template.question("the man on the left"), 1, 32000)
+    assert ids == [
+        1, 733, 16289, 28793, 28705, 32000, 28705, 13, 12069, 3084, 272, 3585, 288, 3890, 17237,
+        302, 272, 4424, 456, 12271, 13966, 28747, 272, 676, 356, 272, 1749, 28723, 733, 28748,
+        16289, 28793]
+    box = encode(tokenizer, "[0.12, 0.34, 0.56, 0.78]")
+    assert len(box) == 24
+    assert box[:7] == [733, 28734, 28723, 28740, 28750, 28725, 28705] and box[-1] == 28793
+    form = LlavaNext.box_format.foretell(tokenizer)
+    assert len(form) == 24 and all(token in allowed
+                                   for token, allowed in zip(box, form, strict=True))
+
+
+@pytest.mark.skipif(
+    not (PUBLISHED / "tokenizer.json").is_file(),
+    reason="set NANOGAP_PUBLISHED to a folder with the text files of llava-hf/llava-1.5-7b-hf")
+def test_the_prompt_in_the_published_tokens_of_vicuna_has_a_human_where_1_5_has_a_user():
+    """1404 is `user`, and 5199 `human`."""
+    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
+    question = VICUNA.question("the man on the left")
+    of_1_5 = VICUNA.encode(tokenizer, question, 1, 32000)
+    ids = TEMPLATES["llama"].encode(tokenizer, question, 1, 32000)
+    assert len(ids) == 63 and of_1_5.count(1404) == 2
+    assert ids == [5199 if token == 1404 else token for token in of_1_5]
+
+
+# ----- shown --------------------------------------------------------------------------------------
+
+
+def test_explain_shows_views_rows_and_newlines(model, picture, capsys):
+    """Kept: 5 of the base view, 17 and 29 of the upper tiles, and newlines 24 and 33."""
+    image = model.encode_image(picture)
+    keep = torch.tensor([5, 17, 24, 29, 33])
+    explain(model, image, "the man", {
+        "gap": model.ground(image, "the man", keep=keep, mode="gap", max_new_tokens=3)})
+    said = capsys.readouterr().out
+    for lines in (
+            "   100 x 60 pixels, stretched to a base view of 56 x 56;\n"
+            "   and 112 x 68 in the middle of a black canvas of 112 x 112,\n"
+            "   cut into 2 rows of 2 tiles: pixel_values (5, 3, 56, 56)\n",
+            "   of 8 x 8 patches of the tiles 4 x 8 stay, the others show only black,\n"
+            "   and a newline closes each row: N = 16 + 4 x (8 + 1) = 52,\n"
+            "   features (52, 32), the base view first, row by row\n",
+            "   3 of 48 patches, and 2 of 4 newlines (/), stay:\n"
+            "   view 1 of 5\n      . . . .\n      . # . .\n      . . . .\n      . . . .\n"
+            "   view 2 of 5\n      . # . .\n      . . . .\n"
+            "   view 3 of 5\n      . . . . /\n      # . . . /\n"
+            "   view 4 of 5\n      . . . .\n      . . . .\n"
+            "   view 5 of 5\n      . . . . .\n      . . . . .\n"
+            "   counted in the order of the prompt from 0 to 51 these are (keep):\n"
+            "      5 17 24 29 33\n",
+            "| K = 5 patches and newlines | A = "):
+        assert lines in said
+    assert re.search(r"^   token .* patch patch newline \.\. newline ", said, re.MULTILINE)
+    assert max(map(len, said.split("\n"))) <= 80
+    explain(model, image, "the man", {
+        "full": model.ground(image, "the man", mode="full", max_new_tokens=3)})
+    assert "   not in mode full: all 52 patches and newlines stay\n" in capsys.readouterr().out
+
+
+def test_the_picture_is_bright_where_kept_patches_of_the_base_view_and_of_tiles_lie(model):
+    """Token 0 is the upper left 25 x 15 pixels; token 50 the last patch of the lower right tile."""
+    white = Image.new("RGB", SIZE, "white")
+    at = model.encode_image(white).at
+    shown = dim_dropped(white, [0, 50, *NEWLINES], at)
+    bright = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(60, 100, 3) == 255
+    expected = torch.zeros(60, 100).bool()
+    expected[:15, :25] = True
+    expected[round(48 * 60 / 68):round(62 * 60 / 68), 88:100] = True          # 87.5 is rounded up
+    assert torch.equal(bright.all(2), expected)
+
+
+def test_the_legend_counts_patches_and_tokens(model, picture):
+    image = model.encode_image(picture, {"cls_attention"})
+    results = {"gap": model.ground(image, "the man", keep=12, max_new_tokens=3)}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "draw_answers", lambda *args: drawn.append(args))
+        draw.draw_results(picture, image, "the man", "cls_attention", results)
+    _, kept, at, answers, caption, _ = drawn[0]
+    assert caption == '"the man"\ncls_attention keeps 12 of 48 patches'
+    assert answers[0].label == f"gap, {len(kept)} tokens" and len(kept) > 12
+    assert len(at) == N
+
+
+# ----- files --------------------------------------------------------------------------------------
+
+
+def test_every_layout_of_the_hub_is_the_same_model(model, picture, tmp_path: Path):
+    ids, pixels = model.prompt("the man"), model.prepare_image(picture)
+    expected = model(ids, pixels, size=SIZE)
+    for layout in LAYOUTS:
+        folder = write_checkpoint(tmp_path / layout, tiny_next_config(), layout, shards=2)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        newline = "image_newline" if layout in "ab" else "model.image_newline"
+        assert newline in index["weight_map"]
+        assert torch.equal(nanogap.load(folder, "cpu")(ids, pixels, size=SIZE), expected)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "mistral"])
+def test_what_is_saved_is_read_again(decoder: str, tmp_path: Path):
+    config = tiny_next_config(decoder, num_key_value_heads=2, rope_theta=1e6)
+    config = replace(config, image_grid_pinpoints=((56, 112), (112, 112)), other_ends=(5,))
+    read = nanogap.load(write_checkpoint(tmp_path, config), "cpu")
+    assert read.config == config
+    assert read.frame == Tiles(config.image_grid_pinpoints)
+
+
+def changed(folder: Path, file: str, **keys: object) -> Path:
+    """A checkpoint with other values in one of its files; "..." takes a key away."""
+    path = folder / file
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    for key, value in keys.items():
+        part = settings["text_config"] if key in ("sliding_window", "model_type") else settings
+        part[key] = value
+        if value is ...:
+            del part[key]
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("window, longest", [(None, 8192), (..., 4096), (8192, 8192)])
+def test_a_window_that_hides_no_position_is_none(window, longest: int, tmp_path: Path):
+    """Left out it is 4096 in transformers, and a prompt that is no longer never meets it."""
+    config = tiny_next_config("mistral", max_position_embeddings=8192)
+    folder = changed(write_checkpoint(tmp_path, config), "config.json", sliding_window=window)
+    assert LlavaNext.read_config(folder).text.max_position_embeddings == longest
+
+
+def test_what_a_mistrals_config_leaves_out_is_not_what_a_llamas_does():
+    """The defaults of MistralConfig, and a window of 4096."""
+    mistral = read_decoder({"model_type": "mistral"}, ("llama", "mistral"))
+    assert (mistral.num_key_value_heads, mistral.intermediate_size) == (8, 14336)
+    assert mistral.max_position_embeddings == 4096
+    no_window = {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": None}
+    mistral = read_decoder(no_window, ("llama", "mistral"))
+    assert (mistral.num_key_value_heads, mistral.max_position_embeddings) == (32, 131072)
+    llama = read_decoder({"sliding_window": 7}, ("llama", "mistral"))         # LLaMA has none
+    assert (llama.num_key_value_heads, llama.intermediate_size) == (32, 11008)
+    assert llama.max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize("file, keys, message", [
+    ("config.json", {"sliding_window": 256}, "sliding_window is 256; nanogap implements None only"),
+    ("config.json", {"model_type": "qwen2"}, "model_type is 'qwen2'; nanogap implements 'llama'"),
+    ("config.json", {"use_image_newline_parameter": False},
+     "use_image_newline_parameter is False; nanogap implements True only"),
+    ("config.json", {"vision_feature_select_strategy": "full"},
+     "vision_feature_select_strategy is 'full'; nanogap implements 'default' only"),
+    ("config.json", {"image_grid_pinpoints": [[56, 100]]},
+     r"config.json: image_grid_pinpoints is \[\[56, 100\]\], and it must be pairs "
+     r"\[height, width\] of canvases, multiples of 56 pixels"),
+    ("config.json", {"image_grid_pinpoints": "(1x1),...,(6x6)"}, "it must be pairs"),
+    ("config.json", {"image_grid_pinpoints": []}, "it must be pairs"),
+    ("preprocessor_config.json", {"image_grid_pinpoints": [[112, 112]]},
+     r"preprocessor_config.json: image_grid_pinpoints are \(\(112, 112\),\), and config.json has"),
+    ("preprocessor_config.json", {"aspect_ratio_setting": "pad"},
+     "aspect_ratio_setting is 'pad'; nanogap implements 'anyres' only"),
+    ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"},
+     "image_processor_type is 'CLIPImageProcessor', and a 'llava_next' "),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 336}},
+     "size is .* and the vision tower reads squares of 56 pixels"),
+    ("preprocessor_config.json", {"do_resize": False},
+     "do_resize is False; nanogap implements True"),
+])
+def test_what_would_change_an_answer_is_refused_by_name(file, keys, message, tmp_path: Path):
+    folder = changed(write_checkpoint(tmp_path, tiny_next_config("mistral")), file, **keys)
+    with pytest.raises(NanogapError, match=message):
+        nanogap.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("keys", [
+    {"do_pad": False}, {"do_pad": True}, {"do_center_crop": False},
+    {"image_processor_type": "LlavaNextImageProcessorFast"}, {"image_grid_pinpoints": ...},
+    {"aspect_ratio_setting": ...}])
+def test_what_changes_nothing_is_read(keys: dict, tmp_path: Path):
+    folder = write_checkpoint(tmp_path, tiny_next_config())
+    expected = LlavaNext.read_config(folder)
+    assert LlavaNext.read_config(changed(folder, "preprocessor_config.json", **keys)) == expected
+
+
+HUBS_MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{{ message['content'][0]['text'] }}{{ ' [/INST]' }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
+    "{% endif %}{% endfor %}")
+HUBS_VICUNA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: <image>\n' }}"
+    "{{ message['content'][0]['text'] }}{% else %}{{ ' ASSISTANT: ' }}{% endif %}{% endfor %}")
+SYSTEM_OF_1_5 = VICUNA.before.removesuffix("USER: ")
+
+
+@pytest.mark.parametrize("decoder, template, others", [
+    ("mistral", HUBS_MISTRAL, None), ("llama", HUBS_VICUNA, None),
+    ("llama", SYSTEM_OF_1_5 + HUBS_VICUNA, None),
+    ("llama", SYSTEM_OF_1_5.replace("user", "human") + HUBS_VICUNA, None),
+    ("llama", "Answer briefly. " + HUBS_VICUNA, "Vicuna's"),
+    ("mistral", HUBS_VICUNA, "Mistral's"), ("llama", HUBS_MISTRAL, "Vicuna's")])
+def test_the_chat_template_must_be_the_decoders(decoder, template, others, tmp_path: Path):
+    folder = write_checkpoint(tmp_path, tiny_next_config(decoder))
+    changed(folder, "chat_template.json", chat_template=template)
+    if others is None:
+        assert LlavaNext.read_config(folder).decoder == decoder
+        return
+    with pytest.raises(NanogapError, match=f"holds another chat template than {others}"):
+        LlavaNext.read_config(folder)
+
+
+# ----- full size ----------------------------------------------------------------------------------
+
+VISION = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+          "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
+          "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}
+FULL = {"model_type": "llava_next", "image_token_index": 32000, "vision_config": VISION,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "use_image_newline_parameter": True, "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+TEXTS = {   # what the published files say; the rest are the defaults of MistralConfig, LlamaConfig
+    "mistral": {"model_type": "mistral", "intermediate_size": 14336, "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 32768, "num_key_value_heads": 8,
+                "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32064},
+    "vicuna-7b": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                  "vocab_size": 32064},
+    "vicuna-13b": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                   "vocab_size": 32064, "hidden_size": 5120, "intermediate_size": 13824,
+                   "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40},
+}
+
+
+@pytest.mark.parametrize("name, tensors, parameters", [
+    ("mistral", 687, 7_566_747_648), ("vicuna-7b", 687, 7_063_431_168),
+    ("vicuna-13b", 759, 13_351_494_656 + 5120)])   # LLaVA-1.5's 13B and a newline
+def test_at_full_size_there_are_as_many_tensors_and_parameters_as_published(
+        name: str, tensors: int, parameters: int, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(FULL | {"text_config": TEXTS[name]}))
+    config = LlavaNext.read_config(tmp_path)
+    with torch.device("meta"):
+        model = LlavaNext(config)
+    assert len(model.state_dict()) == tensors
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    if name == "mistral":
+        assert config.text == LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=32064,
+            rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32768)
+        assert model.language_model.model.layers[0].self_attn.k_proj.weight.shape == (1024, 4096)
+        assert config.vision == CLIPVisionConfig()
+        assert model.frame == HUB and config.decoder == "mistral"

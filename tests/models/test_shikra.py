@@ -1,0 +1,346 @@
+"""Shikra: the image inside the sentence, a white square, three decimals, and one linear layer."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import nanogap
+from nanogap import NanogapError
+from nanogap.bench.sizes import SIZES, Size, empty_model, random_model
+from nanogap.clip import CLIP, CLIPTextConfig
+from nanogap.gap import MODES, lay_out
+from nanogap.models.llava import LlavaConfig
+from nanogap.models.shikra import SHIKRA, THREE_DECIMALS, WHITE, Shikra
+from nanogap.prompt import DESCRIBE, encode
+from nanogap.prune import STRATEGIES, Kept
+from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
+from nanogap.weights import save, save_clip
+from tests.models.test_reference import PUBLISHED, assert_same, live, needs_published
+from tests.reference.make_minigpt import part
+from tests.reference.make_reference import KEEP, NEW_TOKENS, VOCABULARY, pixel_values
+from tests.reference.make_shikra import (
+    DECODER,
+    OUTPUTS,
+    PATCH,
+    PROMPT,
+    VISION,
+    positions,
+    tensors,
+    their_answer,
+)
+from tests.reference.make_shikra import MODES as MODES_BY_HAND
+from tests.tiny import draw
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """LLaMA's kind, trained on the prompt itself; the three tokens of the image come last."""
+    before, after = SHIKRA.around(SHIKRA.question("the man on the left"))
+    sentences = [before, after + " Answer: [0.123,0.456,0.789,1.000] ."]
+    return train_llama_tokenizer(sentences, 560, Shikra.special_tokens)
+
+
+def tiny_shikra() -> Shikra:
+    """A random one with 4 x 4 patches."""
+    tokenizer = tiny_tokenizer()
+    model = Shikra(LlavaConfig(DECODER, VISION, tokenizer.token_to_id("<im_patch>")))
+    model.load_state_dict({name: draw(name, value.shape, 0)
+                           for name, value in model.state_dict().items()})
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, with its CLIP beside it."""
+    place = tmp_path_factory.mktemp("shikra")
+    model = tiny_shikra()
+    save(place, model, torch.float32)
+    words = train_clip_tokenizer(["a red car", "the man on the left"], 300)
+    clip = CLIP(VISION, CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size()), 16)
+    with torch.no_grad():
+        for name, value in clip.named_parameters():
+            value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
+    save_clip(place / "clip_text", clip, words, torch.float32)
+    return place
+
+
+@pytest.fixture(scope="module")
+def shikra(folder: Path) -> Shikra:
+    return nanogap.load(folder, "cpu")
+
+
+# ----- the prompt ---------------------------------------------------------------------------------
+
+
+def test_the_image_stands_inside_the_sentence_and_the_expression_before_it():
+    before, after = SHIKRA.around(SHIKRA.question("the man on the left"))
+    assert before == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. USER: Can you point "
+        "out the man on the left in the image")
+    assert after == "and provide the coordinates of its location? ASSISTANT:"
+
+
+def pieces(model: Shikra, question: str) -> list[str]:
+    ids = model.encode_question(question).tolist()
+    return [model.tokenizer.id_to_token(i) for i in ids]
+
+
+def test_the_image_is_one_token_between_start_and_end_and_no_space_is_next_to_them(shikra: Shikra):
+    said = pieces(shikra, shikra.question("the man on the left"))
+    at = said.index("<im_patch>")
+    assert said[0] == "<s>"
+    assert said[at - 2:at + 3] == ["▁image", "<im_start>", "<im_patch>", "<im_end>", "▁and"]
+    assert said.count("<im_patch>") == 1 and said[-2:] == ["▁ASSISTANT", ":"]
+
+
+def test_how_many_tokens_stand_before_the_image_depends_on_the_expression(shikra: Shikra):
+    """P is the question's own; under GAP the image still has P .. P + N - 1."""
+    short, long = shikra.prompt("a cup"), shikra.prompt("the man on the left")
+    (P, A), (P_long, A_long) = map(shikra.around_image, (short, long))
+    assert P_long > P and A_long == A
+    for expression, first in (("a cup", P), ("the man on the left", P_long)):
+        kept = torch.tensor([5, 10])
+        found = shikra.ground(Image.new("RGB", (8, 8)), expression, keep=kept, max_new_tokens=1)
+        assert found.position_ids.tolist() == [
+            *range(first), first + 5, first + 10, *range(first + 16, first + 16 + A)]
+        assert found.next_position == first + 16 + A
+
+
+def test_a_question_without_an_image_begins_with_it(shikra: Shikra):
+    said = pieces(shikra, DESCRIBE)
+    at = said.index("<im_start>")
+    assert said[at - 1] == ":" and "".join(said[at + 3:]).startswith("▁Provide▁a▁brief")
+
+
+@pytest.mark.parametrize("expression", ["the <image> on the left", "</s>", "<im_patch> <im_end>"])
+def test_special_tokens_in_an_expression_stay_text(shikra: Shikra, expression: str):
+    said = pieces(shikra, shikra.question(expression))
+    special = [piece for piece in said if piece in ("<s>", "</s>", *Shikra.special_tokens)]
+    assert special == ["<s>", "<im_start>", "<im_patch>", "<im_end>"]
+    before, _ = SHIKRA.around(SHIKRA.question(expression))
+    assert expression in before
+
+
+GOLDEN = {   # before <im_start> behind "… USER:", and after <im_end>
+    SHIKRA.question("the man on the left"): (
+        [1815, 366, 1298, 714, 278, 767, 373, 278, 2175, 297, 278, 1967],
+        [322, 3867, 278, 10350, 310, 967, 4423, 29973, 319, 1799, 9047, 13566, 29901], 317),
+    "Where is the man on the left in the image <image>?": (
+        [6804, 338, 278, 767, 373, 278, 2175, 297, 278, 1967],
+        [1577, 319, 1799, 9047, 13566, 29901], 308),
+    "In <image>, I need the bounding box coordinates of the man on the left.": (
+        [512], [1919, 306, 817], 313)}
+
+
+@needs_published
+@pytest.mark.parametrize("question", GOLDEN)
+def test_prompt_ids_are_those_of_the_original_tokenizer(question: str):
+    """LLaMA's pieces are LLaVA's; the three tokens behind them are Shikra's."""
+    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
+    renamed = json.loads(tokenizer.to_str())
+    renamed["added_tokens"] = renamed["added_tokens"][:3] + [
+        renamed["added_tokens"][0] | {"id": 32000 + i, "content": token}
+        for i, token in enumerate(Shikra.special_tokens)]
+    tokenizer = Tokenizer.from_str(json.dumps(renamed))
+    ids = SHIKRA.encode(tokenizer, question, 1, 32000)
+    before, after, total = GOLDEN[question]
+    at = ids.index(32000)
+    assert ids[:3] == [1, 319, 13563] and ids[31:34] == [3148, 1001, 29901]
+    assert ids[34:at + 2] == [*before, 32001, 32000, 32002]
+    assert ids[at + 2:at + 2 + len(after)] == after
+    assert len(ids) - 1 + 256 == total
+    answer = encode(tokenizer, THREE_DECIMALS.say((0.123, 0.456, 0.789, 1.0)))
+    assert answer[:5] == [673, 29901, 518, 29900, 29889] and answer[-2:] == [29962, 869]
+    assert len(answer) + 1 == 29
+
+
+def test_a_tokenizer_without_the_images_own_tokens_is_named(folder: Path):
+    model = nanogap.load(folder, "cpu")
+    model.tokenizer = train_llama_tokenizer(["a cup"], 420)
+    with pytest.raises(NanogapError, match="the tokenizer has no <im_start> or no <im_end>"):
+        model.prompt("a cup")
+
+
+# ----- pictures and boxes -------------------------------------------------------------------------
+
+
+def test_a_picture_is_padded_with_white(shikra: Shikra):
+    """40 x 20 black pixels in a square of 56: a band of 28 rows between two of white."""
+    square = shikra.frame.fit(Image.new("RGB", (40, 20)), 56)
+    assert [square.getpixel((28, y)) for y in (0, 12, 28, 44, 55)] == [
+        (255, 255, 255), (255, 255, 255), (0, 0, 0), (255, 255, 255), (255, 255, 255)]
+    assert Shikra.frame == WHITE
+
+
+@pytest.mark.parametrize("size, box, text", [
+    ((640, 480), (334.72, 298.08, 522.88, 450.24), "[0.523,0.591,0.817,0.829]"),
+    ((427, 640), (103.93, 299.99, 238.15, 477.41), "[0.328,0.469,0.538,0.746]")])
+def test_a_box_there_and_back(shikra: Shikra, size: tuple[int, int], box: tuple, text: str):
+    """Of 640 x 480 pixels the square has 80 above: (298.08 + 80) / 640 = 0.59075."""
+    said = shikra.answer(shikra.frame.from_pixels(box, *size))
+    assert said == f"Answer: {text} ."
+    back = shikra.to_pixels(shikra.parse_box(said), *size)
+    assert max(abs(a - b) for a, b in zip(back, box, strict=True)) <= 0.0005 * max(size) + 1e-9
+
+
+@pytest.mark.parametrize("text, box", [
+    ("Answer: [0.123,0.456,0.789,1.000] .", (0.123, 0.456, 0.789, 1.0)),
+    ("[0.1, 0.2, 0.3, 0.4]", (0.1, 0.2, 0.3, 0.4)),
+    ("two: [0.1,0.2,0.3,0.4;0.5,0.6,0.7,0.8]", (0.1, 0.2, 0.3, 0.4)),
+    ("Answer: [0.5,0.2,0.3,0.4] .", None), ("[0.1,0.2,0.3]", None), ("", None),
+    ("[0.1,0.2,0.3,1.4]", None)])
+def test_the_first_box_of_an_answer_is_read(shikra: Shikra, text: str, box: tuple | None):
+    assert shikra.parse_box(text) == box
+
+
+def test_of_a_box_everything_but_twelve_digits_is_foretold():
+    tokenizer = tiny_tokenizer()
+    form = ["".join(map(tokenizer.id_to_token, allowed))
+            for allowed in THREE_DECIMALS.foretell(tokenizer)]
+    number = ["0", ".", *["0123456789"] * 3]
+    assert form[:26] == ["▁Answer", ":", "▁[", *number, ",", *number, ",", *number, ",", *number]
+    assert "".join(form[26:]) == "]▁."
+
+
+def test_drafts_leave_the_words_as_they_are_and_take_fewer_passes(folder: Path):
+    """Layers that add nothing, so that the next word depends on the last one alone.
+
+    What it says follows the form to the end of the fourth number, and then goes on as before.
+    """
+    model = nanogap.load(folder, "cpu")
+    model.template = replace(SHIKRA, after="{} ASSISTANT")
+    for layer in model.language_model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    embed = model.language_model.model.embed_tokens.weight
+    head = model.language_model.lm_head.weight.zero_()
+    words = encode(model.tokenizer, "ASSISTANT Answer: [0.123,")
+    for word, following in zip(words, [*words[1:], words[4]], strict=True):   # "0" after ","
+        head[following] += embed[word] / embed[word].norm()
+    image = Image.new("RGB", (8, 8))
+    slow = model.ground(image, "a cup", max_new_tokens=32, drafts=False)
+    fast = model.ground(image, "a cup", max_new_tokens=32)
+    assert slow.text == "Answer: [0.123,0.123,0.123,0.123,0.123"
+    assert fast.tokens == slow.tokens
+    assert (slow.timings["passes"], fast.timings["passes"]) == (31, 12)
+
+
+# ----- every strategy and mode --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prune", STRATEGIES)
+def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
+        shikra: Shikra, prune: str):
+    """The text tower is that of CLIP-L/14 at 224 pixels, which stands in `clip_text` here."""
+    picture = Image.new("RGB", (60, 40), (250, 20, 20))
+    for mode in MODES:
+        found = shikra.ground(picture, "the man", prune, 12, mode, max_new_tokens=2)
+        assert found.visual_tokens in ((16,) if mode == "full" else (12, 13))    # one may be added
+
+
+def test_without_a_text_tower_the_clip_to_fetch_is_the_one_for_224_pixels(tmp_path: Path):
+    save(tmp_path, tiny_shikra(), torch.float32)
+    with pytest.raises(NanogapError, match="`hf download openai/clip-vit-large-patch14 "):
+        nanogap.load(tmp_path, "cpu").ground(Image.new("RGB", (8, 8)), "a", "text_similarity", 4)
+
+
+# ----- its files ----------------------------------------------------------------------------------
+
+
+def test_what_is_saved_loads_again_bit_for_bit(shikra: Shikra, tmp_path: Path):
+    save(tmp_path, shikra, torch.float32)
+    again = nanogap.load(tmp_path, "cpu")
+    assert again.config == shikra.config and isinstance(again, Shikra)
+    for name, value in shikra.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "shikra"
+    assert again.config.text.rms_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("key, value", [
+    ("auto_map", {"a": "b"}), ("vision_feature_select_strategy", "full"),
+    ("vision_feature_layer", -1), ("image_token_index", 7)])
+def test_a_config_that_would_change_answers_is_refused(
+        key: str, value: object, folder: Path, tmp_path: Path):
+    save(tmp_path, nanogap.load(folder, "cpu"), torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(NanogapError, match=key):
+        nanogap.load(tmp_path, "cpu")
+
+
+# ----- against transformers -----------------------------------------------------------------------
+
+
+def composed() -> Shikra:
+    """The tiny model of the stored numbers."""
+    model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
+    model.load_state_dict(tensors())
+    return model.requires_grad_(False).eval()
+
+
+def our_answer(model: Shikra, mode: str) -> tuple[Tensor, list[int]]:
+    """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
+    kept = Kept(torch.arange(16) if mode == "full" else torch.tensor(KEEP))
+    image, input_ids = model.encode_pixels(pixel_values(), 56, 56), torch.tensor(PROMPT)
+    layout = lay_out(kept.keep, 5, 16, 6, mode)
+    assert layout.position_ids.tolist() == MODES_BY_HAND[mode][1]
+    x = model.embed(input_ids, image, kept, layout.order)
+    return (model(input_ids, pixel_values(), kept.keep, mode),
+            model.generate(x, layout, NEW_TOKENS))
+
+
+def test_features_logits_and_words_are_those_that_transformers_gave():
+    stored, model = json.loads(OUTPUTS.read_text()), composed()
+    features = model.encode_pixels(pixel_values(), 56, 56).features
+    assert_same(features[[0, 7, 15], :6], stored["features"])
+    for mode in MODES_BY_HAND:
+        logits, words = our_answer(model, mode)
+        logits, expected = logits[positions(mode)], stored[mode]
+        assert_same(logits[:, VOCABULARY], expected["sample"], expected["largest"])
+        assert_same(logits.double().abs().sum(-1),
+                    torch.tensor(expected["absolute_sums"], dtype=torch.double))
+        assert words == expected["words"]
+
+
+@live
+@pytest.mark.parametrize("mode", MODES_BY_HAND)
+def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(mode: str):
+    """The original's forward pass: features of the last layer but one in the patches' places."""
+    pytest.importorskip("transformers")
+    theirs, their_words = their_answer(tensors(), pixel_values(), *MODES_BY_HAND[mode])
+    ours, words = our_answer(composed(), mode)
+    assert_same(ours, theirs)
+    assert words == their_words
+
+
+# ----- its size -----------------------------------------------------------------------------------
+
+
+def test_random_weights_of_its_kind_have_the_images_own_tokens(monkeypatch: pytest.MonkeyPatch):
+    """For the bench: the mini model's tokenizer, with three tokens more."""
+    tiny = Size(VISION, DECODER, "shikra")
+    monkeypatch.setitem(SIZES, "shikra-tiny", tiny)
+    model = random_model("shikra-tiny", torch.device("cpu"), torch.float32)
+    said = [model.tokenizer.id_to_token(i) for i in model.prompt("a cup").tolist()]
+    assert [piece for piece in said if "im_" in piece] == ["<im_start>", "<im_patch>", "<im_end>"]
+
+
+def test_at_full_size_it_has_the_published_tensors_and_parameters():
+    """291 of LLaMA-7B with three more rows, 2 of one Linear, and CLIP-L/14's for 224 pixels."""
+    model = empty_model("shikra-7b")
+    assert isinstance(model, Shikra) and model.config.vision.grid ** 2 == 256
+    state = model.state_dict()
+    parameters = {name: sum(value.numel() for value in part(state, name).values())
+                  for name in ("language_model.", "multi_modal_projector.", "vision_tower.")}
+    assert parameters == {"language_model.": 6_738_415_616 + 2 * 3 * 4096,
+                          "multi_modal_projector.": 1024 * 4096 + 4096,
+                          "vision_tower.": 303_507_456 - (577 - 257) * 1024}
+    assert len(part(state, "language_model.")) == 291 and len(state) == 291 + 2 + 391

@@ -1,0 +1,154 @@
+"""--explain: what it says of the mini model, word for word; its numbers are those of gap.py.
+
+The golden text is made again by `python -m tests.show.test_explain`.
+"""
+
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanogap
+from nanogap import gap
+from nanogap.models import VLM
+from nanogap.prune import STRATEGIES, View, VisualTokens, in_decoder
+from nanogap.show.explain import across, columns, ends_of_parts, explain, kept_grid, ranges, wrapped
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).with_name("golden_explain.txt")
+EXPRESSION = "the man on the left"
+BEST_FIRST = torch.randperm(144, generator=torch.Generator().manual_seed(0))[:72]   # random's
+ADDS = ("prumerge", "prumerge_plus", "trim", "visionzip", "sparsevlm")   # tokens, such as a mean
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    return nanogap.load(ROOT / "weights" / "mini", device="cpu", dtype="float32")
+
+
+def told(model: VLM, *modes: str, prune: str = "random") -> str:
+    """What `run.py image.jpg "the man on the left" --explain` prints before its table."""
+    image = model.encode_image(ROOT / "image.jpg")
+    results = {mode: model.ground(image, EXPRESSION, prune, 72, mode) for mode in modes}
+    with redirect_stdout(io.StringIO()) as out:
+        explain(model, image, EXPRESSION, results)
+    return out.getvalue()
+
+
+def test_the_golden_walk_through_one_query(model: VLM):
+    assert told(model, "full", "shifted", "gap") == GOLDEN.read_text(encoding="utf-8")
+
+
+# ----- the numbers --------------------------------------------------------------------------------
+
+
+def cells(text: str, name: str) -> list[str]:
+    """All cells of the rows with a name, from left to right: the prompt's, then the answer's."""
+    return " ".join(re.findall(rf"^   {name}  +(.*)$", text, re.MULTILINE)).split()
+
+
+def spelled_out(text: str) -> list[int]:
+    """The numbers that stand behind "0..2 5 | 7..8": 0 1 2 5 7 8."""
+    runs = [[int(n) for n in run.split("..")] for run in text.replace("|", " ").split()]
+    return [n for run in runs for n in range(run[0], run[-1] + 1)]
+
+
+@pytest.mark.parametrize("mode", gap.MODES)
+def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: str, model: VLM):
+    text = told(model, mode)
+    P, A = model.around_image(model.prompt(EXPRESSION))
+    keep = torch.arange(144) if mode == "full" else BEST_FIRST
+    ids, next_position = gap.position_ids(keep, P, 144, A, mode)
+    every = text.partition("position IDs: P")[2].partition("\n")[2].partition("   token ")[0]
+    assert spelled_out(every) == ids.tolist()
+    known = dict(enumerate([*ids.tolist(), *range(next_position, next_position + 40)]))
+    pairs = zip(cells(text, "cache row"), cells(text, "ID now"), strict=True)
+    rows = [(int(row), int(id_)) for row, id_ in pairs if row not in ("..", "-")]
+    assert all(known[row] == id_ for row, id_ in rows)
+    said = [row for row, _ in rows[9:]]                      # nine of the prompt's tokens are shown
+    assert len(said) > 1 and said == list(range(len(ids), len(ids) + len(said)))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in gap.MODES if mode != "full"])
+def test_the_id_before_pruning_is_the_number_of_tokens_before_the_image_and_the_raster_index(
+        mode: str, model: VLM):
+    text = told(model, mode)
+    before = dict(zip(cells(text, "cache row"), cells(text, "ID before"), strict=False))
+    keep = [int(k) for k in cells(text, "keep") if k != ".."]                 # three, and the last
+    fed = gap.lay_out(BEST_FIRST, 33, 144, 23, mode).keep.tolist()
+    assert keep == [*fed[:3], fed[-1]]
+    assert [int(before[row]) for row in ("33", "34", "35", "104")] == [33 + k for k in keep]
+    assert [before[row] for row in ("0", "1", "32", "105", "127")] == ["0", "1", "32", "177", "199"]
+
+
+@pytest.mark.parametrize("prune", STRATEGIES)
+def test_whatever_prunes_is_told_in_80_columns(prune: str, model: VLM):
+    text = told(model, "shifted", "permuted", "gap", prune=prune)
+    assert max(map(columns, text.split("\n"))) <= 80
+    assert ("behind the last cut it is" in text) == in_decoder(prune)
+    assert (" added | A = " in text) == ("added" in cells(text, "token")) == (prune in ADDS)
+
+
+def test_each_cut_in_the_decoder_is_told(model: VLM):
+    """72 of 144 tokens in the mean: for PyramidDrop 78, 43 and 23 from the second layer on."""
+    text = told(model, "gap", prune="pyramiddrop")
+    assert ("   the first 1 of 4 layers read the whole sequence, all 144 patches;\n"
+            "   before layer 1, counted from 0, it is cut to 78 visual tokens;\n"
+            "   before layer 2, counted from 0, it is cut to 43 visual tokens;\n"
+            "   before layer 3, counted from 0, it is cut to 23 visual tokens;\n") in text
+    assert " | K = 23 patches | A = " in text
+
+
+def test_in_mode_full_nothing_is_pruned(model: VLM):
+    assert "\n   not in mode full: all 144 patches stay\n" in told(model, "full")
+
+
+def test_a_mode_that_numbers_patches_and_text_unlike_says_so(model: VLM):
+    text = told(model, "gap", "original, text collides")
+    assert ("Mode original, text collides: raster order, original position IDs\n"
+            "   and compact ones for the text after the image\n") in text
+    assert text.count("ones for the text after the image") == 1
+
+
+# ----- how it is set ------------------------------------------------------------------------------
+
+
+def test_kept_patches_are_a_grid_of_marks_in_rows_and_columns_of_their_view():
+    view = View(VisualTokens(torch.zeros(6, 1), 2, 3), torch.arange(6))
+    assert kept_grid({1, 2, 5}, view) == "      . # #\n      . . #"
+    tile = View(VisualTokens(torch.zeros(6, 1), 3, 2), torch.tensor([10, 11, 13, 14, 16, 17]))
+    assert kept_grid({1, 2, 11, 16}, tile) == "      . #\n      . .\n      # ."
+
+
+def test_of_each_part_of_the_prompt_the_ends_are_shown():
+    assert ends_of_parts(P=33, K=72, M=0, A=23) == [0, 1, 32, 33, 34, 35, 104, 105, 127]
+    assert ends_of_parts(P=33, K=72, M=2, A=23) == [0, 1, 32, 33, 34, 35, 104, 106, 107, 129]
+
+
+def test_a_table_lies_on_its_side_and_goes_on_below_where_the_terminal_ends():
+    names, tokens = ("token", "ID"), [("the", 7), ("人", 8), ("x", 9)]
+    assert across(names, tokens) == ("   token      the 人 x\n"
+                                     "   ID           7  8 9")
+    assert across(names, tokens, width=20) == ("   token      the 人\n"
+                                               "   ID           7  8\n\n"
+                                               "   token      x\n"
+                                               "   ID         9")
+
+
+def test_consecutive_numbers_are_shown_as_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0..2 5 7..8"
+    assert ranges([9, 2, 14]) == "9 2 14" and ranges([]) == ""
+
+
+def test_a_line_is_broken_at_spaces_and_a_long_word_anywhere():
+    assert wrapped("ab cd ef", indent=2, width=7) == "  ab cd\n  ef"
+    assert wrapped("abcdefgh", indent=2, width=7) == "  abcde\n  fgh"
+    assert wrapped("人人人人", indent=2, width=7) == "  人人\n  人人"
+
+
+if __name__ == "__main__":
+    mini = nanogap.load(ROOT / "weights" / "mini", "cpu", "float32")
+    GOLDEN.write_text(told(mini, "full", "shifted", "gap"), encoding="utf-8")

@@ -1,0 +1,319 @@
+"""What is drawn, what is said of it, and that each expression means exactly one thing."""
+
+import hashlib
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import pytest
+from PIL import Image, ImageChops, ImageDraw, ImageStat
+
+from nanogap import NanogapError
+from nanogap.checks.command import answer_for
+from nanogap.train import scenes
+from nanogap.train.scenes import COLOURS, KINDS, Thing, caption, draw_scene, scene
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def at(kind: str, x: float, y: float, colour: str = "red", side: float = 20) -> Thing:
+    """A square thing with its centre at (x, y)."""
+    return Thing(kind, colour, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
+
+
+def said(*things: Thing) -> set[tuple[str, int]]:
+    """Every wording of every true expression, in an image of which the long side is 100."""
+    return {pair for seed in range(60) for pair in scenes.expressions(things, 100, Random(seed))}
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[scenes.Scene]:
+    return [scene("test", i, 168) for i in range(200)]
+
+
+def test_the_left_one_of_two_men_is_the_man_on_the_left():
+    told = said(at("man", 20, 50), at("man", 80, 50))
+    assert {("the man on the left", 0), ("the left man", 0), ("man on the left", 0),
+            ("the leftmost man", 0), ("the man on the right", 1), ("the rightmost man", 1)} <= told
+    assert not {text for text, _ in told if "top" in text or "middle" in text or text == "the man"}
+
+
+def test_left_needs_a_margin_of_twelve_per_cent_of_the_long_side():
+    """12 pixels of 100 are clear, 11 are not, and a woman further left is no man."""
+    assert ("the man on the left", 0) in said(at("man", 50, 50), at("man", 62, 50))
+    assert said(at("man", 50, 50), at("man", 61, 50)) == set()
+    told = said(at("woman", 10, 50), at("man", 50, 50), at("man", 70, 50))
+    assert ("the man on the left", 1) in told
+
+
+def test_of_three_where_two_are_close_only_the_third_stands_out():
+    told = said(at("dog", 20, 50), at("dog", 25, 50), at("dog", 80, 50))
+    assert {i for _, i in told} == {2}
+    assert ("the dog on the right", 2) in told
+
+
+def test_the_middle_is_of_a_row_of_three():
+    """Where the three stand in a column as well, another one may be meant."""
+    row = said(at("cup", 20, 50), at("cup", 50, 55), at("cup", 80, 50))
+    assert ("the cup in the middle", 1) in row
+    column = said(at("cup", 20, 20), at("cup", 50, 80), at("cup", 80, 50))
+    assert not {text for text, _ in column if "middle" in text}
+
+
+def test_a_kind_or_a_colour_that_one_alone_has_is_a_name():
+    told = said(at("man", 20, 50, "blue"), at("car", 50, 52, "red"), at("car", 53, 50, "green"))
+    assert {("the man", 0), ("man", 0), ("the man in blue", 0), ("the person", 0),
+            ("the red car", 1), ("green car", 2)} <= told
+    assert not {text for text, _ in told if text in ("the car", "the blue man")}
+
+
+def test_colour_and_place_together_pick_one_of_several_red_cars():
+    told = said(at("car", 20, 50), at("car", 80, 50), at("car", 50, 50, "blue"))
+    assert {("the red car on the left", 0), ("the leftmost car", 0), ("the blue car", 2)} <= told
+
+
+def test_biggest_needs_nearly_twice_the_area():
+    """20 x 20 against 14 x 14 is a ratio of 2.04; against 16 x 16 it is 1.56."""
+    told = said(at("ball", 50, 50), at("ball", 52, 50, side=14))
+    assert told == {("the biggest ball", 0), ("the largest ball", 0), ("the smallest ball", 1)}
+    assert said(at("ball", 50, 50), at("ball", 52, 50, side=16)) == set()
+
+
+def test_a_relation_names_the_one_on_that_side_of_the_landmark():
+    told = said(at("man", 20, 50), at("man", 90, 45), at("tree", 45, 50))
+    assert {("the man to the left of the tree", 0), ("the man right of the tree", 1),
+            ("the man next to the tree", 0), ("the man by the tree", 0)} <= told
+
+
+def test_a_second_one_on_that_side_by_one_pixel_makes_a_relation_unclear():
+    told = said(at("man", 20, 50), at("man", 44, 90), at("tree", 45, 50))
+    assert not {text for text, _ in told if "left of" in text}
+
+
+def test_above_means_more_above_than_beside():
+    told = said(at("dog", 50, 20), at("dog", 20, 80), at("car", 52, 60))
+    assert ("the dog above the car", 0) in told
+    assert not {text for text, _ in told if "below" in text}  # 20 below it, but 32 beside it
+
+
+def test_caption_says_what_is_there_and_not_where():
+    things = [at("man", 20, 50, "blue"), at("tree", 50, 50, "green"), at("tree", 90, 50, "green"),
+              at("car", 50, 90, "orange")]
+    assert caption(things, Random(0)).count("a man in blue") == 1
+    told = {caption(things, Random(seed)) for seed in range(40)}
+    assert "a man in blue, an orange car and two green trees" in told
+    assert len(told) == 6  # the orders of three parts
+    assert caption(things[:1], Random(0)) == "a man in blue"
+    assert caption([at("woman", 0, 0, "red")] * 3, Random(0)) == "three women in red"
+
+
+def test_captions_of_drawn_scenes_hold_no_word_of_place(drawn):
+    words = {word for s in drawn for word in re.findall(r"\w+", caption(s.things, Random(0)))}
+    numbers = {"a", "an", "two", "three", "four", "five", "six", "seven"}
+    plurals = {plural for plural, _ in KINDS.values()}
+    assert words <= {*KINDS, *plurals, *COLOURS, *numbers, "in", "and"}
+
+
+ENDS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign
+RELATION = r"(.+?) (next to|by|(?:to the )?(?:left|right) of|above|below) the (.+)"
+
+
+def candidates(text: str, things: tuple[Thing, ...]) -> list[int]:
+    """Which things a reader without margins could point at: written apart from nanogap.train.scenes."""
+    def centre(i: int) -> tuple[float, float]:
+        x1, y1, x2, y2 = things[i].box
+        return (x1 + x2) / 2, (y1 + y2) / 2
+
+    def called(noun: str) -> list[int]:
+        colour = next((c for c in COLOURS if re.search(rf"\b{c}\b", noun)), None)
+        kind = next(k for k in (*KINDS, "person") if re.search(rf"\b{k}\b", noun))
+        return [i for i, thing in enumerate(things) if colour in (None, thing.colour)
+                and thing.kind in (("man", "woman") if kind == "person" else (kind,))]
+
+    words = text.removeprefix("the ")
+    relation = re.fullmatch(RELATION, words)
+    if relation:
+        noun, word, landmark = relation.groups()
+        (j,) = called(landmark)
+        among = [i for i in called(noun) if i != j]
+        if word in ("next to", "by"):
+            return [min(among, key=lambda i: math.dist(centre(i), centre(j)))]
+        side = word.replace("above", "top").replace("below", "bottom")
+        axis, sign = ENDS[re.search("left|right|top|bottom", side)[0]]
+        return [i for i in among if (centre(j)[axis] - centre(i)[axis]) * sign > 0]
+    place = re.search(r"left|right|top|bottom|middle|biggest|largest|smallest", words)
+    among = called(words)
+    if not place:
+        return among
+    if place[0] in ENDS:
+        axis, sign = ENDS[place[0]]
+        return [min(among, key=lambda i: centre(i)[axis] * sign)]
+    if place[0] == "middle":
+        assert len(among) == 3
+        return [sorted(among, key=centre)[1]]
+    sizes = {i: (x2 - x1) * (y2 - y1) for i in among for x1, y1, x2, y2 in [things[i].box]}
+    return [(min if place[0] == "smallest" else max)(among, key=sizes.get)]
+
+
+def test_every_expression_means_the_thing_it_stands_with(drawn):
+    assert sum(len(s.expressions) for s in drawn) > 6 * len(drawn)
+    for s in drawn:
+        assert s.expressions
+        assert len({text for text, _ in s.expressions}) == len(s.expressions)
+        for text, i in s.expressions:
+            assert candidates(text, s.things) == [i], (text, s.things)
+
+
+def test_the_things_are_about_as_large_as_refcocos(drawn):
+    """The medians of RefCOCO val: 0.153 of the image, sides 0.448 and 0.257 of its long side."""
+    told = [(s.image, s.things[i].box) for s in drawn for _, i in s.expressions]
+    sides = [sorted((x2 - x1, y2 - y1)) for _, (x1, y1, x2, y2) in told]
+    area = median(short * long / image.width / image.height
+                  for (short, long), (image, _) in zip(sides, told, strict=True))
+    assert area == pytest.approx(0.153, rel=0.15)
+    assert median(long / 168 for _, long in sides) == pytest.approx(0.448, rel=0.15)
+    assert median(short / 168 for short, _ in sides) == pytest.approx(0.257, rel=0.15)
+
+
+def test_two_to_seven_things_stay_inside_and_mostly_visible(drawn):
+    crowd = scene("val", 9, 168)  # seven seldom find room
+    assert {len(s.things) for s in (*drawn, crowd)} == {2, 3, 4, 5, 6, 7}
+    for s in (*drawn, crowd):
+        for i, thing in enumerate(s.things):
+            x1, y1, x2, y2 = thing.box
+            assert 0 <= x1 < x2 <= s.image.width and 0 <= y1 < y2 <= s.image.height
+            assert 0.32 * 168 <= max(x2 - x1, y2 - y1) <= 0.63 * 168
+            hidden = Image.new("1", s.image.size)
+            for other in s.things[i + 1:]:  # later things are drawn over earlier ones
+                a, b, c, d = other.box
+                ImageDraw.Draw(hidden).rectangle((a, b, c - 1, d - 1), 1)
+            covered = sum(hidden.crop(thing.box).convert("L").tobytes()) / 255
+            assert covered <= 0.3 * (x2 - x1) * (y2 - y1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("box", [(10, 12, 52, 72), (40, 30, 160, 130), (3, 5, 35, 29)])
+def test_a_box_is_tight_around_what_is_drawn(kind, box):
+    """The pixels that change lie inside the box and reach to within one pixel of its four sides."""
+    for seed in range(4):
+        plain = Image.new("RGB", (400, 300), (128, 255, 255))
+        canvas = plain.copy()
+        scenes.paint(ImageDraw.Draw(canvas), Thing(kind, "red", box), Random(seed))
+        changed = ImageChops.difference(canvas.reduce(2), plain.reduce(2)).getbbox()
+        signs = (1, 1, -1, -1)
+        inwards = [(new - old) * sign for new, old, sign in zip(changed, box, signs, strict=True)]
+        assert set(inwards) <= {0, 1}
+
+
+def fingerprint(s: scenes.Scene) -> str:
+    return hashlib.sha256(s.image.tobytes() + repr((s.things, s.expressions)).encode()).hexdigest()
+
+
+def test_a_seed_draws_the_same_scene_in_every_process():
+    """A string seeds Random through SHA-512; the order of a set of strings would differ."""
+    code = ("from tests.train.test_scenes import fingerprint, scene\n"
+            "print(*(fingerprint(scene('test', i, 168)) for i in range(20)))")
+    for seed in "12":
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True,
+                              capture_output=True, text=True).stdout
+        assert told.split() == [fingerprint(scene("test", i, 168)) for i in range(20)]
+
+
+def test_things_and_expressions_stay_what_they_were(drawn):
+    """The mini model learned from these, and tables were made of them."""
+    said = repr([(s.things, s.expressions) for s in drawn])
+    assert hashlib.sha256(said.encode()).hexdigest()[:16] == "770baf59c51236a7"
+
+
+def test_splits_and_indices_differ():
+    images = {scene(split, i, 64).image.tobytes() for split in ("train", "test") for i in range(5)}
+    assert len(images) == 10
+
+
+def test_wide_tall_and_square_images_occur_with_the_long_side_as_asked(drawn):
+    shapes = {s.image.size for s in drawn}
+    assert {(168, 168), (168, 112), (112, 168)} <= shapes
+    assert {max(s.image.size) for s in drawn} == {168}
+    assert max(scene("test", 0, 801).image.size) == 801
+
+
+def test_kinds_repeat_so_that_place_is_needed(drawn):
+    """More than half of the scenes hold two or more of a kind, and men on the left are common."""
+    repeated = [s for s in drawn if len({t.kind for t in s.things}) < len(s.things)]
+    assert len(repeated) > 100
+    assert any(text == "the man on the left" for s in drawn for text, _ in s.expressions)
+
+
+def contents(things: tuple[Thing, ...]) -> list[tuple[str, str]]:
+    return sorted((thing.kind, thing.colour) for thing in things)
+
+
+def test_a_given_cast_is_drawn_in_full():
+    cast = [("man", "red"), ("man", "blue"), *[("car", "green")] * 5]
+    assert contents(draw_scene(Random(0), 64, cast).things) == sorted(cast)
+
+
+@pytest.mark.parametrize("size, message", [
+    (31, "size 31 is too small to draw in: give 32 or more"),
+    (20000, "size 20000 is too large to draw: give 4096 or less"),
+    (10 ** 9, "size 1000000000 is too large to draw: give 4096 or less"),
+])
+def test_a_size_that_cannot_be_drawn_is_refused(size: int, message: str):
+    with pytest.raises(NanogapError, match=message):
+        draw_scene(Random(0), size)
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "nanogap.train.scenes", *words], cwd=ROOT,
+                          capture_output=True, text=True)
+
+
+def test_the_command_writes_a_jpeg_and_prints_what_is_true_of_it(tmp_path):
+    done = command("test", "7", str(tmp_path / "out.jpg"), "--size", "200")
+    assert done.returncode == 0
+    with Image.open(tmp_path / "out.jpg") as image:
+        assert image.format == "JPEG" and max(image.size) == 200
+    assert len(done.stdout.splitlines()) == len(scene("test", 7, 200).expressions)
+
+
+def test_the_command_draws_the_image_that_ships(tmp_path):
+    """But for what another version of Pillow may round."""
+    assert command("image", "1117", str(tmp_path / "image.jpg")).returncode == 0
+    with Image.open(tmp_path / "image.jpg") as new, Image.open(ROOT / "image.jpg") as ours:
+        assert max(ImageStat.Stat(ImageChops.difference(new, ours)).mean) < 0.5
+
+
+def test_the_ending_says_which_kind_of_picture_is_written(tmp_path):
+    scenes.command(["test", "7", str(tmp_path / "out.png"), "--size", "64"])
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.format == "PNG" and image.tobytes() == scene("test", 7, 64).image.tobytes()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["test", "7", "none/out.jpg"], "OUT none/out.jpg would be in a folder that does not exist"),
+    (["test", "7", "folder.jpg"], "OUT folder.jpg is a folder"),
+    (["test", "7", "out.txt"], "OUT out.txt: a picture cannot be written with that ending"),
+    (["test", "7", "out"], "OUT out: a picture cannot be written with that ending"),
+    (["test", "7", "full.jpg"], "OUT full.jpg cannot be written (it is no regular file); give"),
+    (["test", "seven", "out.jpg"], "argument index: 'seven' is not a whole number from 0 on"),
+    (["test", "-1", "out.jpg"], "argument index: '-1' is not a whole number from 0 on"),
+    (["test", "9" * 100, "out.jpg"], "is not a whole number from 0 on"),
+    (["\udcff", "7", "out.jpg"], "the split is not valid Unicode: type it in UTF-8"),
+    (["test", "7", "out.jpg", "--size", "31"], "size 31 is too small to draw in: give 32 or more"),
+    (["test", "7", "out.jpg", "--size", "20000"], "size 20000 is too large to draw"),
+    (["test", "7"], "the following arguments are required: out"),
+])
+def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "full.jpg").symlink_to("/dev/full")
+    assert answer_for("nanogap.train.scenes", scenes.command, words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out.jpg").exists()

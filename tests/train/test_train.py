@@ -1,0 +1,415 @@
+"""Training: what it learns from, that shared prefixes change nothing, and that it continues."""
+
+import io
+import pickle
+import random
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import nanogap
+from nanogap import NanogapError
+from nanogap.checks.command import answer_for
+from nanogap.clip import CLIPVisionConfig
+from nanogap.image import Pad, to_pixel_values
+from nanogap.models import MODELS, VLM
+from nanogap.train import __main__ as train
+from nanogap.train import fit, objectives
+from nanogap.train.fit import Progress
+from nanogap.train.objectives import (
+    SINGLES,
+    Batch,
+    Mixture,
+    Scenes,
+    captions,
+    contents,
+    conversations,
+    decimal_places,
+    draw_alike,
+    draw_often_alike,
+    llava_loss,
+    short_questions,
+)
+from nanogap.train.scenes import Scene, Thing, draw_scene, named, scene
+
+VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, image_size=56, patch_size=14)
+MIXTURE = Mixture(boxes=6, finds=4, words=5, hundredths=0.25, find=20.0, word=3.0)
+TINY = replace(train.CPU, vision=VISION, projection_dim=8,
+               stages=tuple(replace(stage, images=2, asked=stage.asked and MIXTURE)
+                             for stage in train.CPU.stages),
+               text=replace(train.CPU.text, hidden_size=16, intermediate_size=32,
+                            num_hidden_layers=1, num_attention_heads=2),
+               decoder=replace(train.CPU.decoder, hidden_size=32, intermediate_size=48,
+                               num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                               head_dim=16))
+CPU = torch.device("cpu")
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    return to_pixel_values(Pad().fit(image, 56))
+
+
+def no_pixels(_: Image.Image) -> torch.Tensor:
+    return torch.zeros(1, 3, 56, 56)
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    return train.new_model(TINY, 0, train.new_clip(TINY, 0)[0])
+
+
+def nothing(*_: object) -> None:
+    return None
+
+
+def drawn(model: VLM, mixture: Mixture = MIXTURE) -> Batch:
+    ask = partial(conversations, model, mixture)
+    return Scenes("test", 2, 56, model.pixel_values, ask)[3]
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("later", [0.0, 0.6, 1.0])
+def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversation_alone(
+        monkeypatch: pytest.MonkeyPatch, family: str, later: float):
+    """Shikra's image stands behind words that differ, so its conversations share nothing."""
+    recipe = replace(TINY, family=family)
+    model = train.new_model(recipe, 0, train.new_clip(recipe, 0)[0])
+    mixture = replace(MIXTURE, later=later)
+    pixels, scenes, said = drawn(model, mixture)
+    assert objectives.can_share(model, said) == (family != "shikra")
+    losses, weights = [], []
+    for one in said:
+        size = scenes[one.image].image.size
+        logits = model(torch.tensor(one.tokens[:-1]), pixels[one.image], size=size)
+        at = [i for i, weight in enumerate(one.weights) if weight > 0]
+        behind = [i - len(one.tokens) for i in at]                # the image stands before answers
+        targets = torch.tensor([one.tokens[i] for i in at])
+        losses.append(F.cross_entropy(logits[behind], targets, reduction="none"))
+        weights += [one.weights[i] for i in at]
+    alone = (torch.cat(losses) * torch.tensor(weights)).sum() / sum(weights)
+    shared = llava_loss(model, drawn(model, mixture), CPU)
+    monkeypatch.setattr(objectives, "can_share", lambda *_: False)
+    whole = llava_loss(model, drawn(model, mixture), CPU)
+    assert whole.item() == pytest.approx(alone.item(), abs=1e-5)
+    assert shared.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_a_share_of_the_questions_comes_after_others_about_the_same_image(model: VLM):
+    """In the form of a conversation, and the loss is on all answers, each with its own weights."""
+    asked = [drawn(model, replace(MIXTURE, later=later))[2] for later in (0.0, 0.6, 1.0)]
+    kinds = [Counter(one.kind for one in said) for said in asked]
+    assert kinds[0] == {"box": 6, "find": 4, "word": 5, "description": 2}
+    assert 4 < kinds[1]["turns"] < 17 and kinds[2] == {"turns": 17}
+    one = asked[2][0]
+    text = "".join(map(str, (model.tokenizer.id_to_token(i) for i in one.tokens)))
+    user, end = text.count("USER"), text.count("</s>")
+    assert user == end in (2, 3) and text.count("<image>") == 1
+    assert "</s>▁USER:" in text and text.endswith("</s>")
+    assert [one.tokens[i] for i, w in enumerate(one.weights) if w > 0].count(2) == end
+    finds = [one for one in asked[2] if one.weights[-1] == MIXTURE.find]
+    assert len(finds) == 4 and all(one.tokens[-1] != 2 for one in finds)
+
+
+def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: VLM):
+    said = drawn(model)[2]
+
+    def answers(kind: str) -> list[tuple[list[str | None], list[float]]]:
+        found = []
+        for one in said:
+            if one.kind == kind:
+                start = max(i for i, token in enumerate(one.tokens)
+                            if model.tokenizer.id_to_token(token) == ":") + 1
+                tokens = [model.tokenizer.id_to_token(token) for token in one.tokens[start:]]
+                found.append((tokens, one.weights[start:]))
+        return found
+
+    tokens, weights = answers("box")[0]
+    light = [at for at, weight in enumerate(weights) if weight == 0.25]
+    assert len(tokens) == 25 and light == [4, 10, 16, 22]
+    assert all(tokens[at - 2] == "." for at in light)
+    assert {weight for _, weights in answers("word") for weight in weights} == {3.0}
+    assert {weight for _, weights in answers("description") for weight in weights} == {1.0}
+    (*start, tenth), weights = answers("find")[0]
+    assert start == tokens[:3] and tenth and tenth.isdigit() and weights == [0.0, 0.0, 0.0, 20.0]
+
+
+@pytest.mark.parametrize("tokens, places", [
+    ("[ 0 . 1 2 , 0 . 3 4 ]", [0, 0, 0, 1, 2, 0, 0, 0, 1, 2, 0]),
+    ("Answer: [ 0 . 1 2 3 , 1 . 0 0 0 ] .", [0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 1, 2, 3, 0, 0]),
+    ("{< 1 2 >< 7 >< 1 0 0 >}", [0, 1, 2, 0, 1, 0, 1, 2, 3, 0])])
+def test_each_digit_of_a_box_has_its_place(tokens: str, places: list[int]):
+    assert decimal_places([*tokens.split(), ""]) == [*places, 0]
+
+
+def test_short_questions_have_one_true_answer():
+    """Asked of scenes from the generator, answered again from what is in them."""
+    rng, answers = random.Random(1), Counter()
+    for index in range(60):
+        drawn = scene("short", index, 64)
+        there = [(thing.kind, thing.colour) for thing in drawn.things]
+        for question, word in short_questions(drawn, rng):
+            if question.startswith("What colour is the "):
+                said = question.removeprefix("What colour is the ").removesuffix("?")
+                told = {thing for expression, thing in drawn.expressions
+                        if expression.removeprefix("the ") == said}
+                assert {drawn.things[thing].colour for thing in told} == {word}
+            elif question.startswith("What is "):
+                kinds = [kind for kind, colour in there if f"What is {colour}?" == question]
+                assert kinds == [word]
+            else:
+                words = question.removesuffix("?").split()
+                assert word == ("yes" if any(k in words and c in words for k, c in there) else "no")
+                answers[word] += 1
+    assert min(answers["yes"], answers["no"]) > 50
+
+
+def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(model: VLM):
+    names = {id(p): name for name, p in model.named_parameters()}
+    _, read, find, _ = TINY.stages
+    adamw, muon = ({names[id(p)] for group in stepper.param_groups for p in group["params"]}
+                   for stepper in fit.optimizers(model, find))
+    assert {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"} <= adamw
+    layer = "language_model.model.layers.0."
+    assert {"multi_modal_projector.linear_1.weight", layer + "mlp.up_proj.weight"} <= muon
+    assert adamw | muon == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not adamw & muon and all("norm" not in name for name in muon)
+    assert len(fit.optimizers(model, read)) == 1
+
+
+def test_a_rate_warms_up_and_decays_to_what_the_stage_leaves():
+    for left, shares in ((0.0, [0.005, 0.5, 0.5, 0.001]), (0.5, [0.005, 0.5, 0.75, 0.5005])):
+        found = [fit.rate_share(step, 1000, left) for step in (0, 99, 500, 999)]
+        assert found == pytest.approx(shares)
+
+
+def test_training_never_touches_the_vision_tower_in_stage_one(model: VLM):
+    llava_loss(model, drawn(model), CPU).backward()
+    assert all(p.grad is None for p in model.vision_tower.parameters())
+    assert all(p.grad is not None for p in model.multi_modal_projector.parameters())
+    model.zero_grad()
+
+
+def test_each_stage_draws_its_own_scenes():
+    data = [Scenes("test", 4, 56, no_pixels, nothing, stage.draw) for stage in train.CPU.stages]
+    counts = [{len(drawn.things) for i in range(9) for drawn in scenes[i][1]} for scenes in data]
+    assert [stage.name for stage in train.CPU.stages] == ["CLIP", "read", "find", "box"]
+    assert counts.pop(1) == {1}
+    assert all(min(count) == 2 and max(count) > 4 for count in counts)
+
+
+def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone():
+    counts = Counter()
+    for seed in range(200):
+        drawn = draw_alike(random.Random(seed), 56)
+        kinds = {thing.kind for thing in drawn.things}
+        colours = {thing.colour for thing in drawn.things}
+        assert sorted((len(kinds), len(colours))) == [1, len(drawn.things)]
+        assert [i for _, i in drawn.expressions] == list(range(len(drawn.things)))
+        assert all({drawn.things[i].kind, drawn.things[i].colour} < {*words.split()}
+                   for words, i in drawn.expressions)
+        counts[len(kinds) == 1, len(drawn.things)] += 1
+    assert set(counts) == {(one_kind, n) for one_kind in (True, False) for n in (2, 3, 4)}
+    assert 145 <= sum(counts[True, n] for n in (2, 3, 4)) <= 175              # four in five
+
+
+def test_two_of_three_scenes_can_show_things_alike():
+    def alike(drawn: Scene) -> bool:
+        names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
+        return [expression for expression, _ in drawn.expressions] == names
+
+    data = [Scenes("test", 4, 56, no_pixels, nothing, draw)
+            for draw in (draw_often_alike, draw_scene)]
+    often, any_scene = (sum(alike(drawn) for i in range(12) for drawn in scenes[i][1])
+                        for scenes in data)
+    assert 26 <= often <= 40 and any_scene == 0                               # of 48
+
+
+def test_batches_follow_from_the_seed_and_belong_to_no_split():
+    def batch(seed: str, images: int = 2, index: int = 7) -> Batch:
+        return Scenes(seed, images, 56, pixels_of, nothing)[index]
+
+    assert torch.equal(*(torch.cat(batch("0 llava")[0]) for _ in range(2)))
+    assert not torch.equal(*(torch.cat(batch(seed)[0]) for seed in ("0 llava", "1 llava")))
+    drawn = [s.things for s in batch("0 llava", 8, 0)[1]]
+    assert scene("train", 0).things not in drawn and scene("val", 0).things not in drawn
+
+
+def test_a_caption_is_true_of_an_image_that_holds_at_least_as_much():
+    box = (0.0, 0.0, 1.0, 1.0)
+    two_trees = [Thing("tree", "green", box)] * 2
+    assert contents(two_trees[:1]) <= contents(two_trees)
+    assert not contents(two_trees) <= contents(two_trees[:1])
+    assert contents(two_trees) == Counter({("tree", "green"): 2})
+    assert len(SINGLES) == 64
+
+
+def run(out: Path, steps: list[int], **options: object) -> dict[str, bytes]:
+    train.train(out, TINY, CPU, steps=steps, **options)
+    return {path.relative_to(out).as_posix(): path.read_bytes()
+            for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_path: Path):
+    first, second, other = (run(tmp_path / name, [2, 1, 1, 2], seed=seed) for name, seed in
+                            (("a", 0), ("b", 0), ("c", 1)))
+    assert list(first) == [
+        "clip_text/config.json", "clip_text/model.safetensors", "clip_text/tokenizer.json",
+        "config.json", "generation_config.json", "model.safetensors",
+        "preprocessor_config.json", "tokenizer.json"]
+    assert first == second != other
+    model = nanogap.load(tmp_path / "a", device="cpu")
+    result = model.ground(scene("test", 0).image, "the man", "random", 8, "gap")
+    assert result.timings["new_tokens"] >= 1
+
+
+@pytest.mark.parametrize("steps_left", [2, 7])   # within "read", within "box"
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_left: int):
+    whole = run(tmp_path / "whole", [2, 4, 1, 3])
+    monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)   # save after every step
+
+    def interrupted(*args: object, **named: object) -> torch.Tensor:
+        nonlocal steps_left
+        if steps_left == 0:
+            raise KeyboardInterrupt
+        steps_left -= 1
+        return llava_loss(*args, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "llava_loss", interrupted)
+        run(tmp_path / "broken", [2, 4, 1, 3])
+    assert (tmp_path / "broken" / "training.pt").exists()
+    assert run(tmp_path / "broken", [2, 4, 1, 3]) == whole
+    assert not (tmp_path / "broken" / "training.pt").exists()
+
+
+def test_steps_that_are_given_count_and_not_those_that_were_saved(tmp_path: Path, capsys):
+    model = train.new_clip(TINY, 0)[0]
+    torch.save({"settings": {"seed": 0, "model": "llava", "size": 56,
+                             "stages": ["CLIP", "read", "find", "box"]},
+                "steps": [9, 9, 9, 9], "stage": 1, "step": 0, "clip": model.state_dict(),
+                "state": {}}, tmp_path / "training.pt")
+    run(tmp_path, [9, 1, 2, 1])
+    assert capsys.readouterr().out.endswith("--steps 9 1 2 1\n")
+
+
+def test_minutes_become_steps_by_what_the_last_ones_took(tmp_path: Path):
+    progress = Progress(tmp_path / "training.pt", {}, steps=[7, 7], minutes=[9.0, 1.0], stage=1)
+    assert progress.choose_steps(20, seconds=10.0, seconds_per_step=0.5) == 20 + 50 / 0.5
+    assert progress.steps == [7, 120]
+    assert progress.choose_steps(120, seconds=70.0, seconds_per_step=0.5) == 121
+
+
+def test_a_slow_start_does_not_shorten_a_training(tmp_path: Path, monkeypatch, capsys):
+    """By a clock that goes on by a second when it is read, and by ten before the first step."""
+    told = [0, *range(10, 10_000)]
+    monkeypatch.setattr(fit, "TIMED", 2)
+    monkeypatch.setattr(fit, "time", SimpleNamespace(time=lambda: told.pop(0)))
+    stage = replace(TINY.stages[0], steps=9)
+    progress = Progress(tmp_path / "training.pt", {}, [stage.steps], [1.0])
+    clip, words = train.new_clip(TINY, 0)
+    fit.fit(stage, clip, lambda batch: objectives.clip_loss(clip, words, batch, CPU),
+            Scenes("test", 2, 56, pixels_of, captions), progress, 0)
+    assert progress.steps[0] >= 30 and told[0] <= 60   # by the first two steps alone about ten
+
+
+def test_workers_send_no_pictures():
+    """Which would be most of what goes through their pipe; of a picture, training asks the size."""
+    drawn = Scenes("test", 2, 56, no_pixels, nothing)[3][1]
+    assert [s.image.mode for s in drawn] == ["1", "1"]
+    assert {s.image.width for s in drawn} <= {56, 112}
+    assert len(pickle.dumps(drawn)) < 10_000
+
+
+def test_a_training_takes_steps_or_minutes(tmp_path: Path, capsys):
+    asked = ["--out", str(tmp_path), "--minutes", "1", "--steps", *"1111"]
+    assert answer_for("train", train.command, asked) == 2
+    assert "not allowed with argument --minutes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [
+    {"seed": 7},
+    {"seed": 0, "size": 56, "courses": ["CLIP", "read", "find", "box"]},      # of an older version
+])
+def test_a_training_with_other_settings_is_not_continued(tmp_path: Path, settings: dict):
+    torch.save({"settings": settings, "course": 1}, tmp_path / "training.pt")
+    message = "is of a training with other settings .* delete it to start anew"
+    with pytest.raises(NanogapError, match=message):
+        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
+
+
+def archive(pickled: bytes) -> bytes:
+    """What torch.save would write of it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as parts:
+        parts.writestr("x/data.pkl", pickled)
+        parts.writestr("x/version", "3")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"not a saved state", pickle.dumps([], protocol=2), b"PK", archive(b""), archive(b"N."),
+    archive(b"]."), archive(b"}."), archive(b"\x80\x02)" + b"\x85" * 10 ** 6 + b"."),
+    archive(b"\x80\x02]r\xff\xff\xff\x7f."), archive(pickle.dumps(print, 2))],
+    ids=range(11))
+def test_a_broken_state_is_refused(tmp_path: Path, data: bytes):
+    """One that would end the process, or take all memory, among them."""
+    (tmp_path / "training.pt").write_bytes(data)
+    with pytest.raises(NanogapError, match="training.pt cannot be read .* delete it to start anew"):
+        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+
+
+def test_a_state_that_was_changed_or_cut_off_anywhere_is_refused_in_one_line(tmp_path: Path):
+    """Of each part another value; of the file the first half, the last page, and so on."""
+    settings = {"seed": 0, "model": "llava", "size": 56, "stages": ["CLIP", "read", "find", "box"]}
+    model = train.new_clip(TINY, 0)[0].state_dict()
+    good = {"settings": settings, "steps": [1, 1, 1, 1], "stage": 1, "step": 0, "clip": model,
+            "state": {}}
+    file = tmp_path / "training.pt"
+
+    def refused() -> None:
+        with pytest.raises(NanogapError, match="training.pt .*delete it to start anew") as caught:
+            train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
+        assert "\n" not in str(caught.value)
+
+    for key in good:
+        for value in (None, -1, "x", [1, 2], {"x": torch.ones(2)}, ...):
+            changed = {**good, key: value}
+            if value is ...:
+                del changed[key]
+            torch.save(changed, file)
+            refused()
+    other = {name: torch.ones(3) for name in model}
+    torch.save({**good, "clip": other}, file)
+    refused()
+    torch.save(good, file)
+    whole = file.read_bytes()
+    for size in (1, 100, len(whole) // 2, len(whole) - 4096, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        refused()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NanogapError, match="file/out cannot be written .*; give another folder"):
+        train.train(tmp_path / "file" / "out", TINY, CPU, steps=[1, 1, 1, 1])
+
+
+def test_torchrun_hands_start_on_behind_two_dashes():
+    """As the module says; without them torchrun asks which of its own options is meant."""
+    from torch.distributed.run import parse_args
+    ours = ["nanogap.train", "--start", "weights/mini"]
+    args = parse_args(["--nproc-per-node", "2", "-m", "--", *ours])
+    assert args.module and [args.training_script, *args.training_script_args] == ours
+    with pytest.raises(SystemExit):
+        parse_args(["--nproc-per-node", "2", "-m", *ours])
