@@ -17,8 +17,9 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 # torch without numpy says so at import; nothing here needs numpy, so this one line is noise
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
-from nanogap import gap, image, prompt, prune  # noqa: E402
-from nanogap.checks.command import NanogapError  # noqa: E402
-from nanogap.weights import load  # noqa: E402
+from nanogap import gap, image, methods, prompt, prune  # noqa: E402
+from nanogap.checks.loading import load  # noqa: E402
+from nanogap.errors import NanogapError  # noqa: E402
+from nanogap.show.explain_ids import explain_ids  # noqa: E402
 
-__all__ = ["NanogapError", "gap", "image", "load", "prompt", "prune"]
+__all__ = ["NanogapError", "explain_ids", "gap", "image", "load", "methods", "prompt", "prune"]

@@ -1,27 +1,23 @@
-"""The eyes: a CLIP vision tower, as LLaVA uses it, and what pruning strategies look at in it.
+"""CLIP's vision tower, as LLaVA uses it, what pruning strategies look at in it, and its text tower.
 
-In:  pixel_values (B, 3, S, S), normalised.
+In:  pixel_values (B, 3, S, S), normalised; or the tokens of a text.
 Out: patch features (B, N, C) in raster order, and on demand the CLS token and how much it attends
-to each patch.
+to each patch; or the text in the space that CLIP shares with patches.
 
 Source: CLIP, arXiv 2103.00020, in the layout of its checkpoints on the hub (transformers 5.23
 modeling_clip.py).  LLaVA takes the features one layer before the end, without CLS and without the
 last LayerNorm.
-Letters: B batch, N patches, C channels, H heads, D head dim; a sequence has 1 + N tokens, CLS
-first, or T tokens of a text.
+Letters: B batch, N patches, C channels, H heads, D head dim, E channels of the shared space; a
+sequence has 1 + N tokens, CLS first, or T tokens of a text.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import log
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-
-from nanogap.llama import embedding
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,25 @@ class CLIPVisionConfig:
     def grid(self) -> int:
         """Patches along one side of the square."""
         return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
+    layer_norm_eps: float = 1e-5
+
+
+# ----- a transformer block, which both towers share -----------------------------------------------
+
+
+def table(rows: int, size: int) -> nn.Embedding:
+    """Embeddings without initial values, which nn.Embedding would draw, for a second on meta."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -89,15 +104,15 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """One pre-norm transformer block; the text tower's blocks are the same, with a causal mask."""
+    """One pre-norm transformer block; those of the text tower are the same, with a causal mask."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int,
-                 eps: float) -> None:
+    def __init__(self, config: CLIPVisionConfig | CLIPTextConfig) -> None:
         super().__init__()
-        self.self_attn = CLIPAttention(hidden_size, num_heads)
-        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=eps)
-        self.mlp = CLIPMLP(hidden_size, intermediate_size)
-        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=eps)
+        C, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attn = CLIPAttention(C, config.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(C, eps=eps)
+        self.mlp = CLIPMLP(C, config.intermediate_size)
+        self.layer_norm2 = nn.LayerNorm(C, eps=eps)
 
     def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), is_causal)                # (B, T, C)
@@ -107,12 +122,13 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     layers: Sequence[CLIPEncoderLayer]
 
-    def __init__(self, layers: int, hidden_size: int, intermediate_size: int, num_heads: int,
-                 eps: float) -> None:
+    def __init__(self, config: CLIPVisionConfig | CLIPTextConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(                                 # type: ignore[assignment]
-            CLIPEncoderLayer(hidden_size, intermediate_size, num_heads, eps)
-            for _ in range(layers))
+            CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+# ----- the vision tower ---------------------------------------------------------------------------
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -121,7 +137,7 @@ class CLIPVisionEmbeddings(nn.Module):
         C, P = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(C))
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
-        self.position_embedding = embedding(1 + config.grid ** 2, C)
+        self.position_embedding = table(1 + config.grid ** 2, C)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values)                          # (B, C, grid, grid)
@@ -140,16 +156,14 @@ class CLIPVisionTower(nn.Module):
         self.depth = feature_layer % (config.num_hidden_layers + 1)
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # sic
-        self.encoder = CLIPEncoder(
-            config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-            config.num_attention_heads, config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def hidden(self, pixel_values: Tensor, depth: int) -> Tensor:
         """hidden_states[depth] (B, 1 + N, C): runs `depth` layers and no more."""
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         for layer in self.encoder.layers[:depth]:
-            x = layer(x)
+            x = layer(x)                                                      # (B, 1 + N, C)
         return x
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,51 +179,33 @@ class CLIPVisionTower(nn.Module):
 
         before, after: (1 + N, C) each, as `forward` gives them
         """
-        layer = self.encoder.layers[self.depth - 1]                           # the feature layer
         fields: dict[str, Tensor] = {}
         if "cls" in needs:
             fields["cls"] = after[0]                                          # (C,)
+        layer = self.encoder.layers[self.depth - 1]                           # the feature layer
+        x = layer.layer_norm1(before[None])                                   # (1, 1 + N, C)
         if "cls_attention" in needs:
-            x = layer.layer_norm1(before[None])                               # (1, 1 + N, C)
             fields["cls_attention"] = layer.self_attn.cls_row(x)[0]           # (H, N)
         if "keys" in needs:
-            x = layer.layer_norm1(before[None])                               # (1, 1 + N, C)
             keys = layer.self_attn.split(layer.self_attn.k_proj(x))           # (1, H, 1 + N, D)
             fields["keys"] = keys.mean(1)[0, 1:]                              # (N, D)
         layer = self.encoder.layers[self.depth]                               # the next one
+        x = layer.layer_norm1(after[None])                                    # (1, 1 + N, C)
         if "last_queries" in needs:
-            x = layer.layer_norm1(after[None])                                # (1, 1 + N, C)
             fields["last_queries"] = layer.self_attn.q_proj(x)[0]             # (1 + N, C)
         if "last_keys" in needs:
-            x = layer.layer_norm1(after[None])                                # (1, 1 + N, C)
             fields["last_keys"] = layer.self_attn.k_proj(x)[0]                # (1 + N, C)
         return fields
-
-    def pooled(self, pixel_values: Tensor) -> Tensor:
-        """CLIP's own summary of an image (B, C): CLS after all layers and the last LayerNorm."""
-        x = self.hidden(pixel_values, len(self.encoder.layers))
-        return self.post_layernorm(x[:, 0])
 
 
 # ----- the text tower -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CLIPTextConfig:
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 77
-    vocab_size: int = 49408
-    layer_norm_eps: float = 1e-5
-
-
 class CLIPTextEmbeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = table(config.vocab_size, config.hidden_size)
+        self.position_embedding = table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         positions = self.position_embedding.weight[:input_ids.shape[1]]       # (T, C)
@@ -221,9 +217,7 @@ class CLIPTextTower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = CLIPEncoder(
-            config.num_hidden_layers, config.hidden_size, config.intermediate_size,
-            config.num_attention_heads, config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -235,44 +229,26 @@ class CLIPTextTower(nn.Module):
         return x[torch.arange(len(x), device=x.device), input_ids.argmax(-1)]
 
 
-class CLIP(nn.Module):
-    """Both towers and their projections into one space, as CLIP trains them."""
+class CLIPText(nn.Module):
+    """What CLIP adds to LLaVA's vision tower: words and patches in one space."""
 
-    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int,
-                 tower: Callable[[Any], Any] = CLIPVisionTower) -> None:
-        """tower: makes another vision tower of its sizes; it needs a `pooled` as CLIP's has."""
+    tokenizer: Tokenizer
+
+    def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int) -> None:
         super().__init__()
-        self.vision_model = tower(vision)
         self.text_model = CLIPTextTower(text)
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
-        # not torch.tensor(1 / 0.07).log(): on meta that imports torch's compiler, for a second
-        self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
-
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
-        pooled = self.vision_model.pooled(pixel_values)                       # (B, C)
-        return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
-        """Texts (M, T) -> unit vectors (M, projection_dim)."""
+        """Texts (B, T) -> unit vectors (B, E)."""
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
-
-
-@dataclass
-class TextGuide:
-    """Words in the space that CLIP shares with patches, for pruning that reads the expression."""
-
-    clip: CLIP                # its text tower and projections; LLaVA brings the vision tower
-    tokenizer: Tokenizer
 
     def embed(self, text: str) -> Tensor:
         """A text (E,), not normalised; what is longer than the text tower reads is cut off."""
-        self.tokenizer.encode_special_tokens = True   # one that is spelled out in the text is text
         ids = self.tokenizer.encode(text).ids
-        most = self.clip.text_model.config.max_position_embeddings
-        if len(ids) > most:
-            ids = ids[:most - 1] + ids[-1:]                                   # the end token stays
-        device = self.clip.text_projection.weight.device
-        input_ids = torch.tensor([ids], device=device)                        # (1, T)
-        return self.clip.text_projection(self.clip.text_model(input_ids))[0]
+        longest = self.text_model.config.max_position_embeddings
+        if len(ids) > longest:
+            ids = ids[:longest - 1] + ids[-1:]                                # the end token stays
+        input_ids = torch.tensor([ids], device=self.text_projection.weight.device)    # (1, T)
+        return self.text_projection(self.text_model(input_ids))[0]

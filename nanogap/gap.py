@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, arange
 
-from nanogap.checks.command import NanogapError, shown
+from nanogap.errors import NanogapError
 
 # the order of the kept tokens, their IDs, the IDs of the text after them
 MODES = {
@@ -24,7 +24,7 @@ MODES = {
     "shifted":                 ("raster", "compact",  "compact"),
     "permuted":                ("ranked", "compact",  "compact"),
     "gap":                     ("raster", "original", "original"),
-    # one choice at a time: chapter 12 of the tutorial
+    # one choice at a time, to tell which of them does the harm
     "ranked, original":        ("ranked", "original", "original"),
     "compact, text not moved": ("raster", "compact",  "original"),
     "original, text collides": ("raster", "original", "compact"),
@@ -35,42 +35,48 @@ MODES = {
 class Layout:
     """Which token stands where."""
 
-    keep: Tensor             # (K,) raster indices, in the order of the sequence
+    kept: Tensor             # (K,) raster indices of the kept tokens, in the order of the sequence
     order: Tensor            # (K,) which of the kept tokens, as they were ranked, comes where
     position_ids: Tensor     # (P + K + M + A,) what RoPE sees
     next_position: int       # ID of the first generated token
-    P: int
-    N: int
-    A: int
-    mode: str
-
-    @property
-    def visual_tokens(self) -> int:
-        """K + M: how many visual tokens are fed."""
-        return len(self.position_ids) - self.P - self.A
 
 
-def lay_out(keep: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> Layout:
+def lay_out(ranked: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> Layout:
     """Order and number the tokens of [before | kept, in order | added | after] in one of MODES.
 
-    keep:    (K,) raster indices of the kept visual tokens, the most important first
-    M:       tokens that a method adds, such as the mean of the dropped ones
-    raises:  NanogapError for an unknown mode, for an index outside the image or given twice, and
-             where mode "full" is asked of fewer than all the tokens
-    open:    an added token had no ID before pruning, and the paper does not say what it gets; with
-             original IDs it shares that of the last patch here
+    ranked: (K,) raster indices of the kept visual tokens, the most important first
+    M:      tokens that a method adds, such as the mean of the dropped ones.  open: they had no ID
+            before pruning, and the paper does not say what they get; here they share the last
+            patch's
+    raises: NanogapError for an unknown mode, for an index outside the image or given twice, and
+            where mode "full" is asked of fewer than all the tokens
     """
-    check(keep, N, mode)
+    check(ranked, N, mode)
     sequence, visual_ids, text_ids = MODES[mode]
-    order = keep.argsort() if sequence == "raster" else arange(len(keep), device=keep.device)
-    keep = keep[order]
-    original = torch.cat([keep, keep.new_full((M,), N - 1)])
-    compact = arange(len(original), device=keep.device)
+    order = ranked.argsort() if sequence == "raster" else arange(len(ranked))
+    kept = ranked[order]                                                      # (K,)
+    original = torch.cat([kept, kept.new_full((M,), N - 1)])                  # (K + M,)
+    compact = arange(len(original))
     visual = original if visual_ids == "original" else compact    # GAP, 1: a patch keeps its ID
     length = N if text_ids == "original" else len(compact)        # GAP, 2: so does the text after
-    before, after = arange(P, device=keep.device), arange(A, device=keep.device)
-    position_ids = torch.cat([before, P + visual, P + length + after])
-    return Layout(keep, order, position_ids, P + length + A, P, N, A, mode)
+    position_ids = torch.cat([arange(P), P + visual, P + length + arange(A)])
+    return Layout(kept, order, position_ids, P + length + A)      # GAP, 3 is in ground.greedy
+
+
+def check(ranked: Tensor, N: int, mode: str) -> None:
+    """Reject what no model could be fed: see `lay_out`."""
+    if mode not in MODES:
+        raise NanogapError(f"unknown mode {mode!r:.80}: choose from {'; '.join(MODES)}")
+    inside = ranked.numel() == 0 or 0 <= int(ranked.min()) <= int(ranked.max()) < N
+    if ranked.dim() != 1 or ranked.dtype != torch.long or not inside:
+        raise NanogapError(f"keep must be a list of raster indices from 0 to {N - 1}")
+    if len(ranked.unique()) != len(ranked):
+        raise NanogapError("keep names a patch twice")
+    if mode == "full" and len(ranked) != N:
+        raise NanogapError(f"mode 'full' keeps all {N} visual tokens, not {len(ranked)}")
+
+
+# ----- the same for other code --------------------------------------------------------------------
 
 
 def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode: str,
@@ -81,28 +87,10 @@ def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode:
 
 
 def keep_ids(ids_of_all: Tensor, stays: Tensor) -> tuple[Tensor, int]:
-    """GAP for IDs of any dimension: what stays keeps its ID, and the answer comes after them all.
+    """GAP said as indexing: number the unpruned prompt, and take the numbers of what stays.
 
     ids_of_all: (T,) or (3, T) position IDs of one unpruned prompt; three are those of M-RoPE
     stays:      (T',) indices of the tokens that stay, text included, in the order of the prompt
     returns:    their IDs (T',) or (3, T'), and the ID of the first generated token
     """
     return ids_of_all[..., stays], int(ids_of_all.max()) + 1
-
-
-def check(keep: Tensor, N: int, mode: str) -> None:
-    """Refuse what no model could be fed: see `lay_out`."""
-    check_mode(mode)
-    inside = keep.numel() == 0 or 0 <= int(keep.min()) <= int(keep.max()) < N
-    if keep.dim() != 1 or keep.dtype != torch.long or not inside:
-        raise NanogapError(f"keep must be a list of raster indices from 0 to {N - 1}")
-    if len(keep.unique()) != len(keep):
-        raise NanogapError("keep names a patch twice")
-    if mode == "full" and len(keep) != N:
-        raise NanogapError(f"mode 'full' keeps all {N} visual tokens, not {len(keep)}")
-
-
-def check_mode(mode: str) -> None:
-    """Refuse a mode that there is not."""
-    if not isinstance(mode, str) or mode not in MODES:
-        raise NanogapError(f"unknown mode {shown(mode)}: choose from {'; '.join(MODES)}")

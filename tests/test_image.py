@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanogap.checks.command import ItemError, NanogapError
+from nanogap.errors import ItemError, NanogapError
 from nanogap.image import (
     FORMATS,
     PAD_COLOUR,

@@ -38,14 +38,8 @@ from nanogap.bench.peer import (
     their_library,
 )
 from nanogap.bench.sizes import SIZES, count_parameters, random_model, save_random
-from nanogap.checks.command import (
-    NanogapError,
-    Parser,
-    answer_for,
-    keep_argument,
-    path_argument,
-    whole_number,
-)
+from nanogap.checks.command import Parser, answer_for, keep_argument, path_argument, whole_number
+from nanogap.errors import NanogapError
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.fast.packed import pack
 from nanogap.ground import choices

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 
-from nanogap.checks.command import NanogapError
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
 from nanogap.checks.tokenizer import read_tokenizer
 from nanogap.clip import CLIPVisionConfig
+from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
 from nanogap.weights import MINI, save

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanogap.checks.command import NanogapError, lacks_memory
+from nanogap.checks.command import lacks_memory
 from nanogap.checks.config import (
     QUANTISED,
     one_line,
@@ -32,6 +32,7 @@ from nanogap.checks.config import (
     unreadable,
 )
 from nanogap.checks.pickles import look_through
+from nanogap.errors import NanogapError
 
 # single files before shards, as transformers has it: save_pretrained leaves an older index lying
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",

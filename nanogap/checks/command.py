@@ -14,20 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from nanogap.errors import NanogapError
+
 MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141   # exit statuses; the shell's 128 + signal
 
 
-class NanogapError(ValueError):
-    """A mistake that the user can mend; commands print its text on one line and exit with 2."""
-
-
-class ItemError(NanogapError):
-    """A mistake in one picture or one expression: of many, the others can still be asked."""
-
-
-NOT_FINITE = ("the model computes numbers that are not finite (infinite, or NaN), so there is no "
-              "answer: its weights hold such numbers, or overflow in this dtype; give --dtype "
-              "float32 or bfloat16, or other weights")
 NO_ROOM = ("memory ran out ({}); end other programs, or take less at a time: another --dtype or "
            "--device, smaller --weights, a smaller --keep without mode full")
 

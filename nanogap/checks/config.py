@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nanogap.checks.command import NanogapError, lacks_memory
+from nanogap.checks.command import lacks_memory
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
+from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
 
 # the CLIPVisionConfig of transformers is a ViT-B/32; LLaVA's L/14-336 only without vision_config

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanogap.checks.command import NanogapError
+from nanogap.errors import NanogapError
 
 try:
     import fcntl

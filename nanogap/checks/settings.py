@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogap.checks.command import NanogapError
 from nanogap.checks.config import read_json, read_text, require, require_all
+from nanogap.errors import NanogapError
 from nanogap.image import CLIP_MEAN, CLIP_STD
 
 NOTHING: tuple = (None, [], {})

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from nanogap.checks.command import NanogapError
 from nanogap.checks.config import one_line, parse_json, printable, read_text
+from nanogap.errors import NanogapError
 
 YES_OR_NO = (True, False)
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

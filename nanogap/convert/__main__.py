@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from nanogap.checks.command import NanogapError, Parser, answer_for, path_argument
+from nanogap.checks.command import Parser, answer_for, path_argument
 from nanogap.checks.config import printable, write_json
 from nanogap.checks.output import check_new_folder, claim, whole_folder
 from nanogap.checks.tokenizer import check_image_token, read_tokenizer
 from nanogap.convert.recipes import RECIPES, Recipe
 from nanogap.convert.shards import check_room, write_parts
+from nanogap.errors import NanogapError
 from nanogap.models import MODELS, VLM
 from nanogap.weights import our_name
 

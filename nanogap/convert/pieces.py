@@ -16,8 +16,8 @@ import torch
 from torch import Size, Tensor
 
 from nanogap.checks.checkpoint import Shard, refuse_adapter, weight_files
-from nanogap.checks.command import NanogapError
 from nanogap.checks.config import printable
+from nanogap.errors import NanogapError
 from nanogap.weights import DTYPES, UNUSED, our_name
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Size, Tensor
 
 from nanogap.checks.checkpoint import checkpoint_folder, read_pickle
-from nanogap.checks.command import NanogapError, tell
+from nanogap.checks.command import tell
 from nanogap.checks.config import (
     printable,
     read_clip_config,
@@ -32,6 +32,7 @@ from nanogap.checks.settings import optional
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert.pieces import Part, Piece
 from nanogap.convert.sentencepiece import read_llama_tokenizer
+from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 from nanogap.weights import our_name
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from nanogap.checks.command import NanogapError
 from nanogap.checks.tokenizer import START_TOKENS, llama_tokenizer
+from nanogap.errors import NanogapError
 
 VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5     # kinds of fields
 MOST_BYTES = 1 << 24                                    # of a file; LLaMA's has 2^19

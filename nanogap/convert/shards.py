@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanogap.checks.command import NanogapError, tell
+from nanogap.checks.command import tell
 from nanogap.checks.config import write_json
 from nanogap.convert.pieces import Part
+from nanogap.errors import NanogapError
 
 SHARD = 4_000_000_000         # bytes of a file, unless one tensor is larger
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

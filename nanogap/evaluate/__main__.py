@@ -35,8 +35,6 @@ from torch import nn
 
 from nanogap import prune
 from nanogap.checks.command import (
-    ItemError,
-    NanogapError,
     Parser,
     answer_for,
     count_argument,
@@ -48,6 +46,7 @@ from nanogap.checks.command import (
     whole_number,
 )
 from nanogap.checks.output import check_apart, check_picture, save_picture
+from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate, compare, journal, plot
 from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.refcoco import Data, Example, read_data

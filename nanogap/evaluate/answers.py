@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanogap.checks.command import NanogapError, shown
+from nanogap.checks.command import shown
+from nanogap.errors import NanogapError
 from nanogap.evaluate.journal import beside
 from nanogap.evaluate.refcoco import (
     Data,

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanogap.checks.command import NanogapError
 from nanogap.checks.output import check_file, claim, write_whole
+from nanogap.errors import NanogapError
 
 
 def is_text(value: object) -> bool:

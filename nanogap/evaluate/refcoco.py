@@ -28,8 +28,9 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from nanogap.checks.command import ItemError, NanogapError, shown
+from nanogap.checks.command import shown
 from nanogap.checks.pickles import look_through
+from nanogap.errors import ItemError, NanogapError
 from nanogap.image import Box, open_image
 from nanogap.prompt import check_expression
 

@@ -23,7 +23,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 
-from nanogap.checks.command import NOT_FINITE, NanogapError
+from nanogap.checks.command import NOT_FINITE
+from nanogap.errors import NanogapError
 from nanogap.methods.in_decoder import Prefilled
 from nanogap.prompt import Draft, Form, draft
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogap.checks.command import NanogapError
+from nanogap.errors import NanogapError
 
 
 def version(weight: Tensor) -> int:

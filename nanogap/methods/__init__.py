@@ -1,1 +1,5 @@
-"""Strategies beyond those of the paper."""
+"""Strategies beyond those of the paper; all of them enter STRATEGIES when this is imported."""
+
+from nanogap.methods import before, in_decoder
+
+__all__ = ["before", "in_decoder"]

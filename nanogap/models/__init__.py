@@ -1,16 +1,17 @@
-"""One file for each published model; `MODELS` says which config.json is whose."""
+"""One file for each published model; they enter MODELS of nanogap/weights.py, by config.json."""
 
-from nanogap.models.base import VLM, clock, plainly
-from nanogap.models.llava import Llava
+from nanogap.models.base import VLM, View
 from nanogap.models.llava_next import LlavaNext
 from nanogap.models.minigpt import MiniGPT
 from nanogap.models.shikra import Shikra
+from nanogap.weights import MODELS as OF_THE_LESSON
 
 MODELS: dict[str, type[VLM]] = {   # by `model_type` in config.json
-    "llava": Llava,
+    "llava": VLM,
     "llava_next": LlavaNext,
     "shikra": Shikra,
     "minigpt_v2": MiniGPT,
 }
+OF_THE_LESSON.update(MODELS)
 
-__all__ = ["MODELS", "VLM", "clock", "plainly"]
+__all__ = ["MODELS", "VLM", "View"]

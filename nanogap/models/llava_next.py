@@ -14,23 +14,20 @@ them.  open: with which of LLaVA's two system sentences its Vicunas were trained
 here it is the one that its demo and the hub's converter use.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from nanogap.checks.command import NanogapError
-from nanogap.checks.config import read_json, section
-from nanogap.checks.settings import MISTRAL, PIXELS, VICUNAS, Chat, read_processor
-from nanogap.ground import EncodedImage
-from nanogap.image import Size, Tiles, to_pixel_values
-from nanogap.models.llava import REQUIRED, VICUNA, Llava, LlavaConfig
-from nanogap.models.llava import SYSTEM as OF_1_5
+from nanogap.errors import NanogapError
+from nanogap.image import to_pixel_values
+from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
+from nanogap.models.base import VLM, View
+from nanogap.models.frames import Size, Tiles
 from nanogap.prompt import Template
-from nanogap.prune import View, VisualTokens
+from nanogap.prune import STRATEGIES, Kept, VisualTokens, needs_of
 
 DOWNLOAD = ("`hf download llava-hf/llava-v1.6-mistral-7b-hf "
             "--local-dir weights/llava-v1.6-mistral-7b-hf` (15 GB)")
@@ -38,11 +35,11 @@ SYSTEM = ("A chat between a curious human and an artificial intelligence assista
           "gives helpful, detailed, and polite answers to the human's questions.")
 TEMPLATES = {   # by `model_type` in text_config
     "llama": replace(VICUNA, before=f"{SYSTEM} USER: "),
-    "mistral": Template(before="[INST] ", after="\n{} [/INST]", where_is=VICUNA.where_is,
-                        later="[INST] {} [/INST]"),
+    "mistral": Template(before="[INST] ", after="\n{} [/INST]", where_is=VICUNA.where_is),
 }
+# what they leave out where it is not LLaMA's: a Mistral is a LLaMA with other numbers
+MISTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8}
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))   # (rows, columns) of tiles, as published
-MOST_TILES = 64                                     # far above any model
 PROCESSORS = tuple(f"LlavaNextImageProcessor{kind}" for kind in ("", "Fast", "Pil"))
 
 
@@ -68,6 +65,26 @@ class Part:
     patches: Tensor           # (k,) raster indices of its patches in the square
     index: Tensor             # (k,) which visual token each of them is
     at: Tensor                # (k, 4) which part of the picture it shows, pixels
+
+
+@dataclass
+class EncodedTiles(EncodedImage):
+    """A picture as base view and tiles; `features` holds a row of zeros for each newline."""
+
+    parts: list[Part] = field(default_factory=list)
+    tiles: list[EncodedImage] = field(default_factory=list)   # each part as the tower saw it
+    row_end: Tensor = field(default_factory=lambda: torch.empty(0))   # (N,) which token closes the
+                                                              # row of each, -1 where none does
+
+    @property
+    def n_patches(self) -> int:
+        """How many visual tokens a strategy can choose from: not the ends of rows."""
+        return sum(len(part.index) for part in self.parts)
+
+    @property
+    def newlines(self) -> set[int]:
+        """The tokens that close rows, and show nothing."""
+        return set(self.row_end.tolist()) - {-1}
 
 
 def parts(frame: Tiles, width: int, height: int, grid: int,
@@ -99,21 +116,68 @@ def parts(frame: Tiles, width: int, height: int, grid: int,
     return found, torch.cat([torch.full((n,), -1), closed])
 
 
-class LlavaNext(Llava):
+# ----- what is kept of all parts ------------------------------------------------------------------
+
+
+def shared_out(budget: int, sizes: Sequence[int]) -> list[int]:
+    """Whole shares of a budget, in proportion to sizes; the largest fractions are rounded up."""
+    exact = [budget * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    largest_first = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
+    for i in largest_first[:budget - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def join(chosen: list[tuple[Part, VisualTokens, Kept]]) -> Kept:
+    """What is kept of each part, as one: part after part, and what is added behind all of them."""
+    ranked = torch.cat([part.index[kept.ranked.cpu()] for part, _, kept in chosen])    # (K,)
+    features = None
+    if any(kept.features is not None for _, _, kept in chosen):
+        features = torch.cat([seen.features[kept.ranked] if kept.features is None
+                              else kept.features for _, seen, kept in chosen])         # (K, C)
+    added = [kept.added for _, _, kept in chosen if kept.added is not None]
+    return Kept(ranked, features, torch.cat(added) if added else None)
+
+
+def close_rows(kept: Kept, row_end: Tensor) -> Kept:
+    """Put the token that closes a row behind the last patch of it that was kept.
+
+    row_end: (N,) which visual token closes the row of each, -1 where none does
+    differs: the published codes of pruning for LLaVA-1.6 leave these tokens out; here they stay, as
+             the other tokens that are no patches do.  They have no scores: where patches go by rank
+             a row is closed behind the lowest of it
+    """
+    ends = row_end[kept.ranked].tolist()
+    last = {end: i for i, end in enumerate(ends) if end >= 0}                 # of each row
+    rows = []                                                   # of `kept`; -1 for a row's end
+    keep = []
+    for i, (index, end) in enumerate(zip(kept.ranked.tolist(), ends, strict=True)):
+        rows.append(i)
+        keep.append(index)
+        if last.get(end) == i:
+            rows.append(-1)
+            keep.append(end)
+    features = kept.features
+    if features is not None:
+        features = torch.cat([features, torch.zeros_like(features[:1])])[rows]   # (K, C)
+    return Kept(torch.tensor(keep), features, kept.added)
+
+
+# ----- the model ----------------------------------------------------------------------------------
+
+
+class LlavaNext(VLM):
     Config = LlavaNextConfig
     download = DOWNLOAD
     template = TEMPLATES["llama"]
     pictures_alike = False
-    chats = {"llama": Chat("Vicuna", VICUNAS, (SYSTEM, OF_1_5)), "mistral": MISTRAL}
-    required = REQUIRED | {"use_image_newline_parameter": (True,)}
-    pixels = PIXELS | {"image_processor_type": PROCESSORS, "aspect_ratio_setting": ("anyres",)}
-    fixed = Llava.fixed | {
+    fixed = VLM.fixed | {
         "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
         "use_image_newline_parameter": True}
-    rename = (*Llava.rename, (r"^model\.image_newline$", "image_newline"))    # (c), (d)
+    rename = (*VLM.rename, (r"^model\.image_newline$", "image_newline"))      # (c), (d)
 
     config: LlavaNextConfig
-    frame: Tiles = Tiles(tuple((rows * 336, columns * 336) for rows, columns in GRIDS))
 
     def __init__(self, config: LlavaNextConfig) -> None:
         super().__init__(config)
@@ -121,6 +185,19 @@ class LlavaNext(Llava):
         self.template = TEMPLATES[config.decoder]
         newline = torch.empty(config.text.hidden_size)                        # (C',)
         self.image_newline = nn.Parameter(newline.normal_(std=len(newline) ** -0.5))
+
+    @classmethod
+    def complete(cls, config: dict) -> dict:
+        """config.json with a Mistral's defaults, where the decoder is one."""
+        text = config.get("text_config") or {}
+        decoder = text.get("model_type") or "llama"
+        return config | {"decoder": decoder,
+                         "text_config": (MISTRAL if decoder == "mistral" else {}) | text}
+
+    def follow(self, question: str) -> str:
+        """A question that follows an answer, about the same image."""
+        mistral = self.config.decoder == "mistral"
+        return f"[INST] {question} [/INST]" if mistral else super().follow(question)
 
     # ----- what it sees ---------------------------------------------------------------------------
 
@@ -131,8 +208,8 @@ class LlavaNext(Llava):
                  for view in self.frame.views(image, c.vision.image_size)]
         return torch.cat(views).to(self.device, self.dtype)
 
-    def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
-        """The base view and what is left of each tile are views; newlines are in none of them."""
+    def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedTiles:
+        """The base view and what is left of each tile are parts; newlines are in none of them."""
         size, grid = self.config.vision.image_size, self.config.vision.grid
         H, W = self.frame.canvas(width, height)
         if len(pixel_values) != 1 + H // size * (W // size):
@@ -142,23 +219,22 @@ class LlavaNext(Llava):
         before, after = self.vision_tower(pixel_values)                       # (views, 1 + n, C)
         found, row_end = parts(self.frame, width, height, grid, size)
         features = after.new_zeros(len(row_end), after.shape[-1])             # (N, C)
-        at = torch.zeros(len(row_end), 4)                                     # newlines: nothing
-        views, hidden = [], []
+        tiles = []
         for part in found:
             patches = part.patches.to(after.device)
             seen = after[part.square, 1:][patches]                            # (k, C)
             features[part.index.to(after.device)] = seen
-            at[part.index] = part.at
-            views.append(View(VisualTokens(seen, part.rows, part.columns), part.index))
-            hidden.append((before[part.square], after[part.square], patches))
-        return EncodedImage(width, height, features, views, at, hidden, row_end)
+            hidden = before[part.square], after[part.square], patches
+            tiles.append(EncodedImage(width, height, seen, part.rows, part.columns, hidden))
+        return EncodedTiles(width, height, features, 1, len(row_end), None, parts=found,
+                            tiles=tiles, row_end=row_end)
 
-    def fields(self, image: EncodedImage, view: int, needs: Collection[str]) -> dict[str, Tensor]:
-        """What strategies need to see: as the tower saw the square, of the patches that are left.
+    def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
+        """What the tower tells of a square, of the patches that are left of it.
 
         CLS is the square's own, and what it gives to patches of padding is missing.
         """
-        before, after, patches = image.hidden[view]                           # (1 + n, C), (k,)
+        before, after, patches = image.hidden                                 # (1 + n, C), (k,)
         fields = self.vision_tower.fields(before, after, needs)
         with_cls = torch.cat([patches.new_zeros(1), 1 + patches])             # (1 + k,)
         for name, value in fields.items():
@@ -170,13 +246,48 @@ class LlavaNext(Llava):
                 fields[name] = value[with_cls]                                # (1 + k, C)
         return fields
 
-    def fed(self, features: Tensor, keep: Tensor, image: EncodedImage) -> Tensor:
+    def select(self, image: EncodedImage, expression: str, prune: str, budget: int | None,
+               seed: int) -> Kept:
+        """Which patches a strategy keeps of each part, with its share of the budget; and newlines.
+        """
+        assert isinstance(image, EncodedTiles)
+        sizes = [len(part.index) for part in image.parts]
+        shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes)
+        generator = Generator().manual_seed(seed)             # one for all parts: they differ
+        chosen = []
+        for part, tile, share in zip(image.parts, image.tiles, shares, strict=True):
+            if share != 0:
+                seen = self.see(tile, needs_of(prune), expression)
+                chosen.append((part, seen, STRATEGIES[prune](seen, share, generator)))
+        return close_rows(join(chosen), image.row_end)
+
+    def fed(self, features: Tensor, kept: Tensor, image: EncodedImage) -> Tensor:
         """Patches go through the projector, and a newline is the same vector everywhere."""
+        assert isinstance(image, EncodedTiles)
         visual = self.project(features)                                       # (K + M, C')
-        if image.row_end is not None:
-            newline = (image.row_end.to(keep.device)[keep] == keep).nonzero()[:, 0]
-            visual[newline] = self.image_newline
+        newline = (image.row_end[kept.cpu()] == kept.cpu()).nonzero()[:, 0]
+        visual[newline.to(visual.device)] = self.image_newline
         return visual
+
+    # ----- where its tokens lie -------------------------------------------------------------------
+
+    def views(self, image: EncodedImage) -> list[View]:
+        """The base view, and what is left of each tile."""
+        assert isinstance(image, EncodedTiles)
+        return [View(part.rows, part.columns, part.index) for part in image.parts]
+
+    def newlines(self, image: EncodedImage) -> set[int]:
+        """The visual tokens that close rows, and show nothing."""
+        assert isinstance(image, EncodedTiles)
+        return image.newlines
+
+    def cells(self, image: EncodedImage) -> Tensor:
+        """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
+        assert isinstance(image, EncodedTiles)
+        at = torch.zeros(image.n_visual, 4)
+        for part in image.parts:
+            at[part.index] = part.at
+        return at
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
         """What becomes of a picture, for --explain."""
@@ -184,7 +295,7 @@ class LlavaNext(Llava):
         H, W = self.frame.canvas(*size)
         _, _, width, height = self.frame.placed(*size)
         down, across = H // c.image_size, W // c.image_size
-        newlines = len(image.newlines)
+        newlines = len(self.newlines(image))
         n, N, squares = c.grid ** 2, image.n_visual, 1 + down * across
         columns = (N - n) // newlines - 1 if newlines else 0
         square = [f"{image.width} x {image.height} pixels, stretched to a base view of "
@@ -203,26 +314,6 @@ class LlavaNext(Llava):
 
     # ----- its files ------------------------------------------------------------------------------
 
-    @classmethod
-    def read_config(cls, folder: Path) -> LlavaNextConfig:
-        """The same files as LLaVA-1.5's, and in them the sizes of canvases and the decoder's type.
-
-        raises: NanogapError where one is broken, or describes a model that is not LLaVA-1.6
-        """
-        read = super().read_config(folder)
-        assert isinstance(read, LlavaNextConfig)
-        config = read_json(folder / "config.json")
-        size = read.vision.image_size
-        published = [[336 * rows, 336 * columns] for rows, columns in GRIDS]
-        pinpoints = read_pinpoints(config, "config.json", published, size)
-        file, processor = read_processor(folder)
-        theirs = read_pinpoints(processor, file, list(map(list, pinpoints)), size)
-        if theirs != pinpoints:
-            raise NanogapError(f"{file}: image_grid_pinpoints are {theirs!r:.80}, and config.json "
-                               f"has {pinpoints!r:.80}; one of them is another checkpoint's")
-        decoder = section(config, "text_config").get("model_type") or "llama"
-        return replace(read, image_grid_pinpoints=pinpoints, decoder=decoder)
-
     def settings(self, dtype: str) -> dict[str, dict]:
         """What is written into each of these files."""
         files = super().settings(dtype)
@@ -235,23 +326,3 @@ class LlavaNext(Llava):
             "image_processor_type": PROCESSORS[0], "aspect_ratio_setting": "anyres",
             "do_pad": True}
         return files
-
-
-def read_pinpoints(part: dict, file: str, default: list, size: int) -> tuple[Size, ...]:
-    """(height, width) of canvases, whole squares of `size` pixels; the default where none are said.
-
-    source: the hub's processor; LLaVA's own code reads its list as (width, height)
-    """
-    found = part.get("image_grid_pinpoints")
-    found = default if found is None else found
-    sides = [side for pair in found for side in pair] if is_pairs(found) else [0]
-    if not all(0 < side <= size * MOST_TILES and side % size == 0 for side in sides):
-        raise NanogapError(f"{file}: image_grid_pinpoints is {found!r:.80}, and it must be pairs "
-                           f"[height, width] of canvases, multiples of {size} pixels")
-    return tuple((height, width) for height, width in found)
-
-
-def is_pairs(found: object) -> bool:
-    """Whether JSON holds some pairs of whole numbers."""
-    return isinstance(found, list) and found != [] and all(
-        isinstance(pair, list) and [type(side) for side in pair] == [int, int] for pair in found)

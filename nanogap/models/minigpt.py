@@ -29,33 +29,19 @@ import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from math import isqrt
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nanogap.checks.command import NanogapError
-from nanogap.checks.config import (
-    HUGE,
-    integer,
-    read_decoder,
-    read_json,
-    read_tower,
-    refuse_quantised,
-    require_all,
-    section,
-    write_json,
-)
-from nanogap.checks.settings import read_ends
-from nanogap.clip import CLIPVisionConfig
-from nanogap.ground import EncodedImage
-from nanogap.image import Stretch, to_pixel_values
-from nanogap.llama import LlamaConfig, LlamaForCausalLM
+from nanogap.errors import NanogapError
+from nanogap.image import to_pixel_values
+from nanogap.llama import LlamaForCausalLM
+from nanogap.llava import EncodedImage, LlavaConfig
 from nanogap.models.base import VLM
 from nanogap.models.eva import VIT_G_14, EvaTower, interpolate_positions
+from nanogap.models.frames import Stretch
 from nanogap.prompt import BoxFormat, Template
-from nanogap.prune import View, VisualTokens
 
 DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
             "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
@@ -68,27 +54,16 @@ LLAMA_2 = Template(
     before="[INST] <Img>",
     after="</Img> {} [/INST]",
     where_is="[refer] give me the location of {}",
-    later="[INST] {} [/INST]",
     starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
 NUMBER = r"< *([0-9]{1,3}) *> *"     # the original reads answers without their spaces
 HUNDREDTHS = BoxFormat(
     re.compile(r"\{ *" + 4 * NUMBER + r"\}"),
-    "{{<{}><{}><{}><{}>}}", digits=8, whole=100)
-# what would change an answer and is not implemented: key -> the values that change nothing
-REQUIRED: dict[str, tuple] = {"auto_map": (None, {})}
-VISION: dict[str, tuple] = {"model_type": ("eva_vit_g",), "hidden_act": ("gelu",),
-                            "num_channels": (3,)}
+    "{{<{}><{}><{}><{}>}}", whole=100)
 
 
 @dataclass(frozen=True)
-class MiniGPTConfig:
-    text: LlamaConfig
-    vision: CLIPVisionConfig
-    image_token: int = 32000
-    bos_token: int = 1
-    eos_token: int = 2
-    other_ends: tuple[int, ...] = ()       # tokens that end an answer as well
-    dtype: str = "float32"                 # of the checkpoint on disk
+class MiniGPTConfig(LlavaConfig):
+    vision_feature_layer: int = -1         # there is no other choice
 
     def __post_init__(self) -> None:
         if self.vision.grid % MEMBERS:
@@ -111,8 +86,8 @@ class MiniGPT(VLM):
     Config = MiniGPTConfig
     Tower = EvaTower
     reads_words = False                    # EVA-CLIP's text tower is published apart
+    later = "[INST] {} [/INST]"
     download = DOWNLOAD
-    frame = Stretch()
     template = LLAMA_2
     box_format = HUNDREDTHS
     special_tokens = ("<ImageHere>",)      # of a model that is trained here
@@ -120,7 +95,8 @@ class MiniGPT(VLM):
     on_disk = ((r"^vision_tower\.", "visual_encoder."), (r"^language_model\.", "llama_model."))
 
     def __init__(self, config: MiniGPTConfig) -> None:
-        super().__init__(config)
+        nn.Module.__init__(self)               # none of LLaVA's modules but the decoder
+        self.config, self.text_guide, self.frame = config, None, Stretch()
         C = config.vision.hidden_size
         self.vision_tower = EvaTower(config.vision)
         # never trained; torch computes it in float32 and rounds once, as the original does
@@ -136,17 +112,13 @@ class MiniGPT(VLM):
         return to_pixel_values(square).to(self.device, self.dtype)
 
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
-        """One view of grid x grid / 4 tokens; CLS is left out."""
+        """What it sees: grid x grid / 4 tokens; CLS is left out."""
         before, after = self.vision_tower(pixel_values)                       # (1, 1 + 4 N, C) each
         seen = self.ln_vision(after[0])                                       # (1 + 4 N, C)
-        features = four_to_one(seen[1:])                                      # (N, 4 C)
-        rows = self.config.vision.grid
-        columns = rows // MEMBERS
-        view = View(VisualTokens(features, rows, columns), torch.arange(len(features)))
-        at = self.frame.cells(rows, columns, width, height)
-        return EncodedImage(width, height, features, [view], at, hidden=(before[0], seen[0]))
+        features, rows = four_to_one(seen[1:]), self.config.vision.grid       # (N, 4 C)
+        return EncodedImage(width, height, features, rows, rows // MEMBERS, (before[0], seen[0]))
 
-    def fields(self, image: EncodedImage, view: int, needs: Collection[str]) -> dict[str, Tensor]:
+    def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
         """What strategies need to see, token by token: see FIELDS in prune.py.
 
         No layer follows that of the features, so `last_queries` and `last_keys` are its own.
@@ -172,9 +144,6 @@ class MiniGPT(VLM):
         """There is no space of images and texts here."""
         raise NanogapError(NO_TEXT_TOWER)
 
-    def clip_download(self) -> str:
-        raise NanogapError(NO_TEXT_TOWER)
-
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
         """What becomes of a picture, for --explain."""
         c = self.config.vision
@@ -191,43 +160,31 @@ class MiniGPT(VLM):
     # ----- its files ------------------------------------------------------------------------------
 
     @classmethod
-    def fitted(cls, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-        """The position table for as many patches as config.json says; all else as it is."""
-        if name != "vision_tower.pos_embed" or tensor.shape == shape or tensor.dim() != 3:
-            return tensor
-        patches = tensor.shape[1] - 1
-        if patches < 1 or isqrt(patches) ** 2 != patches:
-            return tensor
-        return interpolate_positions(tensor, isqrt(shape[1] - 1))
+    def complete(cls, config: dict) -> dict:
+        """config.json with EVA's sizes, where it leaves them out."""
+        vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+        rows = text.get("vocab_size") or 32000
+        return {"image_token_index": rows} | config | {"vision_config": asdict(VIT_G_14) | vision}
 
-    @classmethod
-    def read_config(cls, folder: Path) -> MiniGPTConfig:
-        """config.json, and what generation_config.json adds to it.
+    def _load_from_state_dict(self, state: dict, prefix: str, *args: object) -> None:
+        """The position table may have the size that it is published in: it is interpolated."""
+        name, grid = "vision_tower.pos_embed", self.config.vision.grid
+        table = state.get(name)
+        if table is not None and table.dim() == 3 and table.shape[1] != 1 + grid ** 2:
+            if isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1 > 0:
+                state[name] = interpolate_positions(table, grid).to(table.dtype)
+        super()._load_from_state_dict(state, prefix, *args)              # type: ignore[arg-type]
 
-        raises: NanogapError where one is broken, or describes a model that is not MiniGPT-v2
-        """
-        config = read_json(folder / "config.json")
-        text, vision = section(config, "text_config"), section(config, "vision_config")
-        refuse_quantised(folder, config, text)
-        require_all(config, REQUIRED)
-        decoder = read_decoder(text)
-        ends = read_ends(folder, config, text, decoder.vocab_size)
-        return MiniGPTConfig(
-            decoder, read_tower(vision, VISION, VIT_G_14),
-            image_token=integer(config, "image_token_index", decoder.vocab_size, HUGE, 0),
-            bos_token=integer(text, "bos_token_id", 1, decoder.vocab_size - 1, 0),
-            eos_token=ends[0], other_ends=ends[1:],
-            dtype=str(config.get("torch_dtype") or config.get("dtype") or ""))
-
-    def write_config(self, folder: Path, dtype: str) -> None:
+    def settings(self, dtype: str) -> dict[str, dict]:
         """config.json, every key spelled out, and generation_config.json."""
         c = self.config
         text = asdict(c.text) | {
             "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
             "bos_token_id": c.bos_token, "eos_token_id": c.eos_token}
         vision = asdict(c.vision) | {"model_type": "eva_vit_g", "hidden_act": "gelu"}
-        write_json(folder / "config.json", {
-            "model_type": "minigpt_v2", "image_token_index": c.image_token, "text_config": text,
-            "vision_config": vision, "torch_dtype": dtype})
-        write_json(folder / "generation_config.json",
-                   {"bos_token_id": c.bos_token, "eos_token_id": [c.eos_token, *c.other_ends]})
+        return {
+            "config.json": {
+                "model_type": "minigpt_v2", "image_token_index": c.image_token,
+                "text_config": text, "vision_config": vision, "torch_dtype": dtype},
+            "generation_config.json": {
+                "bos_token_id": c.bos_token, "eos_token_id": [c.eos_token, *c.other_ends]}}

@@ -1,4 +1,4 @@
-"""Shikra-7B: CLIP's eyes at 224 pixels, one linear layer, and LLaMA; the image is in a sentence.
+"""Shikra-7B: CLIP at 224 pixels, one linear layer, and LLaMA; the image stands in a sentence.
 
 In:  a picture in a white square of S x S pixels.  Out: one visual token for each of its patches.
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 from torch import nn
 
-from nanogap.checks.checkpoint import DELTA
-from nanogap.checks.command import NanogapError
+from nanogap.errors import NanogapError
 from nanogap.image import Pad
-from nanogap.models.llava import SYSTEM, Llava, LlavaConfig
+from nanogap.llava import SYSTEM, LlavaConfig
+from nanogap.models.base import VLM
 from nanogap.prompt import NUMBER, BoxFormat, Template, encode
 
 DOWNLOAD = ("`python -m nanogap.convert shikra --base weights/llama-7b "
@@ -30,7 +30,7 @@ WHITE = Pad((255, 255, 255))
 # and Shikra's own evaluation counts such an answer as wrong
 THREE_DECIMALS = BoxFormat(
     re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}[;\]]", re.ASCII),
-    "Answer: [{:.3f},{:.3f},{:.3f},{:.3f}] .", digits=12)
+    "Answer: [{:.3f},{:.3f},{:.3f},{:.3f}] .")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,6 @@ class InSentence(Template):
         before, after = self.before + first, self.after.format(second)
         return before.rstrip(), after.lstrip()
 
-    def follow(self, question: str) -> str:
-        """A question that follows an answer: the image is where it was."""
-        return super().follow(question.replace(" <image>", ""))
-
     def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
         """Token IDs of the whole prompt: one `image_token`, in the place of 256 patches."""
         before, after = self.around(question)
@@ -73,15 +69,13 @@ SHIKRA = InSentence(
               "and provide the coordinates of its location?"))
 
 
-class Shikra(Llava):
-    download = DOWNLOAD
-    frame = WHITE
+class Shikra(VLM):
     template = SHIKRA
     box_format = THREE_DECIMALS
+    download = DOWNLOAD
+    clip_download = CLIP_DOWNLOAD
     special_tokens = (PATCH, START, END)
-    own_layout = DELTA
     fixed = {"model_type": "shikra", "vision_feature_select_strategy": "default"}
-    required = {"vision_feature_select_strategy": ("default",), "auto_map": (None, {})}
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
@@ -89,5 +83,6 @@ class Shikra(Llava):
         self.multi_modal_projector = nn.Linear(
             config.vision.hidden_size, config.text.hidden_size, bias=config.projector_bias)
 
-    def clip_download(self) -> str:
-        return CLIP_DOWNLOAD
+    def follow(self, question: str) -> str:
+        """A question that follows an answer: the image is where it was."""
+        return super().follow(question.replace(" <image>", ""))

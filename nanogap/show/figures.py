@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
-from nanogap.checks.command import NanogapError, Parser, answer_for, path_argument
+from nanogap.checks.command import Parser, answer_for, path_argument
 from nanogap.checks.output import check_file, check_folder, save_picture
+from nanogap.errors import NanogapError
 from nanogap.image import open_image
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, in_decoder

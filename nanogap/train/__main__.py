@@ -27,9 +27,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from nanogap.checks.command import NanogapError, Parser, answer_for, path_argument, whole_number
+from nanogap.checks.command import Parser, answer_for, path_argument, whole_number
 from nanogap.checks.output import check_folder, claim, standing, whole_checkpoint
 from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanogap.checks.checkpoint import look_into
-from nanogap.checks.command import NanogapError, tell
+from nanogap.checks.command import tell
 from nanogap.checks.output import write_whole
+from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
 from nanogap.train.objectives import Batch, Draw, Mixture, Scenes
 from nanogap.train.scenes import draw_scene

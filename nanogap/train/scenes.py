@@ -18,8 +18,9 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from nanogap.checks.command import NanogapError, Parser, answer_for, path_argument, whole_number
+from nanogap.checks.command import Parser, answer_for, path_argument, whole_number
 from nanogap.checks.output import check_picture, save_picture
+from nanogap.errors import NanogapError
 from nanogap.image import Box
 
 Cast = Sequence[tuple[str, str]]             # (kind, colour) of each thing

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogap.checks.command import NanogapError
+from nanogap.errors import NanogapError
 from nanogap.evaluate import journal
 
 SETTINGS = {"weights": "mini 1234", "seed": 0}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
-from nanogap.checks.command import NanogapError
+from nanogap.errors import NanogapError
 from nanogap.checks.output import check_picture, save_picture
 from nanogap.evaluate import plot
 from nanogap.gap import MODES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanogap.checks.command import NanogapError
+from nanogap.errors import NanogapError
 from nanogap.evaluate.refcoco import Data, read_data
 from nanogap.image import open_image
 

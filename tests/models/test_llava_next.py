@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 import nanogap
 from nanogap import gap
-from nanogap.checks.command import NanogapError
+from nanogap.errors import NanogapError
 from nanogap.checks.config import read_decoder
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert.sentencepiece import read_llama_tokenizer

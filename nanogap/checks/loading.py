@@ -1,0 +1,20 @@
+"""Load a model, and say in one line what is wrong where it cannot be: `nanogap.load`."""
+
+from pathlib import Path
+
+import torch
+
+from nanogap import weights
+from nanogap.models import VLM
+
+
+def load(folder: str | Path, device: str | torch.device | None = None,
+         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
+    """Load a checkpoint, ready to ground; the arguments are those of nanogap/weights.py's load.
+
+    raises: NanogapError where anything is missing, broken, unknown, of another shape, or would
+            change answers in silence
+    """
+    model = weights.load(folder, device, dtype, clip)
+    assert isinstance(model, VLM)
+    return model

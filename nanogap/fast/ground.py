@@ -1,0 +1,38 @@
+"""A question, answered the fast way: `nanogap.ground` with drafts, and with cuts in the decoder.
+
+In:  a model, a picture, an expression, and how to prune.  Out: the same words as the lesson's.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from nanogap import ground as lesson
+from nanogap.ground import MAX_NEW_TOKENS, Keep, Result
+from nanogap.llava import EncodedImage
+from nanogap.prompt import DESCRIBE
+
+if TYPE_CHECKING:
+    from nanogap.models import VLM
+
+
+def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, expression: str,
+           prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
+           max_new_tokens: int = MAX_NEW_TOKENS, drafts: bool = True,
+           question: str | None = None) -> Result:
+    """Find what an expression refers to: see nanogap/ground.py.
+
+    drafts: whether a pass may be fed several tokens; the words are the same
+    """
+    return lesson.ground(model, image, expression, prune, keep, mode, seed,
+                         max_new_tokens=max_new_tokens, question=question)
+
+
+def describe(model: "VLM", image: Image.Image | str | Path | EncodedImage,
+             prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap",
+             seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
+             drafts: bool = True) -> Result:
+    """Say what is in a picture; the arguments are those of `ground`."""
+    return ground(model, image, DESCRIBE, prune, keep, mode, seed, max_new_tokens=max_new_tokens,
+                  drafts=drafts, question=DESCRIBE)
