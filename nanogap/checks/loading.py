@@ -7,6 +7,18 @@ import torch
 from nanogap import weights
 from nanogap.models import VLM
 
+HERE = Path(__file__).resolve().parents[2] / "weights"
+REAL = HERE / "llava-1.5-7b-hf"
+MINI = HERE / "mini"
+
+
+def default_weights() -> Path:
+    """llava-1.5-7b-hf if it was downloaded, otherwise the mini weights that ship."""
+    weights = REAL if REAL.is_dir() else MINI
+    if weights.is_relative_to(Path.cwd()):
+        return weights.relative_to(Path.cwd())
+    return weights
+
 
 def load(folder: str | Path, device: str | torch.device | None = None,
          dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
