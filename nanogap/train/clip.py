@@ -15,7 +15,9 @@ def pooled(tower: Any, pixel_values: Tensor) -> Tensor:
     """A tower's summary of images (B, C): CLS after all layers and the last LayerNorm."""
     if not isinstance(tower, CLIPVisionTower):
         return tower.pooled(pixel_values)
-    x = tower.hidden(pixel_values, len(tower.encoder.layers))                 # (B, 1 + N, C)
+    x = tower.pre_layrnorm(tower.embeddings(pixel_values))                    # (B, 1 + N, C)
+    for layer in tower.encoder.layers:
+        x = layer(x)
     return tower.post_layernorm(x[:, 0])
 
 
@@ -35,8 +37,8 @@ class CLIP(nn.Module):
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
-        pooled = pooled(self.vision_model, pixel_values)                       # (B, C)
-        return F.normalize(self.visual_projection(pooled), dim=-1)
+        summary = pooled(self.vision_model, pixel_values)                     # (B, C)
+        return F.normalize(self.visual_projection(summary), dim=-1)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """Texts (M, T) -> unit vectors (M, projection_dim)."""
