@@ -11,6 +11,7 @@ A family of models is one file beside this one.  It says what differs:
 Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanogap.checks.config import write_json
 from nanogap.clip import CLIPVisionTower
 from nanogap.fast.ground import describe, ground
 from nanogap.fast.ground_all import ground_all
@@ -138,7 +138,7 @@ class VLM(Llava):
     def write_config(self, folder: Path, dtype: str) -> None:
         """config.json as the hub has it, every key spelled out, and the two files beside it."""
         for name, value in self.settings(dtype).items():
-            write_json(folder / name, value)
+            (folder / name).write_text(json.dumps(value, indent=2) + "\n")
 
     def settings(self, dtype: str) -> dict[str, dict]:
         """What is written into each of these files."""

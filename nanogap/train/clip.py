@@ -1,14 +1,19 @@
 """CLIP as a whole, as it is trained: both towers, and their projections into one space."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from math import log
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
+from nanogap.models.saving import save_tensors
 
 
 def pooled(tower: Any, pixel_values: Tensor) -> Tensor:
@@ -35,9 +40,30 @@ class CLIP(nn.Module):
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
-        pooled = pooled(self.vision_model, pixel_values)                       # (B, C)
-        return F.normalize(self.visual_projection(pooled), dim=-1)
+        seen = pooled(self.vision_model, pixel_values)                        # (B, C)
+        return F.normalize(self.visual_projection(seen), dim=-1)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """Texts (M, T) -> unit vectors (M, projection_dim)."""
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
+
+
+def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer,
+              dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write both towers in the layout of openai/clip-vit-large-patch14-336."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = tokenizer.token_to_id("<|startoftext|>")
+    end = tokenizer.token_to_id("<|endoftext|>")
+    width = clip.visual_projection.out_features
+    shared = {"projection_dim": width, "hidden_act": "quick_gelu"}
+    tokens = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    text = asdict(clip.text_model.config) | shared | tokens
+    vision = asdict(clip.vision_model.config) | shared
+    config = {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "text_config": text | {"model_type": "clip_text_model"},
+        "vision_config": vision | {"model_type": "clip_vision_model"}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tensors(folder / "model.safetensors", clip, dtype)
