@@ -20,13 +20,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanogap.clip import CLIPVisionConfig
-from nanogap.checks.loading import load
 from nanogap.llama import LlamaConfig
 from nanogap.llava import VICUNA, LlavaConfig
 from nanogap.models import MODELS, VLM
 from nanogap.models.llava_next import LlavaNext, LlavaNextConfig
 from nanogap.models.saving import our_name, save
 from nanogap.train.tokenizer import IMAGE, train_llama_tokenizer
+from nanogap.weights import load
 
 LAYOUTS = ("a", "b", "c", "d")
 IMAGE_TOKEN = 560          # <image> in the tiny tokenizer; 561 is <pad>
