@@ -47,11 +47,10 @@ class VLM(Llava):
     on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
         (r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
-    reads_words: ClassVar[bool] = True         # whether its tower comes with one for texts
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
-    later: ClassVar[str] = "USER: {} ASSISTANT:"    # a question that follows an answer
+    later: str = "USER: {} ASSISTANT:"         # a question that follows an answer
     # keys of config.json that never differ
     fixed: ClassVar[dict] = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
