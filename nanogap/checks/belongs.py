@@ -16,7 +16,7 @@ from torch import Size, Tensor
 
 from nanogap import weights
 from nanogap.checks.pickles import read_saved
-from nanogap.checks.reading import printable, read_json
+from nanogap.checks.reading import printable
 from nanogap.checks.silent import QUANTISED
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
@@ -121,7 +121,7 @@ def check_words(path: Path, tokenizer: Tokenizer) -> None:
 
 def check_guide(folder: Path, model: Llava) -> None:
     """Refuse a CLIP that the vision tower does not come from."""
-    guide, config = model.text_guide, read_json(folder / "config.json")
+    guide, config = model.text_guide, weights.read_json(folder / "config.json")
     assert guide is not None
     vision = replace(weights.VIT_B_32,
                      **weights.known(CLIPVisionConfig, config["vision_config"]))

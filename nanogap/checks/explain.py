@@ -11,6 +11,7 @@ is, and what makes a checkpoint of it.
 import fnmatch
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +171,14 @@ def check_files(folder: Path) -> None:
 
 def empty(folder: Path) -> Any:
     """The model that config.json describes, without numbers."""
-    config = read_json(folder / "config.json")
+    config = weights.read_json(folder / "config.json")
     with torch.device("meta"):
         if config["model_type"] != "clip":
             family = MODELS[config["model_type"]]
             return family(weights.read_config(folder, family))        # type: ignore[arg-type]
-        return CLIPText(CLIPVisionConfig(**weights.known(CLIPVisionConfig,
-                                                         config["vision_config"])),
-                        CLIPTextConfig(**weights.known(CLIPTextConfig, config["text_config"])),
+        vision = weights.known(CLIPVisionConfig, config["vision_config"])
+        text = weights.known(CLIPTextConfig, config["text_config"])
+        return CLIPText(replace(weights.VIT_B_32, **vision), replace(weights.TEXT_B_32, **text),
                         config.get("projection_dim", 512))
 
 

@@ -12,7 +12,10 @@ from nanogap.checks.silent import check_clip, silent
 from nanogap.errors import NanogapError
 from nanogap.models import VLM
 
-HERE = Path(__file__).resolve().parents[2] / "weights"
+PACKAGE = Path(__file__).resolve().parents[1]
+# run.py, image.jpg and weights/ stand at the top level; in a wheel they are in nanogap/shipped
+TOP = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
+HERE = TOP / "weights"
 REAL = HERE / "llava-1.5-7b-hf"
 MINI = HERE / "mini"
 

@@ -13,14 +13,21 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
+from nanogap.models.eva import EvaTower
 from nanogap.models.saving import save_tensors
 
 
-def pooled(tower: Any, pixel_values: Tensor) -> Tensor:
-    """A tower's summary of images (B, C): CLS after all layers and the last LayerNorm."""
-    if not isinstance(tower, CLIPVisionTower):
-        return tower.pooled(pixel_values)
-    x = tower.hidden(pixel_values, len(tower.encoder.layers))                 # (B, 1 + N, C)
+def pooled(tower: CLIPVisionTower | EvaTower, pixel_values: Tensor) -> Tensor:
+    """A tower's summary of images (B, C): CLS after all layers and the last LayerNorm.
+
+    EVA's has none of its own: CLS is normalised as MiniGPT-v2 normalises what it reads.
+    """
+    if isinstance(tower, EvaTower):
+        _, x = tower(pixel_values)                                            # (B, 1 + N, C)
+        return F.layer_norm(x[:, 0], x.shape[-1:])
+    x = tower.pre_layrnorm(tower.embeddings(pixel_values))                    # (B, 1 + N, C)
+    for layer in tower.encoder.layers:
+        x = layer(x)
     return tower.post_layernorm(x[:, 0])
 
 
@@ -29,7 +36,7 @@ class CLIP(nn.Module):
 
     def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int,
                  tower: Callable[[Any], Any] = CLIPVisionTower) -> None:
-        """tower: makes another vision tower of its sizes; it needs a `pooled` as CLIP's has."""
+        """tower: makes the vision tower of these sizes; EVA's is the other one."""
         super().__init__()
         self.vision_model = tower(vision)
         self.text_model = CLIPTextTower(text)
