@@ -182,10 +182,11 @@ def empty(folder: Path) -> Any:
                         config.get("projection_dim", 512))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's tensors, each of them there."""
-    family = MODELS.get(read_json(folder / "config.json")["model_type"])
-    download = family.download if family else MODELS["llava"].clip_download
+def weight_files(folder: Path, download: str = "") -> list[Path]:
+    """The files of a checkpoint's tensors, each of them there; download: what gets them."""
+    if not download:
+        family = MODELS.get(read_json(folder / "config.json")["model_type"])
+        download = family.download if family else MODELS["llava"].clip_download
     name = next((name for name in WEIGHTS if (folder / name).exists()
                  or (folder / name).is_symlink()), None)
     if name is None:
@@ -230,14 +231,13 @@ def broken(path: Path, error: Exception) -> NanogapError:
     if path.suffix == ".safetensors" and start == b"PK\3\4":
         return NanogapError(f"{path} is a file of torch.save's under another name; call it "
                             "pytorch_model.bin")
-    if path.suffix == ".safetensors" or "PytorchStreamReader" in str(error):
+    if path.suffix == ".safetensors" or not start or "PytorchStreamReader" in str(error):
         for left in path.parent.glob(f"{path.name}*"):
             if left != path:
                 return NanogapError(f"{path} is cut off, and {left.name} beside it is of a "
                                     "download that stopped; run it again: it continues")
-        return NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again")
-    if not start:
-        return NanogapError(f"{path} cannot be read (it is empty); download it again")
+        what = "is cut off or broken" if path.suffix == ".safetensors" else "cannot be read"
+        return NanogapError(f"{path} {what} ({one_line(error)}); download it again")
     foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))    # torch's words
     why = f"it holds a {printable(foreign[1])}" if foreign else one_line(error)
     return NanogapError(f"{path} cannot be read ({why}); save it again with "
