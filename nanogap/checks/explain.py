@@ -182,9 +182,9 @@ def empty(folder: Path) -> Any:
                         config.get("projection_dim", 512))
 
 
-def weight_files(folder: Path, download: str = "") -> list[Path]:
+def weight_files(folder: Path, download: str | None = None) -> list[Path]:
     """The files of a checkpoint's tensors, each of them there; download: what gets them."""
-    if not download:
+    if download is None:
         family = MODELS.get(read_json(folder / "config.json")["model_type"])
         download = family.download if family else MODELS["llava"].clip_download
     name = next((name for name in WEIGHTS if (folder / name).exists()

@@ -607,7 +607,7 @@ def test_killed_in_the_middle_nothing_is_left_under_the_final_name(
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     beside = list(out.glob(".*.partial"))
-    assert len(beside) == 1 and not list(out.glob("*.*"))
+    assert len(beside) == 1 and not list(out.glob("[!.]*"))
     with pytest.raises(NanogapError, match="is being written by another process"):
         made("llava", out, **given("llava", pieces))
     process.send_signal(how)
