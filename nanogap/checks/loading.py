@@ -6,6 +6,7 @@ import torch
 
 from nanogap import weights
 from nanogap.checks.belongs import check_belonging
+from nanogap.checks.command import shown
 from nanogap.checks.explain import explain
 from nanogap.checks.reading import printable
 from nanogap.checks.silent import check_clip, silent
@@ -62,7 +63,7 @@ def folder_of(name: str | Path) -> Path:
     """The folder that is meant: a path, the name of weights that ship, or a snapshot of the hub's.
     """
     if not isinstance(name, str | Path) or name == "":
-        raise NanogapError(f"a checkpoint is a folder, and {name!r:.80} names none: give its "
+        raise NanogapError(f"a checkpoint is a folder, and {shown(name)} names none: give its "
                            f"path, such as {MINI}")
     try:
         folder = Path(name)

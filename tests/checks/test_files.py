@@ -17,8 +17,7 @@ import pytest
 import torch
 
 import nanogap
-from nanogap import NanogapError
-from nanogap import weights
+from nanogap import NanogapError, weights
 from nanogap.checks import silent as settings
 from nanogap.checks.silent import silent
 from tests.checks.test_weights import edit, logits, refusal
