@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogap.checks.checkpoint import look_into
 from nanogap.checks.command import tell
 from nanogap.checks.output import write_whole
 from nanogap.errors import NanogapError
@@ -86,7 +85,6 @@ class Progress:
         if not self.path.is_file():
             raise NanogapError(f"{self.path} is no regular file; give another --out")
         try:
-            look_into(self.path)
             with warnings.catch_warnings(action="ignore"):   # of a file of another kind
                 saved = torch.load(self.path, map_location="cpu", weights_only=True)
             settings = saved["settings"]
