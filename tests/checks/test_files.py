@@ -19,7 +19,7 @@ import torch
 import nanogap
 from nanogap import NanogapError
 from nanogap.checks import checkpoint, settings
-from nanogap.models.llava import Llava
+from nanogap.models import VLM as Llava
 from tests.checks.test_weights import edit, logits, refusal
 from tests.tiny import tiny_config, tiny_tensors, write_shards, write_tensors
 

@@ -18,8 +18,10 @@ from nanogap import NanogapError, weights
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS
-from nanogap.models.llava import Llava
-from nanogap.weights import default_weights, our_name, pick_device, pick_dtype, save
+from nanogap.models import VLM as Llava
+from nanogap.checks import loading
+from nanogap.checks.loading import default_weights
+from nanogap.models.saving import our_name, save
 from tests.tiny import (
     LAYOUTS,
     published_name,
