@@ -127,8 +127,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse arguments that contradict each other, before any work is done."""
     alone = "score" if args.score else "questions" if args.questions else None
     if alone:
-        flags = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
-        flags += ("score",) if alone == "questions" else ("questions",)
+        other = "score" if alone == "questions" else "questions"
+        flags = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume", other)
         asked = [flag for flag in flags if getattr(args, flag)]
         if asked:
             raise NanogapError(f"--{alone} asks no model, so --{asked[0]} has nothing to say "
@@ -228,7 +228,7 @@ def ask_nobody(args: argparse.Namespace) -> None:
     for flag in ("split", "images", "limit"):
         value = getattr(args, flag)
         same += [f"--{flag}", str(value)] if value else []
-    print(write_questions(args.questions, data, examples, same))
+    print(write_questions(args.questions, examples, same))
 
 
 # ----- one model ----------------------------------------------------------------------------------

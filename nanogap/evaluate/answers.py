@@ -22,12 +22,12 @@ from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_b
 from nanogap.evaluate.formats import FORMATS, fitting, smart_resize, with_numbers
 from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import read_file
-from nanogap.evaluate.score import TIMES, Run, Reading, score, with_last_pixel
+from nanogap.evaluate.score import TIMES, Reading, Run, score, with_last_pixel
 from nanogap.image import Box, iou
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 GIVEN = "given"                                   # strategy and mode where lines do not say them
-LONGEST = 80                                      # letters of a name in a table
+LONGEST = 300                                     # letters of a name in a table
 HARDLY = 0.1
 LINES = "give lines of {\"id\", \"text\"} or {\"id\", \"box\"}"
 
@@ -161,8 +161,8 @@ def is_number(value: object) -> bool:
     return value is None or type(value) in (int, float) and abs(value) < 1e12   # type: ignore
 
 
-OTHERS = {"prune": (is_name, "a name of at most 80 letters"),
-          "mode": (is_name, "a name of at most 80 letters"),
+OTHERS = {"prune": (is_name, "a name of at most 300 letters"),
+          "mode": (is_name, "a name of at most 300 letters"),
           "keep": (lambda v: v is None or is_whole(v) or is_name(v), "a number of visual tokens"),
           "cut_off": (lambda v: v is None or type(v) is bool, "true or false"),
           "resized": (lambda v: isinstance(v, list) and len(v) == 2

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nanogap import prune
+from nanogap import methods, prune
 from nanogap.checks.command import tell
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
@@ -32,7 +32,6 @@ from nanogap.models import VLM
 
 Todo = tuple[Example, Run, tuple[str, str, Box]]
 Budgets = dict[tuple[str, str], int | str | None]   # strategy and --keep -> tokens, or a share
-HOUSE = Path(__file__).resolve().parents[1]
 
 
 # ----- runs ---------------------------------------------------------------------------------------
@@ -214,13 +213,12 @@ def digests(names: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for name in names:
-        code = getattr(prune.STRATEGIES[name], "__code__", None)
-        file = Path(code.co_filename).resolve() if code else HOUSE
-        if file.is_file() and not file.is_relative_to(HOUSE):
-            finder = ModuleFinder([str(file.parent)])
-            finder.run_script(str(file))
-            files = {str(file), *(module.__file__ for module in finder.modules.values()
-                                  if module.__file__)}
+        file = methods.code_of(name)
+        if file:
+            finder = ModuleFinder([str(Path(file).parent)])
+            finder.run_script(file)
+            found_too = (getattr(module, "__file__", None) for module in finder.modules.values())
+            files = {file, *filter(None, found_too)}
             whole = b"".join(Path(each).read_bytes() for each in sorted(files))
             found[name] = hashlib.sha256(whole).hexdigest()[:8]
     return found

@@ -156,7 +156,8 @@ def open_sized(path: Path, size: Size) -> Image.Image:
     image = open_image(path, upright=False)
     if image.size != size:
         raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
-                        f"{size[0]} x {size[1]}; fetch COCO's own, or take this one away")
+                        f"{size[0]} x {size[1]}; give the folder of COCO's "
+                        "train2014 with --images, or take this one away")
     return image
 
 

@@ -23,38 +23,13 @@ from nanogap.checks.command import tell
 from nanogap.checks.output import check_file, claim, write_whole
 from nanogap.errors import NanogapError
 
-
-def is_number(value: object) -> bool:
-    """A finite number."""
-    return type(value) in (int, float) and math.isfinite(value)   # type: ignore[arg-type]
-
-
-def are_numbers(value: object) -> bool:
-    """A list of finite numbers."""
-    return isinstance(value, list) and all(map(is_number, value))
-
-
-def is_text(value: object) -> bool:
-    """A string."""
-    return isinstance(value, str)
-
-
-def is_time(value: object) -> bool:
-    """A number; None in the cases of --ablate that take no times."""
-    return value is None or is_number(value)
-
-
-def is_box(value: object) -> bool:
-    """Four numbers."""
-    return are_numbers(value) and len(value) == 4                 # type: ignore[arg-type]
-
-
-FIELDS: dict[str, Callable[[object], bool]] = {
-    "id": is_text, "image": is_text, "expression": is_text, "mode": is_text, "prune": is_text,
-    "keep": lambda v: v is None or type(v) is int or is_text(v), "text": is_text,
-    "box": lambda v: v is None or is_box(v), "truth": is_box, "iou": is_number,
-    "cut_off": lambda v: type(v) is bool, "visual_tokens": is_number, "kept": are_numbers,
-    "padding": is_number, "prefill_ms": is_time, "decode_ms": is_time}
+Kinds = type | tuple[type, ...]
+NUMBER, NONE = (int, float), type(None)
+FIELDS: dict[str, Kinds] = {
+    "id": str, "image": str, "expression": str, "mode": str, "prune": str,
+    "keep": (int, str, NONE), "text": str, "box": (list, NONE), "truth": list, "iou": NUMBER,
+    "cut_off": bool, "visual_tokens": NUMBER, "kept": list, "padding": NUMBER,
+    "prefill_ms": (*NUMBER, NONE), "decode_ms": (*NUMBER, NONE)}   # no times in cases of --ablate
 KEYS = set(FIELDS)
 
 
@@ -108,7 +83,8 @@ def check_settings(path: Path, settings: dict) -> set[str]:
         key = differs[0]
         raise NanogapError(f"--resume: {path} was made with another {key}, {made.get(key)!s:.80} "
                            f"and not {settings[key]}; give that one, or a new file")
-    settings["strategies"] = before | settings.get("strategies", {})
+    if before:
+        settings["strategies"] = before | settings.get("strategies", {})
     return edited
 
 
@@ -134,9 +110,13 @@ def check_record(record: object) -> None:
     """Refuse with ValueError what no run has written: each field is asked once, here."""
     if not isinstance(record, dict) or not FIELDS.keys() <= record.keys():
         raise ValueError("keys are lacking")
-    for key, is_right in FIELDS.items():
-        if not is_right(record[key]):
-            raise ValueError(f"{key} is {record[key]!r:.40}")
+    for key, kinds in FIELDS.items():
+        value = record[key]
+        numbers = value if isinstance(value, list) else [value]
+        if not isinstance(value, kinds) or any(
+                type(v) not in NUMBER or not math.isfinite(v) for v in numbers
+                if not isinstance(v, str | bool | NONE)):
+            raise ValueError(f"{key} is {value!r:.40}")
 
 
 def earlier(path: Path | None, settings: dict) -> tuple[list[dict], set[str]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.errors import NanogapError
-from nanogap.evaluate.data import Data, Example
+from nanogap.evaluate.data import Example
 
 
-def write_questions(path: Path, data: Data, examples: Sequence[Example], same: Sequence[str]) -> str:
+def write_questions(path: Path, examples: Sequence[Example], same: Sequence[str]) -> str:
     """Write the file and the pictures; what to do with them, in a line.
 
     same: arguments of the command that say what data it is

@@ -156,7 +156,8 @@ def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
         if form.image == "file_name" and isinstance(image, str):
             image = CROP.sub("", image)
         size = (item["width"], item["height"]) if sized else None
-        for expression in said if form.expression == "answer" and isinstance(said, list) else [said]:
+        several = form.expression == "answer" and isinstance(said, list)
+        for expression in said if several else [said]:
             entries.append(checked(where, len(entries) + 1, image, expression, item[form.box],
                                    form.corners, size, group))
     if form is None:

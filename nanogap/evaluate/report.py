@@ -54,7 +54,8 @@ def print_table(args: argparse.Namespace, report: Report) -> None:
     boxes = [(box, example.size) for example in report.data.examples
              for *_, box in example.questions]
     for line in (report.title, PROTOCOLS[args.protocol], *covers(report.data),
-                 *doubts("annotations", boxes), *report.notes):
+                 *doubts("annotations", boxes), *report.notes,
+                 *unread(args.protocol, report.rows)):
         print(visible(line))
     print(table(report.rows), *cut_off(report.rows), sep="\n")
 
@@ -103,6 +104,14 @@ def covers(data: Data) -> list[str]:
         id_, why = next(iter(data.left_out.items()))
         lines.append(f"{asked}: {len(data.left_out)} cannot be asked, such as {id_}: {why:.300}")
     return lines
+
+
+def unread(protocol: str, rows: Sequence[dict]) -> list[str]:
+    """A word where another project's reader finds next to no box: it reads its own format only."""
+    if protocol == "pixels" or not all((row["no_box"] or 0) > 0.9 for row in rows):
+        return []
+    return [f"protocol {protocol} reads hardly any of these answers: it is made for the format of "
+            "another model"]
 
 
 def cut_off(rows: Sequence[dict]) -> list[str]:

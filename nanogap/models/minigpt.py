@@ -41,7 +41,7 @@ from nanogap.llava import EncodedImage, LlavaConfig
 from nanogap.models.base import VLM
 from nanogap.models.eva import VIT_G_14, EvaTower, interpolate_positions
 from nanogap.models.frames import Stretch
-from nanogap.prompt import BoxFormat, Template
+from nanogap.prompt import BoxFormat, Shares, Template
 
 DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
             "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
@@ -139,6 +139,10 @@ class MiniGPT(VLM):
     def project(self, features: Tensor) -> Tensor:
         """Visual tokens (K, 4 C) -> as the decoder is fed them (K, C')."""
         return self.llama_proj(features)
+
+    def parse_box(self, text: str) -> Shares | None:
+        """The first box in an answer, which is read without blanks and <unk>, as the authors do."""
+        return super().parse_box(text.replace("<unk>", "").replace(" ", ""))
 
     def align(self, features: Tensor) -> Tensor:
         """There is no space of images and texts here."""
