@@ -17,13 +17,14 @@ from torch import Size, Tensor
 from nanogap import weights
 from nanogap.checks.pickles import read_saved
 from nanogap.checks.reading import printable, read_json
+from nanogap.checks.silent import QUANTISED
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
 from nanogap.models.saving import our_name
 
-# the spelling of safetensors -> of torch
-NUMBERS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# how safetensors spells types -> how torch does
+NUMBERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 OF_OTHERS = re.compile(r"<\|(im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant"
                        r"|system|end)\|>|<(start|end)_of_turn>")
 SAMPLE = 1024        # numbers of each matrix by which two vision towers are compared
@@ -36,17 +37,15 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Size, str]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 part = file.get_slice(name)
-                kind = part.get_dtype()
-                yield name, Size(part.get_shape()), NUMBERS.get(kind, kind)
+                kind = re.sub(r"^(BF|F|I|U)(?=\d)", lambda m: NUMBERS[m[1]], part.get_dtype())
+                yield name, Size(part.get_shape()), kind
         return
-    for name, tensor in read_saved(path).items():
-        kind = str(tensor.dtype).removeprefix("torch.")
-        yield str(name), tensor.shape, kind if plain(tensor) else f"{tensor.layout}"
-
-
-def plain(tensor: Tensor) -> bool:
-    """Whether it holds numbers in rows: not sparse, not quantised."""
-    return tensor.layout == torch.strided and not tensor.is_quantized
+    state = read_saved(path)
+    tensors = state.items() if isinstance(state, dict) else [("", None)]
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError("it holds more than tensors")
+        yield str(name), tensor.shape, str(tensor.dtype).removeprefix("torch.")
 
 
 def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
@@ -78,16 +77,13 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
 
 def check_numbers(path: Path, name: str, shape: Size, kind: str) -> None:
     """Weights are float32, bfloat16 or float16, and nothing that only looks like them."""
-    if kind not in NUMBERS.values():
-        eight = re.match(r"U?I?8$|F8|uint8|int8|float8", kind)
-        raise NanogapError(
-            f"{path.parent} {QUANTISED} ({path.name}: {printable(name)} is {kind})" if eight else
-            f"{path}: {printable(name)} is {kind} {list(shape)}, and weights are "
-            f"{', '.join(weights.DTYPES)}; save it again as one of these")
-
-
-QUANTISED = ("holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
-             "checkpoint that they were made from, or save the `dequantize()` of transformers")
+    if re.fullmatch(r"(u?int|float)(4|8)(_.*)?", kind):
+        raise NanogapError(f"{path.parent} {QUANTISED} ({path.name}: {printable(name)} is "
+                           f"torch.{kind})")
+    if kind not in (*weights.DTYPES, "float64"):
+        raise NanogapError(f"{path}: {printable(name)} is torch.{kind} {list(shape)}, and weights "
+                           f"are {', '.join(weights.DTYPES)}: the file and config.json belong to "
+                           "different checkpoints")
 
 
 # ----- the tokenizer ------------------------------------------------------------------------------

@@ -18,17 +18,16 @@ import torch
 from torch import Size, nn
 
 from nanogap import weights
-from nanogap.checks.belongs import QUANTISED, check_numbers, tensors_of
+from nanogap.checks.belongs import check_numbers, tensors_of
 from nanogap.checks.command import lacks_memory
 from nanogap.checks.reading import instead, one_line, printable, read_json, unreadable
+from nanogap.checks.silent import ADAPTER, QUANTISED, refuse_adapter, refuse_quantised
 from nanogap.clip import CLIPText, CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 from nanogap.models.saving import our_name
 
 DOWNLOAD = MODELS["llava"].download
-ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weights; merge it into "
-           "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
 OWN_LAYOUT = ("is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
               "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`")
 DELTA = ("is Shikra as it is published, a difference to LLaMA-7B; add them with `python -m "
@@ -137,20 +136,6 @@ def other_form(folder: Path) -> str | None:
     return None
 
 
-def refuse_adapter(folder: Path) -> None:
-    """An adapter beside a model would change its answers, so it is not passed over."""
-    if (folder / "adapter_config.json").is_file():
-        raise NanogapError(f"{folder} {ADAPTER}")
-
-
-def refuse_quantised(folder: Path, *parts: Any) -> None:
-    """Weights in 4 or 8 bits are no tensors of the model's shapes."""
-    for part in parts:
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(part, dict) and part.get(key):
-                raise NanogapError(f"{folder} {QUANTISED} (config.json: {key})")
-
-
 def own_layout(config: dict) -> str | None:
     """The key that shows LLaVA's own layout, which those of the hub's LLaVAs do not have."""
     keys = [key for key in config if key.startswith("mm_")]
@@ -249,8 +234,9 @@ def broken(path: Path, error: Exception) -> NanogapError:
             if left != path:
                 return NanogapError(f"{path} is cut off, and {left.name} beside it is of a "
                                     "download that stopped; run it again: it continues")
-        return NanogapError(f"{path} cannot be read (it is cut off or broken: "
-                            f"{one_line(error)}); download it again")
+        return NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again")
+    if not start:
+        return NanogapError(f"{path} cannot be read (it is empty); download it again")
     foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))    # torch's words
     why = f"it holds a {printable(foreign[1])}" if foreign else one_line(error)
     return NanogapError(f"{path} cannot be read ({why}); save it again with "

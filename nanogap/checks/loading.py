@@ -6,7 +6,7 @@ import torch
 
 from nanogap import weights
 from nanogap.checks.belongs import check_belonging
-from nanogap.checks.explain import explain, refuse_adapter
+from nanogap.checks.explain import explain
 from nanogap.checks.reading import printable
 from nanogap.checks.silent import check_clip, silent
 from nanogap.errors import NanogapError
@@ -31,7 +31,6 @@ def load(folder: str | Path, device: str | torch.device | None = None,
         guide = folder / "clip_text"
     check_place(device, dtype)
     try:
-        refuse_adapter(folder)
         silent(folder)
         if guide is not None:
             check_clip(guide)

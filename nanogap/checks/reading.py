@@ -35,8 +35,6 @@ def instead(path: Path) -> str | None:
     """What a file is in place of what it should be, as its first bytes tell, and the next step."""
     with path.open("rb") as file:
         start = file.read(256)
-    if not start:
-        return f"{path} is empty; download it again"
     for pattern, says in INSTEAD.items():
         if re.match(pattern, start):
             return f"{path} {says}"

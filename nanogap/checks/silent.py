@@ -54,6 +54,11 @@ PIXELS: Table = {
 PROCESSOR: Table = {"vision_feature_select_strategy": ("default",)}
 TOKENIZER: Table = {"add_bos_token": (True,), "add_eos_token": (False,)}
 
+ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weights; merge it into "
+           "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
+QUANTISED = ("holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
+             "checkpoint that they were made from, or save the `dequantize()` of transformers")
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -98,7 +103,9 @@ def silent(folder: Path) -> None:
 
     raises: NanogapError that names the file and the key, or the file that cannot be read
     """
+    refuse_adapter(folder)
     config = read_json(folder / "config.json")
+    refuse_quantised(folder, config, config.get("text_config"))
     family = FAMILIES[config["model_type"]]
     text, vision = section(config, "text_config"), section(config, "vision_config")
     kind = text.get("model_type")
@@ -110,6 +117,10 @@ def silent(folder: Path) -> None:
     check_rope(text)
     if config["model_type"] == "minigpt_v2":
         check_eva(vision)
+    generation = optional(folder / "generation_config.json")
+    file, processor = read_processor(folder)
+    for key, least in (("image_mean", 0.0), ("image_std", None)):
+        check_triple(processor.get(key), f"{file}: {key}", least)
     read = weights.read_config(folder, MODELS[config["model_type"]])
     check_parts(config, text, read)
     if kind == "mistral" and text.get("sliding_window") is not None:
@@ -118,8 +129,24 @@ def silent(folder: Path) -> None:
             require("config.json", text, "sliding_window", None)
     if kind in family.chats or kind is None:
         check_question(folder, family.chats[kind or "llama"])
-    check_ends(folder, config, text, read.text.vocab_size)
-    check_pixels(folder, config, family.pixels, read.vision)
+    check_ends(generation, config, text, read.text.vocab_size)
+    check_pixels(file, processor, config, family.pixels, read.vision)
+    require_all(optional(folder / "processor_config.json"),
+                PROCESSOR | {"patch_size": (read.vision.patch_size,)}, "processor_config.json")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """An adapter beside a model would change its answers, so it is not passed over."""
+    if (folder / "adapter_config.json").is_file():
+        raise NanogapError(f"{folder} {ADAPTER}")
+
+
+def refuse_quantised(folder: Path, *parts: Any) -> None:
+    """Weights in 4 or 8 bits are no tensors of the model's shapes."""
+    for part in parts:
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(part, dict) and part.get(key):
+                raise NanogapError(f"{folder} {QUANTISED} (config.json: {key})")
 
 
 # ----- one key ------------------------------------------------------------------------------------
@@ -221,16 +248,15 @@ def check_parts(config: dict, text: dict, read: LlavaConfig) -> None:
     check_integer(text, "bos_token_id", read.text.vocab_size - 1, 0)
 
 
-def check_ends(folder: Path, config: dict, text: dict, rows: int) -> None:
+def check_ends(generation: dict, config: dict, text: dict, rows: int) -> None:
     """What changes words, and the tokens that end an answer.
 
     source: transformers takes generation_config.json where there is one, or else config.json, the
             whole model's keys before those of the decoder
     """
     file, settings = "config.json", text | {k: v for k, v in config.items() if v is not None}
-    if (folder / "generation_config.json").exists():
-        file = "generation_config.json"
-        settings = read_json(folder / file)
+    if generation:
+        file, settings = "generation_config.json", generation
     require_all(settings, GENERATION, file)
     found = settings.get("eos_token_id")
     for end in [] if found is None else found if isinstance(found, list) and found else [found]:
@@ -242,17 +268,22 @@ def check_ends(folder: Path, config: dict, text: dict, rows: int) -> None:
 # ----- pixels -------------------------------------------------------------------------------------
 
 
-def check_pixels(folder: Path, config: dict, known: Table, vision: CLIPVisionConfig) -> None:
-    """How pictures become pixels: preprocessor_config.json, or what transformers 5 has for it."""
-    file, model = "processor_config.json", config["model_type"]
-    processor = optional(folder / file)
-    require_all(processor, PROCESSOR | {"patch_size": (vision.patch_size,)}, file)
-    found = processor.get("image_processor")
+def read_processor(folder: Path) -> tuple[str, dict]:
+    """preprocessor_config.json, or what transformers 5 has in its place; and where that stands."""
+    file = "processor_config.json"
+    found = optional(folder / file).get("image_processor")
     if found is None:
         file = "preprocessor_config.json"
         found = optional(folder / file)
     if not isinstance(found, dict):
         raise NanogapError(f"{file}: image_processor is not an object")
+    return file, found
+
+
+def check_pixels(file: str, found: dict, config: dict, known: Table,
+                 vision: CLIPVisionConfig) -> None:
+    """How pictures become pixels."""
+    model = config["model_type"]
     kind, kinds = found.get("image_processor_type"), known["image_processor_type"]
     if kind is not None and kind not in kinds:
         raise NanogapError(f"{file}: image_processor_type is {kind!r:.80}, and a {model!r:.80} "
@@ -268,8 +299,6 @@ def check_pixels(folder: Path, config: dict, known: Table, vision: CLIPVisionCon
     scale = found.get("rescale_factor")
     if scale is not None and not (isinstance(scale, float) and abs(scale * 255 - 1) < 1e-6):
         require(file, found, "rescale_factor", 1 / 255)
-    for key, least in (("image_mean", 0.0), ("image_std", None)):
-        check_triple(found.get(key), f"{file}: {key}", least)
     if model == "llava_next":
         check_pinpoints(config, "config.json", vision.image_size)
         check_pinpoints(found, file, vision.image_size)
