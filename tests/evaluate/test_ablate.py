@@ -31,14 +31,14 @@ def model() -> VLM:
 ])
 def test_cases_in_raster_order_by_hand(name: str, visual: list, after: list):
     layout = ablate.lay_out(name, 2, 8, 3, SHUFFLED)
-    assert layout.order.tolist() == layout.keep.tolist() == list(range(8))
+    assert layout.order.tolist() == layout.kept.tolist() == list(range(8))
     assert layout.position_ids.tolist() == [0, 1, *visual, *after]
     assert layout.next_position == after[-1] + 1
 
 
 def test_a_permuted_order_takes_the_ids_along():
     layout = ablate.lay_out("order permuted", 2, 8, 3, SHUFFLED)
-    assert layout.order.tolist() == layout.keep.tolist() == SHUFFLED.tolist()
+    assert layout.order.tolist() == layout.kept.tolist() == SHUFFLED.tolist()
     assert layout.position_ids.tolist() == [0, 1, *(2 + SHUFFLED).tolist(), 10, 11, 12]
     assert layout.next_position == 13
 

@@ -9,7 +9,6 @@ from PIL import Image
 from nanogap.checks.command import answer_for
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate import plot
-from tests.checks.test_run import finder, weights  # noqa: F401
 
 # A picture of 200 x 100: in the padded square of 200 x 200 it begins 50 pixels down.
 BOXES = [[20, 0, 100, 70], [20, 0, 100, 35], [120, 0, 190, 70]]
@@ -153,7 +152,7 @@ def test_an_image_whose_size_nobody_knows_is_refused(data: Path, capsys):
 
 @pytest.mark.parametrize("protocol", ["pixels", "minigpt", "lmms-eval"])
 def test_the_evaluators_own_file_gives_the_same_table(
-        finder: Path, data: Path, capsys, protocol: str):  # noqa: F811
+        finder: Path, data: Path, capsys, protocol: str):
     Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
     out = data.with_name("answers.jsonl")
     shared = ["--data", str(data), "--protocol", protocol]

@@ -21,12 +21,6 @@ MINI, SHIKRA = ROOT / "weights" / "mini", ROOT / "weights" / "mini-shikra"
 MODES = ("full", "shifted", "permuted", "gap")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Random weights, 16 visual tokens, and no text tower."""
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny_config())
-
-
 def run(*arguments: object) -> int:
     argv = [*map(str, arguments), "--device", "cpu"]
     return answer_for("nanogap.evaluate", evaluate.main, argv)

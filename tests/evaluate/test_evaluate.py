@@ -16,24 +16,16 @@ from PIL import Image
 
 import nanogap
 from nanogap.checks.command import answer_for
-from nanogap.evaluate import __main__ as evaluate
-from nanogap.evaluate import ablate, journal, plot
-from nanogap.evaluate.__main__ import drawn_data, first
-from nanogap.evaluate.refcoco import Example
+from nanogap.evaluate import ablate, ask, data, journal, plot
+from nanogap.evaluate import __main__ as command
+from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.gap import MODES
-from nanogap.models.llava import Llava
-from nanogap.prune import STRATEGIES, View, VisualTokens
-from nanogap.weights import default_weights
-from tests.checks.test_run import finder, weights  # noqa: F401
+from nanogap.models import VLM
+from nanogap.prune import STRATEGIES
+from nanogap.checks.loading import default_weights
 from tests.tiny import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Random weights, which say nothing in particular."""
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny_config())
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ def annotations(tmp_path: Path) -> Path:
 
 def run(*arguments: object) -> int:
     argv = [*map(str, arguments), "--device", "cpu"]
-    return answer_for("nanogap.evaluate", evaluate.main, argv)
+    return answer_for("nanogap.evaluate", command.main, argv)
 
 
 def report(capsys) -> dict:
@@ -82,14 +74,13 @@ def test_the_limit_counts_expressions_and_not_images():
 class IMAGE:
     """16 visual tokens in one view."""
 
-    n_visual = 16
-    views = [View(VisualTokens(torch.zeros(16, 1), 4, 4), torch.arange(16))]
+    n_visual = n_patches = 16
 
 
 def test_mode_full_comes_once_and_the_same_budget_once():
     class Args:
         mode, prune, keep, ablate = ["full", "gap"], ["random", "spatial"], ["50%", "4", "8"], False
-    assert evaluate.runs_asked(Args, IMAGE) == [
+    assert ask.runs_asked(Args, IMAGE) == [
         ("none", 16, "full"), ("random", 8, "gap"), ("random", 4, "gap"), ("spatial", 8, "gap"),
         ("spatial", 4, "gap")]
 
@@ -97,7 +88,7 @@ def test_mode_full_comes_once_and_the_same_budget_once():
 def test_the_ablation_asks_all_its_cases_in_place_of_modes():
     class Args:
         mode, prune, keep, ablate = ["full", "gap"], ["random"], ["4", "8"], True
-    runs = evaluate.runs_asked(Args, IMAGE)
+    runs = ask.runs_asked(Args, IMAGE)
     assert len(runs) == len(ablate.WHOLE) + 2 * len(ablate.PRUNED)
     assert runs[0] == ("none", 16, "nothing changed")
     assert runs[-1] == ("random", 8, "original, text collides")
@@ -177,7 +168,7 @@ def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
 def test_each_image_is_looked_at_once_and_asked_at_once_in_each_run(folder, tmp_path, monkeypatch):
     """Seven expressions about one scene, and two about the next, after a rehearsal."""
     encoded, asked = [], []
-    encode_pixels, ground_all = Llava.encode_pixels, Llava.ground_all
+    encode_pixels, ground_all = VLM.encode_pixels, VLM.ground_all
 
     def encode(self, *args):
         encoded.append(args)
@@ -187,8 +178,8 @@ def test_each_image_is_looked_at_once_and_asked_at_once_in_each_run(folder, tmp_
         asked.append(len(expressions))
         return ground_all(self, image, expressions, *args, **more)
 
-    monkeypatch.setattr(Llava, "encode_pixels", encode)
-    monkeypatch.setattr(Llava, "ground_all", ask)
+    monkeypatch.setattr(VLM, "encode_pixels", encode)
+    monkeypatch.setattr(VLM, "ground_all", ask)
     assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
     assert len(encoded) == 1 + 2
     assert asked == [1, 1, 1] + [7, 7, 7] + [2, 2, 2]
@@ -213,7 +204,7 @@ def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, t
 
 def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
     seeds = []
-    monkeypatch.setattr(evaluate, "ask", lambda model, image, expressions, run, seed, *more:
+    monkeypatch.setattr(ask, "ask", lambda model, image, expressions, run, seed, *more:
                         seeds.append(seed) or [{"text": "", "box": None}])
 
     class Model:
@@ -225,7 +216,7 @@ def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_mis
 
     todo = [(Example(number, "a.jpg", (9, 9), lambda: None, []), ("random", 4, "gap"),
              ("x", "thing", (0, 0, 1, 1))) for number in (0, 3)]
-    assert len(list(evaluate.answers(Model, todo, Args, {}))) == 2
+    assert len(list(ask.answers(Model, todo, Args, {}))) == 2
     assert seeds == [10, 13]
 
 
@@ -254,7 +245,7 @@ def test_every_mode_can_be_asked_of_every_strategy(folder, capsys):
 
 
 def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.prune, "STRATEGIES", dict(STRATEGIES))
+    monkeypatch.setattr(prune, "STRATEGIES", dict(STRATEGIES))
     file = tmp_path / "mine.py"
     file.write_text("import torch\nfrom nanogap.prune import Kept\n\n"
                     "def top_left(seen, budget, generator):\n"
@@ -269,7 +260,7 @@ def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, mon
 
 def test_answers_of_a_strategy_that_was_edited_are_not_mixed_with_the_old_ones(
         folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.prune, "STRATEGIES", dict(STRATEGIES))
+    monkeypatch.setattr(prune, "STRATEGIES", dict(STRATEGIES))
     file, out = tmp_path / "mine.py", tmp_path / "answers.jsonl"
     code = "from nanogap.prune import Kept, random as mine\n"
     asked = ["--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
@@ -368,17 +359,18 @@ def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder,
 
 
 def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
-    args = evaluate.parse_arguments(["--weights", str(ROOT / "weights" / "mini"),
+    args = command.parse_arguments(["--weights", str(ROOT / "weights" / "mini"),
                                      "--out", str(tmp_path / "a.jsonl")])
     model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
-    before = evaluate.settings(args, model, data)
-    assert before == evaluate.settings(args, model, data)
-    model.text_guide.clip.text_projection.weight.mul_(2)
-    assert before["weights"] != evaluate.settings(args, model, data)["weights"]
+    before = ask.settings(args, model, data)
+    assert before == ask.settings(args, model, data)
+    model.text_guide.text_projection.weight.mul_(2)
+    assert before["weights"] != ask.settings(args, model, data)["weights"]
 
 
 def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(ask, "TELL_EVERY", 0.0)
+    monkeypatch.setattr(data, "TELL_EVERY", 0.0)
     assert run("--weights", folder, "--limit", 2, "--mode", "full") == 0
     drawn, one, two = capsys.readouterr().err.splitlines()
     assert drawn == "drawing scenes: 0 of 2 expressions"
@@ -445,17 +437,17 @@ def test_resume_needs_a_file(capsys):
 def test_all_that_answers_depend_on_is_in_the_digest():
     """One number of every tensor, every setting, every word; CLIP's text tower as well."""
     model = nanogap.load(ROOT / "weights" / "mini", "cpu")
-    seen = {evaluate.fingerprint(model)}
-    assert evaluate.fingerprint(nanogap.load(ROOT / "weights" / "mini", "cpu")) in seen
+    seen = {ask.fingerprint(model)}
+    assert ask.fingerprint(nanogap.load(ROOT / "weights" / "mini", "cpu")) in seen
     draw, count = random.Random(2), 1
 
     def has_changed() -> None:
         nonlocal count
-        seen.add(evaluate.fingerprint(model))
+        seen.add(ask.fingerprint(model))
         count += 1
         assert len(seen) == count, "the digest is one that was there before"
 
-    for part in (model, model.text_guide.clip):
+    for part in (model,):
         tensors = draw.sample(list(part.state_dict().values()), 30)
         for tensor in [*tensors, *list(part.state_dict().values())[-2:]]:
             tensor.view(-1)[draw.randrange(tensor.numel())] += 1
