@@ -8,6 +8,7 @@ import torch
 import nanogap
 from nanogap import gap
 from nanogap.evaluate import ablate
+from nanogap.ground import Answer
 from nanogap.models import VLM
 from nanogap.prune import Kept
 
@@ -64,8 +65,12 @@ def test_the_seed_is_that_of_the_random_order(model: VLM):
 
 def test_where_the_order_is_permuted_tokens_are_fed_in_it(model: VLM, monkeypatch):
     image, fed = model.encode_image(ROOT / "image.jpg"), {}
-    monkeypatch.setattr(model, "generate",
-                        lambda x, layout, most: fed.update({layout.order: x}) or [])
+
+    def caught(model: VLM, x: torch.Tensor, layout: gap.Layout, most: int) -> Answer:
+        fed[layout.order] = x
+        return Answer([2], 0.0, 0, 0)
+
+    monkeypatch.setattr(ablate, "greedy", caught)
     for name in ("nothing changed", "order permuted"):
         ablate.ask(model, image, "the man on the left", name, 3)
     (_, plain), (order, permuted) = fed.items()

@@ -48,7 +48,7 @@ def test_three_answers_by_hand(data: Path, capsys):
     head, protocol, columns, line = printed.splitlines()
     assert head.endswith("given.jsonl, data.jsonl (nanogap): 3 expressions about 1 images, "
                          "3 expressions")
-    assert protocol == "boxes in pixels of the original image, continuous areas, IoU >= 0.5"
+    assert protocol == "pixels: boxes in pixels of the original image, continuous areas, IoU >= 0.5"
     assert columns.split()[0] == "prune" and not columns.endswith("decode")
     assert line.split() == ["given", "-", "-", "given", "0.667", "0.208..0.939", "0.500", "0.000",
                             "-"]
@@ -68,12 +68,15 @@ def test_a_box_without_area_is_none(data: Path, capsys):
 
 
 def test_the_protocol_decides_how_boxes_are_counted(data: Path, capsys):
-    """20 x 25 to 100 x 60 as lmms-eval takes it; half a box is a hit for all but MiniGPT-v2."""
+    """20 x 25 to 100 x 60 as lmms-eval takes it; MiniGPT-v2 reads a format of its own."""
     said = [{"id": i, "text": SAID} for i in (1, 2, 3)]
     row, = rows(capsys, data, said, "--protocol", "lmms-eval")
     assert row["mean_iou"] == pytest.approx((0.5 + 10 / 60 + 0) / 3)
-    row, = rows(capsys, data, said, "--protocol", "minigpt")
-    assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
+    own = [{"id": i, "text": "{<10><0><50><70>}"} for i in (1, 2, 3)]
+    for given in (own, [{"id": i, "box": BOXES[0]} for i in (1, 2, 3)]):
+        row, = rows(capsys, data, given, "--protocol", "minigpt")
+        assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
+    assert "reads hardly any of these answers" in score(capsys, data, said, "--protocol", "minigpt")
 
 
 def test_what_is_not_answered_counts_as_wrong_and_is_said(data: Path, capsys):
@@ -82,7 +85,7 @@ def test_what_is_not_answered_counts_as_wrong_and_is_said(data: Path, capsys):
     assert printed[2] == ("given, given: 2 of 3 expressions have no answer, and count as wrong")
     assert printed[4].split()[4:6] == ["0.333", "0.061..0.792"]
     row, = rows(capsys, data, items)
-    assert (row["unanswered"], row["expressions"], row["no_box"]) == (2, 3, pytest.approx(2 / 3))
+    assert (row["unanswered"], row["expressions"], row["no_box"]) == (2, 3, 0)
 
 
 def test_lines_may_name_their_runs_and_what_was_measured(data: Path, capsys):
@@ -118,7 +121,7 @@ def test_the_picture_is_drawn(data: Path, capsys, flags: tuple, tokens: dict):
     ([], [], "holds no answer; give lines of"),
     ([{"id": 1, "text": "x"}], ["--resume"], "--score asks no model, so --resume has nothing to"),
     ([{"id": 1, "text": "x"}], ["--mode", "gap"], "--score asks no model, so --mode has nothing"),
-    ([{"id": 1, "text": "x"}], ["--family", "best"], "invalid choice: 'best'"),
+    ([{"id": 1, "text": "x"}], ["--format", "best"], "invalid choice: 'best'"),
 ])
 def test_a_mistake_is_one_line_and_status_2(data: Path, capsys, items, flags, message):
     file = write(data.with_name("given.jsonl"), items)
@@ -130,7 +133,7 @@ def test_a_mistake_is_one_line_and_status_2(data: Path, capsys, items, flags, me
 
 def test_broken_files_are_named(data: Path, capsys):
     for content, message in ((None, "cannot be read (No such file or directory); give a file of"),
-                             ('{"id": 1, "text": "x"}\n{"id"', "given.jsonl, line 2: broken JSON")):
+                             ('{"id": 1, "text": "x"}\n{"id"', "given.jsonl, line 2 cannot be read (broken JSON")):
         file = data.with_name("given.jsonl")
         if content:
             file.write_text(content)
@@ -150,7 +153,7 @@ def test_an_image_whose_size_nobody_knows_is_refused(data: Path, capsys):
     assert answer_for("nanogap.evaluate", evaluate.main, argv) == 0
 
 
-@pytest.mark.parametrize("protocol", ["pixels", "minigpt", "lmms-eval"])
+@pytest.mark.parametrize("protocol", ["pixels", "vlmevalkit", "lmms-eval"])
 def test_the_evaluators_own_file_gives_the_same_table(
         finder: Path, data: Path, capsys, protocol: str):
     Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
@@ -162,10 +165,10 @@ def test_the_evaluators_own_file_gives_the_same_table(
     assert answer_for("nanogap.evaluate", evaluate.main, [*shared, "--score", str(out)]) == 0
     scored = capsys.readouterr().out.splitlines()
     assert scored[1:] == asked[1:] and len(scored) == 3 + 7
-    if protocol == "lmms-eval":
+    if protocol != "pixels":
         argv = ["--data", str(data), "--score", str(out)]
         assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
-        assert "holds boxes as lmms-eval reads them" in capsys.readouterr().err
+        assert f"holds boxes as {protocol} reads them" in capsys.readouterr().err
 
 
 def test_each_key_of_another_type_is_scored_or_one_line(data: Path, capsys):

@@ -21,7 +21,6 @@ from nanogap.evaluate import __main__ as command
 from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.gap import MODES
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES
 from nanogap.checks.loading import default_weights
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -99,7 +98,7 @@ def test_the_ablation_asks_all_its_cases_in_place_of_modes():
 
 @pytest.mark.parametrize("protocol, ious, box", [
     ("pixels", [1, 35 / 70, 34 / 70, 0], [20, 0, 100, 70]),
-    ("minigpt", [1, 36 / 71, 35 / 71, 0], [20, 0, 100, 70]),
+    ("vlmevalkit", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60]),
     ("lmms-eval", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60])])
 def test_boxes_are_mapped_back_and_scored_by_the_protocol(
         finder, annotations: Path, capsys, protocol: str, ious: list, box: list):
@@ -117,7 +116,7 @@ def test_boxes_are_mapped_back_and_scored_by_the_protocol(
         "decode_ms": 0}
     document = report(capsys)
     assert document["protocol"] == protocol
-    assert document["runs"][0]["accuracy"] == (0.25 if protocol == "lmms-eval" else 0.5)
+    assert document["runs"][0]["accuracy"] == (0.5 if protocol == "pixels" else 0.25)
 
 
 def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: Path, capsys):
@@ -126,7 +125,7 @@ def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: P
     lines = said.out.splitlines()
     assert lines[0].endswith("shikra.jsonl (Shikra): 5 expressions about 2 images, 4 expressions, "
                              "seed 0, cpu, float32")
-    assert lines[1] == "boxes in pixels of the original image, continuous areas, IoU >= 0.5"
+    assert lines[1] == "pixels: boxes in pixels of the original image, continuous areas, IoU >= 0.5"
     assert lines[2] == "covers 4 of 5 expressions: 1 images are missing, such as gone.jpg"
     assert [line.split()[:6] for line in lines[4:6]] == [
         ["none", "16", "16", "full", "0.500", "0.150..0.850"],
@@ -145,7 +144,7 @@ def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path
     picture = annotations.with_name("plot.png")
     assert run("--weights", finder, "--data", annotations, "--json", "--plot", picture) == 0
     document = report(capsys)
-    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol", "layer",
+    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol",
                              "max_new_tokens", "picture", "expressions", "of", "missing_images",
                              "left_out", "runs"}
     assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
@@ -212,7 +211,7 @@ def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_mis
         parse_box = None
 
     class Args:
-        seed, layer, protocol, max_new_tokens = 10, 2, "pixels", 64
+        seed, protocol, max_new_tokens = 10, "pixels", 64
 
     todo = [(Example(number, "a.jpg", (9, 9), lambda: None, []), ("random", 4, "gap"),
              ("x", "thing", (0, 0, 1, 1))) for number in (0, 3)]
@@ -244,8 +243,7 @@ def test_every_mode_can_be_asked_of_every_strategy(folder, capsys):
                             for mode in MODES if mode != "full")]
 
 
-def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prune, "STRATEGIES", dict(STRATEGIES))
+def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text("import torch\nfrom nanogap.prune import Kept\n\n"
                     "def top_left(seen, budget, generator):\n"
@@ -254,23 +252,42 @@ def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, mon
     assert run("--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
                f"{file}:top_left", "--out", out) == 0
     answer = json.loads(out.read_text())
-    assert (answer["prune"], answer["kept"]) == ("top_left", [0, 1, 2])
+    assert (answer["prune"], answer["kept"]) == (f"{file}:top_left", [0, 1, 2])
     assert "top_left" in capsys.readouterr().out
 
 
-def test_answers_of_a_strategy_that_was_edited_are_not_mixed_with_the_old_ones(
-        folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prune, "STRATEGIES", dict(STRATEGIES))
-    file, out = tmp_path / "mine.py", tmp_path / "answers.jsonl"
-    code = "from nanogap.prune import Kept, random as mine\n"
-    asked = ["--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
-             f"{file}:mine", "--out", out]
-    file.write_text(code)
+STRATEGY = """from helper import count
+from nanogap.prune import Kept, random
+
+def mine(seen, budget, generator):
+    return Kept(random(seen, budget, generator).ranked[:count])
+"""
+
+
+def test_a_strategy_that_was_edited_loses_its_own_answers_and_no_others(folder, tmp_path, capsys):
+    """Also where only what it imports from its folder was edited."""
+    file, helper, out = (tmp_path / name for name in ("mine.py", "helper.py", "answers.jsonl"))
+    file.write_text(STRATEGY)
+    helper.write_text("count = 3\n")
+    asked = ["--weights", folder, "--limit", 2, "--keep", 3, "--mode", "full", "gap", "--prune",
+             "random", f"{file}:mine", "--out", out]
     assert run(*asked) == 0
+    whole = out.read_text().splitlines()
     assert run(*asked, "--resume") == 0
-    file.write_text(code + "# edited\n")
-    assert run(*asked, "--resume") == 2
-    assert "was made with another strategy file, " in capsys.readouterr().err
+    assert out.read_text().splitlines() == whole and len(whole) == 6
+    capsys.readouterr()
+    helper.write_text("count = 3   # edited\n")
+    assert run(*asked, "--resume") == 0
+    assert ":mine was edited: 2 answers are asked again ..." in capsys.readouterr().err
+    again = out.read_text().splitlines()
+    assert [line for line in again if ":mine" not in line] == [
+        line for line in whole if ":mine" not in line]
+    assert sorted(map(timeless_line, again)) == sorted(map(timeless_line, whole))
+    assert again != whole
+
+
+def timeless_line(line: str) -> str:
+    return json.dumps(json.loads(line) | {"prefill_ms": 0, "decode_ms": 0})
 
 
 def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, tmp_path, capsys):
@@ -279,7 +296,7 @@ def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, tmp_path, caps
     for layer, keep in ((1, 8), (2, 12)):
         out = tmp_path / f"{layer}.jsonl"
         assert run("--weights", folder, "--limit", 1, "--keep", keep, "--mode", "gap", "--prune",
-                   "fastv", "--layer", layer, "--json", "--out", out) == 0
+                   f"fastv(layer={layer})", "--json", "--out", out) == 0
         assert report(capsys)["runs"][0]["visual_tokens"] == keep
         kept.append(len(json.loads(out.read_text())["kept"]))
     assert kept == [4, 4]
@@ -373,9 +390,9 @@ def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
     monkeypatch.setattr(data, "TELL_EVERY", 0.0)
     assert run("--weights", folder, "--limit", 2, "--mode", "full") == 0
     drawn, one, two = capsys.readouterr().err.splitlines()
-    assert drawn == "drawing scenes: 0 of 2 expressions"
+    assert drawn == "drawing scenes: 0 of 2 expressions ..."
     assert one.startswith("1 of 2 answers, ") and " a second, " in one
-    assert two.endswith("0.0 min to go")
+    assert two.endswith(" 0 s to go ...")
 
 
 def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
@@ -407,11 +424,12 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     (["--prune", "random", "--keep", "auto"], "random needs a budget"),
     (["--ablate", "--mode", "gap"], "--ablate has its own modes"),
     (["--ablate", "--keep", "auto"], "random needs a budget"),
-    (["--layer", "3", "--prune", "fastv"], "fastv cannot cut before layer 3 of 3"),
-    (["--layer", "2", "--prune", "random", "sparsevlm"], "--layer says where fastv cuts, or a "),
+    (["--prune", "fastv(layer=3)"], "fastv(layer=3) cannot cut before layer 3 of 3"),
     (["--prune", "random", "sparsevlm", "--keep", "6"], "sparsevlm cannot keep 6 of 16 visual "
      "tokens in the mean over 3 layers, of which 1 see all: keep from 7 to 16"),
-    (["--family", "llava"], "--family says whose format --score reads"),
+    (["--format", "llava"], "--format says how --score reads answers"),
+    (["--resized", "28"], "--format says how --score reads answers"),
+    (["--questions", "q.jsonl"], "--questions asks no model, so --weights has nothing to say"),
     (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say there"),
     (["--limit", "0"], "--limit 0 asks nothing"),
     (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),

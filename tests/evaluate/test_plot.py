@@ -1,13 +1,10 @@
 """The picture of an evaluation."""
 
 import math
-from pathlib import Path
 
 import pytest
 from PIL import Image, ImageColor
 
-from nanogap.errors import NanogapError
-from nanogap.checks.output import check_picture, save_picture
 from nanogap.evaluate import plot
 from nanogap.gap import MODES
 from nanogap.show.draw import PAGE, STYLES
@@ -87,10 +84,10 @@ def test_every_mode_has_a_style_and_no_two_look_alike():
     assert set(plot.MARKERS) == set(MODES) - {"full"}
     drawn = set()
     for mode in [*plot.MARKERS, "another program's"]:
-        picture, pen, _ = plot.page(60)
+        page = plot.Page(60)
         style = plot.line_of(mode)
-        plot.marker(pen, (30, 30), style._replace(colour="#ffffff"))
-        drawn.add(picture.tobytes())
+        page.marker((30, 30), style._replace(colour="#ffffff"))
+        drawn.add(page.picture.tobytes())
     assert len(drawn) == len(MODES)                                            # full has none
     assert len({plot.line_of(mode).colour for mode in MODES}) == len(MODES)
 
@@ -123,24 +120,6 @@ def test_rows_are_drawn_where_there_are_no_lines():
     unknown = row("given", 0, 0.5, "given") | {"visual_tokens": None}
     assert plot.are_cases([unknown])
     assert plot.draw_rows([unknown]).width == plot.WIDTH
-
-
-@pytest.mark.parametrize("name, message", [
-    ("x.jsonl", "a picture cannot be written with that ending; use .png or .jpg"),
-    ("x", "a picture cannot be written with that ending"),
-    ("no/x.png", "would be in a folder that does not exist; make it with `mkdir -p "),
-    ("folder.png", "is a folder; give the path of a picture to write")])
-def test_a_picture_that_cannot_be_written_is_refused_at_once(tmp_path, name: str, message: str):
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(NanogapError, match=message):
-        check_picture("--plot", tmp_path / name)
-
-
-def test_the_picture_is_written_whole(tmp_path: Path):
-    picture = plot.draw_panels(ROWS)
-    save_picture("--plot", tmp_path / "x.png", picture)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
-    assert Image.open(tmp_path / "x.png").size == picture.size
 
 
 def test_several_strategies_have_a_panel_each_to_one_scale_and_one_legend():

@@ -104,7 +104,7 @@ class Harmless:
 @pytest.mark.parametrize("thing", [Evil(), Harmless(), print], ids=["os.system", "set", "print"])
 def test_a_pickle_that_names_anything_is_refused_and_runs_nothing(folder: Path, monkeypatch, thing):
     monkeypatch.chdir(folder)
-    with pytest.raises(NanogapError, match=r"is refused: it names \w+\.\w+, and annotations"):
+    with pytest.raises(NanogapError, match=r"is refused: it names \w+\.\w+, and what it should hold needs no code"):
         read_data(refs(folder, [*REFS, thing], 2), folder, "val")
     assert not (folder / "burgled").exists()
 
@@ -122,14 +122,16 @@ def qwen(box: str) -> str:
 
 
 @pytest.mark.parametrize("text, message", [
-    (lines(QWEN)[:-20], r"line 3: broken JSON"),
-    (json.dumps(QWEN, indent=1)[:-40], r"any.file, line \d\d: broken JSON"),
-    (b'{"image": "\xff"}', r"line 1: broken JSON .*fetch the file again"),
-    ("[" * 100000, "broken JSON"),
-    ("", "neither JSON nor a whole pickle"),
-    (pickle.dumps(REFS, 0)[:-50], "neither JSON nor a whole pickle"),
+    (lines(QWEN)[:-20], r"line 3 cannot be read \(broken JSON"),
+    (json.dumps(QWEN, indent=1)[:-40], r"any.file, line 1 cannot be read \(broken JSON"),
+    (b'{"image": "\xff"}', r"any.file cannot be read .*save it as UTF-8"),
+    ("[" * 1000, "broken JSON"),
+    ("", "any.file is empty"),
+    (pickle.dumps(REFS, 0)[:-50], "is no whole pickle"),
     (pickle.dumps([1, 2]), "is a pickle, but not a list of ann_id, image_id, sentences, split"),
-    (b"PAR1\x15\x04", "neither JSON nor a whole pickle"),
+    (b"PAR1\x15\x04", r"is a parquet file; two lines of Python .*read_parquet\('.*any.file'\)"),
+    ("version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+    ("<!DOCTYPE html><html>", "is a web page"),
     ("[]", "holds no annotation"),
     (json.dumps(INSTANCES), "line 1 is an annotation of no form that is read here: MiniGPT-v2"),
     ('[{"image": "a.jpg"}, 5]', "entry 1 is an annotation of no form"),
@@ -162,7 +164,7 @@ def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path):
     with pytest.raises(NanogapError, match=r"do not fit together \(KeyError\(71\)\)"):
         read_data(path, folder, "val")
     (folder / "instances.json").unlink()
-    with pytest.raises(NanogapError, match=r"cannot be read \(No such file.*put instances.json"):
+    with pytest.raises(NanogapError, match="is not there, or is no regular file.*put instances.json"):
         read_data(path, folder, "val")
 
 
@@ -236,7 +238,7 @@ def test_the_published_val_split_has_10834_expressions_about_1500_images(tmp_pat
 # ----- frames -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".webp"])
 @pytest.mark.parametrize("entries", [QWEN, OWN], ids=["with a size", "without"])
 def test_an_annotated_picture_is_not_turned_for_its_box_is_in_stored_pixels(
         tmp_path: Path, entries: list, ending: str):
@@ -336,7 +338,7 @@ def test_a_file_that_is_no_file_is_not_read(folder: Path, monkeypatch, name: str
     path = refs(folder)
     (folder / "instances.json").unlink()
     (folder / "instances.json").symlink_to(Path(name).absolute())
-    with pytest.raises(NanogapError, match=r"instances.json cannot be read \("):
+    with pytest.raises(NanogapError, match=r"instances.json is not there, or is no regular file"):
         read_data(path, folder, "val")
 
 
