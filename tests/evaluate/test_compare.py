@@ -144,7 +144,7 @@ def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
     data = tmp_path / "a.jsonl"
     data.write_text("".join(json.dumps({"image": "a.png", "expression": words, "box": [1, 2, 30, 31]})
-                            + "\n" for words in ("the man", "the man " * 150)))
+                            + "\n" for words in ("the man", "the man " * 300)))
     picture = tmp_path / "x.png"
     assert run("--weights", folder, MINI, "--data", data, "--mode", "full", "--plot", picture) == 0
     said = capsys.readouterr().out

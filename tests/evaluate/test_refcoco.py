@@ -125,8 +125,8 @@ def qwen(box: str) -> str:
     (lines(QWEN)[:-20], r"line 3 cannot be read \(broken JSON"),
     (json.dumps(QWEN, indent=1)[:-40], r"any.file, line 1 cannot be read \(broken JSON"),
     (b'{"image": "\xff"}', r"any.file cannot be read .*save it as UTF-8"),
-    ("[" * 1000, "broken JSON"),
-    ("", "any.file is empty"),
+    (json.dumps(QWEN)[:-1] + ", {]", "line 1 cannot be read"),
+    ("", "any.file (is empty|is no whole pickle)"),
     (pickle.dumps(REFS, 0)[:-50], "is no whole pickle"),
     (pickle.dumps([1, 2]), "is a pickle, but not a list of ann_id, image_id, sentences, split"),
     (b"PAR1\x15\x04", r"is a parquet file; two lines of Python .*read_parquet\('.*any.file'\)"),
@@ -233,6 +233,60 @@ def test_the_published_val_split_has_10834_expressions_about_1500_images(tmp_pat
     id_, expression, box = data.examples[0].questions[0]
     assert expression == "bowl behind the others can only see part"
     assert box == pytest.approx((468.3, 0.91, 640.0, 117.03))
+
+
+# ----- files as people hold them ------------------------------------------------------------------
+
+
+def test_rows_of_lmms_lab_have_a_list_of_expressions(folder: Path):
+    """x y w h, and the crop's number in the file's name; the picture says how large it is."""
+    rows = [{"question_id": "1", "bbox": by_side(SAID[0][1]), "answer": ["the man", "man on left"],
+             "file_name": f"{NAME}_3.jpg", "iscrowd": 0},
+            {"question_id": "2", "bbox": by_side(SAID[2][1]), "answer": ["a dog"],
+             "file_name": f"{NAME}.jpg", "iscrowd": 0}]
+    data = read_data(write(folder, lines(rows)), folder)
+    assert told(data) == SAID and data.expressions == 3 and len(data.examples) == 1
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-8-sig"])
+@pytest.mark.parametrize("text", [lines(SHIKRA), json.dumps(SHIKRA)], ids=["lines", "list"])
+def test_what_powershell_wrote_is_read(folder: Path, coding: str, text: str):
+    mark = b"\xff\xfe" if coding == "utf-16-le" else b""
+    assert told(read_data(write(folder, mark + text.encode(coding)), folder)) == SAID
+
+
+def test_pictures_of_another_data_set_have_the_names_that_instances_json_says(folder: Path):
+    for name in ("ship_a.jpg", f"{NAME}.jpg"):
+        Image.new("RGB", (40, 30)).save(folder / name)
+    ships = json.loads(json.dumps(REFS[:1]).replace("COCO_7_71.jpg", "ship_a.jpg"))
+    path = refs(folder, ships)
+    text = json.dumps(INSTANCES).replace("7.jpg", "ship_a.jpg")
+    write(folder, text, "instances.json")
+    assert read_data(path, folder, "val").examples[0].name == "ship_a.jpg"
+
+
+@pytest.mark.parametrize("stem", ["COCO_val2014_000000000042", "drone_flight_07_frame_000042"])
+def test_minigpts_name_of_a_crop_is_the_pictures_and_a_number(folder: Path, stem: str):
+    Image.new("RGB", (40, 30)).save(folder / f"{stem}.jpg")
+    data = read_data(write(folder, json.dumps([MINIGPT[0] | {"img_id": f"{stem}_1"}])), folder)
+    assert data.examples[0].name == f"{stem}.jpg" and data.groups == {f"{stem}_1": ["1"]}
+
+
+def test_where_no_picture_is_found_what_is_there_decides_the_next_step(tmp_path: Path):
+    """COCO's are to be fetched, others are not; and those in a folder below are named."""
+    own = lines([OWN[0] | SIZE | {"image": "ship.jpg"}])
+    with pytest.raises(NanogapError, match="holds no picture: give theirs with --images"):
+        read_data(write(tmp_path, own), None)
+    Image.new("RGB", (40, 30)).save(tmp_path / "other.jpg")
+    with pytest.raises(NanogapError, match="holds 1 pictures, such as other.jpg: give theirs"):
+        read_data(write(tmp_path, own), None)
+    below = tmp_path / "coco" / "train2014"
+    below.mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(below / f"{NAME}.jpg")
+    with pytest.raises(NanogapError, match=r"it is in .*coco/train2014: give that with --images"):
+        read_data(write(tmp_path, lines(SHIKRA)), None)
+    (below / f"{NAME}.jpg").rename(tmp_path / "000000000007.jpg")        # its name in 2017
+    assert not read_data(write(tmp_path, lines(SHIKRA)), None).missing
 
 
 # ----- frames -------------------------------------------------------------------------------------
