@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line_and_status_2(data: Path, capsys, items, flags, me
 
 def test_broken_files_are_named(data: Path, capsys):
     for content, message in ((None, "cannot be read (No such file or directory); give a file of"),
-                             ('{"id": 1, "text": "x"}\n{"id"', "given.jsonl, line 2 cannot be read (broken JSON")):
+                             ('{"id": 1, "text": "x"}\n{"id"', "line 2 cannot be read (broken")):
         file = data.with_name("given.jsonl")
         if content:
             file.write_text(content)

@@ -112,7 +112,7 @@ def test_one_model_at_a_time_is_in_memory(folder, monkeypatch, capsys):
 
 def test_each_model_keeps_its_answers_in_a_folder_and_goes_on_after_ctrl_c(
         folder, tmp_path, monkeypatch, capsys):
-    """Interrupted in the second model: the first one's table is told, and nothing is asked again."""
+    """Interrupted in the second model: its table is told, and nothing asked again."""
     other = write_checkpoint(tmp_path / "other", tiny_config(), seed=1)
     out = tmp_path / "answers"
     asked = ["--weights", folder, other, "--limit", 2, "--keep", 4, "--out", out]
@@ -143,8 +143,9 @@ def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(
     """An expression that is too long for one of them."""
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
     data = tmp_path / "a.jsonl"
-    data.write_text("".join(json.dumps({"image": "a.png", "expression": words, "box": [1, 2, 30, 31]})
-                            + "\n" for words in ("the man", "the man " * 300)))
+    line = {"image": "a.png", "expression": "the man", "box": [1, 2, 30, 31]}
+    data.write_text("".join(json.dumps(line | {"expression": words}) + "\n"
+                            for words in ("the man", "the man " * 300)))
     picture = tmp_path / "x.png"
     assert run("--weights", folder, MINI, "--data", data, "--mode", "full", "--plot", picture) == 0
     said = capsys.readouterr().out
@@ -191,7 +192,7 @@ def test_a_model_that_can_run_none_of_them_shows_all_tokens(folder, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prune", "random", "--keep", "auto"], "random needs a budget"),
-    (["--keep", "100"], "{folder}: cannot keep 100 of 16 visual tokens: keep a whole number from 1 to 16"),
+    (["--keep", "100"], "{folder}: cannot keep 100 of 16 visual tokens: keep a whole number"),
     (["--prune", "fastv(layer=9)"], "fastv(layer=9) cannot cut before layer 9 of "),
     (["--out", "x.jsonl"], "several models have a file each, so give a folder"),
     (["--clip", "x"], "--clip is the CLIP of one model; give one of --weights at a time"),

@@ -16,12 +16,12 @@ from PIL import Image
 
 import nanogap
 from nanogap.checks.command import answer_for
-from nanogap.evaluate import ablate, ask, data, journal, plot
+from nanogap.checks.loading import default_weights
 from nanogap.evaluate import __main__ as command
+from nanogap.evaluate import ablate, ask, journal, plot
 from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.gap import MODES
 from nanogap.models import VLM
-from nanogap.checks.loading import default_weights
 from tests.tiny import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -387,7 +387,7 @@ def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
 
 def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
     monkeypatch.setattr(ask, "TELL_EVERY", 0.0)
-    monkeypatch.setattr(data, "TELL_EVERY", 0.0)
+    monkeypatch.setattr("nanogap.evaluate.data.TELL_EVERY", 0.0)
     assert run("--weights", folder, "--limit", 2, "--mode", "full") == 0
     drawn, one, two = capsys.readouterr().err.splitlines()
     assert drawn == "drawing scenes: 0 of 2 expressions ..."

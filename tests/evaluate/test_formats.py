@@ -1,4 +1,4 @@
-"""Answers of other models: each notation by hand, told apart, and whole files as people hold them."""
+"""Answers of other models: each notation by hand, told apart, and files as people hold them."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,8 @@ def test_odd_clothes_do_no_harm(name: str, text: str):
     ("ferret", "[100, 100, 1001, 500]"), ("ferret", "[500, 100, 100, 500]"),
     ("cogvlm", "[[1,2,3,4]]"),
     ("paligemma", "<loc102><loc102><loc512><loc512>"), ("qwen-vl", "(100,100)"),
-    ("llava", "[0.1, 0.0, 0.5, 0.1]"), ("minigpt-v2", "{<10><10><50><500>}"), ("ferret", "9" * 400)])
+    ("llava", "[0.1, 0.0, 0.5, 0.1]"), ("minigpt-v2", "{<10><10><50><500>}"),
+    ("ferret", "9" * 400)])
 def test_what_is_no_box_is_never_guessed(name: str, text: str):
     """Out of range, without area, in the padding, or in another notation."""
     assert FORMATS[name].read(text, SIZE) is None

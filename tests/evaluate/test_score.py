@@ -6,7 +6,6 @@ picture begins 50 pixels down.
 
 import json
 import random
-from itertools import takewhile
 
 import pytest
 
@@ -200,7 +199,8 @@ def is_lmms_evals(number: str) -> bool:
 
 
 PIECES = ["[", "]", "{", "}", "<", ">", ",", ", ", " ", ";", "<unk>", "0.1", "0.25", ".5", "0.600",
-          "10", "50", "-0.1", "1.2", "the man ", "Answer: ", "[0.1,0.2,0.5,0.6]", "{<1><2><50><60>}",
+          "10", "50", "-0.1", "1.2", "the man ", "Answer: ", "[0.1,0.2,0.5,0.6]",
+          "{<1><2><50><60>}",
           "[0.10, 0.20, 0.50, 0.60]", "[0.1,0.2,0.5", "<10><0>"]
 
 
