@@ -18,7 +18,7 @@ import nanogap
 from nanogap.checks.command import answer_for
 from nanogap.checks.loading import default_weights
 from nanogap.evaluate import __main__ as command
-from nanogap.evaluate import ablate, ask, journal, plot
+from nanogap.evaluate import ablate, arguments, ask, journal, plot
 from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.gap import MODES
 from nanogap.models import VLM
@@ -376,7 +376,7 @@ def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder,
 
 
 def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
-    args = command.parse_arguments(["--weights", str(ROOT / "weights" / "mini"),
+    args = arguments.parse_arguments(["--weights", str(ROOT / "weights" / "mini"),
                                      "--out", str(tmp_path / "a.jsonl")])
     model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
     before = ask.settings(args, model, data)
