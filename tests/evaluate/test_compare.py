@@ -207,12 +207,6 @@ def test_a_mistake_is_one_line_before_any_model_is_asked(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_are_not_there_are_told_before_any_model_is_asked(tmp_path, capsys):
-    assert run("--weights", MINI, tmp_path / "none", "--limit", 1) == 2
-    heard = capsys.readouterr()
-    assert "none is not a folder" in heard.err and heard.out == ""
-
-
 def test_the_ablation_of_several_has_their_tables_only(folder, capsys):
     other = write_checkpoint(folder.parent / "other", tiny_config(), seed=1)
     assert run("--weights", folder, other, "--limit", 1, "--keep", 4, "--ablate",
@@ -288,18 +282,6 @@ def test_all_tokens_are_a_line_down_every_panel_with_their_interval_as_a_band():
             assert picture.getpixel((int(panel.x(0.58)), int(y))) == ImageColor.getrgb(PAGE)
 
 
-def test_what_a_model_was_not_asked_has_no_mark_in_its_panel_and_a_row_in_the_others():
-    found = [outcome("a", "random", full=0.9, gap=0.5), outcome("a", "trim", full=0.9, gap=0.5),
-             outcome("b", "random", full=0.9, gap=0.5)]
-    picture = compare.draw_models(found)
-    marks = []
-    for index in range(2):
-        panel = compare.panel_of(index, 2, 1.0, 2)
-        marks += [count(picture, "gap", (panel.left, panel.y(at) - 20, panel.right,
-                                         panel.y(at) + 20)) for at in range(2)]
-    assert min(marks[:3]) > 60 and marks[3] == 0
-
-
 def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
     whole = Outcome("b", *compare.ALONE, {"full": row(0.9)})
     picture = compare.draw_models([outcome("a", full=0.9, gap=0.5), whole])
@@ -307,18 +289,3 @@ def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
     assert picture.getpixel((int(panel.x(0.9)), int(panel.y(0)))) == colour_of("full")
     assert picture.height == compare.draw_models([outcome("a", full=0.9, gap=0.5)]).height
     assert compare.draw_models([whole]).width == plot.WIDTH
-
-
-def test_more_than_four_models_go_on_below():
-    places = [compare.panel_of(index, 5, 1.0, 1) for index in range(5)]
-    assert len({place.top for place in places[:3]}) == 1
-    assert places[3].left == places[0].left and places[3].top > places[0].y(1)
-    picture = compare.draw_models([outcome(f"m{i}", full=0.9, gap=0.5) for i in range(5)])
-    x, y = places[4].x(0.9), places[4].y(0)
-    assert picture.getpixel((int(x), int(y))) == colour_of("full")
-
-
-def test_six_modes_stay_in_their_row():
-    assert [compare.mark_at(index, 3) for index in range(3)] == [-10, 0, 10]
-    assert compare.mark_at(0, 1) == 0
-    assert abs(compare.mark_at(5, 6)) + compare.RADIUS < plot.ROW / 2
