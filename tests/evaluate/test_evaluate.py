@@ -19,6 +19,7 @@ from nanogap.evaluate import __main__ as command
 from nanogap.evaluate import ablate, arguments, ask, journal, plot
 from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.models import VLM
+from tests.tiny import tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
