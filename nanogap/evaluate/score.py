@@ -34,7 +34,6 @@ PROTOCOLS = {
                   "here)",
 }
 TIMES = ("prefill_ms", "decode_ms")
-PADDED = Pad()
 
 
 # ----- the protocols ------------------------------------------------------------------------------
@@ -71,11 +70,10 @@ def shikra(text: str, truth: Box, width: int, height: int) -> Reading:
     if len(found) != 1 or ";" in found[0]:
         return None, 0.0
     said = [float(number) for number in found[0][1:-1].split(",")]
-    true = [float(f"{share:.3f}") for share in PADDED.from_pixels(truth, width, height)]
-    side, (dx, dy) = max(width, height), PADDED.offset(width, height)
-    x1, y1, x2, y2 = (share * side for share in said)
-    return (x1 - dx, y1 - dy, x2 - dx, y2 - dy), iou(*([round(1000 * v, 3) for v in box]
-                                                       for box in (said, true)))
+    side, offset = max(width, height), Pad().offset(width, height) * 2
+    true = [float(f"{(v + pad) / side:.3f}") for v, pad in zip(truth, offset, strict=True)]
+    x1, y1, x2, y2 = (share * side - pad for share, pad in zip(said, offset, strict=True))
+    return (x1, y1, x2, y2), iou(*([round(1000 * v, 3) for v in box] for box in (said, true)))
 
 
 def lmms_eval(text: str, truth: Box, width: int, height: int) -> Reading:

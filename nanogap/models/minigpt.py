@@ -56,7 +56,17 @@ LLAMA_2 = Template(
     where_is="[refer] give me the location of {}",
     starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
 NUMBER = r"< *([0-9]{1,3}) *> *"     # the original reads answers without their spaces
-HUNDREDTHS = BoxFormat(
+
+
+@dataclass(frozen=True)
+class WithoutBlanks(BoxFormat):
+    """The authors read an answer without its blanks and <unk>."""
+
+    def parse(self, text: str) -> Shares | None:
+        return super().parse(text.replace("<unk>", "").replace(" ", ""))
+
+
+HUNDREDTHS = WithoutBlanks(
     re.compile(r"\{ *" + 4 * NUMBER + r"\}"),
     "{{<{}><{}><{}><{}>}}", whole=100)
 
@@ -139,10 +149,6 @@ class MiniGPT(VLM):
     def project(self, features: Tensor) -> Tensor:
         """Visual tokens (K, 4 C) -> as the decoder is fed them (K, C')."""
         return self.llama_proj(features)
-
-    def parse_box(self, text: str) -> Shares | None:
-        """The first box in an answer, which is read without blanks and <unk>, as the authors do."""
-        return super().parse_box(text.replace("<unk>", "").replace(" ", ""))
 
     def align(self, features: Tensor) -> Tensor:
         """There is no space of images and texts here."""
