@@ -11,6 +11,7 @@ A family of models is one file beside this one.  It says what differs:
 Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanogap.checks.config import write_json
 from nanogap.clip import CLIPVisionTower
 from nanogap.fast.ground import describe, ground
 from nanogap.fast.ground_all import ground_all
@@ -47,11 +47,10 @@ class VLM(Llava):
     on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
         (r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
-    reads_words: ClassVar[bool] = True         # whether its tower comes with one for texts
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
-    later: ClassVar[str] = "USER: {} ASSISTANT:"    # a question that follows an answer
+    later: str = "USER: {} ASSISTANT:"         # a question that follows an answer
     # keys of config.json that never differ
     fixed: ClassVar[dict] = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
@@ -138,7 +137,7 @@ class VLM(Llava):
     def write_config(self, folder: Path, dtype: str) -> None:
         """config.json as the hub has it, every key spelled out, and the two files beside it."""
         for name, value in self.settings(dtype).items():
-            write_json(folder / name, value)
+            (folder / name).write_text(json.dumps(value, indent=2) + "\n")
 
     def settings(self, dtype: str) -> dict[str, dict]:
         """What is written into each of these files."""
