@@ -124,8 +124,10 @@ def misquoted(block: Block) -> str | None:
     """
     kind, name = block.info.split()
     source, at = (ROOT / name).read_text(), 0
-    apart = r"^ *\.\.\.\n" if kind == "python" else r"(?<=\n)"
-    for piece in re.split(apart, block.text, flags=re.MULTILINE):
+    pieces = re.split(r"^ *\.\.\.\n", block.text, flags=re.MULTILINE)
+    if kind == "text":
+        pieces = [line for piece in pieces for line in piece.splitlines(keepends=True)]
+    for piece in pieces:
         at = source.find(piece, at)
         if at < 0:
             return f"{name} does not say (any more, or not here):\n{piece}"

@@ -133,6 +133,12 @@ def test_every_strategy_has_a_row_in_a_table_of_methods():
     assert named == set(NAMES)
 
 
+def test_chapter_9_says_what_its_table_says():
+    measured = dict(re.findall(r"^\w+ +\d+ +\d+  (.*?) +(0\.\d{3}) ",
+                               (FIGURES / "order_or_value.txt").read_text(), re.MULTILINE))
+    assert measured == dict(re.findall(r"^\| ([^|]+) \| (0\.\d{3}) \|", TEXT, re.MULTILINE))
+
+
 def test_every_command_is_real():
     wrong = [f"tutorial.md:{line}: {command}: {what_is_wrong_with(command)}"
              for line, command in commands(TEXT) if what_is_wrong_with(command)]
