@@ -238,11 +238,12 @@ class LlavaNext(VLM):
                 chosen.append((part, STRATEGIES[prune](seen, share, generator)))
         return close_rows(join(chosen), image.row_end)
 
-    def fed(self, features: Tensor, kept: Tensor, image: EncodedImage) -> Tensor:
+    def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
         """Patches go through the projector, and a newline is the same vector everywhere."""
         assert isinstance(image, EncodedTiles)
-        visual = self.project(features)                                       # (K + M, C')
-        newline = (image.row_end[kept.cpu()] == kept.cpu()).nonzero()[:, 0]
+        visual = super().visual_tokens(image, kept, order)                    # (K + M, C')
+        indices = kept.ranked[order]                                          # (K,)
+        newline = (image.row_end[indices] == indices).nonzero()[:, 0]
         visual[newline.to(visual.device)] = self.image_newline
         return visual
 

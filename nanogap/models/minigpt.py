@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaForCausalLM
@@ -131,8 +132,8 @@ class MiniGPT(VLM):
         """Visual tokens (K, 4 C) -> as the decoder is fed them (K, C')."""
         return self.llama_proj(features)
 
-    def align(self, features: Tensor) -> Tensor:
-        """Reject a strategy that reads the expression."""
+    def guide(self) -> CLIPText:
+        """There is no space of images and texts here."""
         raise NanogapError(NO_TEXT_TOWER)
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
