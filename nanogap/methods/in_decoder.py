@@ -48,9 +48,9 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
 
     Where nothing is pruned, or indices are given, there is no cut, and no Pruned comes back.
     """
-    options = {"max_new_tokens": max_new_tokens, "question": question}
-    if mode == "full" or isinstance(keep, Tensor | list | tuple):
-        return lesson.ground(model, image, expression, prune, keep, mode, seed, **options)
+    if mode == "full" or not (keep is None or isinstance(keep, int | str)):
+        return lesson.ground(model, image, expression, prune, keep, mode, seed,
+                             max_new_tokens=max_new_tokens, question=question)
     encoded = model.encode_image(image)
     N, layers = encoded.n_visual, model.config.text.num_hidden_layers
     cuts = plan(prune, N, budget_of(keep, N, prune), layers)
@@ -62,7 +62,7 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
         return answer(model, reader, x, layout, cuts, max_new_tokens)
 
     result = lesson.ground(model, encoded, expression, prune, torch.arange(N), mode, seed,
-                           decode=decode, **options)
+                           max_new_tokens=max_new_tokens, question=question, decode=decode)
     last = reader.stages[-1].layout
     return Pruned(**vars(result) | {
         "keep": last.kept, "position_ids": last.position_ids,
@@ -136,7 +136,7 @@ class Reader:
         return self.decoder.norm(self.run(x, ids, cache, last.start, len(rows)))
 
     def feed(self, x: Tensor, t: int, cache: KVCache) -> Tensor:
-        """Token t of the answer (1, 1, C): in every stage it goes on behind the prompt's own IDs."""
+        """Token t of the answer (1, 1, C): in each stage it goes on behind the prompt's IDs."""
         ends = [stage.start for stage in self.stages[1:]] + [len(cache.lengths)]
         for stage, end in zip(self.stages, ends, strict=True):
             position = torch.tensor([stage.layout.next_position + t], device=x.device)

@@ -11,6 +11,7 @@ A family of models is one file beside this one.  It says what differs:
 Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -26,8 +27,9 @@ from nanogap.fast.ground_all import ground_all
 from nanogap.gap import lay_out
 from nanogap.image import open_image
 from nanogap.llava import EncodedImage, Llava
+from nanogap.methods.before import embed_question
 from nanogap.prompt import Shares
-from nanogap.prune import Kept
+from nanogap.prune import Kept, VisualTokens
 
 DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 
@@ -88,6 +90,13 @@ class VLM(Llava):
     def answer(self, box: Shares) -> str:
         """What the model says of a box in its frame, without the end token."""
         return self.box_format.say(box)
+
+    def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> VisualTokens:
+        """A picture with what a strategy needs to see of it, the whole question among it."""
+        seen = super().see(image, set(needs) - {"question"}, expression)
+        if "question" in needs:
+            seen.fields["question"] = embed_question(self.guide(), self.question(expression))
+        return seen
 
     # ----- where its tokens lie -------------------------------------------------------------------
 
