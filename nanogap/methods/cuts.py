@@ -37,7 +37,7 @@ class Method:
     raters: bool = False      # of the raters among the text; else of its last token
     corrected: bool = False   # divided by what RoPE alone makes of it
     recycles: bool = False    # whether clusters of dropped tokens are added
-    caches: bool = False      # whether the caches of the layers below are cut as well, but layer 0's
+    caches: bool = False      # whether the caches of the layers below, but layer 0's, are cut too
 
 
 METHODS = {   # one of your own cuts as FastV does
@@ -56,7 +56,7 @@ def method_of(name: str) -> Method:
 
 
 def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
-    """The cuts of a strategy as (layer, tokens that are kept), for a budget in the mean over layers.
+    """The cuts of a strategy as (layer, tokens that are kept), for a mean over the layers.
 
     budget:  None where the method or its settings say how many stay
     returns: None for what a strategy finds only when it sees the tokens
@@ -65,7 +65,7 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
     at = where(name, layers)
     fixed = fixed_counts(name, N, len(at))
     if budget is None:
-        return list(zip(at, fixed or [None] * len(at), strict=True))
+        return [(layer, fixed[i] if fixed else None) for i, layer in enumerate(at)]
     if fixed and base_of(name) != name:
         raise NanogapError(f"{name} says itself how many tokens stay: keep is auto for it (None in "
                            "Python)")
@@ -164,7 +164,7 @@ def where(name: str, layers: int) -> list[int]:
     for layer in at:
         if not last < layer < layers:
             raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: choose one "
-                               f"from {last + 1} to {layers - 1}")
+                               f"from 1 to {layers - 1}" + ", higher than the last" * bool(last))
         last = layer
     return at
 

@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from nanogap import ground as lesson
+from nanogap.errors import NanogapError
 from nanogap.gap import Layout, lay_out
-from nanogap.ground import MAX_NEW_TOKENS, Answer, Keep, Result, likeliest
+from nanogap.ground import MAX_NEW_TOKENS, NOT_FINITE, Answer, Keep, Result
 from nanogap.llama import KVCache, LlamaModel, rotate
 from nanogap.llava import EncodedImage, Llava, clock_ms
 from nanogap.methods.cuts import counts, cuts_in_words, method_of, plan, prunes_there
@@ -48,13 +49,13 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
 
     Where nothing is pruned, or indices are given, there is no cut, and no Pruned comes back.
     """
-    options = {"max_new_tokens": max_new_tokens, "question": question}
-    if mode == "full" or isinstance(keep, Tensor | list | tuple):
-        return lesson.ground(model, image, expression, prune, keep, mode, seed, **options)
+    if mode == "full" or not (keep is None or isinstance(keep, int | str)):
+        return lesson.ground(model, image, expression, prune, keep, mode, seed,
+                             max_new_tokens=max_new_tokens, question=question)
     encoded = model.encode_image(image)
     N, layers = encoded.n_visual, model.config.text.num_hidden_layers
     cuts = plan(prune, N, budget_of(keep, N, prune), layers)
-    input_ids = model.encode_question(question or model.question(expression))
+    input_ids = model.encode_question(question or model.template.question(expression))
     P, A = model.around_image(input_ids)
     reader = Reader(model.language_model.model, prune, mode, seed, P, N, A)
 
@@ -62,7 +63,7 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
         return answer(model, reader, x, layout, cuts, max_new_tokens)
 
     result = lesson.ground(model, encoded, expression, prune, torch.arange(N), mode, seed,
-                           decode=decode, **options)
+                           max_new_tokens=max_new_tokens, question=question, decode=decode)
     last = reader.stages[-1].layout
     return Pruned(**vars(result) | {
         "keep": last.kept, "position_ids": last.position_ids,
@@ -81,7 +82,10 @@ def answer(model: Llava, reader: "Reader", x: Tensor, layout: Layout, cuts: "Pla
     hidden = reader.read(x, layout, cuts, cache)                              # (1, T', C)
     tokens: list[int] = []
     while True:
-        tokens.append(likeliest(language_model.logits(hidden[0, -1])))
+        logits = language_model.logits(hidden[0, -1])                         # (V,)
+        if not bool(logits.isfinite().all()):
+            raise NanogapError(NOT_FINITE)
+        tokens.append(int(logits.argmax()))
         if len(tokens) == 1:
             prefill_ms = clock_ms(x.device) - start
         if tokens[-1] in model.end_tokens or len(tokens) >= max_new_tokens:
@@ -136,7 +140,7 @@ class Reader:
         return self.decoder.norm(self.run(x, ids, cache, last.start, len(rows)))
 
     def feed(self, x: Tensor, t: int, cache: KVCache) -> Tensor:
-        """Token t of the answer (1, 1, C): in every stage it goes on behind the prompt's own IDs."""
+        """Token t of the answer (1, 1, C): in each stage it goes on behind the prompt's IDs."""
         ends = [stage.start for stage in self.stages[1:]] + [len(cache.lengths)]
         for stage, end in zip(self.stages, ends, strict=True):
             position = torch.tensor([stage.layout.next_position + t], device=x.device)

@@ -25,8 +25,8 @@ from nanogap.prune import FIELDS, Kept, VisualTokens, ranked, strategy, without
 
 FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
     "attention":       "(H, n)      how much the text looks at each visual token in a layer",
-    "value_attention": "(n + Q, n)  how much visual tokens, then the question's, would look at each "
-                       "by their values alone: ivc",
+    "value_attention": "(n + Q, n)  how much visual tokens, then the question's, would look at "
+                       "each by their values alone",
     "axes":            "(2, n)      mean cosine and sine of RoPE at each one's position ID",
 }
 Label = Literal[192, 128, 96, 64]   # what SparseVLM's code calls a budget

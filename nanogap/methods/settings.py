@@ -139,30 +139,27 @@ def parse(name: str, text: str) -> dict[str, Any]:
 
 def convert(value: Any, kind: Any) -> Any:
     """A value as its setting holds it; None where it is of another type."""
-    if kind is Any or value in alternatives(kind) and get_origin(kind) is Literal:
-        return value
-    for one in alternatives(kind):
-        if one in (float, Share) and type(value) in (int, float):
-            fits = one is float or 0 <= value <= 1
-            return float(value) if fits else None
-        if get_origin(one) is list and isinstance(value, list) and value:
-            items = [convert(item, get_args(one)[0]) for item in value]
-            return None if None in items else items
-        if type(value) is one:
-            return value
-    return None
-
-
-def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The types, or for a Literal the values, that a setting may have."""
-    return get_args(kind) if get_origin(kind) in (Union, UnionType, Literal) else (kind,)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        found = [convert(value, one) for one in inner]
+        return next((one for one in found if one is not None), None)
+    if origin is list and isinstance(value, list):
+        items = [convert(item, inner[0]) for item in value]
+        return None if None in items else items
+    if kind in (float, Share) and type(value) in (int, float):
+        return float(value) if kind is float or 0 <= value <= 1 else None
+    fits = value in inner if origin is Literal else kind in (Any, type(value))
+    return value if fits else None
 
 
 def in_words(kind: Any) -> str:
     """A type, for people."""
-    said = [str(one) if get_origin(kind) is Literal else WORDS.get(one, "a value")
-            for one in alternatives(kind) if one is not type(None)]
-    return " or ".join(said)
+    inner = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(in_words(one) for one in inner if one is not type(None))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, inner))
+    return WORDS.get(kind, "a value")
 
 
 def spelled(value: Any) -> str:
