@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -118,11 +119,10 @@ def read_config(folder: Path, family: type[Llava] = Llava) -> LlavaConfig:
 def read_text_config(text: dict, tied: bool = False) -> LlamaConfig:
     """The decoder's part of config.json; some of its defaults depend on what it says."""
     heads = first(text.get("num_attention_heads"), 32)
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    rope = text.get("rope_scaling") or text.get("rope_parameters")
     depending = {"num_key_value_heads": heads,
-                 "head_dim": first(text.get("hidden_size"), 4096) // heads,
-                 "rope_theta": rope.get("rope_theta", 10000.0)}
-    return LlamaConfig(**depending | known(LlamaConfig, text) | {
+                 "head_dim": first(text.get("hidden_size"), 4096) // heads}
+    return LlamaConfig(**depending | known(LlamaConfig, text) | known(LlamaConfig, rope) | {
         "tie_word_embeddings": tied or bool(text.get("tie_word_embeddings"))})
 
 
@@ -163,7 +163,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     for path in weight_files(folder):
         if path.suffix == ".bin":                      # as CLIP is published
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+            yield from torch.load(path, map_location="cpu", weights_only=True,
+                                  mmap=is_zipfile(path)).items()     # torch before 1.6: no archive
             continue
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

@@ -18,7 +18,7 @@ from PIL import Image
 import nanogap
 from nanogap import NanogapError
 from nanogap.gap import MODES
-from nanogap.models.llava import Llava
+from nanogap.models import VLM as Llava
 from nanogap.prompt import format_box, parse_box
 from tests.checks.test_weights import refusal, set_key
 
