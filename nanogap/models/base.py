@@ -14,7 +14,7 @@ Letters: P tokens before the image, N visual tokens, K of them kept, M added, A 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -24,7 +24,7 @@ from nanogap.clip import CLIPVisionTower
 from nanogap.fast.ground import describe, ground
 from nanogap.fast.ground_all import ground_all
 from nanogap.gap import lay_out
-from nanogap.image import open_image
+from nanogap.image import Pad, open_image
 from nanogap.llava import EncodedImage, Llava
 from nanogap.prompt import Shares
 from nanogap.prune import Kept
@@ -47,6 +47,7 @@ class VLM(Llava):
     on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
         (r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
+    frame: Any = Pad()                         # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
