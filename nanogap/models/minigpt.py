@@ -91,6 +91,7 @@ class MiniGPT(VLM):
     Tower = EvaTower
     later = "[INST] {} [/INST]"
     download = DOWNLOAD
+    frame = Stretch()
     template = LLAMA_2
     box_format = HUNDREDTHS
     special_tokens = ("<ImageHere>",)      # of a model that is trained here
@@ -101,7 +102,7 @@ class MiniGPT(VLM):
 
     def __init__(self, config: MiniGPTConfig) -> None:
         nn.Module.__init__(self)               # none of LLaVA's modules but the decoder
-        self.config, self.text_guide, self.frame = config, None, Stretch()
+        self.config, self.text_guide = config, None
         C = config.vision.hidden_size
         self.vision_tower = EvaTower(config.vision)
         # never trained; torch computes it in float32 and rounds once, as the original does
