@@ -8,14 +8,13 @@ the small files are read, so what is refused is refused before 14 GB are.
 Source: transformers 5.23.
 """
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nanogap import weights
-from nanogap.checks.reading import optional, read_bytes, read_json, text_of
+from nanogap.checks.reading import optional, read_json
+from nanogap.checks.template import Chat, check_template
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
@@ -51,22 +50,13 @@ PIXELS: Table = {
     "resample": (3, "bicubic"), "do_reduce_labels": (False,), "do_flip_channel_order": (False,),
     "image_processor_type": tuple(f"{name}{kind}" for name in ("CLIP", "Llava") for kind in KINDS),
     "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor")}
-PROCESSOR: Table = {"vision_feature_select_strategy": ("default",)}
 TOKENIZER: Table = {"add_bos_token": (True,), "add_eos_token": (False,)}
+PROCESSOR: Table = {"vision_feature_select_strategy": ("default",)}
 
 ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weights; merge it into "
            "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
 QUANTISED = ("holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
              "checkpoint that they were made from, or save the `dequantize()` of transformers")
-
-
-@dataclass(frozen=True)
-class Chat:
-    """The chat template that a model was trained with, as far as others can be told from it."""
-
-    name: str                  # whose it is
-    turns: tuple[str, ...]     # the words that mark whose turn it is; the first must be there
-    systems: tuple[str, ...] = ()   # one of these may stand before the first question, or none
 
 
 @dataclass(frozen=True)
@@ -128,7 +118,8 @@ def silent(folder: Path) -> None:
         if not (isinstance(window, int) and window >= longest):
             require("config.json", text, "sliding_window", None)
     if kind in family.chats or kind is None:
-        check_question(folder, family.chats[kind or "llama"])
+        require_all(optional(folder / "tokenizer_config.json"), TOKENIZER, "tokenizer_config.json")
+        check_template(folder, family.chats[kind or "llama"])
     check_ends(generation, config, text, read.text.vocab_size)
     check_pixels(file, processor, config, family.pixels, read.vision)
     require_all(optional(folder / "processor_config.json"),
@@ -328,54 +319,7 @@ def check_pinpoints(part: dict, file: str, size: int) -> None:
                            f"[height, width] of canvases, multiples of {size} pixels")
 
 
-# ----- the question -------------------------------------------------------------------------------
-
-# what any chat template says: names in Jinja are text in quotes as well
-SAYS = {"user", "assistant", "system", "role", "content", "type", "text", "image", "default", "s"}
-TAG = re.compile(r"\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
-QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
-
-
-def check_question(folder: Path, chat: Chat) -> None:
-    """Refuse a checkpoint that was trained with another chat template than the model's."""
-    require_all(optional(folder / "tokenizer_config.json"), TOKENIZER, "tokenizer_config.json")
-    for file, template in templates(folder):
-        said = spoken(template)
-        for system in chat.systems:
-            said = said.replace(system, " ")
-        words = set(re.findall(r"[^\W\d_]+", said))
-        if chat.turns[0] not in words or words - SAYS - set(chat.turns):
-            raise NanogapError(
-                f"{folder / file} holds another chat template than {chat.name}'s, and nanogap asks "
-                "in that only: a model that was trained with another would answer worse; if this "
-                "one was not, take the template away")
-        return                               # the first is the one that transformers would take
-
-
-def templates(folder: Path) -> Iterator[tuple[str, str]]:
-    """The chat templates of a checkpoint, in the order in which transformers looks for them."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.exists():
-        yield jinja.name, text_of(jinja, read_bytes(jinja))
-    for file in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        found = optional(folder / file).get("chat_template")
-        if isinstance(found, list):          # several, by name
-            found = {part.get("name"): part.get("template") for part in found
-                     if isinstance(part, dict)}
-        if isinstance(found, dict):
-            found = found.get("default")
-        if isinstance(found, str):
-            yield file, found
-
-
-def spoken(template: str) -> str:
-    """The text in a template: what stands outside its tags, and in quotes within them."""
-    said = [TAG.sub(" ", template)]
-    for tag in TAG.findall(template):
-        speaks = tag.startswith("{{") and "raise_exception" not in tag
-        if speaks or re.match(r"\{%-?\s*set\b", tag):
-            said += [first or second for first, second in QUOTED.findall(tag)]
-    return " ".join(said).replace("\\n", " ")
+# ----- a CLIP -------------------------------------------------------------------------------------
 
 
 def check_clip(folder: Path) -> None:

@@ -111,7 +111,6 @@ def pipe(place: Path, flag: str) -> str:
 BAD: dict[str, Callable[[Path, str], str]] = {
     "nothing": lambda place, flag: "", "too long": lambda place, flag: "x" * 300 + ending(flag),
     "no folder": lambda place, flag: f"/proc/no/x{ending(flag)}",
-    "not writable": lambda place, flag: f"/proc/x{ending(flag)}",
     "of zeros": lambda place, flag: f"x\0{ending(flag)}", "below a file": below_a_file,
     "link to nothing": link_to_nothing, "of the other kind": of_the_other_kind, "pipe": pipe}
 

@@ -139,6 +139,7 @@ def test_mistrals_tokenizer_makes_the_ids_that_sentencepiece_makes():
     (sentencepiece({"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0}), "do not begin with"),     # T5's
     (sentencepiece({"<unk>": 0.0, "<s>": 0.0, "</s>": 0.0}, dummy_prefix=0),
      "its add_dummy_prefix is 0, and LLaMA's 1"),
+    (sentencepiece({"<unk>": 0.0, "<s>": 0.0, "</s>": float("nan")}), "the score of '</s>' is nan"),
     (field(1, field(1, b"\xff")), "or is cut off")])
 def test_a_tokenizer_model_that_is_broken_or_anothers_is_named(
         data: bytes, says: str, tmp_path: Path):
@@ -434,6 +435,21 @@ def change(path: Path, edit: Callable[[dict], object]) -> None:
     torch.save(state, path)
 
 
+def of_training(path: Path, **settings: object) -> None:
+    """Change what a training's file says of its model; None takes a key away."""
+    state = torch.load(path, weights_only=True)
+    model = state["config"]["model"] | settings
+    state["config"]["model"] = {key: value for key, value in model.items() if value is not None}
+    path.unlink()
+    torch.save(state, path)
+
+
+def put(path: Path, text: str) -> None:
+    """Something else in the place of a file."""
+    path.unlink()
+    path.write_text(text)
+
+
 NORM = "model.norm.weight"
 SECOND = "pytorch_model-00002-of-00002.bin"
 EVA_FILE, TRAINED_FILE = "minigpt/eva_vit_g.pth", "minigpt/minigptv2_checkpoint.pth"
@@ -503,6 +519,25 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
      "llama/config.json describes a 'mistral' model, not 'llama'; get it with `hf download hugg"),
     ("shikra", lambda at: change(at / "llama" / SECOND, lambda t: t.update({NORM: torch.ones(5)})),
      f"{SECOND}: model.norm.weight is [5], and the difference to it in "),
+    # of another model, though all shapes fit
+    ("shikra", lambda at: settle(at / "llama/config.json", rms_norm_eps=1e-5),
+     "llama/config.json: rms_norm_eps is 1e-05, and "),
+    ("shikra", lambda at: settle(at / "llama/config.json", max_position_embeddings=4096),
+     "has 512: the pieces belong to different models; get the base with"),
+    ("shikra", lambda at: settle(at / "delta/config.json", mm_hidden_size=1024),
+     "mm_hidden_size is 1024; nanogap implements 32 only"),
+    ("llava", lambda at: (at / "clip/preprocessor_config.json").write_text('{"crop_size": 224}'),
+     "crop_size is 224, and the vision tower reads squares of 56 pixels"),
+    ("minigpt-v2", lambda at: of_training(at / TRAINED_FILE, lora_r=64),
+     "have rank 8, and its config says lora_r 64"),
+    ("minigpt-v2", lambda at: of_training(at / TRAINED_FILE, arch="minigpt4"),
+     "is of a training of 'minigpt4', and not of 'minigpt_v2'"),
+    ("minigpt-v2", lambda at: of_training(at / TRAINED_FILE, image_size=None),
+     "its config says no image_size, and the vision tower is not the published one"),
+    # in the place of a file
+    ("minigpt-v2", lambda at: put(at / EVA_FILE, "<!DOCTYPE html>"), "eva_vit_g.pth is a web page"),
+    ("llava", lambda at: put(at / "llava/tokenizer.model", "version https://git-lfs.github.com/"),
+     "tokenizer.model is a pointer of git-lfs"),
     ("minigpt-v2", lambda at: change(at / TRAINED_FILE, lambda t: t.update(
         {"llama_model.model.norm.weight": torch.ones(64)})),
      "llama_model.model.norm.weight is no part of what MiniGPT-v2 trains"),
