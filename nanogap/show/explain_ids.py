@@ -211,8 +211,8 @@ def explain_text(right: Tensor, new: Tensor, N: int, K: int, P: int,
             f"{place}: {begins} instead of {say(before[:, j] + steps[:, 0])})")
     deltas = old.max() + 1 - old.shape[1]                                     # M-RoPE's, unpruned
     if j:
-        rows = {place: "the number of tokens before it",
-                place + int(deltas): "the number of tokens before it plus rope_deltas"}
+        rows = {place + int(deltas): "the number of tokens before it plus rope_deltas",
+                place: "the number of tokens before it"}
         counted = [words for row, words in rows.items() if (after[:, j] == row).all()]
         goes_on = f"at place {place} the text goes on at {begins}"
         if counted:
