@@ -335,6 +335,7 @@ def test_without_token_types_gemma3_lets_image_tokens_see_only_backwards(gemma: 
     assert not close(gemma.model(**given, attention_mask=ones).logits, both_ways)
 
 
+@torch.enable_grad()
 def test_gradient_checkpointing_makes_no_cache_so_it_needs_a_mask(llava: Asked):
     model = make("Llava").train()
     given, ones = llava.prune(KEEP), torch.ones(1, 11)
