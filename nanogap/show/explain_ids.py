@@ -78,6 +78,11 @@ def explain_ids(ids_of_all: Tensor | list, ids_fed: Tensor | list, n_before: int
         name = text or reply or "kept"
     elif patches in ("shifted", "permuted") and n_after and not text:
         name = f"{patches}, text not moved"
+    if name == "text moved" and whose is None and not P:        # nothing tells these two apart
+        step = new[:, K:K + 1] - old[:, N:N + 1]
+        if K and n_after and told_by_ids(old[:, :N] + step, new[:, :K]) is not None:
+            name = "kept or text moved"
+            text_clause += ", which is right if all IDs are moved alike"
     clauses = [clause, text_clause, answer_clause]
     if moved.any():
         behind = bool(old.min() > 0)                 # something may stand before the first of them
@@ -116,7 +121,10 @@ def how_far(old: Tensor, new: Tensor, P: int, K: int, keep: Tensor | None) -> Te
     if not P:
         own = slice(0) if keep is None else keep >= 0
         whose = own if keep is None else keep[own]
-        steps = torch.cat([new[:, :K][:, own] - old[:, :N][:, whose], new[:, K:] - old[:, N:]], 1)
+        patches = new[:, :K][:, own] - old[:, :N][:, whose]
+        steps = torch.cat([patches, new[:, K:] - old[:, N:]], 1)
+        if keep is not None and (keep[own].diff() != 1).any() and (steps != steps[:, :1]).any():
+            steps = patches                          # the text alone is somewhere else
     if not steps.shape[1] or (steps != steps[:, :1]).any():
         return none
     alone = keep is None and not P and K > 0         # then the patches must say so, and no other
@@ -139,7 +147,8 @@ def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
     K = new.shape[1]
     if not K:
         return "kept", "no patch is fed" if right.numel() else ""
-    compact = torch.equal(new, right[:, :1] + arange(K)) if right.numel() else False
+    base = right[:, :1] if P and right.numel() else new[:, :1]
+    compact = torch.equal(new, base[:1] + arange(K).expand_as(new))
     span = f"the patches are numbered {ends(new)} without gaps"
     if keep is None:
         return by_ids_alone(right, new, P, span if compact else "", text_moved)
@@ -172,11 +181,11 @@ def by_ids_alone(right: Tensor, new: Tensor, P: int, span: str,
     K = new.shape[1]
     if torch.equal(right, new):
         return "kept", "the visual tokens have the IDs of all patches, in their order"
-    if span and not text_moved and torch.equal(new, right[:, :K]):
-        return "kept or shifted", f"{span}, as the first {K} patches were: give keep to tell"
+    whose = told_by_ids(right, new)
+    if span and not text_moved and whose is not None:
+        return "kept or shifted", f"{span}, as {K} patches were: give keep to tell"
     if span:
         return "shifted", f"{span} (or permuted: give keep to tell)"
-    whose = told_by_ids(right, new)
     if whose is not None and (whose.diff() >= 0).all():
         return "kept", ("the visual tokens have IDs of patches, in the order of the image "
                         "(whether each has its own: give keep to tell)")
@@ -222,10 +231,8 @@ def explain_text(right: Tensor, new: Tensor, N: int, K: int, P: int,
     clause = f"the text after them begins at {begins} instead of {say(before[:, 0])}"
     if K and (after.amin(1) <= patches.amax(1)).any():
         inside = bool((after.amax(1) >= patches.amin(1)).all())
-        rows_too = "; so many tokens stand before it" if (after[:, 0] == place).all() else ""
         return "text collides", (
-            f"{clause}, {'among' if inside else 'before'} the IDs of the patches "
-            f"({ends(patches)}{rows_too})")
+            f"{clause}, {'among' if inside else 'before'} the IDs of the patches ({ends(patches)})")
     return "text moved", clause
 
 

@@ -355,7 +355,7 @@ def prune(draw: random.Random, start: int) -> tuple[list[str], tuple, dict[str, 
     way = draw.choice(["kept", "shifted", "permuted", "ranked", "collides", "time"])
     if way in ("permuted", "ranked"):
         keep = keep[1:] + keep[:1]
-    added = draw.randint(0, 2)
+    added = draw.randint(0, min(2, N - K - 1))
     visual = ids[:, [P + index for index in [*keep, *[N - 1] * added]]]
     compact = (start + P + arange(K + added)).expand(D, -1)
     after, answer = ids[:, P + N:], int(ids.max()) + 1
@@ -368,6 +368,8 @@ def prune(draw: random.Random, start: int) -> tuple[list[str], tuple, dict[str, 
         answer = int(after.max()) + 1
     elif way == "time" and D == 3:
         visual = torch.cat([compact[:1], visual[1:]])
+    if torch.equal(visual, compact) and way not in ("shifted", "permuted"):
+        return prune(draw, start)                          # the diagonal of a grid, time renumbered
     moved = draw.choice([0, 0, 1, -3, 9])
     fed = torch.cat([ids[:, :P], visual, after], 1) + moved
     more: dict[str, Any] = {"keep": keep + [-1] * added, "answer": answer + moved}
@@ -376,9 +378,9 @@ def prune(draw: random.Random, start: int) -> tuple[list[str], tuple, dict[str, 
     names = [name]
     if draw.random() < 0.5:                                # without keep
         del more["keep"]
-        names = {"permuted": ["shifted"], "ranked": ["ranked"]}.get(name, [name])
-    if not P and ("keep" not in more or not A) and moved:  # nothing tells by how much all is moved
-        return prune(draw, start)
+        names = ["shifted", "kept or shifted"] if name in ("shifted", "permuted") else [name]
+    if not P and moved and ("keep" not in more or name not in ("kept", "ranked", "text collides")):
+        return prune(draw, start)                          # nothing tells by how much all is moved
     return names, (ids, fed, P, N, A), more
 
 
