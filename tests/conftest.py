@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import nanogap
-from nanogap.models.llava import Llava
+from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -24,7 +24,7 @@ def strategies_as_they_were() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
+def model(tmp_path_factory: pytest.TempPathFactory) -> VLM:
     """A random LLaVA with 4 x 4 patches, written as a checkpoint and loaded from it."""
     folder = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder, tiny_config())

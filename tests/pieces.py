@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig, LlamaForCausalLM
+from nanogap.train.clip import CLIP
 from tests.tiny import draw, tiny_tokenizer, write_shards
 
 PIECES = 560                       # of the tiny tokenizer, before its special tokens

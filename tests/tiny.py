@@ -9,7 +9,6 @@ differ clearly from token to token and from position to position.
 """
 
 import json
-import re
 import zlib
 from dataclasses import replace
 from functools import cache
@@ -20,13 +19,14 @@ from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nanogap import weights
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
+from nanogap.llava import VICUNA, LlavaConfig
 from nanogap.models import MODELS, VLM
-from nanogap.models.llava import VICUNA, Llava, LlavaConfig
 from nanogap.models.llava_next import LlavaNext, LlavaNextConfig
+from nanogap.models.saving import our_name, save
 from nanogap.train.tokenizer import IMAGE, train_llama_tokenizer
+from nanogap.weights import load
 
 LAYOUTS = ("a", "b", "c", "d")
 IMAGE_TOKEN = 560          # <image> in the tiny tokenizer; 561 is <pad>
@@ -68,9 +68,9 @@ def tiny_next_config(decoder: str = "llama", **text: object) -> LlavaNextConfig:
     return LlavaNextConfig(like.text, like.vision, like.image_token, decoder=decoder)
 
 
-def family_of(config: LlavaConfig) -> type[Llava]:
+def family_of(config: LlavaConfig) -> type[VLM]:
     """Which model a configuration is of."""
-    return LlavaNext if isinstance(config, LlavaNextConfig) else Llava
+    return LlavaNext if isinstance(config, LlavaNextConfig) else VLM
 
 
 @cache
@@ -132,14 +132,7 @@ def tiny_tensors(config: LlavaConfig, layout: str = "a", seed: int = 0) -> dict[
     tensors = {name: draw(name, shape, seed) for name, shape in shapes.items()}
     if config.text.tie_word_embeddings:
         del tensors["language_model.lm_head.weight"]
-    return {published_name(name, layout): value for name, value in tensors.items()}
-
-
-def published_name(name: str, layout: str) -> str:
-    """Our name of a tensor -> its name on disk."""
-    for pattern, replacement in PUBLISHED[layout]:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return {our_name(name, PUBLISHED[layout]): value for name, value in tensors.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -176,10 +169,10 @@ def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: st
     model.tokenizer = tiny_tokenizer()
     if layout == "a" and shards == 1 and not config.text.tie_word_embeddings:
         model.load_state_dict(tiny_tensors(config, "b", seed), assign=True)
-        weights.save(folder, model, dtype)
+        save(folder, model, dtype)
     else:
         model.to_empty(device="cpu")
-        weights.save(folder, model, dtype)
+        save(folder, model, dtype)
         (folder / "model.safetensors").unlink()
         write_shards(folder, tensors, shards)
     return folder
@@ -190,7 +183,7 @@ def write_finder(folder: Path, out: Path, answer: str) -> Path:
 
     folder: of a tiny one, which it is made of
     """
-    model = weights.load(folder, "cpu", "float32")
+    model = load(folder, "cpu", "float32")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     spelled = json.loads(model.tokenizer.to_str())
@@ -206,5 +199,5 @@ def write_finder(folder: Path, out: Path, answer: str) -> Path:
     for step, (said, following) in enumerate([(int(model.prompt("x")[-1]), token), (token, 2)]):
         embed[said] = torch.eye(embed.shape[1])[step]
         head[following, step] = 1
-    weights.save(out, model, torch.float32)
+    save(out, model, torch.float32)
     return out

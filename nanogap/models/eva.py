@@ -5,7 +5,8 @@ Out: hidden states (B, 1 + N, C), CLS first, and on demand how much CLS attends 
 
 What differs from CLIP's tower (nanogap/clip.py): queries, keys and values come from one matrix, and
 keys have no bias; the patches' convolution has one; GELU is the exact one; there is no LayerNorm
-before the blocks and none behind them.  Modules are named as in the published eva_vit_g.pth.
+before the blocks and none behind them.  Modules are named as in the published eva_vit_g.pth, whose
+position table may have another size.
 Source: EVA, arXiv 2211.07636; eva_vit.py of Vision-CAIR/MiniGPT-4.
 Letters: B batch, N patches, C channels, H heads, D head dim; a sequence has 1 + N tokens, CLS
 first, or T tokens.
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogap.clip import CLIPVisionConfig
+from nanogap.clip import CLIPMLP, CLIPVisionConfig
 
 # 39 of its 40 blocks, as MiniGPT-v2 runs them, on pictures twice as wide as in its training
 VIT_G_14 = CLIPVisionConfig(
@@ -38,6 +39,16 @@ def interpolate_positions(table: Tensor, grid: int) -> Tensor:
     square = patches.unflatten(1, (n, n)).permute(0, 3, 1, 2)                 # (1, C, n, n)
     square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
     return torch.cat([cls, square.flatten(2).transpose(1, 2)], dim=1)
+
+
+def fit_positions(tower: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Interpolate the position table of a state that is loaded, where it has another size."""
+    name = f"{prefix}pos_embed"
+    if name not in state or state[name].dim() != 3:
+        return
+    patches, ours = state[name].shape[1] - 1, tower.get_parameter("pos_embed").shape[1] - 1
+    if patches != ours and isqrt(patches) ** 2 == patches > 0:                # of a square
+        state[name] = interpolate_positions(state[name], isqrt(ours)).to(state[name].dtype)
 
 
 class EvaAttention(nn.Module):
@@ -63,12 +74,7 @@ class EvaAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))                        # (B, T, C)
 
 
-class EvaMLP(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
-
+class EvaMLP(CLIPMLP):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
@@ -89,16 +95,6 @@ class EvaBlock(nn.Module):
         return x + self.mlp(self.norm2(x))                                    # (B, T, C)
 
 
-class EvaPatches(nn.Module):
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__()
-        P = config.patch_size
-        self.proj = nn.Conv2d(3, config.hidden_size, kernel_size=P, stride=P)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.proj(pixel_values).flatten(2).transpose(1, 2)             # (B, N, C)
-
-
 class EvaTower(nn.Module):
     blocks: Sequence[EvaBlock]
 
@@ -108,9 +104,12 @@ class EvaTower(nn.Module):
         self.depth = config.num_hidden_layers           # the features are those of the last block
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, config.hidden_size))
-        self.patch_embed = EvaPatches(config)
+        patch = config.patch_size
+        self.patch_embed = nn.ModuleDict({
+            "proj": nn.Conv2d(3, config.hidden_size, kernel_size=patch, stride=patch)})
         self.blocks = nn.ModuleList(                                 # type: ignore[assignment]
             EvaBlock(config) for _ in range(config.num_hidden_layers))
+        self.register_load_state_dict_pre_hook(fit_positions)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the last block.
@@ -118,7 +117,8 @@ class EvaTower(nn.Module):
         differs: in half precision the original adds up its blocks in float32, and takes positions
         and CLS from float32; here all of it has the precision of the model
         """
-        patches = self.patch_embed(pixel_values)                              # (B, N, C)
+        patches = self.patch_embed["proj"](pixel_values)                      # (B, C, grid, grid)
+        patches = patches.flatten(2).transpose(1, 2)                          # (B, N, C)
         cls = self.cls_token.expand(len(patches), -1, -1)                     # (B, 1, C)
         x = torch.cat([cls, patches], dim=1) + self.pos_embed                 # (B, 1 + N, C)
         for block in self.blocks[:-1]:
@@ -146,11 +146,3 @@ class EvaTower(nn.Module):
         if "last_keys" in needs:
             fields["last_keys"] = keys[0]                                     # (1 + N, C)
         return fields
-
-    def pooled(self, pixel_values: Tensor) -> Tensor:
-        """The tower's summary of an image (B, C), by which it is trained as CLIP's is: CLS.
-
-        It is normalised as MiniGPT-v2 normalises what it reads, without weights of its own.
-        """
-        _, after = self(pixel_values)                                         # (B, 1 + N, C)
-        return F.layer_norm(after[:, 0], after.shape[-1:])

@@ -1,9 +1,9 @@
-"""How pictures become squares where they are not padded: stretched, or as tiles.
+"""Frames: how a picture becomes squares, and where boxes and patches of these lie in the picture.
 
 In:  a picture.  Out: squares of S x S pixels; boxes in pixels, and where patches lie.
 
-A frame has the methods of nanogap/image.py's Pad.  MiniGPT-v2 stretches; LLaVA-1.6 stretches as
-well, and adds tiles: squares in a higher resolution.
+LLaVA-1.5 and Shikra pad, MiniGPT-v2 stretches, and LLaVA-1.6 stretches as well and adds tiles:
+squares in a higher resolution.
 """
 
 import math
@@ -20,29 +20,36 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Padded(Pad):
+    """The lesson's frame, and the way from pixels to it."""
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """The way there: a box in pixels of the image -> shares of the padded square."""
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        return ((box[0] + dx) / side, (box[1] + dy) / side,
+                (box[2] + dx) / side, (box[3] + dy) / side)
+
+    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """Which part of the picture each patch shows: (rows * columns, 4), pixels, not clipped."""
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        index = torch.arange(rows * columns)
+        x, y = index % columns * side / columns - dx, index // columns * side / rows - dy
+        return torch.stack([x, y, x + side / columns, y + side / rows], dim=1)
+
+
+@dataclass(frozen=True)
 class Stretch:
     """A frame: the picture is stretched to a square, whatever its shape; boxes are shares of it.
 
     source: MiniGPT-v2, blip_processors.py
     """
 
-    def square(self, image: Image.Image) -> Image.Image:
-        """The stretched picture, as wide and as high as its longer side."""
-        return self.fit(image, max(image.size))
-
     def fit(self, image: Image.Image, size: int) -> Image.Image:
         """The stretched picture, size x size pixels."""
         return image.resize((size, size), Image.Resampling.BICUBIC)
 
     def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """Map a box of shares of the picture to its pixels.
-
-        box:     (x1, y1, x2, y2), each in [0, 1]
-        returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
-        raises:  ValueError where x2 <= x1 or y2 <= y1
-        """
-        if not (box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(f"not a box: {tuple(box)}")
+        """A box of shares (x1, y1, x2, y2) -> pixels of the picture, clipped to it."""
         x1, y1, x2, y2 = (min(max(share, 0.0), 1.0) for share in box)
         return x1 * width, y1 * height, x2 * width, y2 * height
 
@@ -57,21 +64,20 @@ class Stretch:
         return torch.stack([x, y, x + width / columns, y + height / rows], dim=1)
 
 
-@dataclass(frozen=True)
-class Tiles:
+@dataclass(frozen=True, kw_only=True)
+class Tiles(Padded):
     """A frame: the whole picture stretched to a square, and tiles of it in a higher resolution.
 
     The tiles are cut out of a canvas, on which the picture is as large as it can be, in the middle,
-    with black around it.
+    with black around it.  Boxes are shares of the padded square all the same.  open: LLaVA-1.6's
+    frame of boxes is stated nowhere; that of 1.5 is the likeliest, for nothing that is known of the
+    training changed it.
     pinpoints: (height, width) of each canvas that may be chosen, whole tiles, pixels
-    boxes:     the frame in which boxes are said.  open: LLaVA-1.6's is stated nowhere; that of 1.5
-               is the likeliest, for nothing that is known of the training changed the boxes
     source:    LLaVA-1.6, `image_aspect_ratio: anyres` and `mm_patch_merge_type: spatial_unpad`, as
                the hub's processor has it: the original reads (width, height), which changes ties
     """
 
     pinpoints: tuple[Size, ...]
-    boxes: Pad = Pad()
 
     def canvas(self, width: int, height: int) -> Size:
         """(height, width) of the canvas that shows most of a picture's pixels, and wastes least.
@@ -131,11 +137,3 @@ class Tiles:
         x, y = width / across, height / down                  # pixels of the picture to one of it
         corner = torch.tensor([left * x, top * y, left * x, top * y])
         return Stretch().cells(rows, columns, W * x, H * y) - corner
-
-    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """A box as the model says it -> pixels of the original image: see `Pad.to_pixels`."""
-        return self.boxes.to_pixels(box, width, height)
-
-    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """The way there."""
-        return self.boxes.from_pixels(box, width, height)

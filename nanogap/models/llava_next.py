@@ -15,7 +15,7 @@ here it is the one that its demo and the hub's converter use.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -27,7 +27,7 @@ from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
 from nanogap.models.base import VLM, View
 from nanogap.models.frames import Size, Tiles
 from nanogap.prompt import Template
-from nanogap.prune import STRATEGIES, Kept, VisualTokens, needs_of
+from nanogap.prune import STRATEGIES, Kept, needs_of
 
 DOWNLOAD = ("`hf download llava-hf/llava-v1.6-mistral-7b-hf "
             "--local-dir weights/llava-v1.6-mistral-7b-hf` (15 GB)")
@@ -40,7 +40,6 @@ TEMPLATES = {   # by `model_type` in text_config
 # what they leave out where it is not LLaMA's: a Mistral is a LLaMA with other numbers
 MISTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8}
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))   # (rows, columns) of tiles, as published
-PROCESSORS = tuple(f"LlavaNextImageProcessor{kind}" for kind in ("", "Fast", "Pil"))
 
 
 @dataclass(frozen=True)
@@ -55,65 +54,41 @@ class LlavaNextConfig(LlavaConfig):
         return self.image_grid_pinpoints or tuple((r * size, c * size) for r, c in GRIDS)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A rectangle of patches of one of the squares that the tower sees: what is left of it."""
+@dataclass(kw_only=True)
+class Part(EncodedImage):
+    """The base view, or what is left of one tile: a rectangle of patches that the tower saw."""
 
-    square: int               # 0 the base view, 1.. the tiles
-    rows: int
-    columns: int
-    patches: Tensor           # (k,) raster indices of its patches in the square
-    index: Tensor             # (k,) which visual token each of them is
-    at: Tensor                # (k, 4) which part of the picture it shows, pixels
+    index: Tensor             # (k,) which visual token each of its patches is
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EncodedTiles(EncodedImage):
     """A picture as base view and tiles; `features` holds a row of zeros for each newline."""
 
-    parts: list[Part] = field(default_factory=list)
-    tiles: list[EncodedImage] = field(default_factory=list)   # each part as the tower saw it
-    row_end: Tensor = field(default_factory=lambda: torch.empty(0))   # (N,) which token closes the
-                                                              # row of each, -1 where none does
+    parts: list[Part]
+    row_end: Tensor           # (N,) the newline that closes the row of each token, or -1
 
     @property
     def n_patches(self) -> int:
-        """How many visual tokens a strategy can choose from: not the ends of rows."""
+        """How many visual tokens a strategy can choose from: not the newlines."""
         return sum(len(part.index) for part in self.parts)
 
-    @property
-    def newlines(self) -> set[int]:
-        """The tokens that close rows, and show nothing."""
-        return set(self.row_end.tolist()) - {-1}
 
-
-def parts(frame: Tiles, width: int, height: int, grid: int,
-          size: int) -> tuple[list[Part], Tensor]:
-    """Which visual token each patch of a picture is: the base view and the tiles, and `row_end`.
+def number(frame: Tiles, width: int, height: int, grid: int, size: int) -> tuple[Tensor, Tensor]:
+    """Which visual token each patch of a picture's canvas is, and which newline closes its row.
 
     grid:    patches along a side of a square of `size` pixels
-    returns: the parts, and (N,) the newline that closes the row of each token, -1 in the base view
+    returns: (rows, columns) of the canvas, -1 where a patch shows only padding; and (N,) the
+             newline of each token, -1 in the base view, which has none
     """
     H, W = frame.canvas(width, height)
-    down, across = H // size * grid, W // size * grid                         # patches
-    rows, columns = frame.unpadded(width, height, down, across)
-    canvas = torch.full((down, across), -1)                                   # -1: only padding
-    R, C = canvas[rows, columns].shape
-    n = grid ** 2                                                             # of the base view
-    tokens = n + torch.arange(R * (C + 1)).view(R, C + 1)                     # newlines come last
-    canvas[rows, columns] = tokens[:, :C]
-    at = frame.canvas_cells(down, across, width, height).view(down, across, 4)
-    base = torch.arange(n)
-    found = [Part(0, grid, grid, base, base, frame.cells(grid, grid, width, height))]
-    squares = [(y, x) for y in range(0, down, grid) for x in range(0, across, grid)]
-    for square, (y, x) in enumerate(squares, 1):
-        index, cells = canvas[y:y + grid, x:x + grid], at[y:y + grid, x:x + grid]
-        stays = index >= 0                                                    # (grid, grid)
-        if stays.any():
-            found.append(Part(square, int(stays.any(1).sum()), int(stays.any(0).sum()),
-                              stays.flatten().nonzero()[:, 0], index[stays], cells[stays]))
-    closed = tokens[:, -1:].expand(R, C + 1).flatten()
-    return found, torch.cat([torch.full((n,), -1), closed])
+    canvas = torch.full((H // size * grid, W // size * grid), -1)
+    shown = frame.unpadded(width, height, *canvas.shape)
+    R, C = canvas[shown].shape
+    tokens = grid ** 2 + torch.arange(R * (C + 1)).view(R, C + 1)             # newlines come last
+    canvas[shown] = tokens[:, :C]
+    row_end = tokens[:, -1:].expand(R, C + 1).flatten()
+    return canvas, torch.cat([torch.full((grid ** 2,), -1), row_end])
 
 
 # ----- what is kept of all parts ------------------------------------------------------------------
@@ -129,14 +104,12 @@ def shared_out(budget: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def join(chosen: list[tuple[Part, VisualTokens, Kept]]) -> Kept:
+def join(chosen: list[tuple[Part, Kept]]) -> Kept:
     """What is kept of each part, as one: part after part, and what is added behind all of them."""
-    ranked = torch.cat([part.index[kept.ranked.cpu()] for part, _, kept in chosen])    # (K,)
-    features = None
-    if any(kept.features is not None for _, _, kept in chosen):
-        features = torch.cat([seen.features[kept.ranked] if kept.features is None
-                              else kept.features for _, seen, kept in chosen])         # (K, C)
-    added = [kept.added for _, _, kept in chosen if kept.added is not None]
+    ranked = torch.cat([part.index[kept.ranked.cpu()] for part, kept in chosen])       # (K,)
+    features = torch.cat([part.features[kept.ranked] if kept.features is None
+                          else kept.features for part, kept in chosen])                # (K, C)
+    added = [kept.added for _, kept in chosen if kept.added is not None]
     return Kept(ranked, features, torch.cat(added) if added else None)
 
 
@@ -150,18 +123,18 @@ def close_rows(kept: Kept, row_end: Tensor) -> Kept:
     """
     ends = row_end[kept.ranked].tolist()
     last = {end: i for i, end in enumerate(ends) if end >= 0}                 # of each row
-    rows = []                                                   # of `kept`; -1 for a row's end
-    keep = []
+    ranked = []
+    rows = []                                         # of the features; -1 for zeros: a newline
     for i, (index, end) in enumerate(zip(kept.ranked.tolist(), ends, strict=True)):
+        ranked.append(index)
         rows.append(i)
-        keep.append(index)
         if last.get(end) == i:
+            ranked.append(end)
             rows.append(-1)
-            keep.append(end)
     features = kept.features
     if features is not None:
         features = torch.cat([features, torch.zeros_like(features[:1])])[rows]   # (K, C)
-    return Kept(torch.tensor(keep), features, kept.added)
+    return Kept(torch.tensor(ranked), features, kept.added)
 
 
 # ----- the model ----------------------------------------------------------------------------------
@@ -181,8 +154,10 @@ class LlavaNext(VLM):
 
     def __init__(self, config: LlavaNextConfig) -> None:
         super().__init__(config)
-        self.frame = Tiles(config.pinpoints)
+        self.frame = Tiles(pinpoints=config.pinpoints)
         self.template = TEMPLATES[config.decoder]
+        if config.decoder == "mistral":
+            self.later = "[INST] {} [/INST]"
         newline = torch.empty(config.text.hidden_size)                        # (C',)
         self.image_newline = nn.Parameter(newline.normal_(std=len(newline) ** -0.5))
 
@@ -191,13 +166,10 @@ class LlavaNext(VLM):
         """config.json with a Mistral's defaults, where the decoder is one."""
         text = config.get("text_config") or {}
         decoder = text.get("model_type") or "llama"
-        return config | {"decoder": decoder,
-                         "text_config": (MISTRAL if decoder == "mistral" else {}) | text}
-
-    def follow(self, question: str) -> str:
-        """A question that follows an answer, about the same image."""
-        mistral = self.config.decoder == "mistral"
-        return f"[INST] {question} [/INST]" if mistral else super().follow(question)
+        pinpoints = config.get("image_grid_pinpoints") or ()
+        return config | {
+            "decoder": decoder, "image_grid_pinpoints": tuple(map(tuple, pinpoints)),
+            "text_config": (MISTRAL if decoder == "mistral" else {}) | text}
 
     # ----- what it sees ---------------------------------------------------------------------------
 
@@ -210,24 +182,29 @@ class LlavaNext(VLM):
 
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedTiles:
         """The base view and what is left of each tile are parts; newlines are in none of them."""
-        size, grid = self.config.vision.image_size, self.config.vision.grid
-        H, W = self.frame.canvas(width, height)
-        if len(pixel_values) != 1 + H // size * (W // size):
-            raise NanogapError(f"a picture of {width} x {height} pixels has a base view and tiles "
-                               f"of {W} x {H} pixels, and there are {len(pixel_values)} views in "
-                               "pixel_values: give the size of the picture that they show")
-        before, after = self.vision_tower(pixel_values)                       # (views, 1 + n, C)
-        found, row_end = parts(self.frame, width, height, grid, size)
+        n = self.config.vision.grid                                           # patches a side
+        canvas, row_end = number(self.frame, width, height, n, self.config.vision.image_size)
+        base = torch.arange(n * n).view(1, n, n)
+        tiles = canvas.unflatten(1, (-1, n)).unflatten(0, (-1, n))            # (R, n, C, n)
+        squares = torch.cat([base, tiles.transpose(1, 2).flatten(0, 1)])      # (1 + R C, n, n)
+        if len(pixel_values) != len(squares):
+            raise NanogapError(f"a picture of {width} x {height} pixels is {len(squares)} squares, "
+                               f"base view and tiles, and pixel_values holds {len(pixel_values)}: "
+                               "give the size of the picture that they show")
+        before, after = self.vision_tower(pixel_values)                       # (1 + R C, 1 + nn, C)
         features = after.new_zeros(len(row_end), after.shape[-1])             # (N, C)
-        tiles = []
-        for part in found:
-            patches = part.patches.to(after.device)
-            seen = after[part.square, 1:][patches]                            # (k, C)
-            features[part.index.to(after.device)] = seen
-            hidden = before[part.square], after[part.square], patches
-            tiles.append(EncodedImage(width, height, seen, part.rows, part.columns, hidden))
-        return EncodedTiles(width, height, features, 1, len(row_end), None, parts=found,
-                            tiles=tiles, row_end=row_end)
+        parts = []
+        for square, token in enumerate(squares):
+            stays = token >= 0                                                # (n, n)
+            patches = stays.flatten().nonzero()[:, 0].to(after.device)        # (k,)
+            if len(patches) == 0:
+                continue
+            index, seen = token[stays], after[square, 1:][patches]            # (k,), (k, C)
+            features[index.to(after.device)] = seen
+            parts.append(Part(width, height, seen, int(stays.any(1).sum()), int(stays.any(0).sum()),
+                              (before[square], after[square], patches), index=index))
+        return EncodedTiles(width, height, features, 1, len(row_end), None, parts=parts,
+                            row_end=row_end)
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
         """What the tower tells of a square, of the patches that are left of it.
@@ -255,17 +232,18 @@ class LlavaNext(VLM):
         shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes)
         generator = Generator().manual_seed(seed)             # one for all parts: they differ
         chosen = []
-        for part, tile, share in zip(image.parts, image.tiles, shares, strict=True):
+        for part, share in zip(image.parts, shares, strict=True):
             if share != 0:
-                seen = self.see(tile, needs_of(prune), expression)
-                chosen.append((part, seen, STRATEGIES[prune](seen, share, generator)))
+                seen = self.see(part, needs_of(prune), expression)
+                chosen.append((part, STRATEGIES[prune](seen, share, generator)))
         return close_rows(join(chosen), image.row_end)
 
-    def fed(self, features: Tensor, kept: Tensor, image: EncodedImage) -> Tensor:
+    def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
         """Patches go through the projector, and a newline is the same vector everywhere."""
         assert isinstance(image, EncodedTiles)
-        visual = self.project(features)                                       # (K + M, C')
-        newline = (image.row_end[kept.cpu()] == kept.cpu()).nonzero()[:, 0]
+        visual = super().visual_tokens(image, kept, order)                    # (K + M, C')
+        indices = kept.ranked[order]                                          # (K,)
+        newline = (image.row_end[indices] == indices).nonzero()[:, 0]
         visual[newline.to(visual.device)] = self.image_newline
         return visual
 
@@ -279,14 +257,16 @@ class LlavaNext(VLM):
     def newlines(self, image: EncodedImage) -> set[int]:
         """The visual tokens that close rows, and show nothing."""
         assert isinstance(image, EncodedTiles)
-        return image.newlines
+        return set(image.row_end.tolist()) - {-1}
 
     def cells(self, image: EncodedImage) -> Tensor:
         """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
-        assert isinstance(image, EncodedTiles)
+        size, n = (image.width, image.height), self.config.vision.grid
+        canvas, _ = number(self.frame, *size, n, self.config.vision.image_size)
+        shown = canvas >= 0                                                   # (rows, columns)
         at = torch.zeros(image.n_visual, 4)
-        for part in image.parts:
-            at[part.index] = part.at
+        at[:n * n] = self.frame.cells(n, n, *size)
+        at[canvas[shown]] = self.frame.canvas_cells(*canvas.shape, *size)[shown.flatten()]
         return at
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
@@ -295,14 +275,13 @@ class LlavaNext(VLM):
         H, W = self.frame.canvas(*size)
         _, _, width, height = self.frame.placed(*size)
         down, across = H // c.image_size, W // c.image_size
-        newlines = len(self.newlines(image))
-        n, N, squares = c.grid ** 2, image.n_visual, 1 + down * across
+        n, N, newlines = c.grid ** 2, image.n_visual, len(self.newlines(image))
         columns = (N - n) // newlines - 1 if newlines else 0
         square = [f"{image.width} x {image.height} pixels, stretched to a base view of "
                   f"{c.image_size} x {c.image_size};",
                   f"and {width} x {height} in the middle of a black canvas of {W} x {H},",
                   f"cut into {down} rows of {across} tiles: "
-                  f"pixel_values ({squares}, 3, {c.image_size}, {c.image_size})"]
+                  f"pixel_values ({1 + down * across}, 3, {c.image_size}, {c.image_size})"]
         tower = ["CLIP turns patches into features, and sees every square alone",
                  f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through "
                  f"{self.vision_tower.depth} of {c.num_hidden_layers} layers;",
@@ -323,6 +302,6 @@ class LlavaNext(VLM):
         if self.config.decoder == "mistral":
             files["config.json"]["text_config"]["sliding_window"] = None
         files["preprocessor_config.json"] |= pinpoints | {
-            "image_processor_type": PROCESSORS[0], "aspect_ratio_setting": "anyres",
+            "image_processor_type": "LlavaNextImageProcessor", "aspect_ratio_setting": "anyres",
             "do_pad": True}
         return files

@@ -1,4 +1,4 @@
-"""MiniGPT-v2: EVA's eyes, four neighbours to one token, one linear layer, and Llama-2-chat.
+"""MiniGPT-v2: EVA's vision tower, four neighbours to one token, one linear layer, Llama-2-chat.
 
 In:  a picture, stretched to a square of S x S pixels.
 Out: one visual token for every four patches that stand side by side in a row.
@@ -8,19 +8,13 @@ Out: one visual token for every four patches that stand side by side in a row.
     llama_proj   5632 -> 4096
 
 Strategies see the tokens, 256 in 32 rows of 8.  What the tower says of patches, such as how much
-CLS attends to each, is the mean over a token's four; CLS itself is compared with a token, and fed,
-as four times the same.
+CLS attends to each, is the mean over a token's four; CLS itself is compared with a token as four
+times the same.
 
-Three pieces are published: Llama-2-7b-chat-hf, eva_vit_g.pth, and a checkpoint of what was trained;
-nanogap/convert merges its LoRA (r 64, alpha 16, q and v) and makes one folder of them:
-    config.json    `model_type` "minigpt_v2", with `text_config` as Llama-2's and `vision_config`
-    safetensors    under the names of the pieces: visual_encoder.{cls_token,pos_embed,
-                   patch_embed.proj.*,blocks.N.*}, ln_vision.*, llama_proj.*,
-                   llama_model.model.* and llama_model.lm_head.weight as in Llama-2
-    tokenizer.json Llama-2's, without an image token: its ID is that behind the last embedding
-`visual_encoder.pos_embed` may keep the size that it is published in: it is interpolated when it is
-loaded.  The published checkpoint has no `ln_vision`, for it was never trained: it normalises and no
-more, with weights of 1 and biases of 0, which the folder holds all the same.
+Three pieces are published: Llama-2-7b-chat-hf, eva_vit_g.pth, and a checkpoint of what was trained.
+nanogap/convert merges its LoRA and makes one folder of them, whose tensors keep their names.
+The tokenizer has no image token: its ID is that behind the last embedding.  `ln_vision` was never
+trained: it normalises and no more, with weights of 1 and biases of 0.
 Source: MiniGPT-v2, arXiv 2310.09478; Vision-CAIR/MiniGPT-4.
 Letters: N visual tokens, C channels of a patch, C' of the decoder, H heads, D head dim.
 """
@@ -28,18 +22,18 @@ Letters: N visual tokens, C channels of a patch, C' of the decoder, H heads, D h
 import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from math import isqrt
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaForCausalLM
 from nanogap.llava import EncodedImage, LlavaConfig
 from nanogap.models.base import VLM
-from nanogap.models.eva import VIT_G_14, EvaTower, interpolate_positions
+from nanogap.models.eva import VIT_G_14, EvaTower
 from nanogap.models.frames import Stretch
 from nanogap.prompt import BoxFormat, Template
 
@@ -85,7 +79,6 @@ def mean_of_four(patches: Tensor, dim: int) -> Tensor:
 class MiniGPT(VLM):
     Config = MiniGPTConfig
     Tower = EvaTower
-    reads_words = False                    # EVA-CLIP's text tower is published apart
     later = "[INST] {} [/INST]"
     download = DOWNLOAD
     template = LLAMA_2
@@ -93,6 +86,8 @@ class MiniGPT(VLM):
     special_tokens = ("<ImageHere>",)      # of a model that is trained here
     rename = ((r"^visual_encoder\.", "vision_tower."), (r"^llama_model\.", "language_model."))
     on_disk = ((r"^vision_tower\.", "visual_encoder."), (r"^language_model\.", "llama_model."))
+
+    vision_tower: EvaTower                 # type: ignore[assignment]
 
     def __init__(self, config: MiniGPTConfig) -> None:
         nn.Module.__init__(self)               # none of LLaVA's modules but the decoder
@@ -119,10 +114,7 @@ class MiniGPT(VLM):
         return EncodedImage(width, height, features, rows, rows // MEMBERS, (before[0], seen[0]))
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
-        """What strategies need to see, token by token: see FIELDS in prune.py.
-
-        No layer follows that of the features, so `last_queries` and `last_keys` are its own.
-        """
+        """What strategies need to see, token by token: see FIELDS in prune.py."""
         before, cls = image.hidden                                            # (1 + 4 N, C), (C,)
         fields = self.vision_tower.fields(before, needs)
         if "cls" in needs:
@@ -140,7 +132,7 @@ class MiniGPT(VLM):
         """Visual tokens (K, 4 C) -> as the decoder is fed them (K, C')."""
         return self.llama_proj(features)
 
-    def align(self, features: Tensor) -> Tensor:
+    def guide(self) -> CLIPText:
         """There is no space of images and texts here."""
         raise NanogapError(NO_TEXT_TOWER)
 
@@ -166,25 +158,14 @@ class MiniGPT(VLM):
         rows = text.get("vocab_size") or 32000
         return {"image_token_index": rows} | config | {"vision_config": asdict(VIT_G_14) | vision}
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *args: object) -> None:
-        """The position table may have the size that it is published in: it is interpolated."""
-        name, grid = "vision_tower.pos_embed", self.config.vision.grid
-        table = state.get(name)
-        if table is not None and table.dim() == 3 and table.shape[1] != 1 + grid ** 2:
-            if isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1 > 0:
-                state[name] = interpolate_positions(table, grid).to(table.dtype)
-        super()._load_from_state_dict(state, prefix, *args)              # type: ignore[arg-type]
-
     def settings(self, dtype: str) -> dict[str, dict]:
         """config.json, every key spelled out, and generation_config.json."""
-        c = self.config
-        text = asdict(c.text) | {
-            "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-            "bos_token_id": c.bos_token, "eos_token_id": c.eos_token}
-        vision = asdict(c.vision) | {"model_type": "eva_vit_g", "hidden_act": "gelu"}
+        files = super().settings(dtype)
+        config = files["config.json"]
+        vision = asdict(self.config.vision) | {"model_type": "eva_vit_g", "hidden_act": "gelu"}
         return {
             "config.json": {
-                "model_type": "minigpt_v2", "image_token_index": c.image_token,
-                "text_config": text, "vision_config": vision, "torch_dtype": dtype},
-            "generation_config.json": {
-                "bos_token_id": c.bos_token, "eos_token_id": [c.eos_token, *c.other_ends]}}
+                "model_type": "minigpt_v2", "image_token_index": config["image_token_index"],
+                "text_config": config["text_config"], "vision_config": vision,
+                "torch_dtype": dtype},
+            "generation_config.json": files["generation_config.json"]}

@@ -1,21 +1,33 @@
 """CLIP as a whole, as it is trained: both towers, and their projections into one space."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from math import log
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
+from nanogap.models.eva import EvaTower
+from nanogap.models.saving import save_tensors
 
 
-def pooled(tower: Any, pixel_values: Tensor) -> Tensor:
-    """A tower's summary of images (B, C): CLS after all layers and the last LayerNorm."""
-    if not isinstance(tower, CLIPVisionTower):
-        return tower.pooled(pixel_values)
-    x = tower.hidden(pixel_values, len(tower.encoder.layers))                 # (B, 1 + N, C)
+def pooled(tower: CLIPVisionTower | EvaTower, pixel_values: Tensor) -> Tensor:
+    """A tower's summary of images (B, C): CLS after all layers and the last LayerNorm.
+
+    EVA's has none of its own: CLS is normalised as MiniGPT-v2 normalises what it reads.
+    """
+    if isinstance(tower, EvaTower):
+        _, x = tower(pixel_values)                                            # (B, 1 + N, C)
+        return F.layer_norm(x[:, 0], x.shape[-1:])
+    x = tower.pre_layrnorm(tower.embeddings(pixel_values))                    # (B, 1 + N, C)
+    for layer in tower.encoder.layers:
+        x = layer(x)
     return tower.post_layernorm(x[:, 0])
 
 
@@ -24,7 +36,7 @@ class CLIP(nn.Module):
 
     def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int,
                  tower: Callable[[Any], Any] = CLIPVisionTower) -> None:
-        """tower: makes another vision tower of its sizes; it needs a `pooled` as CLIP's has."""
+        """tower: makes the vision tower of these sizes; EVA's is the other one."""
         super().__init__()
         self.vision_model = tower(vision)
         self.text_model = CLIPTextTower(text)
@@ -35,9 +47,30 @@ class CLIP(nn.Module):
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
-        pooled = pooled(self.vision_model, pixel_values)                       # (B, C)
-        return F.normalize(self.visual_projection(pooled), dim=-1)
+        seen = pooled(self.vision_model, pixel_values)                        # (B, C)
+        return F.normalize(self.visual_projection(seen), dim=-1)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """Texts (M, T) -> unit vectors (M, projection_dim)."""
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
+
+
+def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer,
+              dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write both towers in the layout of openai/clip-vit-large-patch14-336."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = tokenizer.token_to_id("<|startoftext|>")
+    end = tokenizer.token_to_id("<|endoftext|>")
+    width = clip.visual_projection.out_features
+    shared = {"projection_dim": width, "hidden_act": "quick_gelu"}
+    tokens = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    text = asdict(clip.text_model.config) | shared | tokens
+    vision = asdict(clip.vision_model.config) | shared
+    config = {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "text_config": text | {"model_type": "clip_text_model"},
+        "vision_config": vision | {"model_type": "clip_vision_model"}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tensors(folder / "model.safetensors", clip, dtype)

@@ -8,7 +8,6 @@ patches, of which the upper and the lower two rows show only black.
     grid         4 x 8            token   16 + 9 row + column; a newline is 16 + 9 row + 8
 """
 
-import argparse
 import json
 import os
 import re
@@ -22,29 +21,27 @@ from tokenizers import Tokenizer
 
 import nanogap
 from nanogap import gap
-from nanogap.errors import NanogapError
-from nanogap.checks.config import read_decoder
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert.sentencepiece import read_llama_tokenizer
-from nanogap.evaluate.__main__ import runs_asked
-from nanogap.ground import choices
-from nanogap.image import CLIP_MEAN, CLIP_STD, Pad, Stretch, Tiles
+from nanogap.errors import NanogapError
+from nanogap.image import CLIP_MEAN, CLIP_STD
 from nanogap.llama import LlamaConfig
-from nanogap.models.llava import VICUNA
-from nanogap.models.llava_next import TEMPLATES, LlavaNext, parts
+from nanogap.llava import VICUNA
+from nanogap.models.frames import Tiles
+from nanogap.models.llava_next import TEMPLATES, LlavaNext, close_rows, number, shared_out
 from nanogap.prompt import encode
-from nanogap.prune import STRATEGIES, Kept, close_rows, in_decoder, needs_of, shared_out
-from nanogap.show import draw
+from nanogap.prune import STRATEGIES, Kept, needs_of
 from nanogap.show.draw import dim_dropped
 from nanogap.show.explain import explain
-from tests.test_llava import run_with_mask
+from nanogap.weights import read_config, read_text_config
 from tests.tiny import LAYOUTS, tiny_next_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MISTRAL = Path(os.environ.get("NANOGAP_MISTRAL",
                               ROOT / "../shared/published/mistral-7b-instruct-v0.2"))
 PUBLISHED = Path(os.environ.get("NANOGAP_PUBLISHED", ROOT / "../shared/published/llava-1.5-7b-hf"))
-HUB = Tiles(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))   # (height, width)
+# (height, width) of the published canvases
+HUB = Tiles(pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
 SIZE = (100, 60)
 N = 16 + 4 * 9
 NEWLINES = [24, 33, 42, 51]
@@ -73,7 +70,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 def tokens(width: int, height: int) -> int:
     """N of LLaVA-1.6 as published."""
-    return len(parts(HUB, width, height, 24, 336)[1])
+    return len(number(HUB, width, height, 24, 336)[1])
 
 
 @pytest.mark.parametrize("size, canvas, shown", [
@@ -94,11 +91,11 @@ def test_the_canvas_shows_most_pixels_and_then_wastes_least(size, canvas, shown)
 
 def test_the_original_code_reads_width_first_and_so_breaks_ties_the_other_way():
     """Its list, with each pair turned round, is what a converter has to write: the same choice."""
-    turned = Tiles(tuple((width, height) for height, width in HUB.pinpoints))
+    turned = Tiles(pinpoints=tuple((width, height) for height, width in HUB.pinpoints))
     assert HUB.canvas(336, 336) == (336, 672)                # the hub: one row of two tiles
     assert turned.canvas(336, 336) == (672, 336)             # the original: two rows of one
     assert (HUB.canvas(222, 171), tokens(222, 171)) == ((336, 672), 1368)
-    assert len(parts(turned, 222, 171, 24, 336)[1]) == 1026
+    assert len(number(turned, 222, 171, 24, 336)[1]) == 1026
     assert turned.canvas(640, 480) == HUB.canvas(640, 480)   # pictures of COCO's sizes agree
 
 
@@ -157,9 +154,10 @@ def test_the_base_view_comes_first_and_every_row_of_the_grid_ends_in_a_newline(m
     assert image.n_visual == len(image.features) == N == 52
     assert image.n_patches == N - 4
     assert image.row_end.tolist() == [-1] * 16 + [end for end in NEWLINES for _ in range(9)]
-    rectangles = [(view.seen.rows, view.seen.columns) for view in image.views]
+    views = model.views(image)
+    rectangles = [(view.rows, view.columns) for view in views]
     assert rectangles == [(4, 4), (2, 4), (2, 4), (2, 4), (2, 4)]
-    assert [view.index.tolist() for view in image.views] == [
+    assert [view.index.tolist() for view in views] == [
         list(range(16)),
         [16, 17, 18, 19, 25, 26, 27, 28], [20, 21, 22, 23, 29, 30, 31, 32],   # upper tiles
         [34, 35, 36, 37, 43, 44, 45, 46], [38, 39, 40, 41, 47, 48, 49, 50]]   # lower tiles
@@ -179,7 +177,7 @@ def test_where_a_token_lies_in_the_picture(model, picture):
 
     68 pixels of the canvas are 60 of the picture; row 2 of the canvas begins at 28 - 22 = 6.
     """
-    at = model.encode_image(picture).at
+    at = model.cells(model.encode_image(picture))
     assert at[[0, 5]].tolist() == [[0, 0, 25, 15], [25, 15, 50, 30]]
     first, last, down = at[16], at[50], 60 / 68
     assert torch.allclose(first, torch.tensor([0, 6 * down, 12.5, 20 * down]))
@@ -189,7 +187,7 @@ def test_where_a_token_lies_in_the_picture(model, picture):
 
 def test_a_picture_so_long_that_its_rows_round_to_none_is_a_base_view_alone(model):
     image = model.encode_image(noise(900, 7))
-    assert image.n_visual == 16 and len(image.views) == 1
+    assert image.n_visual == 16 and len(model.views(image)) == 1
     assert model.ground(noise(900, 7), "the man", keep=4).visual_tokens == 4
 
 
@@ -209,8 +207,8 @@ def test_newlines_are_one_vector_and_patches_go_through_the_projector(model, pic
 def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, picture):
     ids, pixels = model.prompt("the man"), model.prepare_image(picture)
     assert model(ids, pixels, size=SIZE).shape == (len(ids) - 1 + N, 640)
-    message = (r"a picture of 56 x 56 pixels has a base view and tiles of 112 x 56 pixels, and "
-               r"there are 5 views in pixel_values: give the size of the picture that they show")
+    message = (r"a picture of 56 x 56 pixels is 3 squares, base view and tiles, and pixel_values "
+               r"holds 5: give the size of the picture that they show")
     with pytest.raises(NanogapError, match=message):
         model(ids, pixels)
     square = model.prepare_image(noise(56, 56))
@@ -234,7 +232,7 @@ def test_gap_equals_the_unpruned_sequence_with_the_dropped_tokens_masked_out(mod
     seen = torch.zeros(x.shape[1], dtype=torch.bool)
     seen[stays] = True
     mask = torch.ones(x.shape[1], x.shape[1]).tril().bool() & (seen | torch.eye(x.shape[1]).bool())
-    logits = run_with_mask(model.language_model, x, torch.arange(x.shape[1]), mask)
+    logits = model.language_model(x, torch.arange(x.shape[1]), mask=mask)
     ours = model(ids, model.prepare_image(picture), keep, "gap", size=SIZE)
     assert torch.allclose(logits[0, stays], ours, atol=2e-4)
 
@@ -249,15 +247,15 @@ def test_ids_after_pruning_a_2_x_2_grid_of_tiles(model, picture):
     third, by 42; 50 in the last, by 51.  GAP takes the numbers of what stays.
     """
     kept = close_rows(Kept(torch.tensor([5, 17, 29, 34, 50])), model.encode_image(picture).row_end)
-    assert kept.keep.tolist() == [5, 17, 24, 29, 33, 34, 42, 50, 51]
+    assert kept.ranked.tolist() == [5, 17, 24, 29, 33, 34, 42, 50, 51]
     P, A = 3, 2
     ids_of_all = torch.arange(P + N + A)
-    stays = torch.cat([torch.arange(P), P + kept.keep, P + N + torch.arange(A)])
-    ids, next_position = gap.position_ids(kept.keep, P, N, A, "gap")
+    stays = torch.cat([torch.arange(P), P + kept.ranked, P + N + torch.arange(A)])
+    ids, next_position = gap.position_ids(kept.ranked, P, N, A, "gap")
     assert torch.equal(ids, ids_of_all[stays])
     assert ids.tolist() == [0, 1, 2, 8, 20, 27, 32, 36, 37, 45, 53, 54, 55, 56]
     assert next_position == 57
-    shifted, _ = gap.position_ids(kept.keep, P, N, A, "shifted")
+    shifted, _ = gap.position_ids(kept.ranked, P, N, A, "shifted")
     assert shifted.tolist() == list(range(14))
 
 
@@ -266,28 +264,28 @@ def test_in_order_of_rank_a_newline_stands_behind_the_lowest_patch_of_its_row(mo
     row_end = model.encode_image(picture).row_end
     features = torch.arange(5.0)[:, None]
     kept = close_rows(Kept(torch.tensor([18, 50, 3, 16, 40]), features, features[:1]), row_end)
-    assert kept.keep.tolist() == [18, 50, 51, 3, 16, 24, 40, 42]
+    assert kept.ranked.tolist() == [18, 50, 51, 3, 16, 24, 40, 42]
     assert kept.features[:, 0].tolist() == [0, 1, 0, 2, 3, 0, 4, 0]           # 0: newlines
     assert kept.added.tolist() == [[0]]
-    layout = gap.lay_out(kept.keep, 3, N, 2, "permuted")
-    assert layout.keep.tolist() == kept.keep.tolist()
-    in_raster_order = gap.lay_out(kept.keep, 3, N, 2, "shifted").keep.tolist()
-    assert in_raster_order == sorted(kept.keep.tolist())
+    layout = gap.lay_out(kept.ranked, 3, N, 2, "permuted")
+    assert layout.kept.tolist() == kept.ranked.tolist()
+    in_raster_order = gap.lay_out(kept.ranked, 3, N, 2, "shifted").kept.tolist()
+    assert in_raster_order == sorted(kept.ranked.tolist())
 
 
 def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(model, picture):
     """12 of 48: 4 of the base view's 16 patches, and 2 of the 8 that are left of each tile."""
     assert shared_out(12, [16, 8, 8, 8, 8]) == [4, 2, 2, 2, 2]
-    image = model.encode_image(picture, {"cls_attention"})
+    image = model.encode_image(picture)
     result = model.ground(image, "the man", "cls_attention", 12, "gap")
     keep = set(result.keep.tolist())
-    assert [len(keep & set(view.index.tolist())) for view in image.views] == [4, 2, 2, 2, 2]
+    assert [len(keep & set(part.index.tolist())) for part in image.parts] == [4, 2, 2, 2, 2]
     newlines = keep & set(NEWLINES)
     assert newlines == {int(image.row_end[k]) for k in keep if k >= 16}
     assert result.visual_tokens == len(result.keep) == 12 + len(newlines)
-    for view in image.views:
-        scores = view.seen.fields["cls_attention"].mean(0)
-        best = view.index[scores.argsort(descending=True)[:len(keep & set(view.index.tolist()))]]
+    for part in image.parts:
+        scores = part.fields["cls_attention"].mean(0)
+        best = part.index[scores.argsort(descending=True)[:len(keep & set(part.index.tolist()))]]
         assert set(best.tolist()) <= keep
 
 
@@ -303,7 +301,7 @@ def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, picture):
     """The upper right tile's own CLS, and of its patches the lower two rows."""
     names = ("cls", "cls_attention", "keys", "last_queries", "last_keys", "projected")
     image = model.encode_image(picture)
-    seen = model.see(image, names, "the man")[2].seen
+    seen = model.see(image.parts[2], names, "the man")
     before, after = model.vision_tower(model.prepare_image(picture)[2:3])
     alone = model.vision_tower.fields(before[0], after[0], names)
     assert seen.rows * seen.columns == len(seen.features) == 8
@@ -316,34 +314,21 @@ def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, picture):
         assert torch.allclose(seen.fields[name], value, atol=1e-5), name
 
 
-@pytest.mark.parametrize("mode", PRUNED)
-@pytest.mark.parametrize("name", [name for name in STRATEGIES
-                                  if "text" not in needs_of(name) and not in_decoder(name)])
-def test_every_strategy_prunes_every_view_in_every_mode(model, picture, name: str, mode: str):
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if "text" not in needs_of(name)])
+def test_every_strategy_prunes_every_view_in_every_mode(model, picture, name: str):
     image = model.encode_image(picture)
-    result = model.ground(image, "the man", name, "50%", mode, max_new_tokens=3)
-    keep = result.keep.tolist()
-    assert len(set(keep)) == len(keep)
-    assert {index for index in keep if index in NEWLINES} == {
-        int(image.row_end[index]) for index in keep if index >= 16}
-    if gap.MODES[mode][0] == "raster":
-        assert keep == sorted(keep)
-    if mode == "gap":
-        P, A = model.around_image(model.prompt("the man"))
-        assert result.position_ids[P:P + len(keep)].tolist() == [P + index for index in keep]
-        assert result.next_position == P + N + A
-
-
-def test_in_the_decoder_newlines_are_tokens_as_any_other(model, picture):
-    """FastV as published: it ranks all 52, and of those it drops newlines too."""
-    image = model.encode_image(picture)
-    result = model.ground(image, "the man", "fastv", 36, "gap")
-    assert result.cuts == [(1, 28)]                                           # 36 = (52 + 2 * 28)/3
-    assert result.visual_tokens == 36
-    whole = model.ground(image, "the man", "fastv", "100%", "gap", max_new_tokens=4)
-    assert whole.keep.tolist() == list(range(N))
-    closed = {int(image.row_end[index]) for index in result.keep.tolist()} - {-1}
-    assert closed != set(result.keep.tolist()) & set(NEWLINES)
+    P, A = model.around_image(model.prompt("the man"))
+    for mode in PRUNED:
+        result = model.ground(image, "the man", name, "50%", mode, max_new_tokens=3)
+        keep = result.keep.tolist()
+        assert len(set(keep)) == len(keep)
+        assert {index for index in keep if index in NEWLINES} == {
+            int(image.row_end[index]) for index in keep if index >= 16}
+        if gap.MODES[mode][0] == "raster":
+            assert keep == sorted(keep)
+        if mode == "gap":
+            assert result.position_ids[P:P + len(keep)].tolist() == [P + index for index in keep]
+            assert result.next_position == P + N + A
 
 
 def test_indices_of_ones_own_are_fed_as_they_are(model, picture):
@@ -355,38 +340,25 @@ def test_indices_of_ones_own_are_fed_as_they_are(model, picture):
 def test_newlines_are_no_padding(model):
     """All patches that unpadding leaves show some of the picture."""
     image = model.encode_image(noise(*SIZE))
-    assert image.padding(torch.arange(N)) == 0
-    assert image.padding(torch.tensor(NEWLINES)) == 0
-    assert len(image.patches(torch.arange(N))) == N - 4
-    image.at[3] = torch.tensor([-9, 0, 0, 9])                                 # one beside it
-    assert image.padding(torch.tensor([3, 4, 24, 33])) == 0.5
+    assert model.padding(image, torch.arange(N)) == 0
+    assert model.padding(image, torch.tensor(NEWLINES)) == 0
+    assert len(model.patches(image, torch.arange(N))) == N - 4
 
 
-def test_a_share_is_a_number_of_each_picture_and_in_the_decoder_newlines_count(model, picture):
+def test_how_many_tokens_there_are_depends_on_the_picture(model, picture):
     """52 tokens and 48 patches here; 300 x 57 pixels have two rows of 12 behind the base view."""
     wide = model.encode_image(noise(300, 57))
-    assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
-    image = model.encode_image(picture)
-    assert [choices(image, name) for name in ("cls_attention", "fastv")] == [48, 52]
-    args = argparse.Namespace(mode=["full", "gap"], prune=["random"], keep=["50%", "8"],
-                              ablate=False)
     assert not model.pictures_alike
-    assert runs_asked(args, image, model.pictures_alike) == [
-        ("none", "100%", "full"), ("random", "50%", "gap"), ("random", 8, "gap")]
-    assert runs_asked(args, image, True)[:2] == [("none", 52, "full"), ("random", 24, "gap")]
+    assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
 
 
 # ----- boxes and words ----------------------------------------------------------------------------
 
 
-def test_boxes_are_said_in_the_padded_square_and_one_switch_changes_that(model):
+def test_boxes_are_said_in_the_padded_square(model):
     box = (0.1, 0.3, 0.6, 0.7)
     assert model.to_pixels(box, *SIZE) == pytest.approx((10, 10, 60, 50))
     assert model.frame.from_pixels((10, 10, 60, 50), *SIZE) == pytest.approx(box)
-    assert model.frame.boxes == Pad()
-    other = replace(model.frame, boxes=Stretch())
-    assert other.to_pixels(box, *SIZE) == pytest.approx((10, 18, 60, 42))
-    assert other.from_pixels((10, 18, 60, 42), *SIZE) == pytest.approx(box)
 
 
 def test_a_mistral_is_asked_in_its_own_template(tmp_path: Path):
@@ -398,6 +370,7 @@ def test_a_mistral_is_asked_in_its_own_template(tmp_path: Path):
         "describes: the man on the left. [/INST]")
     before, _ = TEMPLATES["llama"].around("?")
     assert before.startswith("A chat between a curious human and") and before.endswith(" USER: ")
+    assert model.follow("Why?") == "[INST] Why? [/INST]"
 
 
 @pytest.mark.skipif(
@@ -415,9 +388,6 @@ def test_the_prompt_in_the_published_tokens_of_mistral():
     box = encode(tokenizer, "[0.12, 0.34, 0.56, 0.78]")
     assert len(box) == 24
     assert box[:7] == [733, 28734, 28723, 28740, 28750, 28725, 28705] and box[-1] == 28793
-    form = LlavaNext.box_format.foretell(tokenizer)
-    assert len(form) == 24 and all(token in allowed
-                                   for token, allowed in zip(box, form, strict=True))
 
 
 @pytest.mark.skipif(
@@ -470,26 +440,13 @@ def test_explain_shows_views_rows_and_newlines(model, picture, capsys):
 def test_the_picture_is_bright_where_kept_patches_of_the_base_view_and_of_tiles_lie(model):
     """Token 0 is the upper left 25 x 15 pixels; token 50 the last patch of the lower right tile."""
     white = Image.new("RGB", SIZE, "white")
-    at = model.encode_image(white).at
+    at = model.cells(model.encode_image(white))
     shown = dim_dropped(white, [0, 50, *NEWLINES], at)
     bright = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(60, 100, 3) == 255
     expected = torch.zeros(60, 100).bool()
     expected[:15, :25] = True
     expected[round(48 * 60 / 68):round(62 * 60 / 68), 88:100] = True          # 87.5 is rounded up
     assert torch.equal(bright.all(2), expected)
-
-
-def test_the_legend_counts_patches_and_tokens(model, picture):
-    image = model.encode_image(picture, {"cls_attention"})
-    results = {"gap": model.ground(image, "the man", keep=12, max_new_tokens=3)}
-    drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "draw_answers", lambda *args: drawn.append(args))
-        draw.draw_results(picture, image, "the man", "cls_attention", results)
-    _, kept, at, answers, caption, _ = drawn[0]
-    assert caption == '"the man"\ncls_attention keeps 12 of 48 patches'
-    assert answers[0].label == f"gap, {len(kept)} tokens" and len(kept) > 12
-    assert len(at) == N
 
 
 # ----- files --------------------------------------------------------------------------------------
@@ -512,110 +469,16 @@ def test_what_is_saved_is_read_again(decoder: str, tmp_path: Path):
     config = replace(config, image_grid_pinpoints=((56, 112), (112, 112)), other_ends=(5,))
     read = nanogap.load(write_checkpoint(tmp_path, config), "cpu")
     assert read.config == config
-    assert read.frame == Tiles(config.image_grid_pinpoints)
-
-
-def changed(folder: Path, file: str, **keys: object) -> Path:
-    """A checkpoint with other values in one of its files; "..." takes a key away."""
-    path = folder / file
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    for key, value in keys.items():
-        part = settings["text_config"] if key in ("sliding_window", "model_type") else settings
-        part[key] = value
-        if value is ...:
-            del part[key]
-    path.write_text(json.dumps(settings))
-    return folder
-
-
-@pytest.mark.parametrize("window, longest", [(None, 8192), (..., 4096), (8192, 8192)])
-def test_a_window_that_hides_no_position_is_none(window, longest: int, tmp_path: Path):
-    """Left out it is 4096 in transformers, and a prompt that is no longer never meets it."""
-    config = tiny_next_config("mistral", max_position_embeddings=8192)
-    folder = changed(write_checkpoint(tmp_path, config), "config.json", sliding_window=window)
-    assert LlavaNext.read_config(folder).text.max_position_embeddings == longest
+    assert read.frame == Tiles(pinpoints=config.image_grid_pinpoints)
 
 
 def test_what_a_mistrals_config_leaves_out_is_not_what_a_llamas_does():
-    """The defaults of MistralConfig, and a window of 4096."""
-    mistral = read_decoder({"model_type": "mistral"}, ("llama", "mistral"))
-    assert (mistral.num_key_value_heads, mistral.intermediate_size) == (8, 14336)
-    assert mistral.max_position_embeddings == 4096
-    no_window = {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": None}
-    mistral = read_decoder(no_window, ("llama", "mistral"))
-    assert (mistral.num_key_value_heads, mistral.max_position_embeddings) == (32, 131072)
-    llama = read_decoder({"sliding_window": 7}, ("llama", "mistral"))         # LLaMA has none
-    assert (llama.num_key_value_heads, llama.intermediate_size) == (32, 11008)
-    assert llama.max_position_embeddings == 2048
-
-
-@pytest.mark.parametrize("file, keys, message", [
-    ("config.json", {"sliding_window": 256}, "sliding_window is 256; nanogap implements None only"),
-    ("config.json", {"model_type": "qwen2"}, "model_type is 'qwen2'; nanogap implements 'llama'"),
-    ("config.json", {"use_image_newline_parameter": False},
-     "use_image_newline_parameter is False; nanogap implements True only"),
-    ("config.json", {"vision_feature_select_strategy": "full"},
-     "vision_feature_select_strategy is 'full'; nanogap implements 'default' only"),
-    ("config.json", {"image_grid_pinpoints": [[56, 100]]},
-     r"config.json: image_grid_pinpoints is \[\[56, 100\]\], and it must be pairs "
-     r"\[height, width\] of canvases, multiples of 56 pixels"),
-    ("config.json", {"image_grid_pinpoints": "(1x1),...,(6x6)"}, "it must be pairs"),
-    ("config.json", {"image_grid_pinpoints": []}, "it must be pairs"),
-    ("preprocessor_config.json", {"image_grid_pinpoints": [[112, 112]]},
-     r"preprocessor_config.json: image_grid_pinpoints are \(\(112, 112\),\), and config.json has"),
-    ("preprocessor_config.json", {"aspect_ratio_setting": "pad"},
-     "aspect_ratio_setting is 'pad'; nanogap implements 'anyres' only"),
-    ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"},
-     "image_processor_type is 'CLIPImageProcessor', and a 'llava_next' "),
-    ("preprocessor_config.json", {"size": {"shortest_edge": 336}},
-     "size is .* and the vision tower reads squares of 56 pixels"),
-    ("preprocessor_config.json", {"do_resize": False},
-     "do_resize is False; nanogap implements True"),
-])
-def test_what_would_change_an_answer_is_refused_by_name(file, keys, message, tmp_path: Path):
-    folder = changed(write_checkpoint(tmp_path, tiny_next_config("mistral")), file, **keys)
-    with pytest.raises(NanogapError, match=message):
-        nanogap.load(folder, "cpu")
-
-
-@pytest.mark.parametrize("keys", [
-    {"do_pad": False}, {"do_pad": True}, {"do_center_crop": False},
-    {"image_processor_type": "LlavaNextImageProcessorFast"}, {"image_grid_pinpoints": ...},
-    {"aspect_ratio_setting": ...}])
-def test_what_changes_nothing_is_read(keys: dict, tmp_path: Path):
-    folder = write_checkpoint(tmp_path, tiny_next_config())
-    expected = LlavaNext.read_config(folder)
-    assert LlavaNext.read_config(changed(folder, "preprocessor_config.json", **keys)) == expected
-
-
-HUBS_MISTRAL = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{{ '<<SYS>>\n' + message['content'][0]['text'] + '\n<</SYS>>\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\n' }}{% endfor %}{{ message['content'][0]['text'] }}{{ ' [/INST]' }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
-    "{% endif %}{% endfor %}")
-HUBS_VICUNA = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: <image>\n' }}"
-    "{{ message['content'][0]['text'] }}{% else %}{{ ' ASSISTANT: ' }}{% endif %}{% endfor %}")
-SYSTEM_OF_1_5 = VICUNA.before.removesuffix("USER: ")
-
-
-@pytest.mark.parametrize("decoder, template, others", [
-    ("mistral", HUBS_MISTRAL, None), ("llama", HUBS_VICUNA, None),
-    ("llama", SYSTEM_OF_1_5 + HUBS_VICUNA, None),
-    ("llama", SYSTEM_OF_1_5.replace("user", "human") + HUBS_VICUNA, None),
-    ("llama", "Answer briefly. " + HUBS_VICUNA, "Vicuna's"),
-    ("mistral", HUBS_VICUNA, "Mistral's"), ("llama", HUBS_MISTRAL, "Vicuna's")])
-def test_the_chat_template_must_be_the_decoders(decoder, template, others, tmp_path: Path):
-    folder = write_checkpoint(tmp_path, tiny_next_config(decoder))
-    changed(folder, "chat_template.json", chat_template=template)
-    if others is None:
-        assert LlavaNext.read_config(folder).decoder == decoder
-        return
-    with pytest.raises(NanogapError, match=f"holds another chat template than {others}"):
-        LlavaNext.read_config(folder)
+    """The defaults of MistralConfig; a null key-value count is that of the heads."""
+    mistral = LlavaNext.complete({"text_config": {"model_type": "mistral"}})["text_config"]
+    assert read_text_config(mistral) == LlamaConfig(
+        intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
+    llama = LlavaNext.complete({"text_config": {"model_type": "llama"}})["text_config"]
+    assert read_text_config(llama) == LlamaConfig()
 
 
 # ----- full size ----------------------------------------------------------------------------------
@@ -645,7 +508,7 @@ TEXTS = {   # what the published files say; the rest are the defaults of Mistral
 def test_at_full_size_there_are_as_many_tensors_and_parameters_as_published(
         name: str, tensors: int, parameters: int, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(FULL | {"text_config": TEXTS[name]}))
-    config = LlavaNext.read_config(tmp_path)
+    config = read_config(tmp_path, LlavaNext)
     with torch.device("meta"):
         model = LlavaNext(config)
     assert len(model.state_dict()) == tensors

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,18 @@ from torch import Tensor
 
 import nanogap
 from nanogap import gap, llama
-from nanogap.checks.config import read_clip_config
-from nanogap.clip import CLIP, CLIPTextConfig, CLIPVisionConfig
+from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
+from nanogap.ground import greedy
 from nanogap.image import Pad, to_pixel_values
 from nanogap.llama import LlamaConfig
-from nanogap.models.llava import VICUNA, Llava
+from nanogap.llava import VICUNA
+from nanogap.models import VLM
+from nanogap.models.saving import our_name
 from nanogap.prune import Kept
+from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.scenes import scene
 from nanogap.train.tokenizer import train_clip_tokenizer
-from nanogap.weights import load_into, our_name, save_clip
+from nanogap.weights import VIT_B_32, known, read_config, read_json, read_tensors
 from tests.reference.make_reference import (
     CASES,
     KEEP,
@@ -69,21 +73,31 @@ def assert_same(ours: Tensor, theirs: Tensor, largest: float | None = None) -> N
     assert float((ours - theirs).abs().max()) <= limit
 
 
+def assert_stored(logits: Tensor, words: list[int], expected: dict) -> None:
+    """Logits of some positions, and the words, are those that were stored."""
+    assert_same(logits[:, VOCABULARY], expected["sample"], expected["largest"])
+    assert_same(logits.double().abs().sum(-1),
+                torch.tensor(expected["absolute_sums"], dtype=torch.double))
+    assert words == expected["words"]
+
+
 @torch.no_grad()
-def our_answer(model: Llava, prompt: list[int], pixels: Tensor, keep: list[int] | None = None,
-               mode: str = "full", new_tokens: int = NEW_TOKENS) -> tuple[Tensor, list[int]]:
+def our_answer(model: VLM, prompt: list[int], pixels: Tensor, keep: list[int] | None = None,
+               mode: str = "full", new_tokens: int = NEW_TOKENS,
+               size: tuple[int, int] | None = None) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the whole prompt, and the greedy words after it."""
     input_ids = torch.tensor(prompt)
-    image = model.encode_pixels(pixels, pixels.shape[-1], pixels.shape[-2])
+    size = size or (pixels.shape[-1], pixels.shape[-2])
+    image = model.encode_pixels(pixels, *size)
     kept = Kept(torch.arange(image.n_visual) if keep is None else torch.tensor(keep))
     P, A = model.around_image(input_ids)
-    layout = gap.lay_out(kept.keep, P, image.n_visual, A, mode)
+    layout = gap.lay_out(kept.ranked, P, image.n_visual, A, mode)
     x = model.embed(input_ids, image, kept, layout.order)                     # (1, T, C)
-    logits = model(input_ids, pixels, None if keep is None else kept.keep, mode)
-    return logits, model.generate(x, layout, new_tokens)
+    logits = model(input_ids, pixels, None if keep is None else kept.ranked, mode, size)
+    return logits, greedy(model, x, layout, new_tokens).tokens
 
 
-def our_features(model: Llava, pixels: Tensor) -> Tensor:
+def our_features(model: VLM, pixels: Tensor) -> Tensor:
     """Patch features (N, C) before the projector."""
     with torch.no_grad():
         return model.encode_pixels(pixels, pixels.shape[-1], pixels.shape[-2]).features
@@ -104,11 +118,7 @@ def test_a_tiny_checkpoint_gives_the_logits_and_words_that_transformers_gave(
     write_checkpoint(tmp_path, tiny_config(**differs), layout, shards, seed)
     model = nanogap.load(tmp_path, "cpu")
     logits, words = our_answer(model, PROMPT, pixel_values())
-    expected = stored["cases"][name]
-    assert_same(logits[POSITIONS][:, VOCABULARY], expected["sample"], expected["largest"])
-    sums = logits[POSITIONS].double().abs().sum(-1)
-    assert_same(sums, torch.tensor(expected["absolute_sums"], dtype=torch.double))
-    assert words == expected["words"]
+    assert_stored(logits[POSITIONS], words, stored["cases"][name])
 
 
 def test_patch_features_are_those_of_the_second_to_last_layer_without_cls(
@@ -123,19 +133,11 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
         mode: str, stored: dict, tmp_path: Path):
     model = nanogap.load(write_checkpoint(tmp_path), "cpu")
     logits, words = our_answer(model, PROMPT, pixel_values(), KEEP, mode)
-    expected = stored["pruned"][mode]
     assert logits.shape == (5 + 4 + 6, 640)
-    assert_same(logits[[5, 14]][:, VOCABULARY], expected["sample"], expected["largest"])
-    assert_same(logits[[5, 14]].double().abs().sum(-1),
-                torch.tensor(expected["absolute_sums"], dtype=torch.double))
-    assert words == expected["words"]
-
-
-@pytest.mark.parametrize("mode", PRUNED)
-def test_the_position_ids_written_by_hand_are_those_of_gap(mode: str):
+    assert_stored(logits[[5, 14]], words, stored["pruned"][mode])
     order, by_hand = PRUNED[mode]
     layout = gap.lay_out(torch.tensor(KEEP), 5, 16, 6, mode)
-    assert layout.keep.tolist() == order
+    assert layout.kept.tolist() == order
     assert (layout.position_ids.tolist(), layout.next_position) == (by_hand, by_hand[-1] + 1)
 
 
@@ -185,7 +187,7 @@ def test_every_patch_feature_is_that_of_transformers(pair):
     assert_same(our_features(ours, pixels), their_features(theirs, pixels))
 
 
-def by_hand(ours: Llava, prompt: list[int], keep: list[int],
+def by_hand(ours: VLM, prompt: list[int], keep: list[int],
             mode: str) -> tuple[list[int], list[int]]:
     """In which order patches are fed in a mode, and all position IDs, without nanogap.gap."""
     P, N = prompt.index(ours.config.image_token), ours.config.vision.grid ** 2
@@ -304,18 +306,6 @@ def test_what_transformers_saves_again_gives_the_same_logits_bit_for_bit(
 
 
 @live
-def test_a_model_that_transformers_made_and_saved_loads(transformers, tmp_path: Path):
-    source = write_checkpoint(tmp_path / "source")
-    config = transformers.LlavaConfig.from_pretrained(source)
-    theirs = transformers.LlavaForConditionalGeneration(config).eval()
-    theirs.save_pretrained(tmp_path / "made")
-    shutil.copy(source / "tokenizer.json", tmp_path / "made")
-    logits, _ = our_answer(nanogap.load(tmp_path / "made", "cpu"), PROMPT, pixel_values())
-    expected, _ = their_answer(theirs, expand(PROMPT, IMAGE_TOKEN, 16), pixel_values(), NEW_TOKENS)
-    assert_same(logits, expected)
-
-
-@live
 def test_what_is_seen_and_said_in_bfloat16_is_close_to_transformers_in_bfloat16(pair):
     ours, theirs, prompt, pixels, _ = pair
     input_ids = expand(prompt, ours.config.image_token, ours.config.vision.grid ** 2)
@@ -348,15 +338,6 @@ def test_pixel_values_are_those_of_the_processor_that_pads(transformers, width: 
 
 
 @live
-def test_a_square_needs_no_padding_and_is_what_clips_own_processor_makes_of_it(transformers):
-    own = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    expected = own(noise(500, 500), return_tensors="pt")["pixel_values"]
-    ours = to_pixel_values(Pad().fit(noise(500, 500), 336))
-    assert float((ours - expected).abs().max()) <= 1e-6
-
-
-@live
 def test_the_processor_that_crops_sees_another_picture(transformers):
     crops = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
@@ -370,8 +351,11 @@ def test_the_processor_that_crops_sees_another_picture(transformers):
 
 def load_clip(folder: Path) -> CLIP:
     """Both towers, as save_clip wrote them."""
-    clip = CLIP(*read_clip_config(folder))
-    load_into(clip, folder, torch.device("cpu"), torch.float32, "nothing")
+    config = read_json(folder / "config.json")
+    clip = CLIP(replace(VIT_B_32, **known(CLIPVisionConfig, config["vision_config"])),
+                CLIPTextConfig(**known(CLIPTextConfig, config["text_config"])),
+                config["projection_dim"])
+    clip.load_state_dict({name: value.float() for name, value in read_tensors(folder)})
     return clip
 
 
@@ -415,7 +399,7 @@ def test_words_and_patches_stand_in_the_space_of_transformers(transformers):
     folder = MINI / "clip_text"
     model = nanogap.load(MINI, "cpu", "float32")
     image = model.encode_image(ROOT / "image.jpg")
-    seen = model.see(image, {"text", "aligned"}, "the man on the left")[0].seen
+    seen = model.see(image, {"text", "aligned"}, "the man on the left")
     theirs = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = torch.tensor([tokenizer.encode("the man on the left").ids])
@@ -454,7 +438,7 @@ def test_the_published_tokenizer_needs_24_tokens_for_a_box():
 
 @needs_published
 def test_the_published_config_is_read_and_what_it_omits_is_supplied():
-    config = Llava.read_config(PUBLISHED)
+    config = read_config(PUBLISHED)
     assert config.text == LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, head_dim=128, vocab_size=32064, rms_norm_eps=1e-5,
@@ -470,8 +454,8 @@ def test_the_published_config_is_read_and_what_it_omits_is_supplied():
 def test_the_686_published_names_are_those_of_the_model_one_to_one():
     index = json.loads((PUBLISHED / "model.safetensors.index.json").read_text())
     with torch.device("meta"):
-        model = Llava(Llava.read_config(PUBLISHED))
-    names = [our_name(name, Llava.rename) for name in index["weight_map"]]
+        model = VLM(read_config(PUBLISHED))
+    names = [our_name(name, VLM.rename) for name in index["weight_map"]]
     assert len(names) == 686 and sorted(names) == sorted(model.state_dict())
     size = 2 * sum(p.numel() for p in model.parameters())                     # float16
     assert size == index["metadata"]["total_size"] == 14_126_854_144

@@ -14,10 +14,11 @@ from torch import Tensor
 
 import nanogap
 from nanogap import gap
-from nanogap.image import Tiles, to_pixel_values
+from nanogap.image import to_pixel_values
+from nanogap.models.frames import Tiles
 from nanogap.models.llava_next import GRIDS, LlavaNext
-from nanogap.prune import Kept
-from tests.models.test_reference import assert_same, live
+from tests.models.test_reference import assert_same, assert_stored, live
+from tests.models.test_reference import our_answer as our_answer_to
 from tests.reference.make_next import (
     CASES,
     KEEP,
@@ -33,7 +34,6 @@ from tests.reference.make_next import (
 from tests.reference.make_reference import (
     NEW_TOKENS,
     PROMPT,
-    VOCABULARY,
     load_theirs,
     their_pruned_answer,
 )
@@ -43,18 +43,10 @@ SIZES = [(640, 480), (427, 640), (900, 300), (336, 336), (250, 700), (37, 23), (
          (2000, 500)]
 
 
-@torch.no_grad()
 def our_answer(model: LlavaNext, image: Image.Image, keep: list[int] | None = None,
                mode: str = "full") -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the whole prompt, and the greedy words after it."""
-    input_ids, pixels = torch.tensor(PROMPT), model.prepare_image(image)
-    seen = model.encode_image(image)
-    kept = Kept(torch.arange(seen.n_visual) if keep is None else torch.tensor(keep))
-    P, A = model.around_image(input_ids)
-    layout = gap.lay_out(kept.keep, P, seen.n_visual, A, mode)
-    x = model.embed(input_ids, seen, kept, layout.order)                      # (1, T, C)
-    logits = model(input_ids, pixels, kept.keep, mode, size=image.size)
-    return logits, model.generate(x, layout, NEW_TOKENS)
+    return our_answer_to(model, PROMPT, model.prepare_image(image), keep, mode, size=image.size)
 
 
 # ----- stored numbers -----------------------------------------------------------------------------
@@ -76,11 +68,7 @@ def test_pictures_of_all_shapes_give_what_transformers_gave(name: str, stored: d
     assert model.encode_image(image).n_visual == expected["N"]
     logits, words = our_answer(model, image)
     assert len(logits) == len(PROMPT) - 1 + expected["N"]
-    some = logits[places(len(logits))]
-    assert_same(some[:, VOCABULARY], expected["sample"], expected["largest"])
-    assert_same(some.double().abs().sum(-1),
-                torch.tensor(expected["absolute_sums"], dtype=torch.double))
-    assert words == expected["words"]
+    assert_stored(logits[places(len(logits))], words, expected)
 
 
 @pytest.mark.parametrize("mode", PRUNED)
@@ -88,19 +76,11 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
         mode: str, stored: dict, tmp_path: Path):
     model = nanogap.load(write_checkpoint(tmp_path, tiny_next_config()), "cpu")
     logits, words = our_answer(model, noise(100, 60), KEEP, mode)
-    expected = stored["pruned"][mode]
     assert logits.shape == (5 + 9 + 6, 640)
-    assert_same(logits[[5, 19]][:, VOCABULARY], expected["sample"], expected["largest"])
-    assert_same(logits[[5, 19]].double().abs().sum(-1),
-                torch.tensor(expected["absolute_sums"], dtype=torch.double))
-    assert words == expected["words"]
-
-
-@pytest.mark.parametrize("mode", PRUNED)
-def test_the_position_ids_written_by_hand_are_those_of_gap(mode: str):
+    assert_stored(logits[[5, 19]], words, stored["pruned"][mode])
     order, by_hand = PRUNED[mode]
     layout = gap.lay_out(torch.tensor(KEEP), 5, 52, 6, mode)
-    assert layout.keep.tolist() == order
+    assert layout.kept.tolist() == order
     assert (layout.position_ids.tolist(), layout.next_position) == (by_hand, by_hand[-1] + 1)
 
 
@@ -122,7 +102,7 @@ def transformers():
 @pytest.mark.parametrize("size", SIZES)
 def test_pixel_values_are_those_of_the_hubs_processor_bit_for_bit(transformers, size):
     """At full size: the canvas, the tiles in their order, the base view first."""
-    frame = Tiles(tuple((rows * 336, columns * 336) for rows, columns in GRIDS))
+    frame = Tiles(pinpoints=tuple((rows * 336, columns * 336) for rows, columns in GRIDS))
     ours = torch.cat([to_pixel_values(view) for view in frame.views(noise(*size), 336)])
     theirs = their_picture(noise(*size), 336)["pixel_values"][0]
     assert ours.shape == theirs.shape
@@ -193,14 +173,3 @@ def their_processor(source: Path, folder: Path) -> None:
     found = json.loads((folder / "preprocessor_config.json").read_text())
     assert found["size"] == {"shortest_edge": S}
     assert found["image_grid_pinpoints"] == [[rows * S, columns * S] for rows, columns in GRIDS]
-
-
-@live
-def test_a_model_that_transformers_made_and_saved_loads(transformers, tmp_path: Path):
-    source = write_checkpoint(tmp_path / "source", tiny_next_config("mistral"))
-    config = transformers.LlavaNextConfig.from_pretrained(source)
-    theirs = transformers.LlavaNextForConditionalGeneration(config).eval()
-    theirs.save_pretrained(tmp_path / "made")
-    their_processor(source, tmp_path / "made")
-    logits, _ = our_answer(nanogap.load(tmp_path / "made", "cpu"), noise(100, 60))
-    assert_same(logits, asked(theirs, noise(100, 60))[2])

@@ -9,7 +9,6 @@ In:  tensors drawn from fixed seeds under the names of the published pieces, one
 Out: samples of features and logits with 8 significant digits, and the greedy words; a few KB.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,15 @@ from torch import Tensor, nn
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models.minigpt import MiniGPT, MiniGPTConfig
-from nanogap.weights import our_name
-from tests.reference.make_reference import VOCABULARY, rounded, summary
+from nanogap.models.saving import our_name
+from tests.reference.make_reference import (
+    answer_of_parts,
+    part,
+    rounded,
+    summary,
+    their_decoder,
+    write_outputs,
+)
 from tests.tiny import draw
 
 OUTPUTS = Path(__file__).with_name("minigpt.json")
@@ -80,12 +86,6 @@ THEIR_NAMES = (
     (r"\.attn\.", ".self_attn."))
 
 
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that."""
-    return {name.removeprefix(prefix): value for name, value in state.items()
-            if name.startswith(prefix)}
-
-
 def their_tower(state: dict[str, Tensor]) -> nn.Module:
     """BLIP-2's vision model; its keys have a bias, which is zero."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
@@ -121,39 +121,13 @@ def their_visual(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
                                 state["llama_proj.bias"])
 
 
-def their_decoder(state: dict[str, Tensor]) -> nn.Module:
-    """LLaMA, with attention written out."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=640, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        attn_implementation="eager")
-    decoder = LlamaForCausalLM(config).eval()
-    decoder.load_state_dict(part(state, "llama_model."), strict=True)
-    return decoder
-
-
 @torch.no_grad()
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
                  ids: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of the prompt with the visual tokens `order` at these IDs, and greedy words.
-
-    Without a cache; with a mask, or a gap in the IDs would count as the border of two sequences.
-    """
-    decoder, ids = their_decoder(state), list(ids)
-    embed, place = decoder.model.embed_tokens, PROMPT.index(IMAGE)
-    before, after = embed(torch.tensor(PROMPT[:place])), embed(torch.tensor(PROMPT[place + 1:]))
-    x = torch.cat([before, their_visual(state, pixels)[list(order)], after])[None]
-    first, words = None, []
-    while len(words) < NEW_TOKENS and words[-1:] != [2]:
-        logits = decoder(inputs_embeds=x, position_ids=torch.tensor([ids]), use_cache=False,
-                         attention_mask=torch.ones(1, len(ids))).logits[0]
-        first = logits if first is None else first
-        words.append(int(logits[-1].argmax()))
-        x = torch.cat([x, embed(torch.tensor([words[-1:]]))], dim=1)
-        ids.append(ids[-1] + 1)
-    assert first is not None
-    return first, words
+    """Logits (T, V) of the prompt with the visual tokens `order` at these IDs, and greedy words."""
+    decoder = their_decoder(part(state, "llama_model."), tiny_config().text)
+    visual = their_visual(state, pixels)[list(order)]
+    return answer_of_parts(decoder, PROMPT, IMAGE, visual, ids, NEW_TOKENS)
 
 
 def positions(mode: str) -> list[int]:
@@ -162,21 +136,16 @@ def positions(mode: str) -> list[int]:
 
 
 def main() -> None:
-    import transformers
-    pixels = pixel_values()
-    lines = [f' "transformers": {json.dumps(transformers.__version__)}']
+    pixels, outputs = pixel_values(), {}
     for name, table in TABLES.items():
         state = tensors(table)
         hidden = their_hidden(state, pixels)
-        answers = {"hidden": rounded(hidden[[0, 1, 30, 64], :6]),
-                   "sum": rounded(hidden.double().abs().sum())}
+        outputs[name] = {"hidden": rounded(hidden[[0, 1, 30, 64], :6]),
+                         "sum": rounded(hidden.double().abs().sum())}
         for mode, (order, ids) in MODES.items():
             logits, words = their_answer(state, pixels, order, ids)
-            answers[mode] = summary(logits, positions(mode)) | {"words": words}
-        rows = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in answers.items()]
-        lines.append(f' "{name}": {{\n' + ",\n".join(rows) + "\n }")
-    OUTPUTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"{OUTPUTS.name}: {OUTPUTS.stat().st_size} bytes, vocabulary {len(VOCABULARY)}")
+            outputs[name][mode] = summary(logits, positions(mode)) | {"words": words}
+    write_outputs(OUTPUTS, outputs)
 
 
 if __name__ == "__main__":

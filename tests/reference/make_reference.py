@@ -10,12 +10,14 @@ uses the functions below on other checkpoints where transformers is.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+from nanogap.llama import LlamaConfig
 from tests.tiny import IMAGE_TOKEN, tiny_config, write_checkpoint
 
 OUTPUTS = Path(__file__).with_name("outputs.json")
@@ -140,6 +142,49 @@ def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: 
     return logits, words
 
 
+# ----- models that transformers has only the parts of ---------------------------------------------
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that."""
+    return {name.removeprefix(prefix): value for name, value in state.items()
+            if name.startswith(prefix)}
+
+
+def their_decoder(state: dict[str, Tensor], config: LlamaConfig) -> torch.nn.Module:
+    """LLaMA, with attention written out."""
+    import transformers
+    decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **asdict(config), attn_implementation="eager")).eval()
+    decoder.load_state_dict(state, strict=True)
+    return decoder
+
+
+@torch.no_grad()
+def answer_of_parts(decoder: torch.nn.Module, prompt: Sequence[int], image_token: int,
+                    visual: Tensor, position_ids: Sequence[int],
+                    new_tokens: int) -> tuple[Tensor, list[int]]:
+    """Logits (T, V) of the prompt with visual tokens (K, C) at these IDs, and the greedy words.
+
+    Without a cache; with a mask, or a gap in the IDs would count as the border of two sequences.
+    """
+    embed, place, ids = decoder.model.embed_tokens, prompt.index(image_token), list(position_ids)
+    before, after = embed(torch.tensor(prompt[:place])), embed(torch.tensor(prompt[place + 1:]))
+    x = torch.cat([before, visual, after])[None]
+    answers, words = [], []
+    while len(words) < new_tokens and words[-1:] != [2]:
+        answers.append(decoder(
+            inputs_embeds=x, position_ids=torch.tensor([ids]), use_cache=False,
+            attention_mask=torch.ones(1, len(ids))).logits[0])
+        words.append(int(answers[-1][-1].argmax()))
+        x = torch.cat([x, embed(torch.tensor([words[-1:]]))], dim=1)
+        ids.append(ids[-1] + 1)
+    return answers[0], words
+
+
+# ----- what is stored -----------------------------------------------------------------------------
+
+
 def rounded(values: Tensor) -> list:
     """Nested lists of numbers with 8 significant digits."""
     return json.loads(json.dumps(values.tolist()), parse_float=lambda x: float(f"{float(x):.8g}"))
@@ -172,11 +217,11 @@ def main() -> None:
 def write_outputs(path: Path, outputs: dict[str, dict]) -> None:
     """A line for each answer."""
     import transformers
-    parts = [f' "transformers": {json.dumps(transformers.__version__)}']
-    for part, answers in outputs.items():
+    groups = [f' "transformers": {json.dumps(transformers.__version__)}']
+    for group, answers in outputs.items():
         rows = [f"  {json.dumps(name)}: {json.dumps(answer)}" for name, answer in answers.items()]
-        parts.append(f' "{part}": {{\n' + ",\n".join(rows) + "\n }")
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+        groups.append(f' "{group}": {{\n' + ",\n".join(rows) + "\n }")
+    path.write_text("{\n" + ",\n".join(groups) + "\n}\n")
     print(f"{path.name}: {path.stat().st_size} bytes")
 
 

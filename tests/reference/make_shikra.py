@@ -8,7 +8,6 @@ In:  tensors drawn from fixed seeds, one prompt, one image.
 Out: samples of features and logits with 8 significant digits, and the greedy words; a few KB.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,16 +17,19 @@ from torch import Tensor, nn
 
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.models.llava import LlavaConfig
+from nanogap.llava import LlavaConfig
 from nanogap.models.shikra import Shikra
-from tests.reference.make_minigpt import part
 from tests.reference.make_reference import (
     NEW_TOKENS,
     POSITIONS,
     PRUNED,
+    answer_of_parts,
+    part,
     pixel_values,
     rounded,
     summary,
+    their_decoder,
+    write_outputs,
 )
 from tests.tiny import draw
 
@@ -67,39 +69,15 @@ def their_features(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
     return their_tower(state)(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
 
 
-def their_decoder(state: dict[str, Tensor]) -> nn.Module:
-    """LLaMA, with attention written out."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    decoder = LlamaForCausalLM(LlamaConfig(
-        **asdict(DECODER), attn_implementation="eager")).eval()
-    decoder.load_state_dict(part(state, "language_model."), strict=True)
-    return decoder
-
-
 @torch.no_grad()
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
                  ids: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of the prompt with the patches `order` at these IDs, and the greedy words.
-
-    Without a cache; with a mask, or a gap in the IDs would count as the border of two sequences.
-    """
-    decoder, ids, place = their_decoder(state), list(ids), PROMPT.index(PATCH)
+    """Logits (T, V) of the prompt with the patches `order` at these IDs, and the greedy words."""
+    decoder = their_decoder(part(state, "language_model."), DECODER)
     visual = nn.functional.linear(their_features(state, pixels)[list(order)],
                                   state["multi_modal_projector.weight"],
                                   state["multi_modal_projector.bias"])
-    embed = decoder.model.embed_tokens
-    before, after = embed(torch.tensor(PROMPT[:place])), embed(torch.tensor(PROMPT[place + 1:]))
-    x = torch.cat([before, visual, after])[None]
-    first, words = None, []
-    while len(words) < NEW_TOKENS and words[-1:] != [2]:
-        logits = decoder(inputs_embeds=x, position_ids=torch.tensor([ids]), use_cache=False,
-                         attention_mask=torch.ones(1, len(ids))).logits[0]
-        first = logits if first is None else first
-        words.append(int(logits[-1].argmax()))
-        x = torch.cat([x, embed(torch.tensor([words[-1:]]))], dim=1)
-        ids.append(ids[-1] + 1)
-    assert first is not None
-    return first, words
+    return answer_of_parts(decoder, PROMPT, PATCH, visual, ids, NEW_TOKENS)
 
 
 def positions(mode: str) -> list[int]:
@@ -108,16 +86,12 @@ def positions(mode: str) -> list[int]:
 
 
 def main() -> None:
-    import transformers
     pixels, state = pixel_values(), tensors()
-    answers = {"transformers": transformers.__version__,
-               "features": rounded(their_features(state, pixels)[[0, 7, 15], :6])}
+    answers = {"features": rounded(their_features(state, pixels)[[0, 7, 15], :6])}
     for mode, (order, ids) in MODES.items():
         logits, words = their_answer(state, pixels, order, ids)
         answers[mode] = summary(logits, positions(mode)) | {"words": words}
-    rows = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in answers.items()]
-    OUTPUTS.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    print(f"{OUTPUTS.name}: {OUTPUTS.stat().st_size} bytes")
+    write_outputs(OUTPUTS, {"shikra": answers})
 
 
 if __name__ == "__main__":
