@@ -259,18 +259,21 @@ def explain_answer(old: Tensor, right: Tensor, new: Tensor, A: int,
         return "answer moved", (
             f"the answer begins behind the last token, at {say(begins)} instead of {instead}")
     deltas = int(old.max()) + 1 - old.shape[1]       # M-RoPE's, of the unpruned prompt
-    told = [
-        ("answer repeats the last ID", "where the prompt's last token stands", new[:, -1]),
-        ("answer counted from the cache", "the length of the cache", rows),
-        ("answer counted from the cache",
-         "the length of the cache plus the unpruned prompt's rope_deltas", rows + deltas)]
-    cases = [case for case in told if (begins == case[2]).all()][:1 if deltas == 0 else 3]
+    told = {"where the prompt's last token stands": new[:, -1],
+            "the length of the cache": torch.full_like(begins, rows)}
+    if deltas:
+        told["the length of the cache plus the unpruned prompt's rope_deltas"] = (
+            torch.full_like(begins, rows + deltas))
+    cases = [words for words, place in told.items() if torch.equal(begins, place)]
     if cases:
-        name = " or ".join(dict.fromkeys(case[0] for case in cases))
-        words = ", which is also ".join(case[1] for case in cases)
-        return name, f"the answer begins at {say(begins)}, {words}, instead of {instead}"
+        names = ["answer repeats the last ID" if "token" in words else
+                 "answer counted from the cache" for words in cases]
+        return " or ".join(dict.fromkeys(names)), (
+            f"the answer begins at {say(begins)}, {', which is also '.join(cases)}, "
+            f"instead of {instead}")
     clause = f"the answer begins at {say(begins)} instead of {instead}"
-    if D == 3 and (begins == begins[0]).all() and (begins < right[:, rows - A:].amin()).all():
+    text = right[:, right.shape[1] - A:] if A else right[:, :1] + rows
+    if D == 3 and (begins == begins[0]).all() and begins[0] < text.min():
         clause += f", as rope_deltas of {say(begins[:1] - rows)}, another prompt's, would have it"
     return "answer moved", clause
 

@@ -73,7 +73,7 @@ SEEN = "the visual tokens have IDs of patches, in the order of the image"
 # 3 tokens, 4 x 4 patches, 2 tokens; 19 and 20 after the image, the answer at 21.  A method's
 # raster indices in the order in which it feeds them, -1 for a token that it adds; the IDs that
 # reach RoPE; the ID of the answer; what is said.  Who does so is told in chapters 11 and 14.
-SENTENCES: dict[str, tuple[list[int] | None, list[int], int | None, str]] = {
+SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
     "FastV, SparseVLM v2, Nuwa": (
         [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 21,
         f"kept: {KEPT}; the answer begins at 21."),
@@ -193,7 +193,7 @@ SENTENCES: dict[str, tuple[list[int] | None, list[int], int | None, str]] = {
         "other: some patches have IDs that no patch had (5 to 99; first at place 6: 99); "
         "the text after them keeps its IDs."),
     "PACT: a cluster at the mean of its IDs": (
-        [2, -1, 14], [0, 1, 2, 5, 8.5, 17, 19, 20], None,                     # type: ignore[list-item]
+        [2, -1, 14], [0, 1, 2, 5, 8.5, 17, 19, 20], None,
         "kept: every patch keeps its ID (1 of them added); the text after them keeps its IDs."),
 }
 

@@ -9,8 +9,7 @@ By hand, 3 tokens of text, 16 visual tokens of which 2, 5, 9 and 14 stay, 4 toke
     after      0  1  2   5 8 12 17  19 20 21 22   next 23
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from tests.markdown import blocks
 from tests.tiny import draw
 
 transformers = pytest.importorskip("transformers", minversion="5.18")
-from transformers.modeling_outputs import BaseModelOutputWithPooling  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE, VIDEO = 90, 91                                       # of the tiny models' tokens
