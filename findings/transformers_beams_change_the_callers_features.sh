@@ -1,10 +1,9 @@
 #!/bin/sh
 # transformers 5.24.0 (torch 2.13.0): generate(mm_encoder_outputs=..., num_beams=2) changes the
-# object that it is given.  Its pooler_output holds one entry for each beam afterwards, so the same
-# call, made again with the same arguments, raises ValueError, and so does a plain forward pass.
-# Expected: arguments are as they were, and the same call twice gives the same words; that is how
-# generate treats pixel_values, input_ids and position_ids.
-# Seen: "features after the call: 2" and "the same call again: ValueError".
+# object that it is given.  Its pooler_output holds one entry for each beam afterwards, so a greedy
+# call or a forward pass with the same arguments, which works before, raises ValueError behind it.
+# Expected: arguments stay as they were, as pixel_values, input_ids and position_ids do.
+# Seen: "features after the call with beams: 2" and "greedy after it: ValueError".
 # What to do: make a new BaseModelOutputWithPooling for each call.
 set -eu
 folder=$(mktemp -d)
@@ -28,20 +27,20 @@ with torch.no_grad():
     features = model.get_image_features(torch.randn(1, 3, 56, 56)).pooler_output
     seen = BaseModelOutputWithPooling(pooler_output=list(features))
 
-def ask():
-    return model.generate(input_ids=ids, mm_encoder_outputs={"image": seen}, num_beams=2,
-                          do_sample=False, max_new_tokens=3)
+def ask(beams):
+    try:
+        model.generate(input_ids=ids, mm_encoder_outputs={"image": seen}, num_beams=beams,
+                       do_sample=False, max_new_tokens=3)
+        return "words"
+    except ValueError as error:
+        return f"ValueError: {error}"
 
-print("features before the call:", len(seen.pooler_output))
-ask()
-print("features after the call:", len(seen.pooler_output))
-try:
-    ask()
-    print("the same call again: words")
-except ValueError as error:
-    print("the same call again: ValueError:", error)
+print("greedy before it:", ask(1), "- features:", len(seen.pooler_output))
+ask(2)
+print("features after the call with beams:", len(seen.pooler_output))
+print("greedy after it:", ask(1))
 PYTHON
 "$folder/venv/bin/python" "$folder/try.py" 2>/dev/null | tee "$folder/seen"
-grep -q "features before the call: 1" "$folder/seen"
-grep -q "features after the call: 2" "$folder/seen"
-grep -q "the same call again: ValueError" "$folder/seen"
+grep -q "greedy before it: words - features: 1" "$folder/seen"
+grep -q "features after the call with beams: 2" "$folder/seen"
+grep -q "greedy after it: ValueError" "$folder/seen"
