@@ -218,9 +218,9 @@ def explain_text(right: Tensor, new: Tensor, N: int, K: int, P: int,
         return "text renumbered", (
             "the IDs of the text after them do not rise together any more (first at place "
             f"{place}: {begins} instead of {say(before[:, j] + steps[:, 0])})")
-    deltas = old.max() + 1 - old.shape[1]                                     # M-RoPE's, unpruned
     if j:
-        rows = {place + int(deltas): "the number of tokens before it plus rope_deltas",
+        deltas, what = offset(old)
+        rows = {place + deltas: f"the number of tokens before it plus the unpruned prompt's {what}",
                 place: "the number of tokens before it"}
         counted = [words for row, words in rows.items() if (after[:, j] == row).all()]
         goes_on = f"at place {place} the text goes on at {begins}"
@@ -258,11 +258,11 @@ def explain_answer(old: Tensor, right: Tensor, new: Tensor, A: int,
     if torch.equal(begins, new[:, -1] + 1):
         return "answer moved", (
             f"the answer begins behind the last token, at {say(begins)} instead of {instead}")
-    deltas = int(old.max()) + 1 - old.shape[1]       # M-RoPE's, of the unpruned prompt
+    deltas, what = offset(old)
     told = {"where the prompt's last token stands": new[:, -1],
             "the length of the cache": torch.full_like(begins, rows)}
     if deltas:
-        told["the length of the cache plus the unpruned prompt's rope_deltas"] = (
+        told[f"the length of the cache plus the unpruned prompt's {what}"] = (
             torch.full_like(begins, rows + deltas))
     cases = [words for words, place in told.items() if torch.equal(begins, place)]
     if cases:
@@ -276,6 +276,12 @@ def explain_answer(old: Tensor, right: Tensor, new: Tensor, A: int,
     if D == 3 and (begins == begins[0]).all() and begins[0] < text.min():
         clause += f", as rope_deltas of {say(begins[:1] - rows)}, another prompt's, would have it"
     return "answer moved", clause
+
+
+def offset(old: Tensor) -> tuple[int, str]:
+    """By how much the next ID of the unpruned prompt is more than its length, and its name."""
+    deltas = int(old.max()) + 1 - old.shape[1]
+    return deltas, "rope_deltas" if len(old) == 3 else f"offset of {deltas}"
 
 
 # ----- words --------------------------------------------------------------------------------------
