@@ -1,635 +1,527 @@
-"""GAP in other people's programs: IDs of any dimension, a check for them, and transformers' models.
+"""GAP in a model of transformers: each sentence of README and tutorial about one, on tiny models.
 
-By hand, 4 x 4 patches merged 2 by 2, as Qwen-VL does: 3 tokens before the image, 4 visual tokens,
-2 tokens after it.
+Run with transformers 5.23.0 and 5.24.0; older ones than 5.18 have no `mm_encoder_outputs`, and the
+tests are skipped.  Random models: two layers see, three layers of 64 channels read.
 
-    token       0  1  2    3  4  5  6    7  8    next
-    time        0  1  2    3  3  3  3    5  6       7
-    height      0  1  2    3  3  4  4    5  6       7
-    width       0  1  2    3  4  3  4    5  6       7
+By hand, 3 tokens of text, 16 visual tokens of which 2, 5, 9 and 14 stay, 4 tokens of text:
+
+    before     0  1  2   3 ... 18   19 20 21 22   next 23
+    after      0  1  2   5 8 12 17  19 20 21 22   next 23
 """
 
-import ast
-import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, arange, nn, tensor
 
 import nanogap
-from nanogap import gap
 from nanogap.gap import keep_ids
-from nanogap.image import Pad
-from nanogap.models.llava import VICUNA
-from nanogap.show.explain_ids import explain_ids
-from tests.reference.make_reference import load_theirs
-from tests.tiny import draw, write_checkpoint
+from nanogap.show.explain_ids import catch_ids, explain_ids
+from tests.markdown import blocks
+from tests.tiny import draw
+
+transformers = pytest.importorskip("transformers", minversion="5.18")
 
 ROOT = Path(__file__).resolve().parents[2]
-MINI = ROOT / "weights" / "mini"
-QWEN = tensor([[0, 1, 2, 3, 3, 3, 3, 5, 6],
-               [0, 1, 2, 3, 3, 4, 4, 5, 6],
-               [0, 1, 2, 3, 4, 3, 4, 5, 6]])
-STAYS = tensor([0, 1, 2, 3, 4, 6, 7, 8])                    # visual tokens 0, 1 and 3 of the four
-GATHERED = [[0, 1, 2, 3, 3, 3, 5, 6],
-            [0, 1, 2, 3, 3, 4, 5, 6],
-            [0, 1, 2, 3, 4, 4, 5, 6]]
-ALL_COMPACT = [[0, 1, 2, 3, 4, 5, 6, 7]] * 3                # the text has moved away, to 6
-TIME_COMPACT = [[0, 1, 2, 3, 4, 5, 6, 7], *GATHERED[1:]]
+IMAGE, VIDEO = 90, 91                                       # of the tiny models' tokens
+KEEP = tensor([2, 5, 9, 14])
+FED = [0, 1, 2, 5, 8, 12, 17, 19, 20, 21, 22]
 
-live = pytest.mark.filterwarnings("ignore")                 # other people's warnings
+pytestmark = pytest.mark.filterwarnings("ignore")           # other people's warnings
 
 
-# ----- IDs of any dimension -----------------------------------------------------------------------
+# ----- tiny models --------------------------------------------------------------------------------
 
-
-def test_of_three_dimensions_each_token_that_stays_keeps_all_three():
-    ids, next_position = keep_ids(QWEN, STAYS)
-    assert ids.tolist() == GATHERED
-    assert next_position == 7
-
-
-def test_keeping_all_tokens_changes_nothing():
-    ids, next_position = keep_ids(QWEN, arange(9))
-    assert torch.equal(ids, QWEN) and next_position == 7
-
-
-def test_the_answer_goes_on_behind_the_largest_id_even_where_its_token_is_dropped():
-    """A grid of 2 x 4 tokens at the end: the largest ID is a width, and no text follows."""
-    ids_of_all = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],
-                         [0, 1, 1, 1, 1, 2, 2, 2, 2],
-                         [0, 1, 2, 3, 4, 1, 2, 3, 4]])
-    ids, next_position = keep_ids(ids_of_all, tensor([0, 1, 6]))
-    assert ids.tolist() == [[0, 1, 1], [0, 1, 2], [0, 1, 2]]
-    assert next_position == 5
-
-
-@pytest.mark.parametrize("keep", [[9, 2, 14, 5], [15], [0, 1]])
-def test_of_one_dimension_it_is_what_lay_out_says(keep: list[int]):
-    layout = gap.lay_out(tensor(keep), 3, 16, 2, "gap")
-    stays = torch.cat([arange(3), 3 + layout.keep, tensor([19, 20])])
-    ids, next_position = keep_ids(arange(21), stays)
-    assert torch.equal(ids, layout.position_ids) and next_position == layout.next_position == 21
-
-
-def test_padding_on_the_left_counts_for_nothing():
-    """A row of a batch is numbered as if it stood alone; what pads it may have any ID.
-
-    Before pruning, 8 columns: two of padding, 2 tokens, 3 patches, 1 token; patches 0 and 2 stay.
-    """
-    ids_of_all = tensor([0, 0, 0, 1, 2, 3, 4, 5])
-    stays = tensor([2, 3, 4, 6, 7])
-    ids, next_position = keep_ids(ids_of_all, stays)
-    assert (ids.tolist(), next_position) == ([0, 1, 2, 4, 5], 6)
-    alone, alone_next = keep_ids(arange(6), tensor([0, 1, 2, 4, 5]))
-    assert torch.equal(ids, alone) and next_position == alone_next
-
-
-def test_several_images_each_stand_behind_all_of_the_one_before():
-    """2 tokens, 4 patches, 1 token, 4 patches, 1 token; 1 and 2 of one image stay, 3 of the other.
-
-        before   0 1 | 2 3 4 5 | 6 | 7 8 9 10 | 11 | 12
-    """
-    ids, next_position = keep_ids(arange(12), tensor([0, 1, 3, 4, 6, 10, 11]))
-    assert (ids.tolist(), next_position) == ([0, 1, 3, 4, 6, 10, 11], 12)
-
-
-def test_several_images_of_three_dimensions():
-    """Two images of 2 x 2 tokens: the second begins at 4, two IDs and a token behind the first."""
-    ids_of_all = tensor([[0, 1, 1, 1, 1, 3, 4, 4, 4, 4, 6],
-                         [0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6],
-                         [0, 1, 2, 1, 2, 3, 4, 5, 4, 5, 6]])
-    ids, next_position = keep_ids(ids_of_all, tensor([0, 2, 5, 8, 9, 10]))
-    assert ids.tolist() == [[0, 1, 3, 4, 4, 6], [0, 1, 3, 5, 5, 6], [0, 2, 3, 4, 5, 6]]
-    assert next_position == 7
-
-
-# ----- the check: a case for each sentence --------------------------------------------------------
-
-# 3 tokens, 4 x 4 patches, 2 tokens; 19 and 20 after the image, the answer at 21.  A method's
-# raster indices in the order in which it feeds them, -1 for a token that it adds; the IDs that
-# reach RoPE; the ID of the answer; what is said.  Who does so is told in chapters 11 and 17.
-SENTENCES = {
-    "FastV, SparseVLM v2, Nuwa": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 21,
-        "kept: every patch keeps its ID; the text after them keeps its IDs; "
-        "the answer begins at 21."),
-    "FasterVLM, VisPruner, DivPrune": (
-        [2, 5, 9, 14], [0, 1, 2, 3, 4, 5, 6, 7, 8], 9,
-        "shifted: the patches are numbered 3 to 6 without gaps; the text after them begins at 7 "
-        "instead of 19; the answer begins behind the last token, at 9 instead of 21."),
-    "TRIM: one token more, behind": (
-        [2, 5, 9, 14, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 10,
-        "shifted: the patches are numbered 3 to 7 without gaps (1 of them added); the text after "
-        "them begins at 8 instead of 19; the answer begins behind the last token, at 10 instead "
-        "of 21."),
-    "SparseVLM v1: clusters behind": (
-        [2, 5, 14, -1, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None,
-        "shifted: the patches are numbered 3 to 7 without gaps (2 of them added); "
-        "the text after them begins at 8 instead of 19."),
-    "VisionZip: CLS, dominant, contextual": (
-        [-1, 5, 9, 2, 14], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None,
-        "permuted: the patches are numbered 3 to 7 without gaps, and not fed in the order of the "
-        "image (1 of them added); the text after them begins at 8 instead of 19."),
-    "PruMerge: by score, one token more": (
-        [9, 2, 14, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8], None,
-        "permuted: the patches are numbered 3 to 6 without gaps, and not fed in the order of the "
-        "image (1 of them added); the text after them begins at 7 instead of 19."),
-    "PruMerge, with GAP": (
-        [2, 9, 14, -1], [0, 1, 2, 5, 12, 17, 18, 19, 20], None,
-        "kept: every patch keeps its ID (1 of them added); the text after them keeps its IDs."),
-    "own IDs in the order of scores": (
-        [9, 2, 14, 5], [0, 1, 2, 12, 5, 17, 8, 19, 20], None,
-        "ranked: every patch keeps its ID, but the patches are not fed in the order of the image, "
-        "so each of them sees others than before; the text after them keeps its IDs."),
-    "the patches alone renumbered": (
-        [2, 5, 9, 14], [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
-        "shifted, text not moved: the patches are numbered 3 to 6 without gaps; "
-        "the text after them keeps its IDs."),
-    "the patches alone renumbered by score": (
-        [9, 2, 14, 5], [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
-        "permuted, text not moved: the patches are numbered 3 to 6 without gaps, and not fed in "
-        "the order of the image; the text after them keeps its IDs."),
-    "GAP for the patches alone": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 7, 8], None,
-        "text collides: every patch keeps its ID; the text after them begins at 7 instead of 19, "
-        "among the IDs of the patches (5 to 17)."),
-    "the text behind the last patch that stays": (
-        [2, 5, 9, 13], [0, 1, 2, 5, 8, 12, 16, 17, 18], 19,
-        "text moved: every patch keeps its ID; the text after them begins at 17 instead of 19; "
-        "the answer begins behind the last token, at 19 instead of 21."),
-    "the first patches stay": (
-        [0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7], None,
-        "text moved: every patch keeps its ID; the text after them begins at 6 instead of 19."),
-    "original IDs, and a decode loop that counts rows of the cache": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 9,
-        "answer counted from the cache: every patch keeps its ID; the text after them keeps its "
-        "IDs; the answer begins at 9, the length of the cache, instead of 21."),
-    "generate of transformers 4.57": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 20,
-        "answer repeats the last ID: every patch keeps its ID; the text after them keeps its IDs; "
-        "the answer begins at 20, where the prompt's last token stands, not at 21."),
-    "an answer somewhere else": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 30,
-        "answer moved: every patch keeps its ID; the text after them keeps its IDs; "
-        "the answer begins at 30 instead of 21."),
-    "patches at IDs of others": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 13, 17, 19, 20], None,
-        "other: the patches have other IDs than before pruning (5 to 17); "
-        "the text after them keeps its IDs."),
-    "text that does not count up": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 19], None,
-        "text renumbered: every patch keeps its ID; "
-        "the IDs of the text after them do not rise together any more."),
-    "a mask that numbers the padding": (
-        [2, 5, 9, 14], [1, 2, 3, 5, 8, 12, 17, 19, 20], None,
-        "other: the text before the image has other IDs than it had before pruning."),
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0}
+LLAMA, QWEN2 = {"model_type": "llama", **TEXT}, {"model_type": "qwen2", **TEXT}
+VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 56,
+       "num_attention_heads": 2, "patch_size": 14}
+CLIP, SIGLIP = ({"model_type": f"{name}_vision_model", **VIT} for name in ("clip", "siglip"))
+QWEN_VIT = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
+            "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 92,
+            "vision_end_token_id": 93}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+TILES = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llava": {"vision_config": CLIP, "text_config": LLAMA},
+    "LlavaNext": {"vision_config": CLIP, "text_config": LLAMA, **TILES},
+    "LlavaOnevision": {
+        "vision_config": {**SIGLIP, "vision_use_head": False}, "text_config": QWEN2,
+        "vision_feature_layer": -1, **TILES},
+    "InternVL": {
+        "vision_config": {**VIT, "image_size": [56, 56], "patch_size": [14, 14]},
+        "text_config": QWEN2, "image_token_id": IMAGE, "downsample_ratio": 0.5},
+    "Qwen2_5_VL": {
+        "vision_config": {**QWEN_VIT, "window_size": 56, "fullatt_block_indexes": [1],
+                          "tokens_per_second": 2},
+        "text_config": {**TEXT, "rope_parameters": MROPE}, **QWEN_IDS},
+    "Qwen3VL": {
+        "vision_config": {**QWEN_VIT, "deepstack_visual_indexes": [0, 1],
+                          "num_position_embeddings": 16},
+        "text_config": {**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        **QWEN_IDS},
+    "Gemma3": {
+        "vision_config": SIGLIP, "mm_tokens_per_image": 16,
+        "text_config": {**TEXT, "sliding_window": 64, "query_pre_attn_scalar": 16, "layer_types": [
+            "sliding_attention", "full_attention", "sliding_attention"]}},
+    "PaliGemma": {
+        "vision_config": {**SIGLIP, "projection_dim": 64}, "projection_dim": 64,
+        "text_config": {"model_type": "gemma", **TEXT}},
 }
 
 
-@pytest.mark.parametrize("who", SENTENCES)
-def test_a_sentence_says_what_became_of_the_ids(who: str):
-    keep, fed, answer, said = SENTENCES[who]
-    assert explain_ids(arange(21), tensor(fed), 3, 16, 2, tensor(keep), answer) == said
+def make(family: str) -> nn.Module:
+    """A random model."""
+    told = FAMILIES[family]
+    if not family.startswith(("Qwen", "InternVL")):
+        told = {**told, "image_token_index": IMAGE}         # image_token_id reads the same
+    config = getattr(transformers, f"{family}Config")(**told)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data = draw(name, parameter.shape, seed=0)
+    return model.requires_grad_(False)
 
 
-# the same of M-RoPE: 1, 3 and so on of the grid above; what transformers' grid says is at the top
-SENTENCES_3D = {
-    "LightCompress's DivPrune": (
-        [0, 1, 3], GATHERED, 7,
-        "kept: every patch keeps its ID; the text after them keeps its IDs; "
-        "the answer begins at 7."),
-    "no position IDs given": (
-        [0, 1, 3], ALL_COMPACT, 8,
-        "shifted: the patches are numbered 3 to 5 without gaps; the text after them begins at 6 "
-        "instead of 5; the answer begins behind the last token, at 8 instead of 7."),
-    "time counted on, height and width kept": (
-        [0, 1, 3], TIME_COMPACT, None,
-        "time renumbered: the patches keep their IDs but for time; "
-        "the text after them begins at (6, 5, 5) instead of 5."),
-    "time of the patches alone": (
-        [0, 1, 3], [[0, 1, 2, 3, 4, 5, 5, 6], *GATHERED[1:]], None,
-        "time renumbered: the patches keep their IDs but for time; "
-        "the text after them keeps its IDs."),
-    "OpenVINO's CDPruner, where the last row is gone": (
-        [0], [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]], 6,
-        "text moved: every patch keeps its ID; the text after them begins at 4 instead of 5; "
-        "the answer begins behind the last token, at 6 instead of 7."),
-    "rope_deltas left from the unpruned prompt": (
-        [0, 1, 3], GATHERED, 6,
-        "answer repeats the last ID: every patch keeps its ID; the text after them keeps its IDs; "
-        "the answer begins at 6, where the prompt's last token stands, not at 7."),
-    "the same, two tokens dropped": (
-        [1, 2], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 4, 3, 5, 6]], 5,
-        "answer counted from the cache: every patch keeps its ID; the text after them keeps its "
-        "IDs; the answer begins at 5, the length of the cache plus the unpruned prompt's "
-        "rope_deltas, instead of 7."),
-    "height and width in each other's place": (
-        [1, 2], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 4, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6]], None,
-        "height and width renumbered: the patches keep their IDs but for height and width; "
-        "the text after them keeps its IDs."),
-}
+@dataclass
+class Asked:
+    """A prompt about a picture: 3 tokens, N of the image, 4 tokens."""
+
+    model: nn.Module
+    input_ids: Tensor          # (1, T)
+    pixels: dict[str, Tensor]  # what forward takes where nothing is pruned
+    ids_of_all: Tensor         # (1, T) or (3, 1, T)
+    next_position: int
+    seen: Any                  # what the image tower gave
+    types: bool                # whether the model asks which tokens are the image's
+
+    @property
+    def N(self) -> int:
+        return int((self.input_ids == IMAGE).sum())
+
+    def prune(self, keep: Tensor, end: int | None = None) -> dict[str, Any]:
+        """What the one call is given; end: how many tokens of the text behind the image."""
+        T = self.input_ids.shape[1]
+        stays = torch.cat([arange(3), 3 + keep, arange(3 + self.N, T)])[:end]
+        given = {"input_ids": self.input_ids[:, stays], "position_ids": self.ids_of_all[..., stays],
+                 "mm_encoder_outputs": {"image": without_dropped(self.seen, keep)}}
+        if self.types:
+            given["token_type_ids"] = (given["input_ids"] == IMAGE).int()
+        return given
 
 
-@pytest.mark.parametrize("who", SENTENCES_3D)
-def test_a_sentence_says_what_became_of_three_dimensions(who: str):
-    keep, fed, answer, said = SENTENCES_3D[who]
-    assert explain_ids(QWEN, tensor(fed), 3, 4, 2, tensor(keep), answer) == said
+def without_dropped(seen: Any, keep: Tensor) -> Any:
+    """What an image tower gave, without the dropped tokens, in the form that the model takes."""
+    tokens = seen.pooler_output
+    if torch.is_tensor(tokens):                             # InternVL's tiles are one image
+        fields = {"pooler_output": tokens.flatten(0, 1)[None, keep]}
+    else:                                                   # one image of a list or a tuple
+        fields = {"pooler_output": [tokens[0][keep]]}
+    if "deepstack_features" in seen:                        # of Qwen3-VL: for its first layers
+        fields["deepstack_features"] = [[layer[0][keep]] for layer in seen.deepstack_features]
+    return type(seen)(**fields)
 
 
-def test_vllms_efficient_video_sampling_lets_the_text_of_a_tall_grid_collide():
-    """It lets the text go on behind the grid's width; before pruning that was the longer side.
-
-    4 rows of 2 tokens: width 1 and 2, height 1 to 4, the text at 5; after it, at 3.
-    """
-    ids_of_all = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 5],
-                         [0, 1, 1, 2, 2, 3, 3, 4, 4, 5],
-                         [0, 1, 2, 1, 2, 1, 2, 1, 2, 5]])
-    fed = tensor([[0, 1, 1, 1, 3], [0, 1, 3, 4, 3], [0, 2, 1, 2, 3]])
-    assert explain_ids(ids_of_all, fed, 1, 8, 1, tensor([1, 4, 7])) == (
-        "text collides: every patch keeps its ID; the text after them begins at 3 instead of 5, "
-        "among the IDs of the patches (1 to 4).")
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("fed, said", [
-    ([0, 1, 2, 5, 8, 12, 17, 19, 20], "kept: "),
-    ([0, 1, 2, 12, 5, 17, 8, 19, 20], "ranked: "),
-    ([0, 1, 2, 5, 8, 12, 17, 7, 8], "text collides: "),
-    ([0, 1, 2, 3, 4, 5, 6, 7, 8],
-     "shifted: the patches are numbered 3 to 6 without gaps (or permuted: give keep to tell)"),
-    ([0, 1, 2, 5, 8, 12, 99, 19, 20], "other: some patches have IDs that no patch had (5 to 99)"),
-    (list(range(21)), "kept: "),
-])
-def test_without_keep_patches_are_told_by_their_ids(fed: list[int], said: str):
-    assert explain_ids(arange(21), tensor(fed), 3, 16, 2).startswith(said)
+def ask(model: nn.Module, rows: int = 8, columns: int = 8, behind: tuple = (8, 9, 10, 11)) -> Asked:
+    """Ask a model about noise; rows and columns of patches are told to Qwen-VL alone."""
+    family = type(model).__name__.removesuffix("ForConditionalGeneration")
+    qwen = family.startswith("Qwen")
+    views = {"LlavaNext": (1, 3), "LlavaOnevision": (1, 3), "InternVL": (3,)}.get(family, (1,))
+    pixels = {"pixel_values": noise(rows * columns, 1176) if qwen else noise(*views, 3, 56, 56)}
+    if qwen:
+        pixels["image_grid_thw"] = tensor([[1, rows, columns]])
+    if family in ("LlavaNext", "LlavaOnevision"):
+        pixels["image_sizes"] = tensor([[40, 60]])
+    seen = model.get_image_features(**pixels)
+    tokens = seen.pooler_output
+    N = tokens.shape[:2].numel() if torch.is_tensor(tokens) else len(tokens[0])
+    input_ids = tensor([[5, 6, 7, *[IMAGE] * N, *behind]])
+    ids_of_all, next_position = arange(input_ids.shape[1])[None], input_ids.shape[1]
+    kinds = {"Gemma3": "token_type_ids", "PaliGemma": "token_type_ids"}
+    if qwen:
+        kinds[family] = "mm_token_type_ids"
+        ids_of_all, deltas = model.model.get_rope_index(
+            input_ids, mm_token_type_ids=(input_ids == IMAGE).int(),
+            image_grid_thw=pixels["image_grid_thw"])
+        next_position += int(deltas)
+    if family in kinds:
+        pixels[kinds[family]] = (input_ids == IMAGE).int()
+    return Asked(model, input_ids, pixels, ids_of_all, next_position, seen, family in kinds
+                 and not qwen)
 
 
-@pytest.mark.parametrize("fed, said", [
-    (GATHERED, "kept: "), (ALL_COMPACT, "shifted: "), (TIME_COMPACT, "time renumbered: ")])
-def test_without_keep_patches_are_told_by_height_and_width(fed: list, said: str):
-    assert explain_ids(QWEN, tensor(fed), 3, 4, 2).startswith(said)
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
 
 
-def test_an_image_at_the_end_and_an_image_of_which_nothing_is_left():
-    assert explain_ids(arange(8), tensor([0, 4, 6]), 1, 7, 0, answer=8) == (
-        "kept: every patch keeps its ID; the answer begins at 8.")
-    assert explain_ids(arange(8), tensor([0, 4, 6]), 1, 7, 0, answer=7) == (
-        "answer moved: every patch keeps its ID; "
-        "the answer begins behind the last token, at 7 instead of 8.")
-    assert explain_ids(arange(6), tensor([0, 5]), 1, 4, 1).startswith("kept: ")
-    assert explain_ids(arange(6), tensor([0, 1]), 1, 4, 1) == (
-        "text moved: every patch keeps its ID; the text after them begins at 1 instead of 5.")
-
-
-@pytest.mark.parametrize("ids_of_all, fed, keep, message", [
-    (arange(20), arange(9), None, "do not belong to 3 tokens, 16 visual tokens and 2 tokens"),
-    (arange(21), arange(4), None, "do not belong to 3 tokens"),
-    (arange(21), torch.zeros(3, 9), None, "do not belong to 3 tokens"),
-    (torch.zeros(2, 21), arange(9), None, r"give one prompt's, \(T,\) or \(3, T\)"),
-    (torch.zeros(3, 1, 21), arange(9), None, r"give one prompt's, \(T,\) or \(3, T\)"),
-    (arange(21), arange(9), tensor([1, 2]), "keep has 2 indices, and 4 visual tokens are fed"),
-])
-def test_numbers_that_do_not_fit_are_refused(ids_of_all: Tensor, fed: Tensor, keep, message: str):
-    with pytest.raises(ValueError, match=message):
-        explain_ids(ids_of_all, fed, 3, 16, 2, keep)
-
-
-def test_the_check_can_be_copied_into_any_repository():
-    """It imports torch alone."""
-    text = (ROOT / "nanogap" / "explain_ids.py").read_text()
-    assert re.findall(r"^(?:import|from) (\S+)", text, re.MULTILINE) == ["torch", "torch"]
-    there: dict = {}
-    exec(text, there)
-    assert there["explain_ids"](arange(21), arange(21), 3, 16, 2).startswith("kept: ")
-
-
-# ----- transformers, live: M-RoPE -----------------------------------------------------------------
-
-IMAGE = 90                                                  # of the tiny Qwen2.5-VL's tokens
-DROPPED = [0, 3, 4, 5, 10, 12, 14, 15]                      # of 4 x 4 visual tokens
+@pytest.fixture(scope="module", params=FAMILIES)
+def each(request: pytest.FixtureRequest) -> Asked:
+    with torch.no_grad():
+        return ask(make(request.param))
 
 
 @pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
+def llava() -> Asked:
+    with torch.no_grad():
+        return ask(make("Llava"))
 
 
 @pytest.fixture(scope="module")
-def qwen(transformers) -> nn.Module:
-    """A random Qwen2.5-VL: 2 layers see, 3 layers of 64 channels read."""
-    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
-              "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "window_size": 56,
-              "fullatt_block_indexes": [1]}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
-            "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=91,
-        vision_start_token_id=92, vision_end_token_id=93)).eval()
-    for parameter_name, parameter in model.named_parameters():
-        parameter.data = draw(parameter_name, parameter.shape, seed=0)
-    return model
-
-
-def asked(rows: int, columns: int) -> dict[str, Tensor]:
-    """A prompt about a picture of rows x columns patches: 3 tokens, the image, 2 tokens."""
-    input_ids = tensor([[5, 92, 6, *[IMAGE] * (rows * columns // 4), 93, 7]])
-    return {"input_ids": input_ids, "mm_token_type_ids": (input_ids == IMAGE).int(),
-            "image_grid_thw": tensor([[1, rows, columns]])}
-
-
-def their_ids(qwen: nn.Module, prompt: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """IDs (3, T) of the unpruned prompt, and the ID of its answer's first token."""
-    ids, delta = qwen.model.get_rope_index(**prompt)
-    return ids[:, 0], int(delta) + ids.shape[-1]
-
-
-@torch.no_grad()
-def seen(qwen: nn.Module, prompt: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """pixel_values, and embeddings (T, C) of the unpruned prompt, with the image in its place."""
-    pixels = torch.randn(int(prompt["image_grid_thw"].prod()), 3 * 2 * 14 * 14,
-                         generator=torch.Generator().manual_seed(0))
-    x = qwen.get_input_embeddings()(prompt["input_ids"][0]).clone()
-    x[prompt["input_ids"][0] == IMAGE] = qwen.get_image_features(
-        pixels, prompt["image_grid_thw"]).pooler_output[0]
-    return pixels, x
-
-
-@torch.no_grad()
-def answer_without_cache(qwen: nn.Module, x: Tensor, ids: Tensor, next_position: int,
-                         count: int) -> list[int]:
-    """Greedy words: the whole sequence again for each of them."""
-    words: list[int] = []
-    while len(words) < count:
-        behind = qwen.get_input_embeddings()(tensor(words, dtype=torch.long))
-        places = (next_position + arange(len(words))).expand(3, -1)
-        fed = torch.cat([x, behind])[None]
-        logits = qwen(inputs_embeds=fed, position_ids=torch.cat([ids, places], dim=1)[:, None],
-                      attention_mask=torch.ones(fed.shape[:2]), use_cache=False).logits
-        words.append(int(logits[0, -1].argmax()))
-    return words
-
-
-def answer(model: nn.Module, x: Tensor, ids: Tensor | None, count: int = 12) -> list[int]:
-    """Greedy words of one call of generate, which has a cache."""
-    given = {} if ids is None else {"position_ids": ids[..., None, :]}
-    return model.generate(inputs_embeds=x[None], attention_mask=torch.ones(1, len(x)), **given,
-                          do_sample=False, max_new_tokens=count, min_new_tokens=count)[0].tolist()
-
-
-class Watch:
-    """What reaches RoPE: a list of IDs, (T,) or (3, T), one for each pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.ids: list[Tensor] = []
-        rotary = model.model.language_model.rotary_emb
-        self.handle = rotary.register_forward_hook(self.note, with_kwargs=True)
-
-    def note(self, module: nn.Module, args: tuple, kwargs: dict, angles: object) -> None:
-        ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        self.ids.append(ids[..., 0, :].clone())
-
-    def __enter__(self) -> list[Tensor]:
-        return self.ids
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.remove()
-
-
-def what_stays(n_visual: int) -> Tensor:
-    """Places in the prompt `asked` of all tokens but the dropped visual ones."""
-    gone = {3 + place for place in DROPPED}
-    return tensor([i for i in range(3 + n_visual + 2) if i not in gone])
-
-
-@live
-@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
-def test_the_grid_by_hand_is_what_transformers_numbers(transformers, qwen, family: str):
-    """To number tokens takes no weights: the method of each model, on the same configuration."""
-    numbering = getattr(transformers, f"{family}Model")
-    prompt = asked(4, 4)
-    ids, delta = numbering.get_rope_index(qwen.model, **prompt)
-    assert torch.equal(ids[:, 0], QWEN) and 9 + int(delta) == 7
-
-
-@live
-@pytest.mark.parametrize("rows, columns", [(8, 8), (4, 16), (16, 4)])
-def test_a_pruned_prompt_has_a_sub_sequence_of_transformers_ids_and_the_same_answers_id(
-        qwen, rows: int, columns: int):
-    ids_of_all, theirs = their_ids(qwen, asked(rows, columns))
-    everything, next_position = keep_ids(ids_of_all, arange(21))
-    assert torch.equal(everything, ids_of_all) and next_position == theirs
-    ids, next_position = keep_ids(ids_of_all, what_stays(16))
-    assert next_position == theirs == 5 + max(rows, columns) // 2
-    left = iter(ids_of_all.T.tolist())
-    assert ids.shape == (3, 13) and all(column in left for column in ids.T.tolist())
-
-
-@live
-def test_the_two_images_by_hand_are_what_transformers_numbers(qwen):
-    input_ids = tensor([[5, *[IMAGE] * 4, 6, *[IMAGE] * 4, 7]])
-    ids, _ = qwen.model.get_rope_index(
-        input_ids, mm_token_type_ids=(input_ids == IMAGE).int(),
-        image_grid_thw=tensor([[1, 4, 4], [1, 4, 4]]))
-    assert ids[:, 0].tolist() == [[0, 1, 1, 1, 1, 3, 4, 4, 4, 4, 6],
-                                  [0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6],
-                                  [0, 1, 2, 1, 2, 3, 4, 5, 4, 5, 6]]
-
-
-@live
-def test_transformers_cannot_number_a_prompt_that_is_pruned_already(qwen):
-    """Why a program numbers first and prunes afterwards: the grid no longer fits the tokens."""
-    prompt = asked(8, 8)
-    stays = what_stays(16)
-    for name in ("input_ids", "mm_token_type_ids"):
-        prompt[name] = prompt[name][:, stays]
-    with pytest.raises(RuntimeError, match="must match the existing size"):
-        qwen.model.get_rope_index(**prompt)
-
-
-@live
-def test_all_visual_tokens_at_all_ids_are_what_qwen_makes_of_pixels(qwen):
-    prompt = asked(8, 8)
-    ids, _ = their_ids(qwen, prompt)
-    pixels, x = seen(qwen, prompt)
-    mask = torch.ones(1, len(x))
+def qwen() -> Asked:
     with torch.no_grad():
-        expected = qwen(**prompt, pixel_values=pixels, attention_mask=mask).logits
-        logits = qwen(inputs_embeds=x[None], position_ids=ids[:, None], attention_mask=mask).logits
-    assert float((logits - expected).abs().max()) <= 2e-5 * float(expected.abs().max())
+        return ask(make("Qwen2_5_VL"))
 
 
-@live
-def test_a_pruned_qwen_says_the_same_with_a_cache_and_without_one(qwen):
-    prompt, stays = asked(8, 8), what_stays(16)
-    ids, next_position = keep_ids(their_ids(qwen, prompt)[0], stays)
-    x = seen(qwen, prompt)[1][stays]
-    with Watch(qwen) as passes:
-        words = answer(qwen, x, ids)
-    assert words == answer_without_cache(qwen, x, ids, next_position, len(words))
-    assert len(set(words)) > 4                              # not one word over and over
-    assert torch.equal(passes[0], ids) and len(passes) == len(words)
-    assert [p.flatten().tolist() for p in passes[1:]] == [
-        [next_position + t] * 3 for t in range(len(words) - 1)]
-    wrong = answer_without_cache(qwen, x, ids, len(x), len(words))          # rows of the cache
-    assert words != wrong
+def generate(asked: Asked, given: dict[str, Any], count: int = 6, **more: Any) -> list[int]:
+    """Greedy words of one call."""
+    words = asked.model.generate(**given, do_sample=False, max_new_tokens=count,
+                                 min_new_tokens=count, **more)[0]
+    return words[given["input_ids"].shape[1] if "input_ids" in given else 0:].tolist()
 
 
-@live
-def test_each_way_to_number_gives_other_logits(qwen):
-    """The three dimensions count, each of them, and so does what is done to them."""
-    prompt, stays = asked(8, 8), what_stays(16)
-    ids, _ = keep_ids(their_ids(qwen, prompt)[0], stays)
-    compact = arange(len(stays)).expand(3, -1)
-    ways = {"gathered": ids, "all compact": compact,
-            "time compact": torch.stack([compact[0], ids[1], ids[2]]),
-            "height compact": torch.stack([ids[0], compact[1], ids[2]]),
-            "width compact": torch.stack([ids[0], ids[1], compact[2]])}
-    x = seen(qwen, prompt)[1][stays][None]
-    with torch.no_grad():
-        last = [qwen(inputs_embeds=x, position_ids=way[:, None],
-                     attention_mask=torch.ones(x.shape[:2])).logits[0, -1] for way in ways.values()]
-    gaps = [float((a - b).abs().max()) for i, a in enumerate(last) for b in last[:i]]
-    assert min(gaps) > 1e-3 * float(last[0].abs().max())    # 50 times what rounding may do
+def decode(asked: Asked, given: dict[str, Any], count: int = 6) -> list[int]:
+    """Greedy words of a loop that names every ID, with a mask and a cache."""
+    T, said = given["position_ids"].shape[-1], []
+    out = asked.model(**given, attention_mask=torch.ones(1, T), use_cache=True)
+    while len(said) < count:
+        logits = out.logits[0, -1].clone()
+        logits[2] = -torch.inf                              # as min_new_tokens does
+        place = torch.full_like(given["position_ids"][..., :1], asked.next_position + len(said))
+        said.append(int(logits.argmax()))
+        out = asked.model(input_ids=tensor([said[-1:]]), position_ids=place,
+                          attention_mask=torch.ones(1, T + len(said)),
+                          past_key_values=out.past_key_values)
+    return said
 
 
-@live
-def test_a_qwen_that_is_given_no_ids_renumbers_all_three_dimensions(qwen):
-    prompt, stays = asked(8, 8), what_stays(16)
-    ids_of_all, _ = their_ids(qwen, prompt)
-    with Watch(qwen) as passes:
-        answer(qwen, seen(qwen, prompt)[1][stays], None, 2)
-    keep = stays[3:-2] - 3
-    said = explain_ids(ids_of_all, passes[0], 3, 16, 2, keep, int(passes[1].max()))
+def first_numbers(passes: list[Tensor]) -> list[list[int]]:
+    """Of each pass the IDs, of three numbers the first."""
+    return [ids.flatten(0, -2)[0].tolist() for ids in passes]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
+
+
+# ----- one call, all models -----------------------------------------------------------------------
+
+
+def test_all_tokens_at_all_ids_are_what_the_model_makes_of_pixels(each: Asked):
+    mask = torch.ones(each.input_ids.shape)
+    theirs = each.model(input_ids=each.input_ids, attention_mask=mask, **each.pixels).logits
+    ours = each.model(**each.prune(arange(each.N)), attention_mask=mask).logits
+    assert close(ours, theirs)
+
+
+def test_one_call_says_what_a_loop_says_that_names_every_id(each: Asked):
+    given = each.prune(KEEP[:3])
+    with catch_ids(each.model) as passes:
+        words = generate(each, given)
+    said = explain_ids(each.ids_of_all, passes[0], 3, each.N, 4, KEEP[:3], passes[1])
+    moved = 1 if type(each.model).__name__.startswith("PaliGemma") else 0
     assert said == (
-        "shifted: the patches are numbered 3 to 10 without gaps; the text after them begins at 11 "
-        "instead of 7; the answer begins behind the last token, at 13 instead of 9.")
+        "kept: every patch keeps its ID; the text after them keeps its IDs; the answer begins at "
+        f"{each.next_position + moved}"
+        f"{'; all IDs are moved by 1, which RoPE does not see' if moved else ''}.")
+    assert [ids.unique().tolist() for ids in passes[1:]] == [
+        [each.next_position + moved + t] for t in range(5)]
+    assert words == decode(each, given)
 
 
-@live
-@torch.no_grad()
-def test_a_loop_that_gives_ids_to_the_prompt_alone_answers_too_early(qwen):
+def test_renumbered_the_same_call_gives_other_logits(each: Asked):
+    given = each.prune(KEEP[:3])
+    mask = torch.ones(given["input_ids"].shape)
+    kept = each.model(**given, attention_mask=mask).logits
+    given["position_ids"] = arange(mask.shape[1]).expand(given["position_ids"].shape)
+    assert not close(each.model(**given, attention_mask=mask).logits, kept)
+
+
+@pytest.mark.parametrize("more", [
+    {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 2},
+    {"cache_implementation": "static"}, {"assistant_model": True}], ids=str)
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_the_one_call_works_with(more: dict, family: str, request: pytest.FixtureRequest):
+    """Each counts on from the prompt's last ID, and all but beams say the same words."""
+    asked = request.getfixturevalue(family)
+    if "assistant_model" in more:
+        if family == "qwen":
+            pytest.skip("one assistant is enough")
+        more = {"assistant_model": make("Llava")}
+    given = asked.prune(KEEP)
+    with catch_ids(asked.model) as passes:
+        words = generate(asked, given, 5, **more)
+    fed = torch.cat([ids[..., :1, :] for ids in passes], -1)                  # of the first beam
+    assert torch.equal(fed[..., :11], given["position_ids"])
+    assert fed[..., 11:].min() == asked.next_position
+    if "num_beams" in more:
+        seen = given["mm_encoder_outputs"]["image"].pooler_output
+        assert [len(tokens) for tokens in seen] == [4, 4]   # so make it anew for the next call
+    else:
+        assert words == decode(asked, given, 5)
+
+
+def with_embeds(asked: Asked, given: dict[str, Any]) -> dict[str, Any]:
+    """The same for releases before 5.18: features in the place of the embeddings of <image>."""
+    x = asked.model.get_input_embeddings()(given["input_ids"])
+    features = torch.cat(list(given["mm_encoder_outputs"]["image"].pooler_output))
+    x = x.masked_scatter((given["input_ids"] == IMAGE)[..., None], features)
+    return {"inputs_embeds": x, "position_ids": given["position_ids"]}
+
+
+def test_inputs_embeds_say_the_same_but_for_what_they_lose(each: Asked):
+    """Qwen3-VL's DeepStack is lost without a word; Gemma3 and PaliGemma refuse."""
+    given, family = each.prune(KEEP[:3]), type(each.model).__name__
+    embeds = with_embeds(each, given)
+    if "Gemma" in family:
+        with pytest.raises(ValueError, match="You passed `inputs_embeds` to `.generate"):
+            generate(each, embeds)
+        return
+    mask = torch.ones(given["input_ids"].shape)
+    same = close(each.model(**embeds, attention_mask=mask).logits,
+                 each.model(**given, attention_mask=mask).logits)
+    assert same == (not family.startswith("Qwen3"))
+    assert generate(each, embeds) == generate(each, given) or not same
+
+
+# ----- masks --------------------------------------------------------------------------------------
+
+
+def last_logits(asked: Asked, given: dict[str, Any], **more: Any) -> Tensor:
+    return asked.model(**given, **more).logits[0, -1]
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Asked:
+    with torch.no_grad():
+        return ask(make("Gemma3"))
+
+
+def test_with_no_mask_and_no_cache_a_gap_is_the_border_of_two_sequences(llava: Asked):
+    """The last 4 tokens, 19 to 22, see nothing before them; a mask of ones or a cache is right."""
+    given, ones = llava.prune(KEEP), torch.ones(1, 11)
+    alone = last_logits(llava, {"input_ids": given["input_ids"][:, -4:]})
+    right = last_logits(llava, given, attention_mask=ones, use_cache=False)
+    assert close(last_logits(llava, given, use_cache=False), alone)
+    assert close(last_logits(llava, given), right) and not close(alone, right)
+
+
+def test_gemma3_builds_its_mask_before_its_cache(gemma: Asked):
+    given = gemma.prune(KEEP)
+    del given["token_type_ids"]
+    right = last_logits(gemma, given, attention_mask=torch.ones(1, 11))
+    assert not close(last_logits(gemma, given, use_cache=True), right)
+    cache = transformers.DynamicCache()
+    assert close(last_logits(gemma, given, past_key_values=cache), right)
+
+
+def test_without_token_types_gemma3_lets_image_tokens_see_only_backwards(gemma: Asked):
+    given, ones = gemma.prune(KEEP), torch.ones(1, 11)
+    both_ways = gemma.model(**given, attention_mask=ones).logits
+    del given["token_type_ids"]
+    assert not close(gemma.model(**given, attention_mask=ones).logits, both_ways)
+
+
+@torch.enable_grad()
+def test_gradient_checkpointing_makes_no_cache_so_it_needs_a_mask(llava: Asked):
+    model = make("Llava").train()
+    given, ones = llava.prune(KEEP), torch.ones(1, 11)
+    plain = model(**given).logits
+    model.gradient_checkpointing_enable()
+    assert not close(model(**given).logits, plain)
+    assert close(model(**given, attention_mask=ones).logits, plain)
+
+
+def test_ids_of_three_numbers_are_never_taken_for_packed_sequences(qwen: Asked):
+    given = qwen.prune(KEEP)
+    right = last_logits(qwen, given, attention_mask=torch.ones(1, 11))
+    assert close(last_logits(qwen, given, use_cache=False), right)
+
+
+def test_in_generate_use_cache_false_drops_a_mask_of_ones(llava: Asked):
+    """Transformers 5.18 to 5.24: the first word is that of the last 4 tokens alone."""
+    given = llava.prune(KEEP)
+    wrong = generate(llava, {**given, "attention_mask": torch.ones(1, 11)}, 1, use_cache=False)
+    alone = llava.model(input_ids=given["input_ids"][:, -4:]).logits[0, -1]
+    assert wrong == [int(alone.argmax())] != generate(llava, given, 1)
+
+
+def test_a_sliding_window_counts_rows():
+    """With a window of 4 rows ID 17 sees 5, 8, 12 and 17, where it saw 14 to 17 before pruning."""
+    text = transformers.MistralConfig(**TEXT, sliding_window=4, attn_implementation="eager")
+    model = transformers.MistralForCausalLM(text).eval()
+    weights = model(input_ids=tensor([FED]), position_ids=tensor([FED]), output_attentions=True,
+                    attention_mask=torch.ones(1, 11)).attentions[0][0, 0]
+    assert [FED[i] for i in weights[6].nonzero().flatten().tolist()] == [5, 8, 12, 17]
+
+
+# ----- the answer, and what comes behind it -------------------------------------------------------
+
+
+def test_a_second_question_behind_a_cache_needs_its_ids_again(llava: Asked):
+    """By default it gets the rows of the cache; with the IDs of the whole prompt it is right."""
+    given, more = llava.prune(KEEP), tensor([[12, 13, 14]])
+    both = {"input_ids": torch.cat([given["input_ids"], more], 1),
+            "attention_mask": torch.ones(1, 14)}
+    right = tensor([[*FED, 23, 24, 25]])
+    said = []
+    for ids in ({}, {"position_ids": right}):
+        cache = transformers.DynamicCache()
+        llava.model(**given, attention_mask=torch.ones(1, 11), past_key_values=cache)
+        with catch_ids(llava.model) as passes:
+            generate(llava, {**both, **ids}, 2, past_key_values=cache)
+        fed = torch.cat([tensor([FED]), passes[0][:, -3:]], 1)
+        said.append(explain_ids(arange(26), fed, 3, 16, 7, KEEP, passes[1]))
+    assert said == [
+        "text counted from the cache: every patch keeps its ID; at place 11 the text goes on at "
+        "11, the number of tokens before it, instead of 23; the answer begins behind the last "
+        "token, at 14 instead of 26.",
+        "kept: every patch keeps its ID; the text after them keeps its IDs; "
+        "the answer begins at 26."]
+
+
+def test_behind_a_prompt_that_ends_with_its_image_generate_and_forward_disagree(qwen: Asked):
+    """The last token fed is at (3, 5, 6): generate goes on from it, forward behind the largest."""
+    asked = ask(qwen.model, behind=())
+    given = asked.prune(tensor([2, 5, 11]))
+    assert given["position_ids"][:, 0, -1].tolist() == [3, 5, 6] and asked.next_position == 7
+    with catch_ids(qwen.model) as passes:
+        generate(asked, given, 2)
+    said = explain_ids(asked.ids_of_all, passes[0], 3, 16, 0, [2, 5, 11], passes[1])
+    assert said == (
+        "answer moved: every patch keeps its ID; the answer begins behind the last token, at "
+        "(4, 6, 7) instead of 7, or (4, 7, 7) where programs count from the last token.")
+
+
+def test_rope_deltas_of_another_picture_number_what_has_no_ids(qwen: Asked):
+    """Forward passes after a picture of 16 x 16 patches, whose 64 tokens take up 8 IDs."""
+    other = ask(qwen.model, 16, 16)
+    x = qwen.model.get_input_embeddings()(qwen.input_ids)
+    given = qwen.prune(KEEP)
+    qwen.model(input_ids=other.input_ids, **other.pixels)
+    with catch_ids(qwen.model) as passes:
+        qwen.model(inputs_embeds=x)
+        out = qwen.model(**given, attention_mask=torch.ones(1, 11))
+        qwen.model(input_ids=tensor([[7]]), past_key_values=out.past_key_values)
+    assert passes[0][0, 0, :3].tolist() == [-56, -55, -54]
+    assert explain_ids(qwen.ids_of_all, passes[1], 3, 16, 4, KEEP, passes[2]) == (
+        "answer moved: every patch keeps its ID; the text after them keeps its IDs; the answer "
+        "begins at -45 instead of 11, as rope_deltas of -56, another prompt's, would have it.")
+
+
+def test_a_loop_that_gives_ids_to_the_prompt_alone_answers_too_early(qwen: Asked):
     """The unpruned prompt's rope_deltas are still there, and are added to the cache's length."""
-    prompt, stays = asked(8, 8), what_stays(16)
-    pixels, x = seen(qwen, prompt)
-    ids_of_all, _ = their_ids(qwen, prompt)
-    ids, _ = keep_ids(ids_of_all, stays)
-    qwen(**prompt, pixel_values=pixels, attention_mask=torch.ones(1, len(x)))
-    with Watch(qwen) as passes:
-        out = qwen(inputs_embeds=x[stays][None], position_ids=ids[:, None], use_cache=True)
-        qwen(input_ids=tensor([[7]]), past_key_values=out.past_key_values, use_cache=True)
-    said = explain_ids(ids_of_all, passes[0], 3, 16, 2, stays[3:-2] - 3, int(passes[1].max()))
-    assert said == (
+    qwen.model(input_ids=qwen.input_ids, **qwen.pixels)
+    with catch_ids(qwen.model) as passes:
+        out = qwen.model(**qwen.prune(KEEP), attention_mask=torch.ones(1, 11))
+        qwen.model(input_ids=tensor([[7]]), past_key_values=out.past_key_values)
+    assert explain_ids(qwen.ids_of_all, passes[0], 3, 16, 4, KEEP, passes[1]) == (
         "answer counted from the cache: every patch keeps its ID; the text after them keeps its "
-        "IDs; the answer begins at 1, the length of the cache plus the unpruned prompt's "
-        "rope_deltas, instead of 9.")
+        "IDs; the answer begins at -1, the length of the cache plus the unpruned prompt's "
+        "rope_deltas, instead of 11.")
 
 
-@live
-def test_a_row_that_is_padded_on_the_left_says_what_it_says_alone(qwen):
-    prompt = asked(8, 8)
-    ids_of_all, _ = their_ids(qwen, prompt)
-    x = seen(qwen, prompt)[1]
-    rows = [what_stays(16), tensor([0, 1, 2, 4, 9, 19, 20])]
-    alone = [answer(qwen, x[stays], keep_ids(ids_of_all, stays)[0]) for stays in rows]
-    longest = max(map(len, rows))
-    fed, ids = torch.zeros(2, longest, 64), torch.zeros(3, 2, longest, dtype=torch.long)
-    mask = torch.zeros(2, longest, dtype=torch.long)
-    for row, stays in enumerate(rows):
-        fed[row, -len(stays):] = x[stays]
-        ids[:, row, -len(stays):] = keep_ids(ids_of_all, stays)[0]
-        mask[row, -len(stays):] = 1
-    together = qwen.generate(inputs_embeds=fed, position_ids=ids, attention_mask=mask,
-                             do_sample=False, max_new_tokens=12, min_new_tokens=12)
-    assert alone[0] != alone[1]
-    assert together.tolist() == alone
+def test_a_qwen_that_is_given_no_ids_renumbers_all_three(qwen: Asked):
+    given = with_embeds(qwen, qwen.prune(KEEP))
+    with catch_ids(qwen.model) as passes:
+        generate(qwen, {"inputs_embeds": given["inputs_embeds"]}, 2)
+    assert explain_ids(qwen.ids_of_all, passes[0], 3, 16, 4, KEEP, passes[1]) == (
+        "shifted, text not moved: the patches are numbered 3 to 6 without gaps; "
+        "the text after them keeps its IDs; the answer begins at 11.")
 
 
-# ----- transformers, live: LLaVA, as README.md does it --------------------------------------------
+def test_a_row_that_is_padded_on_the_left_says_what_it_says_alone(llava: Asked):
+    rows = [with_embeds(llava, llava.prune(keep)) for keep in (KEEP, tensor([0, 11]))]
+    alone = [generate(llava, row) for row in rows]
+    x, ids = rows[1]["inputs_embeds"], rows[1]["position_ids"]
+    together = llava.model.generate(
+        inputs_embeds=torch.cat([rows[0]["inputs_embeds"],
+                                 torch.cat([torch.zeros(1, 2, 64), x], 1)]),
+        position_ids=torch.cat([rows[0]["position_ids"], torch.cat([tensor([[1, 1]]), ids], 1)]),
+        attention_mask=tensor([[1] * 11, [0] * 2 + [1] * 9]),
+        do_sample=False, max_new_tokens=6, min_new_tokens=6)
+    assert together.tolist() == alone and alone[0] != alone[1]
 
-README = (ROOT / "README.md").read_text()
-SECTION = README.partition("\n## In your own code\n")[2].partition("\n## ")[0]
-ONE_CALL, LOOP = (re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL) + ["", ""])[:2]
+
+# ----- how Qwen-VL and others number --------------------------------------------------------------
 
 
-class InFloat32:
-    """LlavaForConditionalGeneration, read in the numbers that we compute in."""
+@pytest.mark.parametrize("rows, columns", [(8, 8), (4, 16), (16, 4)])
+def test_a_pruned_prompt_has_columns_of_get_rope_index_and_the_same_answers_id(
+        qwen: Asked, rows: int, columns: int):
+    asked = ask(qwen.model, rows, columns)
+    ids_of_all = asked.ids_of_all[:, 0]
+    stays = torch.cat([arange(3), 3 + KEEP, arange(19, 23)])
+    ids, next_position = keep_ids(ids_of_all, stays)
+    assert next_position == asked.next_position == 3 + max(rows, columns) // 2 + 4
+    assert torch.equal(ids, asked.prune(KEEP)["position_ids"][:, 0])
+    assert explain_ids(ids_of_all, ids, 3, 16, 4, KEEP, next_position).startswith("kept: ")
 
-    from_pretrained = staticmethod(lambda folder: load_theirs(Path(folder)))
+
+def test_a_prompt_that_is_pruned_already_cannot_be_numbered(qwen: Asked):
+    pruned = qwen.prune(KEEP)["input_ids"]
+    with pytest.raises(RuntimeError, match="must match the existing size"):
+        qwen.model.model.get_rope_index(pruned, mm_token_type_ids=(pruned == IMAGE).int(),
+                                        image_grid_thw=qwen.pixels["image_grid_thw"])
 
 
-@pytest.fixture(scope="module", params=["tiny", "mini"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "tiny":
-        return write_checkpoint(tmp_path_factory.mktemp("tiny"))
-    if not (MINI / "model.safetensors").is_file():
+def test_the_text_behind_a_video_begins_inside_it(qwen: Asked):
+    """Transformers 5.3 on: 12 pairs of frames, a second apart, each of 2 x 2 tokens.
+
+    Their times run from 2 to 24, the text goes on at 4, and the answer, by rope_deltas, at 25.
+    """
+    input_ids = tensor([[5, 6, *[VIDEO] * 48, 7, 8]])
+    ids, deltas = qwen.model.model.get_rope_index(
+        input_ids, mm_token_type_ids=2 * (input_ids == VIDEO).int(),
+        video_grid_thw=tensor([[12, 4, 4]]), second_per_grid_ts=tensor([1.0]))
+    assert (int(ids.max()), ids[0, 0, -2:].tolist(), 52 + int(deltas)) == (24, [4, 5], 25)
+    for answer, said in ((25, "25"), (6, "6, behind the last token (behind the largest ID: 25)")):
+        assert explain_ids(ids, ids, 2, 48, 2, answer=answer).endswith(f"begins at {said}.")
+
+
+def test_longrope_follows_the_largest_id_not_the_number_of_rows():
+    """Gathered IDs beyond the limit of 16 take the long factors, renumbered ones the short."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8, "factor": 4.0}
+    config = transformers.Phi3Config(**TEXT, rope_parameters=rope, max_position_embeddings=64,
+                                     original_max_position_embeddings=16)
+    rotary = transformers.Phi3Model(config).rotary_emb
+    x = torch.zeros(1, 3, 64)
+    gathered, renumbered = (rotary(x, tensor([ids]))[0][0, 1] for ids in ([0, 1, 20], [0, 1, 2]))
+    assert not close(gathered, renumbered)
+
+
+# ----- README.md ----------------------------------------------------------------------------------
+
+SECTION = (ROOT / "README.md").read_text().partition("\n## In your own code\n")[2]
+BLOCKS = blocks(SECTION.partition("\n## ")[0])
+
+
+def test_the_blocks_of_the_readme_say_what_nanogap_says_at_the_same_ids(
+        capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """The one call, the loop and the check, in order, as they stand."""
+    if not (ROOT / "weights" / "mini" / "model.safetensors").is_file():
         pytest.skip("weights/mini is not there")
-    return MINI
-
-
-@pytest.fixture(scope="module")
-def example(transformers, folder: Path) -> dict:
-    """The names that the one call leaves behind, and what reached RoPE while it ran."""
-    question = VICUNA.question("the man on the left")
-    names = {"torch": torch, "gap": gap, "Pad": Pad, "folder": str(folder),
-             "AutoProcessor": transformers.AutoProcessor, "image": Image.open(ROOT / "image.jpg"),
-             "LlavaForConditionalGeneration": InFloat32, "printed": [],
-             "prompt": VICUNA.before + "<image>" + VICUNA.after.format(question)}
-    names["print"] = names["printed"].append
-    torch.manual_seed(0)
-    for statement in ast.parse(ONE_CALL).body:
-        exec(ast.unparse(statement), names)
-        if "model" in names and "watch" not in names:
-            names["watch"] = Watch(names["model"])
-    names["passes"] = list(names["watch"].ids)
-    names["watch"].ids.clear()
-    return names
-
-
-@live
-def test_the_one_call_of_the_readme_says_what_nanogap_says_at_the_same_ids(example: dict):
-    ours = nanogap.load(Path(example["folder"]), "cpu", "float32")
-    layout, passes = example["layout"], example["passes"]
-    result = ours.ground(example["image"], "the man on the left", keep=layout.keep, mode="gap",
-                         max_new_tokens=32)
-    assert example["words"].tolist() == result.tokens
-    assert example["printed"] == [result.text]
-    assert passes[0].tolist() == result.position_ids.tolist()
-    assert [p.tolist() for p in passes[1:]] == [
-        [result.next_position + t] for t in range(len(result.tokens) - 1)]
-
-
-@live
-def test_the_loop_of_the_readme_says_the_same_as_the_one_call(example: dict):
-    example["watch"].ids.clear()
-    with torch.no_grad():
-        exec(LOOP, example)
-    said, passes = example["said"], example["watch"].ids
-    assert said == example["words"].tolist()
-    assert passes[0].tolist() == example["layout"].position_ids.tolist()
-    assert [p.tolist() for p in passes[1:]] == [
-        [example["layout"].next_position + t] for t in range(len(said))]
-
-
-@live
-def test_without_position_ids_the_one_call_renumbers(example: dict):
-    layout = example["layout"]
-    P, N, A = layout.P, layout.N, layout.A
-    example["watch"].ids.clear()
-    answer(example["model"], example["x"][0], None, 2)
-    fed, following = example["watch"].ids
-    said = explain_ids(arange(P + N + A), fed, P, N, A, layout.keep, int(following))
-    assert said.startswith(f"shifted: the patches are numbered {P} to {P + N // 2 - 1} without")
-    assert said.endswith(f"at {P + N // 2 + A} instead of {P + N + A}.")
-    example["watch"].ids.clear()
-    answer(example["model"], example["x"][0], layout.position_ids, 2)
-    fed, following = example["watch"].ids
-    said = explain_ids(arange(P + N + A), fed, P, N, A, layout.keep, int(following))
-    assert said.startswith("kept: ")
-
-
-def test_the_one_call_is_about_ten_lines():
-    assert 10 <= len(ast.parse(ONE_CALL).body) <= 11 and len(ONE_CALL.splitlines()) <= 12
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    for block in BLOCKS:
+        if block.info == "python":
+            exec(block.text, names)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    ours = nanogap.load("weights/mini", "cpu", "float32").ground(
+        "image.jpg", "the man on the left", keep=names["layout"].kept, mode="gap")
+    assert printed[0] == ours.text and printed[1:] == [
+        line for block in BLOCKS if block.info == "text" for line in block.text.splitlines()]
+    assert names["words"].tolist()[:len(names["said"])] == names["said"]
+    assert [*names["said"]][:len(ours.tokens)] == ours.tokens

@@ -1,0 +1,410 @@
+"""explain_ids says what became of position IDs: a case for each sentence, and prompts by chance.
+
+By hand, 4 x 4 patches merged 2 by 2, as Qwen-VL does: 3 tokens before the image, 4 visual tokens,
+2 tokens after it.
+
+    token       0  1  2    3  4  5  6    7  8    next
+    time        0  1  2    3  3  3  3    5  6       7
+    height      0  1  2    3  3  4  4    5  6       7
+    width       0  1  2    3  4  3  4    5  6       7
+"""
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, arange, tensor
+
+import nanogap
+from nanogap.gap import keep_ids
+from nanogap.show.explain_ids import explain_ids
+
+QWEN = tensor([[0, 1, 2, 3, 3, 3, 3, 5, 6],
+               [0, 1, 2, 3, 3, 4, 4, 5, 6],
+               [0, 1, 2, 3, 4, 3, 4, 5, 6]])
+GATHERED = [[0, 1, 2, 3, 3, 3, 5, 6],                       # visual tokens 0, 1 and 3 of the four
+            [0, 1, 2, 3, 3, 4, 5, 6],
+            [0, 1, 2, 3, 4, 4, 5, 6]]
+ALL_COMPACT = [[0, 1, 2, 3, 4, 5, 6, 7]] * 3                # the text has moved away, to 6
+TIME_COMPACT = [[0, 1, 2, 3, 4, 5, 6, 7], *GATHERED[1:]]
+
+
+# ----- keep_ids of gap.py: IDs of three numbers, padding, several images --------------------------
+
+
+def test_of_three_numbers_each_token_that_stays_keeps_all_three():
+    ids, next_position = keep_ids(QWEN, tensor([0, 1, 2, 3, 4, 6, 7, 8]))
+    assert (ids.tolist(), next_position) == (GATHERED, 7)
+
+
+def test_the_answer_goes_on_behind_the_largest_id_even_where_its_token_is_dropped():
+    """A grid of 2 x 4 tokens at the end: the largest ID is a width, and no text follows."""
+    ids_of_all = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],
+                         [0, 1, 1, 1, 1, 2, 2, 2, 2],
+                         [0, 1, 2, 3, 4, 1, 2, 3, 4]])
+    ids, next_position = keep_ids(ids_of_all, tensor([0, 1, 6]))
+    assert (ids.tolist(), next_position) == ([[0, 1, 1], [0, 1, 2], [0, 1, 2]], 5)
+
+
+def test_padding_on_the_left_counts_for_nothing():
+    """8 columns: two of padding, 2 tokens, 3 patches, 1 token; patches 0 and 2 stay."""
+    ids, next_position = keep_ids(tensor([0, 0, 0, 1, 2, 3, 4, 5]), tensor([2, 3, 4, 6, 7]))
+    assert (ids.tolist(), next_position) == ([0, 1, 2, 4, 5], 6)
+
+
+def test_several_images_each_stand_behind_all_of_the_one_before():
+    """Two images of 2 x 2 tokens: the second begins at 4, two IDs and a token behind the first."""
+    ids_of_all = tensor([[0, 1, 1, 1, 1, 3, 4, 4, 4, 4, 6],
+                         [0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6],
+                         [0, 1, 2, 1, 2, 3, 4, 5, 4, 5, 6]])
+    ids, next_position = keep_ids(ids_of_all, tensor([0, 2, 5, 8, 9, 10]))
+    assert ids.tolist() == [[0, 1, 3, 4, 4, 6], [0, 1, 3, 5, 5, 6], [0, 2, 3, 4, 5, 6]]
+    assert next_position == 7
+
+
+# ----- a case for each sentence -------------------------------------------------------------------
+
+KEPT = "every patch keeps its ID; the text after them keeps its IDs"
+SEEN = "the visual tokens have IDs of patches, in the order of the image"
+
+# 3 tokens, 4 x 4 patches, 2 tokens; 19 and 20 after the image, the answer at 21.  A method's
+# raster indices in the order in which it feeds them, -1 for a token that it adds; the IDs that
+# reach RoPE; the ID of the answer; what is said.  Who does so is told in chapters 11 and 14.
+SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
+    "FastV, SparseVLM v2, Nuwa": (
+        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 21,
+        f"kept: {KEPT}; the answer begins at 21."),
+    "FasterVLM, VisPruner, DivPrune": (
+        [2, 5, 9, 14], [0, 1, 2, 3, 4, 5, 6, 7, 8], 9,
+        "shifted: the patches are numbered 3 to 6 without gaps; the text after them begins at 7 "
+        "instead of 19; the answer begins behind the last token, at 9 instead of 21."),
+    "TRIM: one token more, behind": (
+        [2, 5, 9, 14, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None,
+        "shifted: the patches are numbered 3 to 7 without gaps (1 of them added); the text after "
+        "them begins at 8 instead of 19."),
+    "VisionZip: CLS, dominant, contextual": (
+        [-1, 5, 9, 2, 14], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None,
+        "permuted: the patches are numbered 3 to 7 without gaps, and not fed in the order of the "
+        "image (1 of them added); the text after them begins at 8 instead of 19."),
+    "PruMerge, with GAP": (
+        [2, 9, 14, -1], [0, 1, 2, 5, 12, 17, 18, 19, 20], None,
+        "kept: every patch keeps its ID (1 of them added); the text after them keeps its IDs."),
+    "merged tokens alone": (
+        [-1, -1], [0, 1, 2, 5, 12, 19, 20], None,
+        "kept: no patch is fed, but 2 added tokens (5 to 12); the text after them keeps its IDs."),
+    "own IDs in the order of scores": (
+        [9, 2, 14, 5], [0, 1, 2, 12, 5, 17, 8, 19, 20], None,
+        "ranked: every patch keeps its ID, but the patches are not fed in the order of the image, "
+        "so each of them sees others than before; the text after them keeps its IDs."),
+    "the patches alone renumbered": (
+        [2, 5, 9, 14], [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
+        "shifted, text not moved: the patches are numbered 3 to 6 without gaps; "
+        "the text after them keeps its IDs."),
+    "the patches alone renumbered by score": (
+        [9, 2, 14, 5], [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
+        "permuted, text not moved: the patches are numbered 3 to 6 without gaps, and not fed in "
+        "the order of the image; the text after them keeps its IDs."),
+    "GAP for the patches alone": (
+        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 7, 8], None,
+        "text collides: every patch keeps its ID; the text after them begins at 7 instead of 19, "
+        "among the IDs of the patches (5 to 17)."),
+    "the same, where the patches that stay are the last": (
+        [14, 15], [0, 1, 2, 17, 18, 5, 6], None,
+        "text collides: every patch keeps its ID; the text after them begins at 5 instead of 19, "
+        "before the IDs of the patches (17 to 18)."),
+    "the text behind the last patch that stays": (
+        [2, 5, 9, 13], [0, 1, 2, 5, 8, 12, 16, 17, 18], 19,
+        "text moved: every patch keeps its ID; the text after them begins at 17 instead of 19; "
+        "the answer begins behind the last token, at 19 instead of 21."),
+    "the first patches stay": (
+        [0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7], None,
+        "text moved: every patch keeps its ID; the text after them begins at 6 instead of 19."),
+    "half of the text": (
+        [2, 5], [0, 1, 2, 5, 8, 19, 22], None,
+        "text moved: every patch keeps its ID; at place 6 the text goes on at 22 instead of 20."),
+    "a second question, behind 6 rows of a cache": (
+        [2, 5], [0, 1, 2, 5, 8, 19, 6], 7,
+        "text counted from the cache: every patch keeps its ID; at place 6 the text goes on at 6, "
+        "the number of tokens before it, instead of 20; the answer begins behind the last token, "
+        "at 7 instead of 21."),
+    "a decode loop that counts rows of the cache": (
+        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 9,
+        f"answer counted from the cache: {KEPT}; the answer begins at 9, the length of the cache, "
+        "instead of 21."),
+    "generate of transformers 4.57": (
+        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 20,
+        f"answer repeats the last ID: {KEPT}; the answer begins at 20, where the prompt's last "
+        "token stands, instead of 21."),
+    "an answer somewhere else": (
+        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 30,
+        f"answer moved: {KEPT}; the answer begins at 30 instead of 21."),
+    "PaliGemma: generate adds 1": (
+        [2, 5, 9, 14], [1, 2, 3, 6, 9, 13, 18, 20, 21], 22,
+        f"kept: {KEPT}; the answer begins at 22; all IDs are moved by 1, which RoPE does not see."),
+    "the same, but for the answer": (
+        [2, 5, 9, 14], [1, 2, 3, 6, 9, 13, 18, 20, 21], 23,
+        f"answer moved: {KEPT}; the answer begins at 23 instead of 22; "
+        "all IDs are moved by 1, which RoPE does not see."),
+    "patches at IDs of others": (
+        [2, 5, 9, 14], [0, 1, 2, 5, 8, 13, 17, 19, 20], None,
+        "other: the patches have other IDs than before pruning (5 to 17; first at place 5: 13 "
+        "instead of 12); the text after them keeps its IDs."),
+    "text that does not count up": (
+        [2, 5], [0, 1, 2, 5, 8, 20, 20], None,
+        "text renumbered: every patch keeps its ID; the IDs of the text after them do not rise "
+        "together any more (first at place 6: 20 instead of 21)."),
+    "a mask that numbers the padding": (
+        [2, 5, 9, 14], [1, 2, 3, 5, 8, 12, 17, 19, 20], None,
+        "other: the text before the image has other IDs than it had before pruning "
+        "(first at place 0: 1 instead of 0)."),
+    "the text before the image torn": (
+        [2, 5, 9, 14], [0, 1, 1, 5, 8, 12, 17, 19, 20], None,
+        "other: the text before the image has other IDs than it had before pruning "
+        "(first at place 2: 1 instead of 2)."),
+    "nothing pruned, keep not given": (
+        None, list(range(21)), 21,
+        "kept: the visual tokens have the IDs of all patches, in their order; "
+        "the text after them keeps its IDs; the answer begins at 21."),
+    "GAP, keep not given": (
+        None, [0, 1, 2, 5, 8, 12, 17, 19, 20], None,
+        f"kept: {SEEN} (whether each has its own: give keep to tell); "
+        "the text after them keeps its IDs."),
+    "an added token at the last patch's ID, keep not given": (
+        None, [0, 1, 2, 5, 18, 18, 19, 20], None,
+        f"kept: {SEEN} (whether each has its own: give keep to tell); "
+        "the text after them keeps its IDs."),
+    "in the order of scores, keep not given": (
+        None, [0, 1, 2, 12, 5, 17, 8, 19, 20], None,
+        "ranked: the visual tokens have IDs of patches, not in the order of the image; "
+        "the text after them keeps its IDs."),
+    "renumbered, keep not given": (
+        None, [0, 1, 2, 3, 4, 5, 6, 7, 8], None,
+        "shifted: the patches are numbered 3 to 6 without gaps (or permuted: give keep to tell); "
+        "the text after them begins at 7 instead of 19."),
+    "no gaps, but the text stays, keep not given": (
+        None, [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
+        "kept or shifted: the patches are numbered 3 to 6 without gaps, as 4 patches were: "
+        "give keep to tell; the text after them keeps its IDs."),
+    "IDs of no patch, keep not given": (
+        None, [0, 1, 2, 5, 8, 12, 99, 19, 20], None,
+        "other: some patches have IDs that no patch had (5 to 99; first at place 6: 99); "
+        "the text after them keeps its IDs."),
+    "PACT: a cluster at the mean of its IDs": (
+        [2, -1, 14], [0, 1, 2, 5, 8.5, 17, 19, 20], None,
+        "kept: every patch keeps its ID (1 of them added); the text after them keeps its IDs."),
+}
+
+
+@pytest.mark.parametrize("who", SENTENCES)
+def test_a_sentence_says_what_became_of_the_ids(who: str):
+    keep, fed, answer, said = SENTENCES[who]
+    assert explain_ids(arange(21), tensor(fed), 3, 16, 2, keep, answer) == said
+
+
+SENTENCES_3D: dict[str, tuple[list[int] | None, list[list[int]], Any, str]] = {
+    "LightCompress's DivPrune": ([0, 1, 3], GATHERED, 7, f"kept: {KEPT}; the answer begins at 7."),
+    "an answer of three numbers": (
+        [0, 1, 3], GATHERED, [7, 7, 6],
+        f"answer moved: {KEPT}; the answer begins at (7, 7, 6) instead of 7."),
+    "no position IDs given": (
+        [0, 1, 3], ALL_COMPACT, 8,
+        "shifted: the patches are numbered 3 to 5 without gaps; the text after them begins at 6 "
+        "instead of 5; the answer begins behind the last token, at 8 instead of 7."),
+    "time counted on, height and width kept": (
+        [0, 1, 3], TIME_COMPACT, None,
+        "time renumbered: the patches keep their IDs but for time; "
+        "the text after them begins at (6, 5, 5) instead of 5."),
+    "the same, keep not given": (
+        None, TIME_COMPACT, None,
+        "time renumbered: the visual tokens have height and width of patches, but not time; "
+        "the text after them begins at (6, 5, 5) instead of 5."),
+    "FlowCut: the image's first IDs for those that stay": (
+        [1, 3], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6]], None,
+        "height and width renumbered: the patches keep their IDs but for height and width, which "
+        "are those of the first 2; the text after them keeps its IDs."),
+    "OpenVINO's CDPruner, where the last row is gone": (
+        [0], [[0, 1, 2, 3, 4, 5]] * 3, 6,
+        "text moved: every patch keeps its ID; the text after them begins at 4 instead of 5; "
+        "the answer begins behind the last token, at 6 instead of 7."),
+    "rope_deltas left from the unpruned prompt, one token dropped": (
+        [0, 1, 3], GATHERED, 6,
+        f"answer repeats the last ID or answer counted from the cache: {KEPT}; the answer begins "
+        "at 6, where the prompt's last token stands, which is also the length of the cache plus "
+        "the unpruned prompt's rope_deltas, instead of 7."),
+    "the same, two tokens dropped": (
+        [1, 2], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 4, 3, 5, 6]], 5,
+        f"answer counted from the cache: {KEPT}; the answer begins at 5, the length of the cache "
+        "plus the unpruned prompt's rope_deltas, instead of 7."),
+    "rope_deltas of another prompt": (
+        [0, 1, 3], GATHERED, -4,
+        f"answer moved: {KEPT}; the answer begins at -4 instead of 7, as rope_deltas of -12, "
+        "another prompt's, would have it."),
+}
+
+
+@pytest.mark.parametrize("who", SENTENCES_3D)
+def test_a_sentence_says_what_became_of_three_numbers(who: str):
+    keep, fed, answer, said = SENTENCES_3D[who]
+    assert explain_ids(QWEN, fed, 3, 4, 2, keep, answer) == said
+
+
+def test_vllms_efficient_video_sampling_lets_the_text_of_a_tall_grid_collide():
+    """It lets the text go on behind the grid's width; before pruning that was the longer side.
+
+    4 rows of 2 tokens: width 1 and 2, height 1 to 4, the text at 5; after it, at 3.
+    """
+    ids_of_all = [[0, 1, 1, 1, 1, 1, 1, 1, 1, 5],
+                  [0, 1, 1, 2, 2, 3, 3, 4, 4, 5],
+                  [0, 1, 2, 1, 2, 1, 2, 1, 2, 5]]
+    fed = [[0, 1, 1, 1, 3], [0, 1, 3, 4, 3], [0, 2, 1, 2, 3]]
+    assert explain_ids(ids_of_all, fed, 1, 8, 1, [1, 4, 7]) == (
+        "text collides: every patch keeps its ID; the text after them begins at 3 instead of 5, "
+        "among the IDs of the patches (1 to 4).")
+
+
+def test_behind_an_image_at_the_end_programs_count_in_two_ways():
+    """A grid of 2 x 4: largest ID 4, last token (1, 2, 4); forward says 5, generate (2, 3, 5)."""
+    ids_of_all = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],
+                         [0, 1, 1, 1, 1, 2, 2, 2, 2],
+                         [0, 1, 2, 3, 4, 1, 2, 3, 4]])
+    for keep, answer, said in [
+            ([0, 5], 5, "kept: every patch keeps its ID; the answer begins at 5."),
+            ([0, 7], (2, 3, 5), "kept: every patch keeps its ID; the answer begins at (2, 3, 5), "
+             "behind the last token (behind the largest ID: 5)."),
+            ([0, 5], (2, 3, 3), "answer moved: every patch keeps its ID; the answer begins behind "
+             "the last token, at (2, 3, 3) instead of 5, or (2, 3, 5) where programs count from "
+             "the last token.")]:
+        fed = ids_of_all[:, [0, *(1 + index for index in keep)]]
+        assert explain_ids(ids_of_all, fed, 1, 8, 0, keep, list(torch.tensor(answer).flatten())
+                           ) == said
+
+
+def test_no_text_no_patch_no_text_before():
+    assert explain_ids(arange(8), [0, 4, 6], 1, 7, 0, answer=7).startswith("answer moved: ")
+    assert explain_ids(arange(8), [0, 1, 2], 1, 7, 0, [3, 5]) == (
+        "shifted: the patches are numbered 1 to 2 without gaps.")
+    assert explain_ids(arange(6), [0, 1], 1, 4, 1) == (
+        "text moved: no patch is fed; the text after them begins at 1 instead of 5.")
+    # PaliGemma's image comes first, and generate adds 1
+    assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2, [1, 3], 7) == (
+        f"kept: {KEPT}; the answer begins at 7; all IDs are moved by 1, which RoPE does not see.")
+    assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2).startswith("kept: the visual tokens have")
+    assert explain_ids(arange(6), [1, 3, 5, 6], 0, 4, 2) == (
+        f"kept or text moved: {SEEN} (whether each has its own: give keep to tell); the text after "
+        "them begins at 5 instead of 4, which is right if all IDs are moved alike.")
+
+
+def test_behind_a_cache_a_move_of_all_ids_is_seen():
+    """The IDs begin at 40: whether a cache stands before them, they do not tell."""
+    said = explain_ids(40 + arange(8), [7, 8, 10, 14], 1, 6, 1, [0, 2])
+    assert said == (
+        f"kept unless behind a cache: {KEPT}; all IDs are moved by -33, which RoPE sees only where "
+        "a cache stands before them.")
+
+
+@pytest.mark.parametrize("form", [
+    lambda ids: ids, lambda ids: ids[..., None, :], lambda ids: ids.tolist(),
+    lambda ids: ids[..., None, :].tolist(), lambda ids: ids.int(), lambda ids: ids.float()])
+def test_ids_come_as_rope_gets_them_with_a_batch_of_one_or_as_lists(form):
+    for ids, fed in ((arange(9), tensor([0, 1, 2, 3, 4, 6, 7, 8])), (QWEN, tensor(GATHERED))):
+        assert explain_ids(form(ids), form(fed), 3, 4, 2, [0, 1, 3]) == f"kept: {KEPT}."
+
+
+@pytest.mark.parametrize("ids_of_all, fed, keep, answer, message", [
+    (arange(20), arange(9), None, None, "do not belong to 3 tokens, 16 visual tokens and 2 tokens"),
+    (arange(21), arange(4), None, None, "do not belong to 3 tokens"),
+    (arange(21), torch.zeros(3, 9), None, None, "do not belong to 3 tokens"),
+    (torch.zeros(2, 21), arange(9), None, None, r"give one prompt's, \(T,\) or \(3, T\)"),
+    (torch.zeros(3, 2, 21), arange(9), None, None, r"give one prompt's, \(T,\) or \(3, T\)"),
+    (arange(21), arange(9), [1, 2], None, "keep has 2 indices, and 4 visual tokens are fed"),
+    (arange(21), arange(9), [1, 2, 3, 16], None, "raster indices from 0 to 15, each once"),
+    (arange(21), arange(9), [1, 2, 3, 3], None, "raster indices from 0 to 15, each once"),
+    (arange(21), arange(9), None, [9, 9, 9], "answer has 3 numbers, and an ID has 1"),
+])
+def test_numbers_that_do_not_fit_are_refused(ids_of_all, fed, keep, answer, message: str):
+    with pytest.raises(ValueError, match=message):
+        explain_ids(ids_of_all, fed, 3, 16, 2, keep, answer)
+
+
+# ----- prompts by chance --------------------------------------------------------------------------
+
+
+def number(draw: random.Random, start: int) -> tuple[Tensor, int, int, int]:
+    """An unpruned prompt (D, T) of either kind, and P, N, A; its text begins at `start`."""
+    P, A = draw.randint(0, 4), draw.randint(0, 3)
+    rows, columns = draw.randint(2, 5), draw.randint(2, 5)
+    N, three = rows * columns, draw.random() < 0.5
+    row, column = arange(N) // columns, arange(N) % columns
+    image = P + (torch.stack([0 * row, row, column]) if three else arange(N)[None])
+    behind = P + (max(rows, columns) if three else N)
+    D = len(image)
+    text = arange(P).expand(D, -1), (behind + arange(A)).expand(D, -1)
+    return start + torch.cat([text[0], image, text[1]], 1), P, N, A
+
+
+def prune(draw: random.Random, start: int) -> tuple[list[str], tuple, dict[str, Any]]:
+    """What is to be said, the first five arguments, and the others, of one way to prune."""
+    ids, P, N, A = number(draw, start)
+    D, K = len(ids), draw.randint(2, N - 2)
+    keep = sorted(draw.sample(range(N), K))
+    if keep[-1] - keep[0] == K - 1:                        # without gaps: another sentence's
+        return prune(draw, start)
+    way = draw.choice(["kept", "shifted", "permuted", "ranked", "collides", "time"])
+    if way in ("permuted", "ranked"):
+        keep = keep[1:] + keep[:1]
+    added = draw.randint(0, min(2, N - K - 1))
+    visual = ids[:, [P + index for index in [*keep, *[N - 1] * added]]]
+    compact = (start + P + arange(K + added)).expand(D, -1)
+    after, answer = ids[:, P + N:], int(ids.max()) + 1
+    if way in ("shifted", "permuted"):
+        visual = compact
+        after = (compact[:, -1:] + 1 + arange(A)).expand(D, -1)
+        answer = start + P + K + added + A
+    elif way == "collides" and A:
+        after = (visual.max() - draw.randint(0, 1) + arange(A)).expand(D, -1)
+        answer = int(after.max()) + 1
+    elif way == "time" and D == 3:
+        visual = torch.cat([compact[:1], visual[1:]])
+    if torch.equal(visual, compact) and way not in ("shifted", "permuted"):
+        return prune(draw, start)                          # the diagonal of a grid, time renumbered
+    moved = draw.choice([0, 0, 1, -3, 9])
+    fed = torch.cat([ids[:, :P], visual, after], 1) + moved
+    more: dict[str, Any] = {"keep": keep + [-1] * added, "answer": answer + moved}
+    name = {"collides": "text collides" if A else "kept",
+            "time": "time renumbered" if D == 3 else "kept"}.get(way, way)
+    names = [name]
+    if draw.random() < 0.5:                                # without keep
+        del more["keep"]
+        names = ["shifted", "kept or shifted"] if name in ("shifted", "permuted") else [name]
+    if not P and moved and ("keep" not in more or name not in ("kept", "ranked", "text collides")):
+        return prune(draw, start)                          # nothing tells by how much all is moved
+    return names, (ids, fed, P, N, A), more
+
+
+@pytest.mark.parametrize("start", [0, 40])
+def test_prompts_by_chance_are_explained_rightly(start: int):
+    draw, seen = random.Random(start), set()
+    for _ in range(3000):
+        names, told, more = prune(draw, start)
+        said = explain_ids(*told, **more)
+        assert said.startswith(tuple(names)), (names, said, told, more)
+        assert ("all IDs are moved by" in said) <= (int(told[1].min()) != int(told[0].min())) or (
+            not told[2])
+        seen.add((names[0], "keep" in more, len(told[0])))
+    assert len(seen) == 2 * (2 * 5 + 1) - 2
+
+
+# ----- the file -----------------------------------------------------------------------------------
+
+
+def test_the_check_can_be_copied_into_any_repository():
+    """It imports torch alone."""
+    file = Path(nanogap.__file__).parent / "show" / "explain_ids.py"
+    assert set(re.findall(r"^(?:import|from) (\S+)", file.read_text(), re.MULTILINE)) == {"torch"}
+    there: dict = {}
+    exec(file.read_text(), there)
+    assert there["explain_ids"](arange(21), arange(21), 3, 16, 2).startswith("kept: ")
+    assert nanogap.explain_ids is explain_ids
