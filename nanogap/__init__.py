@@ -1,9 +1,7 @@
 """nanogap: Grounding-Aware Token Pruning (arXiv 2506.21873), from scratch and small.
 
-    import nanogap
     model = nanogap.load("weights/mini")
     result = model.ground("image.jpg", "the man on the left", prune="random", keep=72, mode="gap")
-    print(result.text, result.box)
 """
 
 import os
@@ -13,9 +11,7 @@ import warnings
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback while a command imports
-
-# torch without numpy says so at import; nothing here needs numpy, so this one line is noise
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")   # nothing here needs it
 
 from nanogap import gap, image, methods, prompt, prune  # noqa: E402
 from nanogap.checks.loading import load  # noqa: E402

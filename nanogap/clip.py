@@ -1,23 +1,23 @@
 """CLIP's vision tower, as LLaVA uses it, what pruning strategies look at in it, and its text tower.
 
 In:  pixel_values (B, 3, S, S), normalised; or the tokens of a text.
-Out: patch features (B, N, C) in raster order, and on demand the CLS token and how much it attends
-to each patch; or the text in the space that CLIP shares with patches.
-
-Source: CLIP, arXiv 2103.00020, in the layout of its checkpoints on the hub (transformers 5.23
-modeling_clip.py).  LLaVA takes the features one layer before the end, without CLS and without the
-last LayerNorm.
-Letters: B batch, N patches, C channels, H heads, D head dim, E channels of the shared space; a
-sequence has 1 + N tokens, CLS first, or T tokens of a text.
+Out: patch features (B, N, C) in raster order; or the text in the space that CLIP shares with them.
+Source: CLIP, arXiv 2103.00020, in the layout of its checkpoints on the hub (transformers 5.23).
+LLaVA takes the features one layer before the end, without CLS and without the last LayerNorm.
+Letters: B batch, N patches, C channels, H heads, D head dim, E channels of the shared space; T
+tokens: CLS and N patches, or those of a text.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+from nanogap.llama import embedding
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,6 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
 
 
-# ----- a transformer block, which both towers share -----------------------------------------------
-
-
-def table(rows: int, size: int) -> nn.Embedding:
-    """Embeddings without initial values, which nn.Embedding would draw, for a second on meta."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
-
-
 def quick_gelu(x: Tensor) -> Tensor:
     """CLIP's approximation of GELU; the exact one would shift every feature a little."""
     return x * torch.sigmoid(1.702 * x)
@@ -73,23 +65,19 @@ class CLIPAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)          # (B, H, T, D)
 
     def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
-        q = self.split(self.q_proj(x))                                        # (B, H, T, D)
-        k = self.split(self.k_proj(x))                                        # (B, H, T, D)
+        q, k = self.split(self.q_proj(x)), self.split(self.k_proj(x))         # (B, H, T, D)
         v = self.split(self.v_proj(x))                                        # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)      # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
     def cls_row(self, x: Tensor) -> Tensor:
-        """The row of attention weights with which CLS looks at the patches, written out.
+        """The attention weights with which CLS looks at the patches: (B, 1 + N, C) -> (B, H, N).
 
-        x:       (B, 1 + N, C), what `forward` was given
-        returns: (B, H, N); a row sums to one together with the weight that CLS gives to itself,
-                 which is left out
+        They sum to one together with the weight that CLS gives to itself, which is left out.
         """
         q = self.split(self.q_proj(x[:, :1]))                                 # (B, H, 1, D)
         k = self.split(self.k_proj(x))                                        # (B, H, 1 + N, D)
-        # (B,H,1,D) x (B,H,D,1+N) -> (B,H,1,1+N)
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B,H,1,D) x (B,H,D,1+N)
         return scores.float().softmax(-1)[:, :, 0, 1:]
 
 
@@ -120,15 +108,10 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    layers: Sequence[CLIPEncoderLayer]
-
     def __init__(self, config: CLIPVisionConfig | CLIPTextConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(                                 # type: ignore[assignment]
-            CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
-
-
-# ----- the vision tower ---------------------------------------------------------------------------
+        layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers: Any = nn.ModuleList(layers)
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -137,48 +120,34 @@ class CLIPVisionEmbeddings(nn.Module):
         C, P = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.empty(C))
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=P, stride=P, bias=False)
-        self.position_embedding = table(1 + config.grid ** 2, C)
+        self.position_embedding = embedding(1 + config.grid ** 2, C)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values)                          # (B, C, grid, grid)
-        patches = patches.flatten(2).transpose(1, 2)                          # (B, N, C)
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)   # (B, N, C)
         cls = self.class_embedding.expand(len(patches), 1, -1)                # (B, 1, C)
-        x = torch.cat([cls, patches], dim=1)                                  # (B, 1 + N, C)
-        return x + self.position_embedding.weight
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight   # (B, 1 + N, C)
 
 
 class CLIPVisionTower(nn.Module):
     def __init__(self, config: CLIPVisionConfig, feature_layer: int = -2) -> None:
         super().__init__()
         self.config = config
-        # hidden_states[0] is the input of layer 0, so hidden_states[-2] is what the last layer but
-        # one returns: `depth` layers are run for the features, and the rest only on demand
+        # hidden_states[-2] is what the last layer but one returns: `depth` layers make the features
         self.depth = feature_layer % (config.num_hidden_layers + 1)
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # sic
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def hidden(self, pixel_values: Tensor, depth: int) -> Tensor:
-        """hidden_states[depth] (B, 1 + N, C): runs `depth` layers and no more."""
-        x = self.pre_layrnorm(self.embeddings(pixel_values))
-        for layer in self.encoder.layers[:depth]:
-            x = layer(x)                                                      # (B, 1 + N, C)
-        return x
-
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the feature layer.
-
-        CLS comes first in both.  The patch features that LLaVA reads are `after[:, 1:]`.
-        """
-        before = self.hidden(pixel_values, self.depth - 1)                    # (B, 1 + N, C)
-        return before, self.encoder.layers[self.depth - 1](before)
+        """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the feature layer."""
+        x = self.pre_layrnorm(self.embeddings(pixel_values))                  # (B, 1 + N, C)
+        for layer in self.encoder.layers[:self.depth - 1]:
+            x = layer(x)                                                      # (B, 1 + N, C)
+        return x, self.encoder.layers[self.depth - 1](x)
 
     def fields(self, before: Tensor, after: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
-        """What strategies need to see in one image, and nothing else: see FIELDS in prune.py.
-
-        before, after: (1 + N, C) each, as `forward` gives them
-        """
+        """What strategies need to see in one image, (1 + N, C) each: see FIELDS in prune.py."""
         fields: dict[str, Tensor] = {}
         if "cls" in needs:
             fields["cls"] = after[0]                                          # (C,)
@@ -198,18 +167,14 @@ class CLIPVisionTower(nn.Module):
         return fields
 
 
-# ----- the text tower -----------------------------------------------------------------------------
-
-
 class CLIPTextEmbeddings(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.token_embedding = table(config.vocab_size, config.hidden_size)
-        self.position_embedding = table(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        positions = self.position_embedding.weight[:input_ids.shape[1]]       # (T, C)
-        return self.token_embedding(input_ids) + positions                    # (B, T, C)
+        return self.token_embedding(input_ids) + self.position_embedding.weight[:input_ids.shape[1]]
 
 
 class CLIPTextTower(nn.Module):
@@ -225,13 +190,12 @@ class CLIPTextTower(nn.Module):
         x = self.embeddings(input_ids)                                        # (B, T, C)
         for layer in self.encoder.layers:
             x = layer(x, is_causal=True)                                      # (B, T, C)
-        x = self.final_layer_norm(x)
-        return x[torch.arange(len(x), device=x.device), input_ids.argmax(-1)]
+        ends = torch.arange(len(x), device=x.device), input_ids.argmax(-1)
+        return self.final_layer_norm(x)[ends]
 
 
 class CLIPText(nn.Module):
     """What CLIP adds to LLaVA's vision tower: words and patches in one space."""
-
     tokenizer: Tokenizer
 
     def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int) -> None:
@@ -240,15 +204,10 @@ class CLIPText(nn.Module):
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
 
-    def text_features(self, input_ids: Tensor) -> Tensor:
-        """Texts (B, T) -> unit vectors (B, E)."""
-        return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
-
     def embed(self, text: str) -> Tensor:
         """A text (E,), not normalised; what is longer than the text tower reads is cut off."""
         ids = self.tokenizer.encode(text).ids
         longest = self.text_model.config.max_position_embeddings
-        if len(ids) > longest:
-            ids = ids[:longest - 1] + ids[-1:]                                # the end token stays
+        ids = ids[:longest - 1] + ids[-1:]                                    # the end token stays
         input_ids = torch.tensor([ids], device=self.text_projection.weight.device)    # (1, T)
         return self.text_projection(self.text_model(input_ids))[0]

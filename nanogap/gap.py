@@ -34,7 +34,6 @@ MODES = {
 @dataclass(frozen=True)
 class Layout:
     """Which token stands where."""
-
     kept: Tensor             # (K,) raster indices of the kept tokens, in the order of the sequence
     order: Tensor            # (K,) which of the kept tokens, as they were ranked, comes where
     position_ids: Tensor     # (P + K + M + A,) what RoPE sees
@@ -46,12 +45,16 @@ def lay_out(ranked: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> La
 
     ranked: (K,) raster indices of the kept visual tokens, the most important first
     M:      tokens that a method adds, such as the mean of the dropped ones.  open: they had no ID
-            before pruning, and the paper does not say what they get; here they share the last
-            patch's
-    raises: NanogapError for an unknown mode, for an index outside the image or given twice, and
-            where mode "full" is asked of fewer than all the tokens
+            before, and the paper does not say what they get; here they share the last patch's
+    raises: NanogapError for an unknown mode, and for indices that do not fit
     """
-    check(ranked, N, mode)
+    if mode not in MODES:
+        raise NanogapError(f"unknown mode {mode!r:.80}: choose from {'; '.join(MODES)}")
+    named = set(ranked.flatten().tolist()) if ranked.dtype == torch.long else {-1}
+    if ranked.dim() != 1 or len(named) != len(ranked) or not named <= set(range(N)):
+        raise NanogapError(f"keep must name raster indices from 0 to {N - 1}, each once")
+    if mode == "full" and len(ranked) != N:
+        raise NanogapError(f"mode 'full' keeps all {N} visual tokens, not {len(ranked)}")
     sequence, visual_ids, text_ids = MODES[mode]
     order = ranked.argsort() if sequence == "raster" else arange(len(ranked))
     kept = ranked[order]                                                      # (K,)
@@ -61,22 +64,6 @@ def lay_out(ranked: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> La
     length = N if text_ids == "original" else len(compact)        # GAP, 2: so does the text after
     position_ids = torch.cat([arange(P), P + visual, P + length + arange(A)])
     return Layout(kept, order, position_ids, P + length + A)      # GAP, 3 is in ground.greedy
-
-
-def check(ranked: Tensor, N: int, mode: str) -> None:
-    """Reject what no model could be fed: see `lay_out`."""
-    if mode not in MODES:
-        raise NanogapError(f"unknown mode {mode!r:.80}: choose from {'; '.join(MODES)}")
-    inside = ranked.numel() == 0 or 0 <= int(ranked.min()) <= int(ranked.max()) < N
-    if ranked.dim() != 1 or ranked.dtype != torch.long or not inside:
-        raise NanogapError(f"keep must be a list of raster indices from 0 to {N - 1}")
-    if len(ranked.unique()) != len(ranked):
-        raise NanogapError("keep names a patch twice")
-    if mode == "full" and len(ranked) != N:
-        raise NanogapError(f"mode 'full' keeps all {N} visual tokens, not {len(ranked)}")
-
-
-# ----- the same for other code --------------------------------------------------------------------
 
 
 def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode: str,

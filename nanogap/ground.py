@@ -4,44 +4,41 @@ In:  a model, a picture, an expression, and how to prune.
 Out: the words, the box, and every number that pruning touched on the way.
 
 `ground` is the whole path in one function:
-
     encode     llava.py     the picture as N visual tokens
     select     prune.py     which of them stay
     lay out    gap.py       in which order, at which position IDs
     embed      llava.py     the prompt with these tokens in the place of its image
     decode     below        one pass over the prompt, and then one for each token of the answer
     read       prompt.py    the box in it
-
 Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it;
 T = P + K + M + A.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from nanogap.errors import NanogapError
-from nanogap.gap import Layout, check, lay_out
+from nanogap.gap import Layout, lay_out
 from nanogap.image import Box
 from nanogap.llama import KVCache
 from nanogap.llava import EncodedImage, Llava, clock_ms
 from nanogap.prune import Kept, budget_of
 
 MAX_NEW_TOKENS = 64   # a box and the end token are 25, and a sentence may stand before it
-NOT_FINITE = ("the model computes numbers that are not finite (infinite, or NaN), so there is no "
-              "answer: its weights hold such numbers, or overflow in this dtype; give --dtype "
-              "float32 or bfloat16, or other weights")
-Keep = int | str | Tensor | Sequence[int] | None
+NOT_FINITE = ("the model computes numbers that are not finite (infinite, or NaN): its weights hold "
+              "such, or overflow in this dtype; give --dtype float32, or other weights")
+Keep = Any    # int | str | None | (K,) Tensor or list: see `ground`
 
 
 @dataclass(frozen=True)
 class Answer:
     """What decoding gives back."""
-
     tokens: list[int]         # what was generated, the end token included
     prefill_ms: float         # until the first of them
     passes: int               # of the decoder behind that
@@ -51,7 +48,6 @@ class Answer:
 @dataclass(frozen=True)
 class Result:
     """An answer, and every number on the way to it."""
-
     box: Box | None           # pixels of the original image; None where the text holds no box
     text: str                 # what the model said
     keep: Tensor              # (K,) raster indices of the tokens that it saw, in sequence order
@@ -84,9 +80,9 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
     with torch.no_grad():
         encoded = model.encode_image(image)                                   # N visual tokens
         start = clock_ms(model.device)
-        input_ids = model.encode_question(question or model.question(expression))   # (P + 1 + A,)
+        question = question or model.template.question(expression)
+        input_ids = model.encode_question(question)                           # (P + 1 + A,)
         P, A = model.around_image(input_ids)
-        model.check_length(P + encoded.n_visual + A + max_new_tokens)
         kept = choose(model, encoded, expression, prune, keep, mode, seed)
         layout = lay_out(kept.ranked, P, encoded.n_visual, A, mode, kept.n_added)
         x = model.embed(input_ids, encoded, kept, layout.order)               # (1, T, C)
@@ -98,16 +94,11 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
                "new_tokens": len(answer.tokens), "passes": answer.passes}
     text = model.tokenizer.decode(answer.tokens)
     return Result(
-        box=model.box_in(text, encoded.width, encoded.height),
-        text=text,
-        keep=layout.kept,
-        visual_tokens=len(layout.kept) + kept.n_added,
-        position_ids=layout.position_ids,
-        next_position=layout.next_position,
-        tokens=answer.tokens,
-        timings=timings,
-        kv_bytes=answer.kv_bytes,
-        cut_off=answer.tokens[-1] not in model.end_tokens)
+        text=text, box=model.box_in(text, encoded.width, encoded.height),
+        keep=layout.kept, visual_tokens=len(layout.kept) + kept.n_added,
+        position_ids=layout.position_ids, next_position=layout.next_position,
+        tokens=answer.tokens, cut_off=answer.tokens[-1] not in model.end_tokens,
+        timings=timings, kv_bytes=answer.kv_bytes)
 
 
 def choose(model: Llava, encoded: EncodedImage, expression: str, prune: str, keep: Keep, mode: str,
@@ -116,16 +107,10 @@ def choose(model: Llava, encoded: EncodedImage, expression: str, prune: str, kee
     if mode == "full":
         return Kept(torch.arange(encoded.n_visual))
     if isinstance(keep, Tensor | list | tuple):
-        indices = torch.as_tensor(keep).cpu()
-        check(indices, encoded.n_visual, mode)
-        if indices.numel() == 0:
-            raise NanogapError("keep names no visual token: give at least one index")
-        return Kept(indices)
+        return Kept(torch.as_tensor(keep).cpu())
     budget = budget_of(keep, encoded.n_patches, prune)
     return model.select(encoded, expression, prune, budget, seed)
 
-
-# ----- the answer ---------------------------------------------------------------------------------
 
 Decode = Callable[[Llava, Tensor, Layout, int], Answer]
 
@@ -142,7 +127,10 @@ def greedy(model: Llava, x: Tensor, layout: Layout, max_new_tokens: int) -> Answ
     tokens: list[int] = []
     while True:
         hidden = language_model.model(x, position_ids, cache)                 # (1, T, C)
-        tokens.append(likeliest(language_model.logits(hidden[0, -1])))
+        logits = language_model.logits(hidden[0, -1])                         # (V,)
+        if not bool(logits.isfinite().all()):
+            raise NanogapError(NOT_FINITE)
+        tokens.append(int(logits.argmax()))
         if len(tokens) == 1:
             prefill_ms = clock_ms(x.device) - start
         if tokens[-1] in model.end_tokens or len(tokens) >= max_new_tokens:
@@ -151,13 +139,3 @@ def greedy(model: Llava, x: Tensor, layout: Layout, max_new_tokens: int) -> Answ
         t = len(tokens) - 1
         position_ids = torch.tensor([layout.next_position + t], device=x.device)
         x = language_model.model.embed_tokens(torch.tensor([[tokens[t]]], device=x.device))
-
-
-def likeliest(logits: Tensor) -> int:
-    """The token of the highest logit (V,).
-
-    raises: NanogapError where logits are not finite, for any token would do then
-    """
-    if not bool(logits.isfinite().all()):
-        raise NanogapError(NOT_FINITE)
-    return int(logits.argmax())

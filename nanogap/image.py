@@ -1,11 +1,8 @@
 """Pixels: from a picture to the square that the model sees, and from its boxes back to the picture.
 
 In:  any image of the usual kinds.  Out: pixel_values (1, 3, S, S), and boxes in pixels.
-
-LLaVA pads a picture with CLIP's mean colour to a square before resizing, and its boxes are shares
-of that square.
-differs: the image processor on the hub crops the sides off instead; the crop loses targets at the
-edge, and boxes were trained in the padded square.
+LLaVA pads a picture with CLIP's mean colour to a square, and its boxes are shares of that square.
+differs: the image processor on the hub crops the sides off instead, and loses targets at the edge.
 """
 
 import os
@@ -30,33 +27,26 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 Box = tuple[float, float, float, float]
 
 
-# ----- any picture --------------------------------------------------------------------------------
-
-
-def open_image(path: Image.Image | str | os.PathLike, upright: bool = True) -> Image.Image:
+def open_image(image: Image.Image | str | os.PathLike, upright: bool = True) -> Image.Image:
     """A picture, or the path of one, as a new one in RGB: its first frame, without EXIF.
 
     upright: turned as EXIF says; else as it is stored: annotations are about stored pixels
-    raises:  ItemError where it is no whole picture of FORMATS
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # Pillow warns of odd and of large files it can read
-            if isinstance(path, Image.Image):
-                return to_rgb(path, upright)
-            if not os.path.isfile(path):
-                raise ItemError(f'there is no image "{path}"; give the path of a picture, such as '
-                                "image.jpg")
-            Image.init()                      # Pillow learns which kinds it can read
-            formats = [kind for kind in FORMATS if kind in Image.OPEN]
-            with Image.open(path, formats=formats) as image:
+            if isinstance(image, Image.Image):
                 return to_rgb(image, upright)
+            Image.init()
+            formats = [kind for kind in FORMATS if kind in Image.OPEN]
+            with Image.open(image, formats=formats) as file:
+                return to_rgb(file, upright)
     except (ItemError, MemoryError):
         raise
     except Exception as error:   # decoders of broken files raise almost anything
         why = getattr(error, "strerror", None) or str(error)[:200] or type(error).__name__
-        raise ItemError(f"{path!s:.200} cannot be read as an image ({why}); give a whole JPEG or "
-                        "PNG file") from None
+        raise ItemError(f"{image!s:.200} cannot be read as an image ({why}); give the path of a "
+                        "whole JPEG or PNG file, such as image.jpg") from None
 
 
 def to_rgb(image: Image.Image, upright: bool) -> Image.Image:
@@ -79,9 +69,6 @@ def to_rgb(image: Image.Image, upright: bool) -> Image.Image:
     return image
 
 
-# ----- to the square and back ---------------------------------------------------------------------
-
-
 def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,
                     std: Sequence[float] = CLIP_STD) -> Tensor:
     """A square of S x S pixels as a vision tower reads it: normalised, (1, 3, S, S)."""
@@ -95,15 +82,14 @@ def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,
 class Pad:
     """A frame: the picture in the middle of a square of one colour; boxes are shares of it.
 
-    source: LLaVA, `image_aspect_ratio: pad`; the offset is rounded down
+    source: LLaVA, `image_aspect_ratio: pad`
     """
 
     colour: tuple[int, int, int] = PAD_COLOUR
 
     def square(self, image: Image.Image) -> Image.Image:
         """The padded picture, in its own resolution."""
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), self.colour)
+        square = Image.new("RGB", (max(image.size), max(image.size)), self.colour)
         square.paste(image, self.offset(*image.size))
         return square
 
@@ -134,19 +120,6 @@ class Pad:
         x1, x2 = (min(max(x * side - dx, 0.0), float(width)) for x in (box[0], box[2]))
         y1, y2 = (min(max(y * side - dy, 0.0), float(height)) for y in (box[1], box[3]))
         return x1, y1, x2, y2
-
-    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """The way there: a box in pixels of the image -> shares of the padded square."""
-        side, (dx, dy) = max(width, height), self.offset(width, height)
-        return ((box[0] + dx) / side, (box[1] + dy) / side,
-                (box[2] + dx) / side, (box[3] + dy) / side)
-
-    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
-        """Which part of the picture each patch shows: (rows * columns, 4), pixels, not clipped."""
-        side, (dx, dy) = max(width, height), self.offset(width, height)
-        index = torch.arange(rows * columns)
-        x, y = index % columns * side / columns - dx, index // columns * side / rows - dy
-        return torch.stack([x, y, x + side / columns, y + side / rows], dim=1)
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:

@@ -3,15 +3,13 @@
 In:  embeddings (B, T, C) and their position_ids (T,) or (B, T).  Out: hidden states or logits.
 Three numbers stay apart here: `position_ids` is what RoPE sees, the cache row is where keys and
 values are written (always dense: 0, 1, 2, ...), and which patch a token shows is not known here.
-
-Source: LLaMA, arXiv 2302.13971, in the layout of its checkpoints on the hub
-(transformers 5.23 modeling_llama.py).
+Source: LLaMA, arXiv 2302.13971, in the layout of its checkpoints on the hub (transformers 5.23).
 Letters: B batch, T new tokens, R rows in the cache, C channels, V vocabulary, H heads, G key-value
 heads, D head dim.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +45,15 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-# ----- RoPE ---------------------------------------------------------------------------------------
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """A table without initial values, which nn.Embedding would draw, for a second on meta."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
 def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle by which RoPE turns each channel pair at each position.
 
-    position_ids: integers (..., T); any size, since no table is cut to the length of the sequence:
+    position_ids: integers (..., T) of any size: no table is cut to the length of the sequence, for
                   under GAP the largest ID exceeds the number of tokens
     returns:      cos, sin (..., T, D) in float32; pair i turns by position / theta^(2i/D)
     source:       RoFormer, arXiv 2104.09864
@@ -66,45 +66,36 @@ def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of every head by their angles.
+    """Turn the pairs (x[i], x[i + D/2]) of every head by their angles: half-split RoPE.
 
-    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D).  This is half-split RoPE, as in the
-    checkpoints on the hub; the original LLaMA code pairs neighbours (x[2i], x[2i+1]), with weights
-    to match.
+    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D).  Checkpoints on the hub have it so; the
+    original LLaMA code pairs neighbours (x[2i], x[2i+1]), with weights to match.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-# ----- the cache ----------------------------------------------------------------------------------
 
 
 class KVCache:
     """Keys and values of the tokens so far, in rows allocated once, which know no position IDs."""
 
     def __init__(self, config: LlamaConfig, rows: int, like: Tensor) -> None:
-        c = config
-        shape = (c.num_hidden_layers, len(like), c.num_key_value_heads, rows, c.head_dim)
-        self.keys = like.new_empty(shape)                                  # (layers, B, G, rows, D)
-        self.values = like.new_empty(shape)
-        self.lengths = [0] * c.num_hidden_layers                            # rows in use, per layer
+        layers, G, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.keys = like.new_empty(layers, len(like), G, rows, D)          # (layers, B, G, rows, D)
+        self.values = torch.empty_like(self.keys)
+        self.lengths = [0] * layers                                        # rows in use, per layer
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into the next rows; return all rows so far (B, G, R, D)."""
         start, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
-        keys, values = self.keys[layer], self.values[layer]                   # (B, G, rows, D)
-        keys[:, :, start:end] = k
-        values[:, :, start:end] = v
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
         self.lengths[layer] = end
-        return keys[:, :, :end], values[:, :, :end]
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def bytes_in_use(self) -> int:
         """Keys and values of the rows in use, over all layers."""
         row = self.keys[0, :, :, :1].numel() * self.keys.element_size()
         return 2 * row * sum(self.lengths)
-
-
-# ----- the decoder --------------------------------------------------------------------------------
 
 
 class LlamaAttention(nn.Module):
@@ -132,11 +123,10 @@ class LlamaAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))                      # (B, T, C)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax attention: q (B, H, T, D) looks at k and v (B, G, R, D); returns (B, H, T, D).
+        """Softmax attention of q (B, H, T, D) to k and v (B, G, R, D): (B, H, T, D).
 
-        mask: (T, R), True where a token may look.  None: T is the whole prompt, whose tokens see
-              the rows up to their own, or one new token, which sees all.  Rows decide who sees
-              whom, and position IDs play no part in it.
+        mask: (T, R), True where a token may look.  None: the whole prompt, whose tokens see the
+              rows up to their own, or one new token, which sees all.  Position IDs play no part.
         """
         T, R, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
         assert mask is not None or T in (1, R), "several tokens behind others need a mask"
@@ -170,20 +160,16 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    layers: Sequence[LlamaDecoderLayer]
-
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        table = torch.empty(config.vocab_size, config.hidden_size)   # without initial values
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(                                 # type: ignore[assignment]
-            LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
+        layers = [LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers: Any = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def angles(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for `rotate`, of position_ids (T,) or (B, T): (1, T, D) or (B, 1, T, D).
-        """
+        """Cosine and sine of position_ids (T,) or (B, T): (1, T, D) or (B, 1, T, D)."""
         cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         return cos.unsqueeze(-3).to(dtype), sin.unsqueeze(-3).to(dtype)
 

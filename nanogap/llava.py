@@ -2,10 +2,8 @@
 
 In:  a picture in a padded square of S x S pixels, and token IDs.
 Out: one visual token for each of its patches; the embeddings of a prompt; boxes in pixels.
-
-Source: LLaVA-1.5, arXiv 2310.03744, in the layouts of llava-hf's repositories on the hub, as
-transformers 5.23 reads them.  The template is vicuna_v1 of haotian-liu/LLaVA; that of the hub's
-processor lacks the system sentence, and LLaVA was trained with it.
+Source: LLaVA-1.5, arXiv 2310.03744, in the layouts of llava-hf's repositories on the hub.  The
+template is vicuna_v1 of haotian-liu/LLaVA; the hub's processor lacks its system sentence.
 Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
@@ -22,14 +20,12 @@ from tokenizers import Tokenizer
 from torch import Generator, Tensor, nn
 
 from nanogap.clip import CLIPText, CLIPVisionConfig, CLIPVisionTower
-from nanogap.errors import ItemError, NanogapError
+from nanogap.errors import NanogapError
 from nanogap.image import CLIP_MEAN, CLIP_STD, Box, Pad, open_image, to_pixel_values
 from nanogap.llama import LlamaConfig, LlamaForCausalLM
-from nanogap.prompt import TWO_DECIMALS, BoxFormat, Shares, Template
+from nanogap.prompt import TWO_DECIMALS, BoxFormat, Template
 from nanogap.prune import STRATEGIES, Kept, VisualTokens, needs_of
 
-CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
-                 "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions.")
 VICUNA = Template(
@@ -57,7 +53,6 @@ class LlavaConfig:
 @dataclass
 class EncodedImage:
     """A picture as a model sees it, which any number of questions can share."""
-
     width: int
     height: int
     features: Tensor          # (N, C) before the projector, in the order of the prompt
@@ -72,10 +67,7 @@ class EncodedImage:
         """N: visual tokens before pruning."""
         return len(self.features)
 
-    @property
-    def n_patches(self) -> int:
-        """How many of them a strategy can choose from."""
-        return len(self.features)
+    n_patches = n_visual      # how many of them a strategy can choose from
 
 
 def clock_ms(device: torch.device) -> float:
@@ -101,14 +93,13 @@ class Llava(nn.Module):
     Config: ClassVar[type[LlavaConfig]] = LlavaConfig
     template: Template = VICUNA
     box_format: BoxFormat = TWO_DECIMALS
-    # names on disk -> our names, which are those of (b).  Four layouts: (a) the published one; (b),
-    # (c), (d) as transformers has written it since
+    # names on disk -> ours, which are those of (b): (a) is published, (b), (c), (d) came later
     rename: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^model\.language_model\.", "language_model.model."),               # (c), (d)
         (r"^lm_head\.", "language_model.lm_head."),                           # (c), (d)
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),          # (c), (d)
         (r"^vision_tower\.vision_model\.", "vision_tower."))                  # (a), (c)
-    clip_download: ClassVar[str] = CLIP_DOWNLOAD
+    get_clip: ClassVar[str] = "give the folder of its CLIP by --clip"
 
     tokenizer: Tokenizer
     text_guide: CLIPText | None          # for strategies that read the expression
@@ -118,7 +109,7 @@ class Llava(nn.Module):
         self.config, self.text_guide = config, None
         red, green, blue = (int(255 * share) for share in config.image_mean)
         self.frame: Any = Pad((red, green, blue))    # LLaVA pads with the preprocessor's mean
-        self.vision_tower = CLIPVisionTower(config.vision, config.vision_feature_layer)
+        self.vision_tower: Any = CLIPVisionTower(config.vision, config.vision_feature_layer)
         self.multi_modal_projector: nn.Module = LlavaProjector(
             config.vision.hidden_size, config.text.hidden_size, config.projector_bias)
         self.language_model = LlamaForCausalLM(config.text)
@@ -133,21 +124,15 @@ class Llava(nn.Module):
         return self.language_model.lm_head.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.language_model.lm_head.weight.dtype
-
-    @property
     def end_tokens(self) -> tuple[int, ...]:
         """Any of them ends an answer."""
         return (self.config.eos_token, *self.config.other_ends)
 
-    # ----- what it sees ---------------------------------------------------------------------------
-
     def pixel_values(self, image: Image.Image) -> Tensor:
         """A picture in RGB -> (1, 3, S, S), on the model's device."""
-        c = self.config
-        square = self.frame.fit(image, c.vision.image_size)
-        return to_pixel_values(square, c.image_mean, c.image_std).to(self.device, self.dtype)
+        square = self.frame.fit(image, self.config.vision.image_size)
+        pixels = to_pixel_values(square, self.config.image_mean, self.config.image_std)
+        return pixels.to(self.language_model.lm_head.weight)      # its device and precision
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image | str | Path | EncodedImage) -> EncodedImage:
@@ -172,10 +157,11 @@ class Llava(nn.Module):
         if "projected" in missing:
             image.fields["projected"] = self.project(image.features)          # (N, C')
         if "aligned" in missing:
-            image.fields["aligned"] = self.align(image.features)              # (N, E)
+            image.fields["aligned"] = self.guide().visual_projection(
+                self.vision_tower.post_layernorm(image.features))             # (N, E)
         fields = {name: image.fields[name] for name in needs if name != "text"}
-        if "text" in needs:
-            fields["text"] = self.guide().embed(expression)              # (E,)
+        if "text" in needs:      # open: which words the paper reads; here it is the expression
+            fields["text"] = self.guide().embed(expression)                   # (E,)
         return VisualTokens(image.features, image.rows, image.columns, fields)
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
@@ -193,87 +179,43 @@ class Llava(nn.Module):
         """Visual tokens (K, C) -> as the decoder is fed them (K, C')."""
         return self.multi_modal_projector(features)
 
-    def align(self, features: Tensor) -> Tensor:
-        """Visual tokens (N, C) -> in CLIP's space of images and texts (N, E)."""
-        return self.guide().visual_projection(self.vision_tower.post_layernorm(features))
-
     def guide(self) -> CLIPText:
-        """CLIP's text tower.  open: which words the paper gave to methods that read is not known;
-        here it reads the expression.
-        """
+        """CLIP's text tower; no LLaVA checkpoint holds it."""
         if self.text_guide is None:
             raise NanogapError("to compare patches with words takes CLIP's text tower, which the "
-                               "model's checkpoints do not hold; get it with "
-                               f"{self.clip_download} and give it by --clip")
+                               f"model's checkpoints do not hold; {self.get_clip}")
         return self.text_guide
-
-    # ----- what it is asked -----------------------------------------------------------------------
-
-    def question(self, expression: str) -> str:
-        """The question that the model answers with a box."""
-        return self.template.question(expression)
 
     def encode_question(self, question: str) -> Tensor:
         """A whole question as input_ids (P + 1 + A,) with one image token, on the CPU."""
-        c = self.config
-        ids = self.template.encode(self.tokenizer, question, c.bos_token, c.image_token)
-        return torch.tensor(ids)
-
-    def prompt(self, expression: str) -> Tensor:
-        """The question about an expression as input_ids (P + 1 + A,), on the CPU."""
-        return self.encode_question(self.question(expression))
+        bos, image = self.config.bos_token, self.config.image_token
+        return torch.tensor(self.template.encode(self.tokenizer, question, bos, image))
 
     def around_image(self, input_ids: Tensor) -> tuple[int, int]:
         """P and A: how many tokens stand before and after the one image token."""
-        places = (input_ids == self.config.image_token).nonzero().flatten().tolist()
-        if len(places) != 1:
-            raise NanogapError(f"the prompt must hold one image token, not {len(places)}")
-        return places[0], len(input_ids) - places[0] - 1
-
-    def check_length(self, positions: int) -> None:
-        """Reject a question whose position IDs leave the range that the model was made for."""
-        most = self.config.text.max_position_embeddings
-        if positions > most:
-            raise ItemError("the expression is too long: with the image and room for the answer "
-                            f"the model would need {positions} positions and has {most}; shorten "
-                            "it, or give fewer new tokens")
+        P = input_ids.tolist().index(self.config.image_token)
+        return P, len(input_ids) - P - 1
 
     def embed(self, input_ids: Tensor, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
-        """The prompt with what is kept in the place of its image token: (1, P + K + M + A, C').
+        """The prompt with what is kept in place of its image token: (1, P + K + M + A, C')."""
+        visual = self.visual_tokens(image, kept, order)                       # (K + M, C')
+        P, _ = self.around_image(input_ids)
+        embed_tokens, input_ids = self.language_model.model.embed_tokens, input_ids.to(self.device)
+        before, after = embed_tokens(input_ids[:P]), embed_tokens(input_ids[P + 1:])
+        return torch.cat([before, visual, after])[None]
 
-        order: (K,) which of the kept tokens comes where, as gap.lay_out says
-        """
+    def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
+        """What is kept of a picture, in that order, as the decoder is fed it (K + M, C')."""
         features = kept.features
         if features is None:
             features = image.features[kept.ranked.to(self.device)]            # (K, C)
         features = features[order.to(self.device)]
         if kept.added is not None:
             features = torch.cat([features, kept.added])                      # (K + M, C)
-        visual = self.fed(features, kept.ranked[order], image)                # (K + M, C')
-        P, _ = self.around_image(input_ids)
-        embed_tokens, input_ids = self.language_model.model.embed_tokens, input_ids.to(self.device)
-        before, after = embed_tokens(input_ids[:P]), embed_tokens(input_ids[P + 1:])
-        return torch.cat([before, visual, after])[None]
-
-    def fed(self, features: Tensor, kept: Tensor, image: EncodedImage) -> Tensor:
-        """Visual tokens (K + M, C) as the decoder is fed them (K + M, C').
-
-        kept: (K,) which of the image's N tokens the first K are
-        """
         return self.project(features)
-
-    # ----- what it says ---------------------------------------------------------------------------
-
-    def parse_box(self, text: str) -> Shares | None:
-        """The first box in an answer: four numbers in [0, 1] of the model's own frame, or None."""
-        return self.box_format.parse(text)
-
-    def to_pixels(self, box: Shares, width: int, height: int) -> Box:
-        """A box of the model's frame in pixels of the original image."""
-        return self.frame.to_pixels(box, width, height)
 
     def box_in(self, text: str, width: int, height: int) -> Box | None:
         """The box that an answer holds, in pixels; None where it lies in the padding."""
-        said = self.parse_box(text)
-        box = said and self.to_pixels(said, width, height)
+        said = self.box_format.parse(text)
+        box = said and self.frame.to_pixels(said, width, height)
         return box if box and box[0] < box[2] and box[1] < box[3] else None

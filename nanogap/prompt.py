@@ -23,17 +23,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 @dataclass(frozen=True)
 class Template:
     """What stands before the image, and after it with a question in the place of {}."""
-
     before: str
     after: str
     where_is: str             # the question for a box, with an expression in the place of {}
     starts: int = 1           # how many BOS tokens come first
 
     def question(self, expression: str) -> str:
-        """The question that the model answers with a box.
-
-        raises: ItemError where the expression is blank or is not valid text
-        """
+        """The question that the model answers with a box."""
         check_expression(expression)
         return self.where_is.format(expression.strip())
 
@@ -52,37 +48,30 @@ class Template:
 
 
 def check_expression(expression: str) -> None:
-    """Reject what names nothing: see `Template.question`."""
+    """Reject what names nothing, or is no text."""
     if not isinstance(expression, str) or not expression.strip():
-        raise ItemError('the expression is empty, so there is nothing to look for: '
-                        'name a thing, such as "the man on the left"')
-    try:
-        expression.encode()
-    except UnicodeEncodeError:
-        raise ItemError("the expression is not valid Unicode: type it in UTF-8") from None
-
-
-# ----- the answer ---------------------------------------------------------------------------------
+        raise ItemError("the expression is empty, so there is nothing to look for: name a thing, "
+                        'such as "the man on the left"')
+    if any("\ud800" <= letter <= "\udfff" for letter in expression):
+        raise ItemError("the expression is not valid Unicode: type it in UTF-8")
 
 
 @dataclass(frozen=True)
 class BoxFormat:
     """How a model says a box: four numbers in a pattern."""
-
     pattern: re.Pattern[str]      # four groups, one for each number
     template: str                 # of str.format, four numbers
     whole: int | None = None      # what is said for 1 where numbers are whole, rounded down
 
     def say(self, box: Shares) -> str:
         """The box as the model says it."""
-        if self.whole is None:
-            return self.template.format(*box)
-        return self.template.format(*(int(share * self.whole + 1e-6) for share in box))
+        whole = self.whole
+        return self.template.format(*(int(v * whole + 1e-6) if whole else v for v in box))
 
     def parse(self, text: str) -> Shares | None:
         """The first box that an answer holds.
 
-        None where there are no four numbers in the pattern, or they lie outside [0, 1] or leave no
+        None where no four numbers stand in the pattern, or they lie outside [0, 1] or leave no
         area: such an answer counts as wrong and is never mended by guessing.
         """
         match = self.pattern.search(text)

@@ -1,17 +1,15 @@
 """Pruning strategies: which patches to keep, and what some methods make of the others.
 
 In:  what the vision tower saw in an image, and a budget.  Out: indices of what to keep, ranked.
-
 A strategy is a pure function `(seen, budget, generator) -> Kept`, and `@strategy` says what it
-needs to see.  It ranks; the mode (gap.py) decides what becomes of the order, and which position IDs
-the tokens get.  To add one, write the function.  Each does what its published code does; `differs:`
-and `open:` mark where not, and why.
+needs to see.  It ranks; the mode (gap.py) decides what becomes of the order and of the IDs.  Each
+does what its published code does; `differs:` and `open:` mark where not, and why.
 Letters: N patches, K kept, M tokens added, C channels, H heads, D channels of a head.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +23,8 @@ FIELDS = {   # what a strategy may need to see, besides the features
     "cls":           "(C,)        the CLS token after the feature layer",
     "cls_attention": "(H, N)      how much CLS attends to each patch in the feature layer",
     "keys":          "(N, D)      the feature layer's keys, the mean over heads",
-    "last_queries":  "(1 + N, C)  the next layer's queries, CLS first: heads not split; where the "
-                     "feature layer is the last one, its own",
-    "last_keys":     "(1 + N, C)  and its keys",
+    "last_queries":  "(1 + N, C)  the next layer's queries, CLS first: heads not split",
+    "last_keys":     "(1 + N, C)  and its keys; both its own, where the feature layer is the last",
     "projected":     "(N, C')     patches as the decoder is fed them",
     "aligned":       "(N, E)      patches in CLIP's space of images and texts",
     "text":          "(E,)        the expression in that space",
@@ -37,7 +34,6 @@ FIELDS = {   # what a strategy may need to see, besides the features
 @dataclass(frozen=True)
 class VisualTokens:
     """A rectangle of patches as a vision tower saw them: what a strategy may look at."""
-
     features: Tensor             # (N, C) after the feature layer, in raster order
     rows: int
     columns: int                 # N = rows * columns
@@ -45,19 +41,15 @@ class VisualTokens:
 
     def __getattr__(self, name: str) -> Tensor:
         """A field, such as seen.cls_attention, if the strategy asked for it."""
-        if name not in FIELDS:
-            raise AttributeError(f"there is no `{name}` to see: only features, rows, columns, "
-                                 f"{', '.join(FIELDS)}")
-        if name not in self.fields:
-            raise NanogapError(f"`{name}` is not there: add it to needs, as in "
-                               f"@strategy(needs={{\"{name}\"}})")
-        return self.fields[name]
+        if name in self.__dict__.get("fields", {}):
+            return self.fields[name]
+        raise AttributeError(f"`{name}` is not there: @strategy(needs={{...}}) asks for it, and "
+                             f"may name {', '.join(FIELDS)}")
 
 
 @dataclass(frozen=True)
 class Kept:
     """What is left of an image."""
-
     ranked: Tensor                    # (K,)    raster indices, in the method's own order
     features: Tensor | None = None    # (K, C)  not the patches' own, where others are merged in
     added: Tensor | None = None       # (M, C)  tokens without a place in the image: they go last
@@ -77,11 +69,10 @@ def strategy(needs: Iterable[str] = (),
 
     needs:        names of FIELDS that it looks at; nothing else is computed for it
     finds_budget: whether it is called with budget None as well, and finds one itself
-    raises:       NanogapError for a name that is not in FIELDS
     """
     needs = frozenset(needs)
     if not needs <= set(FIELDS):
-        raise NanogapError(f"no strategy can see {min(needs - set(FIELDS))!r}: choose from "
+        raise NanogapError(f"no strategy can see {', '.join(needs - set(FIELDS))}: choose from "
                            f"{', '.join(FIELDS)}")
 
     def enter(function: Strategy) -> Strategy:
@@ -94,43 +85,32 @@ def strategy(needs: Iterable[str] = (),
 
 
 def needs_of(name: str) -> frozenset[str]:
-    """What a strategy needs to see; nothing where it does not say.
-
-    raises: NanogapError for an unknown strategy
-    """
+    """What a strategy needs to see; nothing where it does not say."""
     if name not in STRATEGIES:
         raise NanogapError(f"unknown strategy {name!r:.80}: choose from {', '.join(STRATEGIES)}")
     return getattr(STRATEGIES[name], "needs", frozenset())
 
 
 def budget_of(keep: int | str | None, n_visual: int, prune: str) -> int | None:
-    """How many of N visual tokens a strategy may keep.
+    """How many of N visual tokens a strategy may keep; None where it finds that itself.
 
-    keep:   a number, 64 or "64"; a share, "25%", which is rounded, but never to none; None or
-            "auto" where the strategy finds its own budget
-    raises: NanogapError for an unknown strategy, or for a budget that it cannot have
+    keep: 64 or "64"; a share, "25%", rounded, but never to none; None or "auto" where it can tell
     """
     needs_of(prune)
-    if keep is None or keep == "auto":
-        if getattr(STRATEGIES[prune], "finds_budget", False):
-            return None
-        finders = [name for name in STRATEGIES if getattr(STRATEGIES[name], "finds_budget", False)]
-        raise NanogapError(f"{prune} needs a budget: keep from 1 to {n_visual} visual tokens, or "
-                           f"a share such as 25% (those that find one are {', '.join(finders)})")
-    said = re.fullmatch(r"([0-9]{1,8})|([0-9]{1,3}(?:\.[0-9]{1,8})?)%", str(keep))
-    budget = 0
-    if said is not None and type(keep) in (int, str):
-        number, share = said.groups()
-        budget = int(number) if number else round(n_visual * float(share) / 100)
-        if share and 0 < float(share) <= 100:
-            budget = max(1, budget)
+    finds_budget = getattr(STRATEGIES[prune], "finds_budget", False)
+    if finds_budget and (keep is None or keep == "auto"):
+        return None
+    words, budget = str(keep), 0
+    with suppress(ValueError):                                   # words that are no number
+        if not words.endswith("%"):
+            budget = int(words)
+        elif 0 < float(words[:-1]) <= 100:
+            budget = max(1, round(n_visual * float(words[:-1]) / 100))
     if not 1 <= budget <= n_visual:
-        raise NanogapError(f"cannot keep {keep!s:.80} of {n_visual} visual tokens: keep a whole "
-                           f"number from 1 to {n_visual}, a share such as 25% or 9.8%, or auto")
+        auto = ", or auto" if finds_budget else ""
+        raise NanogapError(f"{prune} cannot keep {keep!s:.80} of {n_visual} visual tokens: give a "
+                           f"whole number from 1 to {n_visual}, or a share such as 25%{auto}")
     return budget
-
-
-# ----- what strategies share ----------------------------------------------------------------------
 
 
 def ranked(scores: Tensor, budget: int) -> Tensor:
@@ -139,22 +119,16 @@ def ranked(scores: Tensor, budget: int) -> Tensor:
 
 
 def without(chosen: Tensor, n_visual: int) -> Tensor:
-    """The other patches: raster indices (N - K,) of those that are not among `chosen` (K,)."""
+    """The other patches: raster indices (N - K,) of those not among `chosen` (K,)."""
     left = torch.ones(n_visual, dtype=torch.bool, device=chosen.device)
     left[chosen] = False
     return left.nonzero()[:, 0]
 
 
 def outliers(scores: Tensor) -> int:
-    """How many scores (N,) lie above Q3 + 1.5 (Q3 - Q1): the budget where a method finds its own.
-
-    differs: without outliers the published codes keep no patch, or divide by zero; here one stays
-    """
+    """How many scores (N,) lie above Q3 + 1.5 (Q3 - Q1).  differs: where none does, one stays."""
     q1, q3 = scores.quantile(scores.new_tensor([0.25, 0.75]))
     return max(1, int((scores > q3 + 1.5 * (q3 - q1)).sum()))
-
-
-# ----- the paper's baselines ----------------------------------------------------------------------
 
 
 @strategy()
@@ -167,8 +141,8 @@ def random(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
 def spatial(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     """A regular 2-D grid of patches: every second row and column where a quarter is kept.
 
-    open: the paper does not define its spatial baseline.  Here `budget` patches stand in evenly
-    spaced rows, and evenly spaced within each; they have no scores, so their order is raster order.
+    open: the paper does not define it.  Here patches stand in evenly spaced rows, and evenly spaced
+    within each; they have no scores, so their order is raster order.
     """
     R, C = seen.rows, seen.columns
     rows = min(budget, math.ceil((budget * R / C) ** 0.5))       # as far apart as columns are
@@ -184,20 +158,14 @@ def spatial(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
 
 @strategy(needs={"cls"})
 def cls_similarity(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
-    """Patches most like the CLS token: cosine similarity of their features.
-
-    open: the paper names this baseline and does not define it.
-    """
+    """Patches most like CLS, by the cosine of features.  open: the paper does not define it."""
     scores = F.cosine_similarity(seen.features.float(), seen.cls.float(), dim=-1)
     return Kept(ranked(scores, budget))
 
 
 @strategy(needs={"text", "aligned"})
 def text_similarity(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
-    """Patches most like the expression: cosine similarity in CLIP's space of images and texts.
-
-    open: the paper names this baseline and does not define it.
-    """
+    """Patches most like the expression, in CLIP's space.  open: the paper does not define it."""
     scores = F.cosine_similarity(seen.aligned.float(), seen.text.float(), dim=-1)
     return Kept(ranked(scores, budget))
 
@@ -207,8 +175,6 @@ def cls_attention(seen: VisualTokens, budget: int, generator: Generator) -> Kept
     """Patches that CLS attends to most, the mean over heads: FasterVLM, arXiv 2412.01818."""
     return Kept(ranked(seen.cls_attention.float().mean(0), budget))
 
-
-# ----- the methods that the paper mends -----------------------------------------------------------
 
 NEAREST = 32   # how many patches PruMerge merges into each that it keeps
 
@@ -224,9 +190,9 @@ def prumerge(seen: VisualTokens, budget: int | None, generator: Generator) -> Ke
 
 
 def last_attention(seen: VisualTokens) -> Tensor:
-    """PruMerge's score (N,): how much CLS attends to each patch, in the layer after the features.
+    """PruMerge's score (N,): how much CLS attends to each patch in the layer after the features.
 
-    As in the code, all heads count as one that is C wide, and CLS has its share of the softmax.
+    All heads count as one that is C wide, and CLS has its share of the softmax, as in the code.
     """
     q = seen.last_queries[0].float()                             # (C,)
     k = seen.last_keys.float()                                   # (1 + N, C)
@@ -237,8 +203,7 @@ def last_attention(seen: VisualTokens) -> Tensor:
 def merge(seen: VisualTokens, keep: Tensor, scores: Tensor) -> Kept:
     """Add to each kept patch its NEAREST by their keys, and sum up the dropped in one more token.
 
-    Kept patches count as near too.  The weights are the scores as they are: the published code has
-    its normalisation commented out, so features grow, and the token added is a short vector.
+    Kept patches count as near too.  The weights are the scores, not normalised, as in the code.
     differs: where nothing is dropped, no token is added; in the code it is zero
     """
     x = seen.features.float()                                    # (N, C)
@@ -260,13 +225,10 @@ def trim(seen: VisualTokens, budget: int | None, generator: Generator) -> Kept:
     """Patches least like the expression, and the mean of the others: TRIM, arXiv 2409.10994.
 
     Least: the published code has a minus sign, and its author says that it belongs there.  Neither
-    side is normalised, though the paper speaks of cosines.  Without a budget it keeps the outliers
-    of the softmax over patches.
+    side is normalised.  Without a budget it keeps the outliers of the softmax over patches.
     differs: where nothing is dropped, no token is added
     """
     scores = -(seen.aligned.float() @ seen.text.float())         # (N,E) x (E,) -> (N,)
     keep = ranked(scores, budget or outliers(scores.softmax(0))).sort().values
     dropped = seen.features[without(keep, len(scores))]
-    if len(dropped) == 0:
-        return Kept(keep)
-    return Kept(keep, added=dropped.mean(0, keepdim=True))       # (1, C)
+    return Kept(keep, added=dropped.mean(0, keepdim=True) if len(dropped) else None)   # (1, C)

@@ -1,10 +1,8 @@
 """From a folder to a model: config.json, the tensors by their names, and the tokenizer.
 
 In:  a folder in a layout of nanogap/llava.py.  Out: a model.
-
 The model is built without memory (meta device) and takes the tensors of the files, all of them and
-no others: `load_state_dict(strict=True)` names what is missing, left over or of another shape.
-Source: the layouts and defaults that transformers 5.23 reads.
+no others.  Source: the layouts and defaults that transformers 5.23 reads.
 """
 
 import json
@@ -29,7 +27,7 @@ from nanogap.llava import Llava, LlavaConfig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELS: dict[str, type[Llava]] = {"llava": Llava}      # by `model_type` in config.json
 UNUSED = r"rotary_emb\.inv_freq$|embeddings\.position_ids$"          # in older files
-# what a config.json leaves out is that of transformers' classes: a ViT-B/32
+# what a config.json leaves out is a ViT-B/32's, as in transformers' classes
 VIT_B_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32)
 TEXT_B_32 = CLIPTextConfig(512, 2048, 12, 8)
 
@@ -41,7 +39,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     folder: config.json, tokenizer.json and model.safetensors, or shards with their index
     device: None takes CUDA where there is one, else the CPU
     dtype:  None takes the checkpoint's own on a GPU; on a CPU float32, or bfloat16 for a model of
-            more than two billion parameters; `model.device` and `model.dtype` say which it was
+            more than two billion parameters
     clip:   folder of the CLIP that the vision tower comes from, for strategies that read the
             expression; None takes `clip_text` in the folder, if it is there
     """
@@ -56,10 +54,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     dtype = DTYPES[str(dtype or config.dtype or "float16").removeprefix("torch.")]
     fill(model, folder, device, dtype, family.rename)
     model.tokenizer = read_tokenizer(folder)
-    if clip is None and (folder / "clip_text").is_dir():
-        clip = folder / "clip_text"
-    if clip is not None:
-        model.text_guide = load_text_guide(Path(clip), device, dtype)
+    if clip or (folder / "clip_text").is_dir():
+        model.text_guide = load_text_guide(Path(clip or folder / "clip_text"), device, dtype)
     return model
 
 
@@ -75,71 +71,56 @@ def load_text_guide(folder: Path, device: torch.device, dtype: torch.dtype) -> C
     return clip
 
 
-# ----- config.json --------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; empty where there is none but config.json, which there must be."""
-    if path.name != "config.json" and not path.exists():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The object in a JSON file, without what is null; empty where there is no such file."""
+    def present(pairs: list[tuple[str, Any]]) -> dict:
+        return {key: value for key, value in pairs if value is not None}
+    return json.loads(path.read_text(), object_pairs_hook=present) if path.exists() else {}
 
 
-def known(config: type, part: dict | None) -> dict[str, Any]:
+def known(config: type, part: dict) -> dict[str, Any]:
     """The keys of a part of config.json that a configuration here has."""
-    part = part or {}
-    return {f.name: part[f.name] for f in fields(config) if part.get(f.name) is not None}
+    return {f.name: part[f.name] for f in fields(config) if f.name in part}
 
 
 def read_config(folder: Path, family: type[Llava] = Llava) -> LlavaConfig:
     """config.json, and what generation_config.json and preprocessor_config.json add to it."""
     config = family.complete(read_json(folder / "config.json"))
-    text = config.get("text_config") or {}
-    vision = CLIPVisionConfig()
+    text, vision = config.get("text_config", {}), CLIPVisionConfig()
     if "vision_config" in config:
         vision = replace(VIT_B_32, **known(CLIPVisionConfig, config["vision_config"]))
-    ends = first(read_json(folder / "generation_config.json").get("eos_token_id"),
-                 config.get("eos_token_id"), text.get("eos_token_id"), 2)
+    ends = read_json(folder / "generation_config.json").get(
+        "eos_token_id", config.get("eos_token_id", text.get("eos_token_id", 2)))
     ends = ends if isinstance(ends, list) else [ends]
-    processor = first(read_json(folder / "processor_config.json").get("image_processor"),
-                      read_json(folder / "preprocessor_config.json"))
+    processor = read_json(folder / "processor_config.json").get(
+        "image_processor", read_json(folder / "preprocessor_config.json"))
     return family.Config(**known(family.Config, config) | {
-        "text": read_text_config(text, bool(config.get("tie_word_embeddings"))),
+        "text": read_text_config(text, config.get("tie_word_embeddings", False)),
         "vision": vision,
-        "image_token": first(config.get("image_token_index"), config.get("image_token_id"), 32000),
-        "projector_bias": first(config.get("multimodal_projector_bias"), True),
-        "bos_token": first(text.get("bos_token_id"), 1),
+        "image_token": config.get("image_token_index", config.get("image_token_id", 32000)),
+        "projector_bias": config.get("multimodal_projector_bias", True),
+        "bos_token": text.get("bos_token_id", 1),
         "eos_token": ends[0],
         "other_ends": tuple(ends[1:]),
-        "image_mean": tuple(processor.get("image_mean") or CLIP_MEAN),
-        "image_std": tuple(processor.get("image_std") or CLIP_STD),
-        "dtype": str(config.get("torch_dtype") or config.get("dtype") or "")})
+        "image_mean": tuple(processor.get("image_mean", CLIP_MEAN)),
+        "image_std": tuple(processor.get("image_std", CLIP_STD)),
+        "dtype": str(config.get("torch_dtype", config.get("dtype", "")))})
 
 
-def read_text_config(text: dict, tied: bool = False) -> LlamaConfig:
+def read_text_config(text: dict, tied: bool) -> LlamaConfig:
     """The decoder's part of config.json; some of its defaults depend on what it says."""
-    heads = first(text.get("num_attention_heads"), 32)
-    rope = text.get("rope_scaling") or text.get("rope_parameters")
-    depending = {"num_key_value_heads": heads,
-                 "head_dim": first(text.get("hidden_size"), 4096) // heads}
+    heads = text.get("num_attention_heads", 32)
+    rope = text.get("rope_scaling") or text.get("rope_parameters", {})
+    depending = {"num_key_value_heads": heads, "head_dim": text.get("hidden_size", 4096) // heads}
     return LlamaConfig(**depending | known(LlamaConfig, text) | known(LlamaConfig, rope) | {
-        "tie_word_embeddings": tied or bool(text.get("tie_word_embeddings"))})
-
-
-def first(*values: Any) -> Any:
-    """The first of several values that is not missing."""
-    return next(value for value in values if value is not None)
-
-
-# ----- tensors and tokenizer ----------------------------------------------------------------------
+        "tie_word_embeddings": tied or text.get("tie_word_embeddings", False)})
 
 
 def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype,
          rename: tuple[tuple[str, str], ...] = (), skip: str = "$^") -> None:
     """Give a model on the meta device the tensors of a folder: all of them, and no others.
 
-    rename: patterns from names on disk to names of modules
-    skip:   pattern of names on disk that are known and not a part of the model
+    rename, skip: patterns of names on disk: to names of modules; of what is no part of the model
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_tensors(folder):
@@ -148,8 +129,7 @@ def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtyp
         for pattern, replacement in rename:
             name = re.sub(pattern, replacement, name)
         tensors[name] = tensor.to(device, dtype)
-    config = getattr(model, "config", None)
-    if config is not None and config.text.tie_word_embeddings:
+    if isinstance(model, Llava) and model.config.text.tie_word_embeddings:
         embeddings = tensors["language_model.model.embed_tokens.weight"]
         tensors.setdefault("language_model.lm_head.weight", embeddings)
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -157,10 +137,7 @@ def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtyp
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a checkpoint, one by one, mapped into memory.
-
-    A single file goes before shards, as in transformers: an older index may be left over.
-    """
+    """Names and tensors of a checkpoint, one by one, mapped into memory."""
     for path in weight_files(folder):
         if path.suffix == ".bin":                      # as CLIP is published
             yield from torch.load(path, map_location="cpu", weights_only=True,
@@ -168,13 +145,13 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             continue
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-        for name in names:
-            with safe_open(path, framework="pt") as file:   # its mapping ends with the tensor:
-                yield name, file.get_tensor(name)           # one copy in memory, never two
+        for name in names:                             # a mapping each, which ends with its tensor:
+            with safe_open(path, framework="pt") as file:     # one copy in memory, never two
+                yield name, file.get_tensor(name)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's tensors: one, or those that its index names."""
+    """The files of tensors: one, or else those of an index (an older one may be left over)."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]

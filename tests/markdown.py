@@ -15,8 +15,6 @@ from unittest.mock import patch
 
 import torch
 
-from nanogap.evaluate import compare
-from nanogap.evaluate.score import PROTOCOLS, summary, table
 from nanogap.gap import MODES
 from nanogap.prune import STRATEGIES
 
@@ -98,7 +96,8 @@ def what_is_wrong_with(command: str) -> str | None:
         flag = word if word.startswith("--") else flag
         if word.startswith("--") and word not in flags:
             return f"{target} has no {word}"
-        if word != flag and word not in choices.get(flag, [word]):
+        name = word.split("(")[0]                  # name(setting=value), FILE.py:NAME
+        if word != flag and ":" not in name and name not in choices.get(flag, [name]):
             return f"{flag} has no {word}"
     return None
 
@@ -118,11 +117,31 @@ def broken_links(markdown: str) -> list[tuple[int, str]]:
             if link not in there and (link[0] == "#" or not (ROOT / link.split("#")[0]).exists())]
 
 
+def misquoted(block: Block) -> str | None:
+    """What a block `python FILE` or `text FILE` says that does not stand there, in this order.
+
+    `...` on a line of its own leaves something out; a line of a table may be quoted alone.
+    """
+    kind, name = block.info.split()
+    source, at = (ROOT / name).read_text(), 0
+    pieces = re.split(r"^ *\.\.\.\n", block.text, flags=re.MULTILINE)
+    if kind == "text":
+        pieces = [line for piece in pieces for line in piece.splitlines(keepends=True)]
+    for piece in pieces:
+        at = source.find(piece, at)
+        if at < 0:
+            return f"{name} does not say (any more, or not here):\n{piece}"
+    return None
+
+
 def is_the_evaluators(text: str) -> bool:
     """Whether output begins as `nanogap.evaluate` does: on what, how counted, which columns.
 
     Of several models only the comparison may stand here.
     """
+    from nanogap.evaluate import compare
+    from nanogap.evaluate.score import PROTOCOLS, summary, table
+
     if text.startswith("Acc@0.5 with 95 % intervals"):
         rows = compare.table([]).split("\n")
         return text.startswith(rows[0]) and text.split("\n")[1].split()[:3] == rows[1].split()[:3]

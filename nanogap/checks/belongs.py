@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from torch import Size, Tensor
 
 from nanogap import weights
-from nanogap.checks.pickles import read_saved
-from nanogap.checks.reading import printable, read_json
+from nanogap.checks.pickles import of_model, read_saved
+from nanogap.checks.reading import printable
 from nanogap.checks.silent import QUANTISED
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
@@ -40,9 +40,7 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Size, str]]:
                 kind = re.sub(r"^(BF|F|I|U)(?=\d)", lambda m: NUMBERS[m[1]], part.get_dtype())
                 yield name, Size(part.get_shape()), kind
         return
-    state = read_saved(path)
-    tensors = state.items() if isinstance(state, dict) else [("", None)]
-    for name, tensor in tensors:
+    for name, tensor in of_model(read_saved(path)).items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             raise ValueError("it holds more than tensors")
         yield str(name), tensor.shape, str(tensor.dtype).removeprefix("torch.")
@@ -121,7 +119,7 @@ def check_words(path: Path, tokenizer: Tokenizer) -> None:
 
 def check_guide(folder: Path, model: Llava) -> None:
     """Refuse a CLIP that the vision tower does not come from."""
-    guide, config = model.text_guide, read_json(folder / "config.json")
+    guide, config = model.text_guide, weights.read_json(folder / "config.json")
     assert guide is not None
     vision = replace(weights.VIT_B_32,
                      **weights.known(CLIPVisionConfig, config["vision_config"]))

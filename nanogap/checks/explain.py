@@ -11,6 +11,7 @@ is, and what makes a checkpoint of it.
 import fnmatch
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,21 +171,22 @@ def check_files(folder: Path) -> None:
 
 def empty(folder: Path) -> Any:
     """The model that config.json describes, without numbers."""
-    config = read_json(folder / "config.json")
+    config = weights.read_json(folder / "config.json")
     with torch.device("meta"):
         if config["model_type"] != "clip":
             family = MODELS[config["model_type"]]
             return family(weights.read_config(folder, family))        # type: ignore[arg-type]
-        return CLIPText(CLIPVisionConfig(**weights.known(CLIPVisionConfig,
-                                                         config["vision_config"])),
-                        CLIPTextConfig(**weights.known(CLIPTextConfig, config["text_config"])),
+        vision = weights.known(CLIPVisionConfig, config["vision_config"])
+        text = weights.known(CLIPTextConfig, config["text_config"])
+        return CLIPText(replace(weights.VIT_B_32, **vision), replace(weights.TEXT_B_32, **text),
                         config.get("projection_dim", 512))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's tensors, each of them there."""
-    family = MODELS.get(read_json(folder / "config.json")["model_type"])
-    download = family.download if family else MODELS["llava"].clip_download
+def weight_files(folder: Path, download: str | None = None) -> list[Path]:
+    """The files of a checkpoint's tensors, each of them there; download: what gets them."""
+    if download is None:
+        family = MODELS.get(read_json(folder / "config.json")["model_type"])
+        download = family.download if family else MODELS["llava"].clip_download
     name = next((name for name in WEIGHTS if (folder / name).exists()
                  or (folder / name).is_symlink()), None)
     if name is None:
@@ -229,14 +231,13 @@ def broken(path: Path, error: Exception) -> NanogapError:
     if path.suffix == ".safetensors" and start == b"PK\3\4":
         return NanogapError(f"{path} is a file of torch.save's under another name; call it "
                             "pytorch_model.bin")
-    if path.suffix == ".safetensors" or "PytorchStreamReader" in str(error):
+    if path.suffix == ".safetensors" or not start or "PytorchStreamReader" in str(error):
         for left in path.parent.glob(f"{path.name}*"):
             if left != path:
                 return NanogapError(f"{path} is cut off, and {left.name} beside it is of a "
                                     "download that stopped; run it again: it continues")
-        return NanogapError(f"{path} is cut off or broken ({one_line(error)}); download it again")
-    if not start:
-        return NanogapError(f"{path} cannot be read (it is empty); download it again")
+        what = "is cut off or broken" if path.suffix == ".safetensors" else "cannot be read"
+        return NanogapError(f"{path} {what} ({one_line(error)}); download it again")
     foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))    # torch's words
     why = f"it holds a {printable(foreign[1])}" if foreign else one_line(error)
     return NanogapError(f"{path} cannot be read ({why}); save it again with "

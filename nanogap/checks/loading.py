@@ -6,13 +6,17 @@ import torch
 
 from nanogap import weights
 from nanogap.checks.belongs import check_belonging
+from nanogap.checks.command import shown
 from nanogap.checks.explain import explain
 from nanogap.checks.reading import printable
 from nanogap.checks.silent import check_clip, silent
 from nanogap.errors import NanogapError
 from nanogap.models import VLM
 
-HERE = Path(__file__).resolve().parents[2] / "weights"
+PACKAGE = Path(__file__).resolve().parents[1]
+# run.py, image.jpg and weights/ stand at the top level; in a wheel they are in nanogap/shipped
+TOP = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
+HERE = TOP / "weights"
 REAL = HERE / "llava-1.5-7b-hf"
 MINI = HERE / "mini"
 
@@ -59,7 +63,7 @@ def folder_of(name: str | Path) -> Path:
     """The folder that is meant: a path, the name of weights that ship, or a snapshot of the hub's.
     """
     if not isinstance(name, str | Path) or name == "":
-        raise NanogapError(f"a checkpoint is a folder, and {name!r:.80} names none: give its "
+        raise NanogapError(f"a checkpoint is a folder, and {shown(name)} names none: give its "
                            f"path, such as {MINI}")
     try:
         folder = Path(name)

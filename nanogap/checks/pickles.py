@@ -50,3 +50,11 @@ def read_saved(path: Path) -> Any:
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+
+
+def of_model(state: Any) -> dict:
+    """The tensors among what was saved; of a training's, those of its model."""
+    if not isinstance(state, dict):
+        raise ValueError("it holds more than tensors")
+    model = state.get("model")
+    return model if isinstance(model, dict) else state

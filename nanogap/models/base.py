@@ -12,6 +12,7 @@ Letters: P tokens before the image, N visual tokens, K of them kept, M added, A 
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,14 +22,19 @@ from PIL import Image
 from torch import Tensor
 
 from nanogap.clip import CLIPVisionTower
+from nanogap.errors import ItemError, NanogapError
 from nanogap.fast.ground import describe, ground
 from nanogap.fast.ground_all import ground_all
 from nanogap.gap import lay_out
-from nanogap.image import Pad, open_image
-from nanogap.llava import EncodedImage, Llava
+from nanogap.image import Box, open_image
+from nanogap.llava import EncodedImage, Llava, LlavaConfig
+from nanogap.methods.before import embed_question
+from nanogap.models.frames import Padded
 from nanogap.prompt import Shares
-from nanogap.prune import Kept
+from nanogap.prune import Kept, VisualTokens
 
+CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
+                 "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
 DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 
 
@@ -47,9 +53,11 @@ class VLM(Llava):
     on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
         (r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
-    frame: Any = Pad()                         # in which boxes are said
+    frame: Any = Padded()                      # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
+    clip_download: ClassVar[str] = CLIP_DOWNLOAD
+    get_clip = f"get it with {CLIP_DOWNLOAD} and give it by --clip"
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
     later: str = "USER: {} ASSISTANT:"         # a question that follows an answer
     # keys of config.json that never differ
@@ -60,6 +68,14 @@ class VLM(Llava):
     ground = ground                            # as model.ground(image, expression, ...)
     ground_all = ground_all                    # many expressions at once
     describe = describe
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)
+        self.frame = Padded(self.frame.colour)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.lm_head.weight.dtype
 
     # ----- tensors in, logits out -----------------------------------------------------------------
 
@@ -81,6 +97,37 @@ class VLM(Llava):
         x = self.embed(input_ids, image, kept, layout.order)                  # (1, P + K + A, C')
         return self.language_model(x, layout.position_ids.to(self.device))[0]
 
+    def question(self, expression: str) -> str:
+        """The question that the model answers with a box."""
+        return self.template.question(expression)
+
+    def prompt(self, expression: str) -> Tensor:
+        """The question about an expression as input_ids (P + 1 + A,), on the CPU."""
+        return self.encode_question(self.question(expression))
+
+    def parse_box(self, text: str) -> Shares | None:
+        """The first box in an answer: four numbers in [0, 1] of the model's own frame, or None."""
+        return self.box_format.parse(text)
+
+    def to_pixels(self, box: Shares, width: int, height: int) -> Box:
+        """A box of the model's frame in pixels of the original image."""
+        return self.frame.to_pixels(box, width, height)
+
+    def around_image(self, input_ids: Tensor) -> tuple[int, int]:
+        """P and A: how many tokens stand before and after the one image token."""
+        images = int((input_ids == self.config.image_token).sum())
+        if images != 1:
+            raise NanogapError(f"the prompt must hold one image token, not {images}")
+        return super().around_image(input_ids)
+
+    def check_length(self, positions: int) -> None:
+        """Reject a question whose position IDs leave the range that the model was made for."""
+        most = self.config.text.max_position_embeddings
+        if positions > most:
+            raise ItemError("the expression is too long: with the image and room for the answer "
+                            f"the model would need {positions} positions and has {most}; shorten "
+                            "it, or give fewer new tokens")
+
     def follow(self, question: str) -> str:
         """A question that follows an answer, about the same image."""
         return self.later.format(question)
@@ -88,6 +135,14 @@ class VLM(Llava):
     def answer(self, box: Shares) -> str:
         """What the model says of a box in its frame, without the end token."""
         return self.box_format.say(box)
+
+    def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> VisualTokens:
+        """A picture with what a strategy needs to see of it, the whole question among it."""
+        seen = super().see(image, set(needs) - {"question"}, expression)
+        if "question" in needs:
+            seen.fields["question"] = embed_question(self.guide(),
+                                                     self.template.question(expression))
+        return seen
 
     # ----- where its tokens lie -------------------------------------------------------------------
 

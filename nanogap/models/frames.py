@@ -1,9 +1,9 @@
-"""How pictures become squares where they are not padded: stretched, or as tiles.
+"""Frames: how a picture becomes squares, and where boxes and patches of these lie in the picture.
 
 In:  a picture.  Out: squares of S x S pixels; boxes in pixels, and where patches lie.
 
-A frame has the methods of nanogap/image.py's Pad.  MiniGPT-v2 stretches; LLaVA-1.6 stretches as
-well, and adds tiles: squares in a higher resolution.
+LLaVA-1.5 and Shikra pad, MiniGPT-v2 stretches, and LLaVA-1.6 stretches as well and adds tiles:
+squares in a higher resolution.
 """
 
 import math
@@ -17,6 +17,24 @@ from torch import Tensor
 from nanogap.image import Box, Pad
 
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Padded(Pad):
+    """The lesson's frame, and the way from pixels to it."""
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """The way there: a box in pixels of the image -> shares of the padded square."""
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        return ((box[0] + dx) / side, (box[1] + dy) / side,
+                (box[2] + dx) / side, (box[3] + dy) / side)
+
+    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """Which part of the picture each patch shows: (rows * columns, 4), pixels, not clipped."""
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        index = torch.arange(rows * columns)
+        x, y = index % columns * side / columns - dx, index // columns * side / rows - dy
+        return torch.stack([x, y, x + side / columns, y + side / rows], dim=1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles(Pad):
+class Tiles(Padded):
     """A frame: the whole picture stretched to a square, and tiles of it in a higher resolution.
 
     The tiles are cut out of a canvas, on which the picture is as large as it can be, in the middle,

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaForCausalLM
@@ -34,7 +35,7 @@ from nanogap.llava import EncodedImage, LlavaConfig
 from nanogap.models.base import VLM
 from nanogap.models.eva import VIT_G_14, EvaTower
 from nanogap.models.frames import Stretch
-from nanogap.prompt import BoxFormat, Template
+from nanogap.prompt import BoxFormat, Shares, Template
 
 DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
             "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
@@ -49,7 +50,17 @@ LLAMA_2 = Template(
     where_is="[refer] give me the location of {}",
     starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
 NUMBER = r"< *([0-9]{1,3}) *> *"     # the original reads answers without their spaces
-HUNDREDTHS = BoxFormat(
+
+
+@dataclass(frozen=True)
+class WithoutBlanks(BoxFormat):
+    """The authors read an answer without its blanks and <unk>."""
+
+    def parse(self, text: str) -> Shares | None:
+        return super().parse(text.replace("<unk>", "").replace(" ", ""))
+
+
+HUNDREDTHS = WithoutBlanks(
     re.compile(r"\{ *" + 4 * NUMBER + r"\}"),
     "{{<{}><{}><{}><{}>}}", whole=100)
 
@@ -132,8 +143,8 @@ class MiniGPT(VLM):
         """Visual tokens (K, 4 C) -> as the decoder is fed them (K, C')."""
         return self.llama_proj(features)
 
-    def align(self, features: Tensor) -> Tensor:
-        """Reject a strategy that reads the expression."""
+    def guide(self) -> CLIPText:
+        """There is no space of images and texts here."""
         raise NanogapError(NO_TEXT_TOWER)
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from nanogap.errors import NanogapError
-from nanogap.image import Pad
 from nanogap.llava import SYSTEM, LlavaConfig
 from nanogap.models.base import VLM
+from nanogap.models.frames import Padded
 from nanogap.prompt import NUMBER, BoxFormat, Template, encode
 
 DOWNLOAD = ("`python -m nanogap.convert shikra --base weights/llama-7b "
@@ -25,7 +25,7 @@ DOWNLOAD = ("`python -m nanogap.convert shikra --base weights/llama-7b "
 CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14 model.safetensors config.json "
                  "tokenizer.json --local-dir weights/clip-vit-large-patch14` (1.7 GB)")
 PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"
-WHITE = Pad((255, 255, 255))
+WHITE = Padded((255, 255, 255))
 # several boxes have ";" between them.  differs: the first is read here, as from any model's answer,
 # and Shikra's own evaluation counts such an answer as wrong
 THREE_DECIMALS = BoxFormat(
@@ -75,6 +75,7 @@ class Shikra(VLM):
     box_format = THREE_DECIMALS
     download = DOWNLOAD
     clip_download = CLIP_DOWNLOAD
+    get_clip = f"get it with {CLIP_DOWNLOAD} and give it by --clip"
     special_tokens = (PATCH, START, END)
     fixed = {"model_type": "shikra", "vision_feature_select_strategy": "default"}
 

@@ -25,7 +25,9 @@ def pooled(tower: CLIPVisionTower | EvaTower, pixel_values: Tensor) -> Tensor:
     if isinstance(tower, EvaTower):
         _, x = tower(pixel_values)                                            # (B, 1 + N, C)
         return F.layer_norm(x[:, 0], x.shape[-1:])
-    x = tower.hidden(pixel_values, len(tower.encoder.layers))                 # (B, 1 + N, C)
+    x = tower.pre_layrnorm(tower.embeddings(pixel_values))                    # (B, 1 + N, C)
+    for layer in tower.encoder.layers:
+        x = layer(x)
     return tower.post_layernorm(x[:, 0])
 
 

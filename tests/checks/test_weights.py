@@ -519,7 +519,8 @@ def test_an_empty_llava_config_is_that_of_transformers_classes(tmp_path: Path):
         4096, 11008, 32, 32, 32, 128, 32000, 1e-6, 10000.0, 2048, False)
     assert config.vision == CLIPVisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5)
     (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {}}')
-    assert weights.read_config(tmp_path).vision == CLIPVisionConfig(768, 3072, 12, 12, 224, 32, 1e-5)
+    b_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32, 1e-5)
+    assert weights.read_config(tmp_path).vision == b_32
 
 
 OMITTED = ("num_key_value_heads", "head_dim", "hidden_act", "rope_theta", "attention_bias",
