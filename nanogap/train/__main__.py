@@ -16,7 +16,6 @@ The recipes are in recipes.py, the losses in objectives.py, the scenes in scenes
 import shutil
 import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,11 +113,10 @@ def train_stages(recipe: Recipe, device: torch.device, seed: int, progress: Prog
     clip, words = None, None
     if start is None:
         clip, words = train_clip(recipe, device, seed, progress, workers)
-        model = new_model(recipe, seed, clip)
+        at_hand, model = (new_model(recipe, seed, clip) for _ in range(2))
     else:
-        model = started(start, recipe.family)
-    at_hand = deepcopy(model)                 # it prepares pictures and asks, on the CPU
-    model.to(device)
+        at_hand, model = (started(start, recipe.family) for _ in range(2))
+    model.to(device)                          # the other prepares pictures and asks, on the CPU
     for stage in stages[progress.stage:]:
         assert stage.asked is not None                                        # it is for CLIP alone
         ask = partial(conversations, at_hand, stage.asked)

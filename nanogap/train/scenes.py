@@ -241,31 +241,13 @@ def ends(measures: dict[int, float], first: str, last: str) -> dict[str, int]:
     return found
 
 
-# How far one thing lies from another in a direction, and how far off to the side.
-# dx is to the right, dy downwards.
-
-
-def left_of(dx: float, dy: float) -> tuple[float, float]:
-    return -dx, abs(dy)
-
-
-def right_of(dx: float, dy: float) -> tuple[float, float]:
-    return dx, abs(dy)
-
-
-def above(dx: float, dy: float) -> tuple[float, float]:
-    return -dy, abs(dx)
-
-
-def below(dx: float, dy: float) -> tuple[float, float]:
-    return dy, abs(dx)
-
-
+# how far one thing lies from another in a direction, and how far off to the side; dx is to the
+# right, dy downwards
 DIRECTIONS: dict[str, Callable[[float, float], tuple[float, float]]] = {
-    "left of": left_of,
-    "right of": right_of,
-    "above": above,
-    "below": below,
+    "left of": lambda dx, dy: (-dx, abs(dy)),
+    "right of": lambda dx, dy: (dx, abs(dy)),
+    "above": lambda dx, dy: (-dy, abs(dx)),
+    "below": lambda dx, dy: (dy, abs(dx)),
 }
 
 

@@ -124,7 +124,7 @@ RELATION = r"(.+?) (next to|by|(?:to the )?(?:left|right) of|above|below) the (.
 
 
 def candidates(text: str, things: tuple[Thing, ...]) -> list[int]:
-    """Which things a reader without margins could point at: written apart from nanogap.train.scenes."""
+    """Which things a reader without margins could point at: written apart from scenes.py."""
     def centre(i: int) -> tuple[float, float]:
         x1, y1, x2, y2 = things[i].box
         return (x1 + x2) / 2, (y1 + y2) / 2

@@ -1,9 +1,7 @@
 """Training: what it learns from, that shared prefixes change nothing, and that it continues."""
 
-import io
 import pickle
 import random
-import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -22,33 +20,31 @@ from nanogap.clip import CLIPVisionConfig
 from nanogap.image import Pad, to_pixel_values
 from nanogap.models import MODELS, VLM
 from nanogap.train import __main__ as train
-from nanogap.train import fit, objectives
-from nanogap.train.fit import Progress
-from nanogap.train.objectives import (
+from nanogap.train import fit, objectives, reading, recipes
+from nanogap.train.batches import (
     SINGLES,
     Batch,
-    Mixture,
     Scenes,
     captions,
     contents,
-    conversations,
-    decimal_places,
     draw_alike,
     draw_often_alike,
-    llava_loss,
-    short_questions,
 )
+from nanogap.train.fit import Progress, Report
+from nanogap.train.objectives import llava_loss
+from nanogap.train.questions import Mixture, conversations, decimal_places, short_questions
 from nanogap.train.scenes import Scene, Thing, draw_scene, named, scene
+from nanogap.train.untrained import new_clip, new_model, started
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                           num_attention_heads=2, image_size=56, patch_size=14)
 MIXTURE = Mixture(boxes=6, finds=4, words=5, hundredths=0.25, find=20.0, word=3.0)
-TINY = replace(train.CPU, vision=VISION, projection_dim=8,
+TINY = replace(recipes.CPU, vision=VISION, projection_dim=8,
                stages=tuple(replace(stage, images=2, asked=stage.asked and MIXTURE)
-                             for stage in train.CPU.stages),
-               text=replace(train.CPU.text, hidden_size=16, intermediate_size=32,
+                             for stage in recipes.CPU.stages),
+               text=replace(recipes.CPU.text, hidden_size=16, intermediate_size=32,
                             num_hidden_layers=1, num_attention_heads=2),
-               decoder=replace(train.CPU.decoder, hidden_size=32, intermediate_size=48,
+               decoder=replace(recipes.CPU.decoder, hidden_size=32, intermediate_size=48,
                                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
                                head_dim=16))
 CPU = torch.device("cpu")
@@ -64,7 +60,7 @@ def no_pixels(_: Image.Image) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> VLM:
-    return train.new_model(TINY, 0, train.new_clip(TINY, 0)[0])
+    return new_model(TINY, 0, new_clip(TINY, 0)[0])
 
 
 def nothing(*_: object) -> None:
@@ -82,10 +78,10 @@ def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversati
         monkeypatch: pytest.MonkeyPatch, family: str, later: float):
     """Shikra's image stands behind words that differ, so its conversations share nothing."""
     recipe = replace(TINY, family=family)
-    model = train.new_model(recipe, 0, train.new_clip(recipe, 0)[0])
+    model = new_model(recipe, 0, new_clip(recipe, 0)[0])
     mixture = replace(MIXTURE, later=later)
     pixels, scenes, said = drawn(model, mixture)
-    assert objectives.can_share(model, said) == (family != "shikra")
+    assert reading.can_share(model, said) == (family != "shikra")
     losses, weights = [], []
     for one in said:
         size = scenes[one.image].image.size
@@ -97,7 +93,7 @@ def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversati
         weights += [one.weights[i] for i in at]
     alone = (torch.cat(losses) * torch.tensor(weights)).sum() / sum(weights)
     shared = llava_loss(model, drawn(model, mixture), CPU)
-    monkeypatch.setattr(objectives, "can_share", lambda *_: False)
+    monkeypatch.setattr(reading, "can_share", lambda *_: False)
     whole = llava_loss(model, drawn(model, mixture), CPU)
     assert whole.item() == pytest.approx(alone.item(), abs=1e-5)
     assert shared.item() == pytest.approx(alone.item(), abs=1e-5)
@@ -199,9 +195,9 @@ def test_training_never_touches_the_vision_tower_in_stage_one(model: VLM):
 
 
 def test_each_stage_draws_its_own_scenes():
-    data = [Scenes("test", 4, 56, no_pixels, nothing, stage.draw) for stage in train.CPU.stages]
+    data = [Scenes("test", 4, 56, no_pixels, nothing, stage.draw) for stage in recipes.CPU.stages]
     counts = [{len(drawn.things) for i in range(9) for drawn in scenes[i][1]} for scenes in data]
-    assert [stage.name for stage in train.CPU.stages] == ["CLIP", "read", "find", "box"]
+    assert [stage.name for stage in recipes.CPU.stages] == ["CLIP", "read", "find", "box"]
     assert counts.pop(1) == {1}
     assert all(min(count) == 2 and max(count) > 4 for count in counts)
 
@@ -293,7 +289,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
 
 def test_steps_that_are_given_count_and_not_those_that_were_saved(tmp_path: Path, capsys):
-    model = train.new_clip(TINY, 0)[0]
+    model = new_clip(TINY, 0)[0]
     torch.save({"settings": {"seed": 0, "model": "llava", "size": 56,
                              "stages": ["CLIP", "read", "find", "box"]},
                 "steps": [9, 9, 9, 9], "stage": 1, "step": 0, "clip": model.state_dict(),
@@ -316,7 +312,7 @@ def test_a_slow_start_does_not_shorten_a_training(tmp_path: Path, monkeypatch, c
     monkeypatch.setattr(fit, "time", SimpleNamespace(time=lambda: told.pop(0)))
     stage = replace(TINY.stages[0], steps=9)
     progress = Progress(tmp_path / "training.pt", {}, [stage.steps], [1.0])
-    clip, words = train.new_clip(TINY, 0)
+    clip, words = new_clip(TINY, 0)
     fit.fit(stage, clip, lambda batch: objectives.clip_loss(clip, words, batch, CPU),
             Scenes("test", 2, 56, pixels_of, captions), progress, 0)
     assert progress.steps[0] >= 30 and told[0] <= 60   # by the first two steps alone about ten
@@ -347,56 +343,45 @@ def test_a_training_with_other_settings_is_not_continued(tmp_path: Path, setting
         train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
 
 
-def archive(pickled: bytes) -> bytes:
-    """What torch.save would write of it."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as parts:
-        parts.writestr("x/data.pkl", pickled)
-        parts.writestr("x/version", "3")
-    return file.getvalue()
+def test_a_broken_state_is_refused(tmp_path: Path):
+    """Another file, one that was cut off, and one that holds something else."""
+    good = {key: {} for key in Progress.KEPT}
+    torch.save(good, tmp_path / "good.pt")
+    whole = (tmp_path / "good.pt").read_bytes()
+    out = tmp_path / "out"
+    out.mkdir()
+    for data in (b"", b"not a saved state", pickle.dumps([], protocol=2), whole[:len(whole) // 2],
+                 whole[:-1]):
+        (out / "training.pt").write_bytes(data)
+        with pytest.raises(NanogapError, match="training.pt cannot be read .* delete it to start"):
+            train.train(out, TINY, CPU, steps=[1, 1, 1, 1])
+    assert [path.name for path in out.iterdir()] == ["training.pt"]
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"not a saved state", pickle.dumps([], protocol=2), b"PK", archive(b""), archive(b"N."),
-    archive(b"]."), archive(b"}."), archive(b"\x80\x02)" + b"\x85" * 10 ** 6 + b"."),
-    archive(b"\x80\x02]r\xff\xff\xff\x7f."), archive(pickle.dumps(print, 2))],
-    ids=range(11))
-def test_a_broken_state_is_refused(tmp_path: Path, data: bytes):
-    """One that would end the process, or take all memory, among them."""
-    (tmp_path / "training.pt").write_bytes(data)
-    with pytest.raises(NanogapError, match="training.pt cannot be read .* delete it to start anew"):
-        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
-    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+def test_progress_is_told_by_time_and_at_the_end_of_a_stage(capsys):
+    """At seconds 4, 10, 14 and 15 of 20 steps."""
+    report = Report("box", 0, 0.0)
+    for done, now in ((4, 4.0), (10, 10.0), (14, 14.0), (20, 15.0)):
+        report.add(2.0, done, 20, now)
+    assert capsys.readouterr().err.splitlines() == [
+        "box    step 10/20  loss 2.000  10 s to go ...",
+        "box    step 20/20  loss 2.000  0 s to go ..."]
 
 
-def test_a_state_that_was_changed_or_cut_off_anywhere_is_refused_in_one_line(tmp_path: Path):
-    """Of each part another value; of the file the first half, the last page, and so on."""
-    settings = {"seed": 0, "model": "llava", "size": 56, "stages": ["CLIP", "read", "find", "box"]}
-    model = train.new_clip(TINY, 0)[0].state_dict()
-    good = {"settings": settings, "steps": [1, 1, 1, 1], "stage": 1, "step": 0, "clip": model,
-            "state": {}}
-    file = tmp_path / "training.pt"
+def test_a_short_training_says_what_its_model_cannot_do(tmp_path: Path, capsys):
+    train.tell_if_short(TINY, [4500, 1000, 2600, 3250])
+    assert capsys.readouterr().err == ""
+    train.tell_if_short(TINY, [40, 10, 20, 30])
+    assert capsys.readouterr().err.startswith(
+        "so few steps teach a model to speak, but hardly where anything is: expect nonsense")
 
-    def refused() -> None:
-        with pytest.raises(NanogapError, match="training.pt .*delete it to start anew") as caught:
-            train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
-        assert "\n" not in str(caught.value)
 
-    for key in good:
-        for value in (None, -1, "x", [1, 2], {"x": torch.ones(2)}, ...):
-            changed = {**good, key: value}
-            if value is ...:
-                del changed[key]
-            torch.save(changed, file)
-            refused()
-    other = {name: torch.ones(3) for name in model}
-    torch.save({**good, "clip": other}, file)
-    refused()
-    torch.save(good, file)
-    whole = file.read_bytes()
-    for size in (1, 100, len(whole) // 2, len(whole) - 4096, len(whole) - 1):
-        file.write_bytes(whole[:size])
-        refused()
+def test_a_training_may_start_from_weights_that_ship(tmp_path: Path):
+    """With the text tower beside them, which is copied and not trained."""
+    mini = Path(__file__).resolve().parents[2] / "weights/mini"
+    assert started(mini, "llava").text_guide is None
+    with pytest.raises(NanogapError, match="which a minigpt_v2 has not; start from a minigpt_v2"):
+        started(mini, "minigpt_v2")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
