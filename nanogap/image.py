@@ -35,11 +35,12 @@ def open_image(image: Image.Image | str | os.PathLike, upright: bool = True) -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # Pillow warns of odd and of large files it can read
-            if not isinstance(image, Image.Image):
-                Image.init()
-                formats = [kind for kind in FORMATS if kind in Image.OPEN]
-                image = Image.open(image, formats=formats)
-            return to_rgb(image, upright)
+            if isinstance(image, Image.Image):
+                return to_rgb(image, upright)
+            Image.init()
+            formats = [kind for kind in FORMATS if kind in Image.OPEN]
+            with Image.open(image, formats=formats) as file:
+                return to_rgb(file, upright)
     except (ItemError, MemoryError):
         raise
     except Exception as error:   # decoders of broken files raise almost anything

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -110,9 +111,8 @@ def read_text_config(text: dict, tied: bool) -> LlamaConfig:
     """The decoder's part of config.json; some of its defaults depend on what it says."""
     heads = text.get("num_attention_heads", 32)
     rope = text.get("rope_scaling") or text.get("rope_parameters", {})
-    depending = {"num_key_value_heads": heads, "head_dim": text.get("hidden_size", 4096) // heads,
-                 "rope_theta": rope.get("rope_theta", 10000.0)}
-    return LlamaConfig(**depending | known(LlamaConfig, text) | {
+    depending = {"num_key_value_heads": heads, "head_dim": text.get("hidden_size", 4096) // heads}
+    return LlamaConfig(**depending | known(LlamaConfig, text) | known(LlamaConfig, rope) | {
         "tie_word_embeddings": tied or text.get("tie_word_embeddings", False)})
 
 
@@ -140,7 +140,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a checkpoint, one by one, mapped into memory."""
     for path in weight_files(folder):
         if path.suffix == ".bin":                      # as CLIP is published
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+            yield from torch.load(path, map_location="cpu", weights_only=True,
+                                  mmap=is_zipfile(path)).items()     # torch before 1.6: no archive
             continue
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

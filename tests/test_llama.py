@@ -6,15 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanogap import llama
 from nanogap.llama import (
     KVCache,
+    LlamaAttention,
     LlamaConfig,
     LlamaForCausalLM,
     RMSNorm,
-    causal_attention,
-    causal_mask,
-    mask_of,
     rope_angles,
     rotate,
 )
@@ -110,88 +107,20 @@ def drawn(T: int, R: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]
 @pytest.mark.parametrize("dtype, atol", DTYPES)
 def test_attention_equals_softmax_written_out(T: int, R: int, groups: int, dtype: torch.dtype,
                                               atol: float):
+    """A whole prompt and a new token need no mask; tokens behind others say whom they see."""
     q, k, v = drawn(T, R, groups, dtype)
-    y = causal_attention(q, k, v, causal_mask(T, R, 1, q))
+    mask = torch.ones(T, R).tril(R - T).bool() if 1 < T < R else None
+    y = LlamaAttention(CONFIG, 0).attend(q, k, v, mask)
     assert y.dtype == dtype
     assert torch.allclose(y.float(), written_out(q.float(), k.float(), v.float()), atol=atol)
 
 
-@pytest.mark.parametrize("T, R, M", [(7, 7, 7), (7, 7, 3), (7, 7, 1), (3, 7, 3), (1, 7, 1)])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("dtype, atol", DTYPES)
-def test_a_mask_for_the_last_queries_equals_a_dense_one(T: int, R: int, M: int, groups: int,
-                                                        dtype: torch.dtype, atol: float):
-    """Any mask: the last M queries see the rows that it says, the others all up to their own."""
-    q, k, v = drawn(T, R, groups, dtype)
-    sees = torch.rand(M, R, generator=torch.Generator().manual_seed(M)) < 0.5  # (M, R)
-    sees[:, 0] = True                                                         # each sees something
-    dense = torch.ones(T, R).tril(R - T).bool()                               # (T, R)
-    dense[T - M:] = sees
-    mask = torch.zeros(M, R, dtype=dtype).masked_fill(~sees, -torch.inf)
-    y = causal_attention(q, k, v, mask)
-    assert y.dtype == dtype and y.shape == q.shape
-    expected = written_out(q.float(), k.float(), v.float(), dense)
-    assert torch.allclose(y.float(), expected, atol=atol)
-    assert not torch.allclose(written_out(q.float(), k.float(), v.float()), expected, atol=atol)
-
-
-@pytest.mark.parametrize("T, R, alternatives, rows", [
-    (1, 1, 1, None), (1, 7, 1, None),    # one token sees all
-    (7, 7, 1, None),                     # nothing before them: the kernel's own triangle
-    (3, 7, 1, 3),                        # rows before them
-    (7, 7, 2, 2), (7, 7, 7, 7),          # alternatives alone
-    (3, 7, 2, 3),                        # rows before them, and alternatives
-])
-def test_a_mask_has_rows_for_no_more_queries_than_need_them(T: int, R: int, alternatives: int,
-                                                            rows: int | None):
-    mask = causal_mask(T, R, alternatives, torch.zeros(1, dtype=torch.bfloat16))
-    if rows is None:
-        assert mask is None
-    else:
-        assert mask.shape == (rows, R) and mask.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("cached, alternatives, made", [
-    (3, 1, 1), (0, 4, 1), (3, 4, 1), (0, 1, 0)])
-def test_a_mask_is_made_once_for_a_pass(decoder: LlamaForCausalLM, monkeypatch, cached: int,
-                                        alternatives: int, made: int):
-    """Three layers share it; a prompt that is read from its first token needs none."""
-    x, ids, calls = tokens(8), torch.arange(8), []
-
-    def counted(*given: object) -> torch.Tensor:
-        calls.append(given)
-        return mask_of(*given)
-
-    cache = KVCache(CONFIG, 8, x)
-    if cached:
-        decoder(x[:, :cached], ids[:cached], cache)
-    monkeypatch.setattr(llama, "mask_of", counted)
-    decoder(x[:, cached:], ids[cached:], cache, alternatives)
-    assert len(calls) == made
-
-
-def test_a_mask_by_hand_with_two_alternatives_behind_a_token():
-    """Rows 2, 3 and 4 of 6 are written, the last two in each other's place."""
-    sees = mask_of(torch.tensor([2, 3, 4]), 6, 2, torch.float32) == 0
-    assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0],
-                                   [1, 1, 1, 1, 0, 0],
-                                   [1, 1, 1, 0, 1, 0]]
-
-
-@pytest.mark.parametrize("cached", [0, 3])
-def test_alternatives_get_the_logits_that_each_gets_alone_in_their_place(
-        decoder: LlamaForCausalLM, cached: int):
-    """Five tokens, of which `cached` were read before, and four alternatives with one ID."""
-    x, choice, ids = tokens(5), tokens(4, seed=2), torch.tensor([0, 1, 4, 5, 9])
-    cache = KVCache(CONFIG, 9, x)
-    if cached:
-        decoder(x[:, :cached], ids[:cached], cache)
-    together = decoder(torch.cat([x[:, cached:], choice], 1),
-                       torch.cat([ids[cached:], ids.new_full((4,), 20)]), cache, 4, last=5)
-    for i in range(4):
-        alone = decoder(torch.cat([x, choice[:, i:i + 1]], 1),
-                        torch.cat([ids, ids.new_tensor([20])]))
-        assert torch.allclose(together[:, [0, 1 + i]], alone[:, -2:], atol=1e-4)
+def test_several_tokens_behind_others_without_a_mask_are_rejected(decoder: LlamaForCausalLM):
+    """The fused kernel's triangle begins at row 0, so they would see too little."""
+    x, cache = tokens(5), KVCache(CONFIG, 5, tokens(5))
+    decoder(x[:, :2], torch.arange(2), cache)
+    with pytest.raises(AssertionError, match="several tokens behind others need a mask"):
+        decoder(x[:, 2:], torch.arange(2, 5), cache)
 
 
 def test_a_token_sees_the_order_of_the_sequence_not_the_order_of_the_ids(decoder: LlamaForCausalLM):
@@ -230,9 +159,16 @@ def test_cached_equals_uncached(decoder: LlamaForCausalLM, ids: list[int], steps
     for i, count in enumerate(steps):
         start = sum(steps[:i])
         span = slice(start, start + count)
-        out.append(decoder(x[:, span], ids[span], cache))
+        mask = torch.ones(count, start + count).tril(start).bool()
+        out.append(decoder(x[:, span], ids[span], cache, mask))
     assert torch.allclose(torch.cat(out, 1), decoder(x, ids), atol=1e-4)
     assert cache.lengths == [8, 8, 8]
+
+
+def test_each_row_of_a_batch_has_its_own_ids(decoder: LlamaForCausalLM):
+    x, ids = torch.cat([tokens(4), tokens(4, seed=2)]), torch.tensor([[0, 1, 2, 3], [0, 1, 7, 9]])
+    alone = torch.cat([decoder(x[:1], ids[0]), decoder(x[1:], ids[1])])
+    assert torch.allclose(decoder(x, ids), alone, atol=1e-4)
 
 
 def test_cache_rows_are_dense_whatever_the_ids(decoder: LlamaForCausalLM):
@@ -242,13 +178,6 @@ def test_cache_rows_are_dense_whatever_the_ids(decoder: LlamaForCausalLM):
     assert cache.lengths == [3, 3, 3]
     layers, k_and_v, rows, heads, D, float32 = 3, 2, 3, 2, 8, 4
     assert cache.bytes_in_use() == layers * k_and_v * rows * heads * D * float32
-
-
-def test_prefill_can_give_the_last_logits_only(decoder: LlamaForCausalLM):
-    x, ids = tokens(5), torch.arange(5)
-    last = decoder(x, ids, last=1)
-    assert last.shape == (1, 1, 50) and last.dtype == torch.float32
-    assert torch.allclose(last[:, 0], decoder(x, ids)[:, -1], atol=1e-5)
 
 
 def test_rms_norm_is_computed_in_float32():

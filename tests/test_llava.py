@@ -47,8 +47,8 @@ def test_gap_equals_the_unpruned_sequence_with_the_dropped_tokens_masked_out(mod
     P, A = model.around_image(ids)
     keep = KEEP.sort().values
     stays = torch.cat([torch.arange(P), P + keep, P + 16 + torch.arange(A)])
-    _, after = model.vision_tower(pixels)
-    x = model.splice(ids, model.multi_modal_projector(after[0, 1:]))
+    image = model.encode_pixels(pixels, 60, 40)
+    x = model.embed(ids, image, Kept(torch.arange(16)), torch.arange(16))
     seen = torch.zeros(x.shape[1], dtype=torch.bool)
     seen[stays] = True
     mask = torch.ones(x.shape[1], x.shape[1]).tril().bool() & (seen | torch.eye(x.shape[1]).bool())

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nanogap.checks.checkpoint import weight_files
+from nanogap.weights import weight_files
 from nanogap.models import clock
 from nanogap.weights import DOWNLOAD
 
@@ -90,7 +90,7 @@ def first_use(get: Callable[[], Model], use: Callable[[Model], object],
 def read_files(folder: Path) -> float:
     """Seconds to read all bytes of a checkpoint once."""
     start = time.perf_counter()
-    for path in weight_files(folder, DOWNLOAD):
+    for path in weight_files(folder):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 26):
                 pass

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanogap.checks.config import read_json
+from nanogap.checks.reading import read_json
 from nanogap.errors import NanogapError
 from nanogap.models import VLM
 from nanogap.weights import load

@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken
 
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
-from nanogap.checks.tokenizer import read_tokenizer
+from nanogap.weights import read_tokenizer
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
@@ -76,7 +76,7 @@ def count_parameters(size: str) -> int:
 def random_model(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> VLM:
     """A model of a size with random weights, drawn in place: no more memory than they take."""
     special = MODELS[SIZES[size].family].special_tokens
-    tokenizer = read_tokenizer(MINI, SIZES[size].text.vocab_size)
+    tokenizer = read_tokenizer(MINI)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     name = str(dtype).removeprefix("torch.")
     image_token = tokenizer.token_to_id(special[0]) or 0

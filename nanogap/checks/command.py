@@ -12,19 +12,26 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, ClassVar, NoReturn, TextIO
 
 from nanogap.errors import NanogapError
 
 MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141   # exit statuses; the shell's 128 + signal
 
 
-NO_ROOM = ("memory ran out ({}); end other programs, or take less at a time: another --dtype or "
-           "--device, smaller --weights, a smaller --keep without mode full")
+# what takes less memory, by the flags of the command that ran out of it
+LESS = {"--no-pack": "--no-pack", "--dtype": "another --dtype", "--device": "another --device",
+        "--weights": "smaller --weights", "--keep": "a smaller --keep without mode full"}
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are NanogapErrors."""
+
+    flags: ClassVar[set[str]] = set()      # of the command that runs
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        Parser.flags.update(names)
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         quotes = ""
@@ -130,25 +137,30 @@ def leave(*_: object) -> NoReturn:
 
 
 def on_interrupt(handler: Callable, own: bool) -> None:
-    """What Ctrl-C does from now on in a process that runs a command of this project.
+    """What Ctrl-C, and a request to end, do from now on in a process that runs a command.
 
     own: whether it is one: a test, or a program that imports nanogap, is left alone
     """
     here = threading.current_thread() is threading.main_thread()
-    if own and here and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:   # as `nohup` has it
-        signal.signal(signal.SIGINT, handler)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        if own and here and signal.getsignal(one) != signal.SIG_IGN:          # as `nohup` has it
+            signal.signal(one, handler)
 
 
 # ----- a command ----------------------------------------------------------------------------------
+
+
+NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory",
+             "can't allocate memory", "bad_alloc", "can't start new thread",
+             "could not create a primitive",                      # oneDNN's
+             os.strerror(errno.ENOMEM).lower())
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error of any library says that memory ran out."""
     said = str(error).lower()
     return (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-            or "out of memory" in said or "not enough memory" in said
-            or "cannot allocate memory" in said or "can't allocate memory" in said
-            or os.strerror(errno.ENOMEM).lower() in said)
+            or any(words in said for words in NO_MEMORY))
 
 
 def reason(error: BaseException) -> str:
@@ -165,6 +177,7 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
     argv: None takes the process's own, whose interrupts are then handled as well
     """
     status = 0
+    Parser.flags.clear()
     try:
         on_interrupt(signal.default_int_handler, argv is None)
         ready_streams()
@@ -178,7 +191,9 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
     except (MemoryError, RuntimeError) as error:            # in a pass over tokens, say
         if not lacks_memory(error):
             raise
-        tell(f"{name}: {NO_ROOM.format(reason(error))}")
+        less = ", ".join(says for flag, says in LESS.items() if flag in Parser.flags)
+        tell(f"{name}: memory ran out ({reason(error)}); end other programs"
+             f"{less and f', or take less at a time: {less}'}")
         status = MISTAKE
     except BrokenPipeError:                                 # `python run.py ... | head -1`
         to_nowhere(sys.stdout)

@@ -5,11 +5,50 @@ from pathlib import Path
 import torch
 
 from nanogap import weights
+from nanogap.checks.belongs import check_belonging
+from nanogap.checks.command import shown
+from nanogap.checks.explain import explain
+from nanogap.checks.reading import printable
+from nanogap.checks.silent import check_clip, silent
+from nanogap.errors import NanogapError
 from nanogap.models import VLM
 
-HERE = Path(__file__).resolve().parents[2] / "weights"
+PACKAGE = Path(__file__).resolve().parents[1]
+# run.py, image.jpg and weights/ stand at the top level; in a wheel they are in nanogap/shipped
+TOP = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
+HERE = TOP / "weights"
 REAL = HERE / "llava-1.5-7b-hf"
 MINI = HERE / "mini"
+
+
+def load(folder: str | Path, device: str | torch.device | None = None,
+         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
+    """Load a checkpoint, ready to ground; the arguments are those of nanogap/weights.py's load.
+
+    folder: its path, a folder of the hub's cache, or the name of one that ships, such as "mini"
+    raises: NanogapError where anything is missing, broken, unknown, of another shape, or would
+            change answers in silence
+    """
+    folder = folder_of(folder)
+    guide = None if clip is None else folder_of(clip)
+    if clip is None and (folder / "clip_text").is_dir():
+        guide = folder / "clip_text"
+    check_place(device, dtype)
+    try:
+        silent(folder)
+        if guide is not None:
+            check_clip(guide)
+        model = weights.load(folder, device, dtype, guide)
+        check_belonging(folder, model, guide)
+    except BaseException as error:     # the tokenizers library panics with what is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise explain(folder, error, guide) from None
+    assert isinstance(model, VLM)
+    return model
+
+
+# ----- where --------------------------------------------------------------------------------------
 
 
 def default_weights() -> Path:
@@ -20,13 +59,53 @@ def default_weights() -> Path:
     return weights
 
 
-def load(folder: str | Path, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
-    """Load a checkpoint, ready to ground; the arguments are those of nanogap/weights.py's load.
-
-    raises: NanogapError where anything is missing, broken, unknown, of another shape, or would
-            change answers in silence
+def folder_of(name: str | Path) -> Path:
+    """The folder that is meant: a path, the name of weights that ship, or a snapshot of the hub's.
     """
-    model = weights.load(folder, device, dtype, clip)
-    assert isinstance(model, VLM)
-    return model
+    if not isinstance(name, str | Path) or name == "":
+        raise NanogapError(f"a checkpoint is a folder, and {shown(name)} names none: give its "
+                           f"path, such as {MINI}")
+    try:
+        folder = Path(name)
+        there = folder.exists()
+    except (OSError, ValueError) as error:   # no folder can have that name
+        raise NanogapError(f"{printable(str(name)):.80} cannot be read ({error!s:.80}); give the "
+                           f"path of a folder, such as {MINI}") from None
+    if not there and len(folder.parts) == 1 and (HERE / folder / "config.json").is_file():
+        return HERE / folder
+    return snapshot(folder)
+
+
+def snapshot(folder: Path) -> Path:
+    """The folder itself, or the snapshot in a folder of the hub's cache, models--OWNER--NAME."""
+    snapshots = folder if folder.name == "snapshots" else folder / "snapshots"
+    if not snapshots.is_dir() or (folder / "config.json").is_file():
+        return folder
+    there = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    main = snapshots.parent / "refs" / "main"
+    wanted = main.read_bytes().decode(errors="replace").strip() if main.is_file() else ""
+    named = [path for path in there if path.name == wanted]
+    if not (named or len(there) == 1):
+        found = ", ".join(path.name for path in there) or "none"
+        raise NanogapError(f"{snapshots} holds {len(there)} snapshots ({found:.200}); "
+                           "give the folder of one of them, or run the download again")
+    return (named or there)[0]
+
+
+# ----- on what ------------------------------------------------------------------------------------
+
+
+def check_place(device: str | torch.device | None, dtype: str | torch.dtype | None) -> None:
+    """Refuse a device that is not here, and a precision that is none."""
+    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []),
+             *(["mps"] if torch.backends.mps.is_available() else [])]
+    try:
+        known = device is None or torch.device(device).type in there
+    except (RuntimeError, TypeError, ValueError):   # torch knows no device of that name
+        known = False
+    if not known:
+        raise NanogapError(f"device {printable(str(device)):.80} is not available here; "
+                           f"choose from {', '.join(there)}")
+    if dtype is not None and str(dtype).removeprefix("torch.") not in weights.DTYPES:
+        raise NanogapError(f"unknown dtype {printable(str(dtype)):.80}; choose from "
+                           f"{', '.join(weights.DTYPES)}")

@@ -1,4 +1,4 @@
-"""What commands write: tried before the work begins, whole or not at all, and one writer at a time.
+"""What commands write: whole or not at all, and one writer at a time.
 
 In:  the path that a flag gave.
 Out: a file or a folder there; where that cannot be, one line that names the flag and the path.
@@ -8,7 +8,6 @@ A link is replaced and never written through.
 """
 
 import errno
-import glob
 import io
 import os
 import secrets
@@ -27,7 +26,6 @@ except ImportError:                     # Windows has other locks
     fcntl = None                        # type: ignore[assignment]
 
 CLAIM = ".claim"                        # the end of a lock's name
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)   # some network file systems have none
 CHECKPOINT = (".json", ".safetensors", ".bin")
 
 
@@ -46,7 +44,7 @@ def beside(path: Path) -> Path:
 
 
 def check_file(flag: str, path: Path, what: str = "file") -> None:
-    """Refuse a file that could not be written."""
+    """Refuse a place where no file can be."""
     folder = path.absolute().parent
     try:
         if path.is_dir():
@@ -56,22 +54,12 @@ def check_file(flag: str, path: Path, what: str = "file") -> None:
                                f"make it with `mkdir -p {folder}`")
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "it is no regular file")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
-        try_to_write(path)
+        beside(path).lstat()            # a name too long for any file
+    except FileNotFoundError:
+        if not os.access(folder, os.W_OK):
+            raise unwritable(flag, path, OSError(errno.EACCES, "permission denied")) from None
     except OSError as error:
         raise unwritable(flag, path, error) from None
-
-
-def try_to_write(path: Path) -> None:
-    """Write a page beside a target, and take it away."""
-    trial = beside(path)
-    try:
-        with open(trial, "xb") as file:
-            file.write(bytes(4096))
-    finally:
-        with suppress(OSError):
-            trial.unlink()
 
 
 def check_picture(flag: str, path: Path, image: str | None = None) -> None:
@@ -90,28 +78,9 @@ def check_picture(flag: str, path: Path, image: str | None = None) -> None:
 def check_folder(flag: str, path: Path) -> None:
     """Make the folder to write to; NanogapError where that cannot be done."""
     try:
-        if path.is_symlink() and not path.exists():
-            raise OSError(errno.ENOENT, "it is a link to nothing")
-        if path.exists() and not path.is_dir():
-            raise OSError(errno.ENOTDIR, "it is a file")
         path.mkdir(parents=True, exist_ok=True)
-        try_to_write(path / "x")
-    except OSError as error:
-        raise unwritable(flag, path, error, "folder") from None
-
-
-def check_new_folder(flag: str, path: Path) -> None:
-    """Refuse a folder that could not be made, or has files in it; an empty one goes."""
-    try:
-        if path.is_symlink() or path.exists() and not path.is_dir():
-            raise OSError(errno.EEXIST, "there is a file or a link of that name")
-        if path.exists() and any(path.iterdir()):
-            raise NanogapError(f"{flag} {path} has files in it already, and they are not "
-                               "overwritten; give a new folder, or move them away")
-        if path.exists():
-            path.rmdir()
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        try_to_write(path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
     except OSError as error:
         raise unwritable(flag, path, error, "folder") from None
 
@@ -128,10 +97,14 @@ def check_apart(outputs: dict[str, Path | None]) -> None:
 
 def same(a: Path, b: Path) -> bool:
     """Whether two paths are one file, or would be."""
-    try:
-        return os.path.realpath(a) == os.path.realpath(b) or a.samefile(b)
-    except OSError:                      # one of them is not there
-        return False
+    return os.path.realpath(a) == os.path.realpath(b) or (
+        a.exists() and b.exists() and a.samefile(b))
+
+
+def standing(folder: Path) -> list[str]:
+    """What in a folder is a part of a checkpoint, by its names."""
+    return sorted(path.name for path in folder.glob("*")
+                  if path.suffix in CHECKPOINT or path.name == "clip_text")
 
 
 @contextmanager
@@ -141,11 +114,12 @@ def claim(flag: str, path: Path) -> Iterator[None]:
     The lock is the system's, so it ends with the process, however that ends.
     """
     lock = path / CLAIM if path.is_dir() else path.with_name(f".{path.name}{CLAIM}")
-    file = None
     try:
-        while file is None or not still_there(file, lock):
-            file = open(lock, "a")       # anew where its last owner took it away meanwhile
-            lock_or_refuse(file)
+        file = open(lock, "a")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock.exists():            # its last owner took it away meanwhile
+            raise BlockingIOError
     except BlockingIOError:
         raise NanogapError(f"{flag} {path} is being written by another process; wait for its end, "
                            "or give another path") from None
@@ -159,55 +133,7 @@ def claim(flag: str, path: Path) -> Iterator[None]:
         file.close()
 
 
-def lock_or_refuse(file: io.TextIOBase) -> None:
-    """Lock an open file; BlockingIOError where another process has."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-
-
-def still_there(file: io.TextIOBase, path: Path) -> bool:
-    """Whether an open file is the one that has that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 # ----- at its end ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole_folder(flag: str, folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes its name at the end, or nothing does.
-
-    What a process left that was killed in here goes first, so claim the folder before.
-    """
-    for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
-    with unfinished(flag, folder, beside(folder)) as partial:
-        yield partial
-        partial.replace(folder)
-
-
-@contextmanager
-def unfinished(flag: str, folder: Path, partial: Path) -> Iterator[Path]:
-    """A new folder of what is not yet in its place; nothing of it is left in the end.
-
-    raises: NanogapError about `folder` for whatever cannot be written
-    """
-    try:
-        partial.mkdir()
-        yield partial
-    except NanogapError:
-        raise
-    except Exception as error:           # safetensors and tokenizers have their own for a full disk
-        raise unwritable(flag, folder, error, "folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(flag: str, path: Path, data: bytes) -> None:
@@ -217,19 +143,14 @@ def write_whole(flag: str, path: Path, data: bytes) -> None:
         with open(partial, "xb") as file:
             file.write(data)
         partial.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise unwritable(flag, path, error) from None
-        raise
+    except OSError as error:
+        raise unwritable(flag, path, error) from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_picture(flag: str, path: Path, picture: Image.Image, **options: object) -> None:
-    """Write the whole picture or nothing.
-
-    options: Pillow's, of that kind of picture
-    """
+    """Write the whole picture or nothing; options: Pillow's, of that kind of picture."""
     data = io.BytesIO()
     Image.init()                         # it learns the endings
     try:
@@ -237,12 +158,6 @@ def save_picture(flag: str, path: Path, picture: Image.Image, **options: object)
     except OSError as error:             # a JPEG has at most 65500 pixels a side
         raise unwritable(flag, path, error) from None
     write_whole(flag, path, data.getvalue())
-
-
-def standing(folder: Path) -> list[str]:
-    """What in a folder is a part of a checkpoint, by its names."""
-    return sorted(path.name for path in folder.glob("*")
-                  if path.suffix in CHECKPOINT or path.name == "clip_text")
 
 
 @contextmanager
@@ -254,10 +169,18 @@ def whole_checkpoint(flag: str, folder: Path) -> Iterator[Path]:
     """
     for left in folder.glob(".*.partial"):
         shutil.rmtree(left, ignore_errors=True)
-    with unfinished(flag, folder, folder / f".{secrets.token_hex(4)}.partial") as partial:
+    partial = beside(folder / "x")
+    try:
+        partial.mkdir()
         yield partial
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             target = folder / path.name
             if target.is_dir():          # of a process that was killed in this very loop
                 shutil.rmtree(target)
             path.replace(target)
+    except NanogapError:
+        raise
+    except Exception as error:           # safetensors and tokenizers have their own for a full disk
+        raise unwritable(flag, folder, error, "folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,65 +1,60 @@
-"""Pickles: looked through before anything is built of them.
+"""Pickles: of plain data, as the refer API's `refs(unc).p` is, and of torch.save's.
 
-In:  the bytes of a pickle.  Out: nothing, or a ValueError that says what is wrong with it.
+In:  the path of one.  Out: what it holds.
 
-A pickle is a program for a stack.  A short one can nest tuples so deep that to hash them ends the
-process, or ask for gigabytes.  Here the program is followed with numbers in place of objects: how
-deep each is nested.  Nothing is built, and nothing that it names is called.
+A pickle can name any function, and have it called.  Here it can name none, and its size is bounded.
 """
 
-import pickletools
-from typing import BinaryIO
+import argparse
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NoReturn
+from zipfile import is_zipfile
 
-DEEPEST = 64                    # levels of objects in objects; a state_dict has four
-MOST = 10_000_000               # steps
-MARK = -1
-IN_PLACE = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")   # nobody hashes these
-PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
-GETS = ("GET", "BINGET", "LONG_BINGET")
+import torch
+
+from nanogap.checks.reading import instead, printable, read_bytes
+from nanogap.errors import NanogapError
 
 
-def look_through(file: BinaryIO, deepest: int = DEEPEST, most: int = MOST) -> None:
-    """Follow one pickle up to its end.
+class Plain(pickle.Unpickler):
+    """Reads what needs no code."""
 
-    file:   where it begins; afterwards it stands behind it
-    raises: ValueError where it is broken, nested too deep, too long, or asks for too much memory
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise NanogapError(f"it names {printable(f'{module}.{name}')}, and what it should hold "
+                           "needs no code")
+
+
+def read_plain(path: Path, limit: int = 1 << 28) -> Any:
+    """The lists, dicts, text and numbers in a pickle of at most `limit` bytes.
+
+    raises: NanogapError where it is none, or names anything that would be run
     """
-    stack: list[int] = []                     # how deep each object is nested
-    memo: dict[int, int] = {}
+    data = io.BytesIO(read_bytes(path, limit))
     try:
-        for step, (code, value, _) in enumerate(pickletools.genops(file)):
-            if step > most:
-                raise ValueError(f"it has more than {most} steps")
-            if code.name in PUTS:
-                place = len(memo) if code.name == "MEMOIZE" else value
-                if not isinstance(place, int) or not 0 <= place <= step:
-                    raise ValueError("it remembers an object at a place that no such file has")
-                memo[place] = stack[-1]
-            elif code.name in GETS:
-                stack.append(memo[value])     # type: ignore[index]
-            elif code.name == "DUP":
-                stack.append(stack[-1])
-            else:
-                follow(code, stack)
-            if stack and stack[-1] > deepest:
-                raise ValueError(f"it nests objects more than {deepest} deep")
-    except (LookupError, OverflowError, MemoryError) as error:
-        raise ValueError(f"it is no whole pickle: {error}") from None
+        return Plain(data, encoding="latin1").load()          # Python 2 wrote the published ones
+    except NanogapError as error:
+        raise NanogapError(f"{path} is refused: {error}; get it from where it was "
+                           "published") from None
+    except Exception:                                         # a broken one raises almost anything
+        raise NanogapError(instead(path) or f"{path} is no whole pickle; download it again"
+                           ) from None
 
 
-def follow(code: pickletools.OpcodeInfo, stack: list[int]) -> None:
-    """One step: what it takes from the stack, and how deep what it leaves is nested."""
-    before, taken = code.stack_before, []
-    if pickletools.markobject in before:
-        before = before[:before.index(pickletools.markobject)]
-        while stack[-1] != MARK:
-            taken.append(stack.pop())
-        stack.pop()
-    for _ in before:
-        taken.append(stack.pop())
-    if code.name == "MARK":
-        stack.append(MARK)
-    elif code.name in IN_PLACE:
-        stack.append(taken[-1])
-    else:
-        stack += [1 + max(taken, default=0)] * len(code.stack_after)
+def read_saved(path: Path) -> Any:
+    """What torch.save wrote: tensors, numbers, texts, and collections of them; no code is run.
+
+    Tensors are mapped into memory, but for the format of torch before 1.6, which is read.  Of all
+    classes only argparse.Namespace is taken, which holds a training's settings.
+    """
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+
+
+def of_model(state: Any) -> dict:
+    """The tensors among what was saved; of a training's, those of its model."""
+    if not isinstance(state, dict):
+        raise ValueError("it holds more than tensors")
+    model = state.get("model")
+    return model if isinstance(model, dict) else state

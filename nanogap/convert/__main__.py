@@ -15,6 +15,7 @@ All pieces are looked through before anything is written: names, shapes, the tok
 tensor after the other is made and written, and the folder takes its name when it is whole.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +23,16 @@ from pathlib import Path
 import torch
 
 from nanogap.checks.command import Parser, answer_for, path_argument
-from nanogap.checks.config import printable, write_json
-from nanogap.checks.output import check_new_folder, claim, whole_folder
-from nanogap.checks.tokenizer import check_image_token, read_tokenizer
+from nanogap.checks.explain import fits
+from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
+from nanogap.checks.reading import printable, write_json
+from nanogap.checks.silent import silent
 from nanogap.convert.recipes import RECIPES, Recipe
 from nanogap.convert.shards import check_room, write_parts
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS, VLM
-from nanogap.weights import our_name
+from nanogap.models.saving import our_name
+from nanogap.weights import read_config
 
 HELP = {
     "--base": "folder of LLaVA's own layout, or of the language model",
@@ -48,7 +51,7 @@ def convert(recipe: Recipe, out: Path) -> int:
 
     raises: NanogapError where the pieces do not go together, or `out` cannot be written
     """
-    with whole_folder("--out", out) as folder:
+    with whole_checkpoint("--out", out) as folder:
         model = empty_model(recipe, folder)
         check_parts(recipe, model)
         check_room("--out", folder, recipe.parts)
@@ -61,7 +64,8 @@ def empty_model(recipe: Recipe, folder: Path) -> VLM:
     family = MODELS[recipe.config["model_type"]]
     write_json(folder / "config.json", recipe.config)
     try:
-        config = family.read_config(folder)
+        silent(folder)
+        config = read_config(folder, family)
     except NanogapError as error:
         raise NanogapError(f"{recipe.pieces[''].path}: {error}") from None
     with torch.device("meta"):
@@ -69,9 +73,6 @@ def empty_model(recipe: Recipe, folder: Path) -> VLM:
     model.tokenizer = recipe.tokenizer
     model.write_config(folder, str(recipe.dtype).removeprefix("torch."))
     model.tokenizer.save(str(folder / "tokenizer.json"))
-    read_tokenizer(folder, config.text.vocab_size)
-    check_image_token(folder / "tokenizer.json", model.tokenizer, config.image_token,
-                      config.bos_token)
     return model
 
 
@@ -84,10 +85,7 @@ def check_parts(recipe: Recipe, model: VLM) -> None:
         if ours not in expected:
             raise NanogapError(f"{part.source} is not a part of this model; give the piece that "
                                "was published for it")
-        shape = part.shape
-        if shape != expected[ours]:      # a position table may be fitted when it is loaded
-            shape = model.fitted(ours, torch.empty(shape), expected[ours]).shape
-        if shape != expected[ours]:
+        if part.shape != expected[ours] and not fits(model, ours, part.shape):
             raise NanogapError(f"{part.source} is {list(part.shape)}, and config.json makes it "
                                f"{list(expected[ours])}: the pieces belong to different models")
         found.add(ours)
@@ -113,12 +111,22 @@ def command(argv: Sequence[str] | None) -> None:
                              help=HELP[flag])
     args = vars(parser.parse_args(argv))
     name, out = args.pop("model"), args.pop("out")
-    check_new_folder("--out", out)
-    with claim("--out", out):
-        recipe: Recipe = RECIPES[name](**args)                                # type: ignore
-        numbers = convert(recipe, out)
+    new = not out.exists()
+    check_folder("--out", out)
+    if any(path.name != CLAIM for path in out.iterdir()
+           if not path.name.endswith(".partial")):
+        raise NanogapError(f"--out {out} has files in it already, and they are not overwritten; "
+                           "give a new folder, or move them away")
+    try:
+        with claim("--out", out):
+            recipe: Recipe = RECIPES[name](**args)                            # type: ignore
+            numbers = convert(recipe, out)
+    finally:
+        if new and not any(out.iterdir()):
+            out.rmdir()
+    weights = shlex.quote(str(out))
     print(f"{out} is done: {len(recipe.parts)} tensors, {numbers} parameters; "
-          f'ask it with `python run.py image.jpg "the man on the left" --weights {out}`')
+          f'ask it with `python run.py image.jpg "the man on the left" --weights {weights}`')
 
 
 if __name__ == "__main__":

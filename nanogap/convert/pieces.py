@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Size, Tensor
 
-from nanogap.checks.checkpoint import Shard, refuse_adapter, weight_files
-from nanogap.checks.config import printable
+from nanogap.checks.belongs import tensors_of
+from nanogap.checks.explain import check_readable, weight_files
+from nanogap.checks.pickles import of_model, read_saved
+from nanogap.checks.reading import printable
+from nanogap.checks.silent import refuse_adapter
 from nanogap.errors import NanogapError
-from nanogap.weights import DTYPES, UNUSED, our_name
-
-CPU = torch.device("cpu")
+from nanogap.models.saving import our_name
+from nanogap.weights import DTYPES, UNUSED
 
 
 @dataclass(frozen=True)
@@ -45,40 +48,36 @@ class Piece:
         self.download = download
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, Size] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.shard: Shard | None = None
+        self.dtypes: dict[str, str] = {}
+        self.open: tuple[Path, dict[str, Tensor]] | None = None    # a pickle, read or mapped
         if not path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
         if path.is_dir():
             refuse_adapter(path)
         for file in weight_files(path, download) if path.is_dir() else [path]:
-            self.look_into(file)
-        self.shard = None
-
-    def look_into(self, file: Path) -> None:
-        """What one of the files holds."""
-        self.shard = None                                 # one file at a time
-        self.shard = Shard(file, CPU)
-        for name in self.shard.names():
-            if UNUSED.search(name):
-                continue
-            if name in self.files:
-                raise NanogapError(f"{file} holds {printable(name)}, which {self.files[name]} "
-                                   f"holds as well; get them again with {self.download}")
-            tensor = self.shard.get(name)
-            self.files[name] = file
-            self.shapes[name] = tensor.shape
-            self.dtypes[name] = tensor.dtype
+            check_readable(file)
+            for name, shape, dtype in tensors_of(file):
+                if re.search(UNUSED, name):
+                    continue
+                if name in self.files:
+                    raise NanogapError(f"{file} holds {printable(name)}, which {self.files[name]} "
+                                       f"holds as well; get them again with {self.download}")
+                self.files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
 
     def shape(self, name: str) -> Size:
         """The shape of a tensor that must be there, and be of numbers that weights have."""
         if name not in self.files:
             raise NanogapError(f"{self.path} lacks {printable(name)}; get it whole with "
                                f"{self.download}")
-        if self.dtypes[name] not in DTYPES.values():
-            raise NanogapError(f"{self.where(name)} is {self.dtypes[name]}, and weights are "
+        if self.dtypes[name] not in DTYPES:
+            raise NanogapError(f"{self.where(name)} is torch.{self.dtypes[name]}, and weights are "
                                f"{', '.join(DTYPES)}; get them again with {self.download}")
         return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its precision."""
+        self.shape(name)
+        return DTYPES[self.dtypes[name]]
 
     def where(self, name: str) -> str:
         """The file that holds a tensor, and its name there, for messages."""
@@ -87,14 +86,17 @@ class Piece:
     def get(self, name: str) -> Tensor:
         """The numbers of a tensor, mapped into memory."""
         file = self.files[name]
-        if self.shard is None or self.shard.path != file:
-            self.shard = None                             # first this one goes
-            self.shard = Shard(file, CPU)
-        return self.shard.get(name)
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        if self.open is None or self.open[0] != file:
+            self.open = None                              # first this one goes
+            self.open = (file, of_model(read_saved(file)))
+        return self.open[1][name]
 
     def part(self, name: str, dtype: torch.dtype | None = None) -> Part:
         """A tensor as it is, or in another precision."""
-        shape, dtype = self.shape(name), dtype or self.dtypes[name]
+        shape, dtype = self.shape(name), dtype or self.dtype(name)
         return Part(shape, dtype, lambda: self.get(name).to(dtype), self.where(name))
 
     def parts(self, rename: Sequence[tuple[str, str]], dtype: torch.dtype | None = None,

@@ -12,29 +12,33 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Size, Tensor
 
-from nanogap.checks.checkpoint import checkpoint_folder, read_pickle
-from nanogap.checks.command import tell
-from nanogap.checks.config import (
-    printable,
-    read_clip_config,
-    read_json,
+from nanogap import weights
+from nanogap.checks.command import shown, tell
+from nanogap.checks.explain import look_at_clip
+from nanogap.checks.loading import snapshot
+from nanogap.checks.pickles import read_saved
+from nanogap.checks.reading import optional, printable, read_json
+from nanogap.checks.silent import (
+    PIXELS,
+    check_clip,
+    check_pixels,
+    read_processor,
     refuse_quantised,
     require_all,
 )
-from nanogap.checks.settings import optional
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert.pieces import Part, Piece
 from nanogap.convert.sentencepiece import read_llama_tokenizer
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS
-from nanogap.weights import our_name
+from nanogap.models.saving import our_name
 
 LLAMA = ("`hf download huggyllama/llama-7b --exclude '*.bin*' --local-dir weights/llama-7b` "
          "(13 GB)")
@@ -127,14 +131,42 @@ def read_clip(path: Path | None, config: dict, source: Path) -> tuple[CLIPVision
     if path is None:
         raise NanogapError(f"{source} holds no vision tower ({name} is its own); get it with "
                            f"{download} and give it by --clip")
-    folder = checkpoint_folder(path)
+    folder = snapshot(path)
     if not (folder / "config.json").is_file():
         raise NanogapError(f"{folder} has no config.json, so it is no CLIP; get it with {download}")
-    vision, _, _ = read_clip_config(folder)
+    vision = clip_vision(folder)
     if vision.image_size == other and vision.hidden_size == CLIPVisionConfig().hidden_size:
         raise NanogapError(f"{folder} is a CLIP for {other} pixels, and {source} was trained with "
                            f"{name}; get that with {download}")
     return vision, Piece(folder, download)
+
+
+def clip_vision(folder: Path) -> CLIPVisionConfig:
+    """The sizes of a CLIP's vision tower, whose own files must agree with one another."""
+    look_at_clip(folder)
+    check_clip(folder)
+    found = weights.known(CLIPVisionConfig,
+                          weights.read_json(folder / "config.json")["vision_config"])
+    vision = replace(weights.VIT_B_32, **found)
+    file, processor = read_processor(folder)
+    check_pixels(f"{folder / file}", processor, {"model_type": "clip"}, PIXELS, vision)
+    return vision
+
+
+def check_width(folder: Path, config: dict, vision: CLIPVisionConfig) -> None:
+    """Refuse a CLIP of another width than the projector was made for."""
+    require_all(config, {"mm_hidden_size": (vision.hidden_size,)}, str(folder / "config.json"))
+
+
+def check_together(one: Path, other: Path, keys: Sequence[str], download: str) -> None:
+    """Refuse two pieces whose config.json say different things of one decoder."""
+    ours, theirs = (read_json(folder / "config.json") for folder in (one, other))
+    for key in keys:
+        a, b = ours.get(key), theirs.get(key)
+        if a is not None and b is not None and a != b:
+            raise NanogapError(f"{one / 'config.json'}: {key} is {shown(a)}, and "
+                               f"{other / 'config.json'} has {shown(b)}: the pieces belong to "
+                               f"different models; get the base with {download}")
 
 
 def clip_parts(clip: Piece, dtype: torch.dtype) -> dict[str, Part]:
@@ -156,7 +188,7 @@ def llava(base: Path, clip: Path | None) -> Recipe:
     base: config.json with LLaVA's own keys, tokenizer.model, shards
     clip: the CLIP that the tower comes from; where a tower is in `base`, only its sizes are read
     """
-    base = checkpoint_folder(base)
+    base = snapshot(base)
     config = read_json(base / "config.json")
     kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
     kind = config.get("model_type")
@@ -172,16 +204,17 @@ def llava(base: Path, clip: Path | None) -> Recipe:
     rows = rows_of(piece)
     special = MODELS[model].special_tokens
     tokenizer = read_tokenizer(base, special, rows + len(special))
-    dtype = piece.dtypes[ROWS[0]]
+    dtype = piece.dtype(ROWS[0])
     parts = piece.parts(LLAVA_NAMES, dtype)
     new_rows = 64 * math.ceil((rows + len(special)) / 64)                     # as the hub has it
     for name in ROWS:
         parts[f"language_model.{name}"] = with_rows(piece, name, new_rows, dtype)
     pieces = {"": piece}
     if any(name.startswith("vision_tower.") for name in parts):
-        vision = read_clip_config(checkpoint_folder(clip))[0] if clip else tower_sizes(parts, base)
+        vision = clip_vision(snapshot(clip)) if clip else tower_sizes(parts, base)
     else:
         vision, tower = read_clip(clip, config, base)
+        check_width(base, config, vision)
         parts |= clip_parts(tower, dtype)
         pieces["vision_tower."] = tower
     new = {"model_type": model, "image_token_index": rows, "projector_hidden_act": "gelu",
@@ -246,19 +279,20 @@ def shikra(base: Path, delta: Path, clip: Path) -> Recipe:
 
     source: mllm/models/shikra/apply_delta.py of shikras/shikra, which adds in float16
     """
-    base, delta = checkpoint_folder(base), checkpoint_folder(delta)
+    base, delta = snapshot(base), snapshot(delta)
     config = read_json(delta / "config.json")
     if config.get("model_type") != "shikra":
         raise NanogapError(f"{delta / 'config.json'} describes a {config.get('model_type')!r:.80} "
                            f"model, not 'shikra'; get the difference with {DELTA}")
     check_llama(base, LLAMA)
     refuse_quantised(delta, config)
+    check_together(base, delta, DECODER, LLAMA)
     require_all(config, SHIKRA_KEYS, str(delta / "config.json"))
     special = MODELS["shikra"].special_tokens
     difference, llama = Piece(delta, DELTA), Piece(base, LLAMA)
     rows = rows_of(difference)
     tokenizer = read_tokenizer(delta, special, rows)
-    for token, i in optional(delta, "added_tokens.json").items():
+    for token, i in optional(delta / "added_tokens.json").items():
         if tokenizer.token_to_id(token) != i:
             raise NanogapError(f"{delta / 'added_tokens.json'} gives {printable(token)} the ID "
                                f"{i!r:.80}, and Shikra's code {tokenizer.token_to_id(token)}; get "
@@ -273,6 +307,7 @@ def shikra(base: Path, delta: Path, clip: Path) -> Recipe:
             part = added(difference, llama, name, len(special))
         parts[our_name(name, LLAVA_NAMES)] = part
     vision, tower = read_clip(clip, config, delta)
+    check_width(delta, config, vision)
     parts |= clip_parts(tower, dtype)
     new = {"model_type": "shikra", "image_token_index": rows - len(special),
            "vision_feature_layer": config.get("mm_vision_select_layer", -2),
@@ -314,6 +349,7 @@ def added(difference: Piece, base: Piece, name: str, new_rows: int) -> Part:
 
 BLOCKS = 39                  # of EVA's 40 that MiniGPT-v2 runs
 EVA_HEAD = 88                # channels of a head
+EVA_WIDTH = 1408             # channels of the published tower
 LORA = re.compile(r"^llama_model\.base_model\.model\.(.+)\.lora_([AB])(\.default)?\.weight$")
 TRAINED = re.compile(r"^(llama_proj|ln_vision)\.(weight|bias)$")
 
@@ -324,10 +360,13 @@ def minigpt_v2(base: Path, vision: Path, checkpoint: Path) -> Recipe:
     What was frozen in training is in neither of the last two: `ln_vision` was, from its beginning,
     so it normalises and no more.  All tensors keep the precision that they are published in.
     """
-    base = checkpoint_folder(base)
+    base = snapshot(base)
     config = check_llama(base, LLAMA_2)
     llama, eva, trained = Piece(base, LLAMA_2), Piece(vision, EVA), Piece(checkpoint, CHECKPOINT)
-    settings = training_settings(checkpoint)
+    settings = training_settings(checkpoint, eva.shape("patch_embed.proj.weight")[0])
+    if config.get("hidden_size") == 4096 and config.get("max_position_embeddings") == 2048:
+        raise NanogapError(f"{base / 'config.json'}: max_position_embeddings is 2048, which is "
+                           f"LLaMA-1's or Vicuna's; MiniGPT-v2 stands on Llama-2: get {LLAMA_2}")
     rows = rows_of(llama)
     tokenizer = read_tokenizer(base, (), rows)
     sizes, parts = eva_parts(eva, settings)
@@ -350,22 +389,33 @@ def minigpt_v2(base: Path, vision: Path, checkpoint: Path) -> Recipe:
         parts.setdefault(f"ln_vision.{name}", constant(sizes["hidden_size"], value))
     new = {"model_type": "minigpt_v2", "image_token_index": rows, "vision_config": sizes,
            "text_config": decoder_config(config, "llama", rows)}
-    dtype = llama.dtypes[ROWS[0]]
+    dtype = llama.dtype(ROWS[0])
     pieces = {"visual_encoder.": eva, "llama_proj.": trained, "": llama}
     return Recipe(new, tokenizer, dtype, parts, pieces)
 
 
-def training_settings(checkpoint: Path) -> dict:
-    """The settings of the training that a checkpoint comes from, as far as they are needed here."""
-    found = read_pickle(checkpoint).get("config")
+def training_settings(checkpoint: Path, width: int) -> dict:
+    """The settings of the training that a checkpoint comes from, as far as they are needed here.
+
+    width: of the vision tower; what is not said can be known of the published one only
+    """
+    found = read_saved(checkpoint).get("config")
     if isinstance(found, Namespace):
         found = vars(found)
     model = found.get("model") if isinstance(found, dict) else None
     model = model if isinstance(model, dict) else {}
-    settings = {"image_size": 448, "lora_alpha": 16}                          # of MiniGPT-v2
+    if model.get("arch", "minigpt_v2") != "minigpt_v2":
+        raise NanogapError(f"{checkpoint} is of a training of {shown(model['arch'])}, and not of "
+                           f"'minigpt_v2'; get the file by {CHECKPOINT}")
+    settings = {"image_size": 448, "lora_alpha": 16, "lora_r": 0}             # of MiniGPT-v2
+    for key in ("image_size", "lora_alpha"):
+        if key not in model and width != EVA_WIDTH:
+            raise NanogapError(f"{checkpoint}: its config says no {key}, and the vision tower is "
+                               f"not the published one; get the file by {CHECKPOINT}")
     for key in settings:
         value = model.get(key, settings[key])
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 16:
+        least = 0 if key == "lora_r" else 1               # 0: it is not said
+        if type(value) is not int or not least <= value < 1 << 16:
             raise NanogapError(f"{checkpoint}: {key} is {value!r:.80} in its config, not a whole "
                                f"number above 0; get the file by {CHECKPOINT}")
         settings[key] = value
@@ -401,13 +451,17 @@ def merged(llama: Piece, trained: Piece, target: str, names: dict[str, str],
     W: (out, in), B: (out, r), A: (r, in)
     """
     name = f"{target}.weight"
-    shape, dtype = llama.shape(name), llama.dtypes[name]
+    shape, dtype = llama.shape(name), llama.dtype(name)
     halves = [trained.shape(names[half]) if half in names else Size() for half in "AB"]
     rank = max(halves[0][:1], default=0)
     if halves != [Size((rank, shape[-1])), Size((shape[0], rank))] or rank == 0:
         found = " and ".join(str(list(half)) for half in halves)
         raise NanogapError(f"{trained.path}: LoRA's A and B of {target} are {found}, and do not "
                            f"make a change to its {list(shape)}; get the file by {CHECKPOINT}")
+    if settings.get("lora_r", rank) not in (0, rank):
+        raise NanogapError(f"{trained.path}: LoRA's A and B of {target} have rank {rank}, and its "
+                           f"config says lora_r {settings['lora_r']}; get the file by "
+                           f"{CHECKPOINT}")
     scale = settings["lora_alpha"] / rank
 
     def make() -> Tensor:

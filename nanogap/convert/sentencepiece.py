@@ -11,14 +11,16 @@ Source: sentencepiece_model.proto; convert_slow_tokenizer.py of transformers, wh
 with equal scores the published files have.
 """
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from nanogap.checks.tokenizer import START_TOKENS, llama_tokenizer
+from nanogap.checks.reading import instead
 from nanogap.errors import NanogapError
+from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 
 VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5     # kinds of fields
 MOST_BYTES = 1 << 24                                    # of a file; LLaMA's has 2^19
@@ -81,12 +83,14 @@ def read_scores(path: Path) -> dict[str, float]:
                 text, score = read_piece(value)
                 if text in scores:
                     raise ValueError(f"two pieces are {text!a:.20}")
+                if not math.isfinite(score):
+                    raise ValueError(f"the score of {text!a:.20} is {score}")
                 scores[text] = score
             elif number in SETTINGS and isinstance(value, bytes):
                 check_settings(number, dict(read_fields(value)))
     except (IndexError, KeyError, ValueError, struct.error) as error:
-        raise NanogapError(f"{path} is no tokenizer.model of LLaMA's, or is cut off ({error}); "
-                           "download it again") from None
+        raise NanogapError(instead(path) or f"{path} is no tokenizer.model of LLaMA's, or is cut "
+                           f"off ({error}); download it again") from None
     if tuple(scores)[:3] != START_TOKENS or len(data) > MOST_BYTES:
         raise NanogapError(f"{path} is no tokenizer.model of LLaMA's: its pieces do not begin with "
                            f"{' '.join(START_TOKENS)}; give the one that was published with it")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanogap.checks.command import tell
-from nanogap.checks.config import write_json
+from nanogap.checks.reading import write_json
 from nanogap.convert.pieces import Part
 from nanogap.errors import NanogapError
 

@@ -12,15 +12,14 @@ Letters: P tokens before the image, N visual tokens, A tokens after it.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, arange
 
-from nanogap import gap
 from nanogap.gap import Layout
-from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, box_in
+from nanogap.ground import MAX_NEW_TOKENS, greedy
 from nanogap.image import Box
+from nanogap.llava import EncodedImage
 from nanogap.models import VLM
 from nanogap.prune import Kept
 
@@ -49,12 +48,10 @@ def lay_out(name: str, P: int, N: int, A: int, k: Tensor) -> Layout:
     """
     order, ids, after = WHOLE[name](N, k)
     position_ids = torch.cat([arange(P), P + ids, P + after + arange(A)])     # (P + N + A,)
-    full = gap.lay_out(arange(N), P, N, A, "full")
-    return replace(full, keep=order, order=order, position_ids=position_ids,
-                   next_position=P + after + A)
+    return Layout(order, order, position_ids, P + after + A)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ask(model: VLM, image: EncodedImage, expression: str, name: str, seed: int,
         max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[str, Box | None, bool]:
     """What the model says in a case of WHOLE, the box in pixels, and whether it was cut off.
@@ -62,13 +59,13 @@ def ask(model: VLM, image: EncodedImage, expression: str, name: str, seed: int,
     seed:   of the random order
     raises: NanogapError where the largest ID is out of the model's range
     """
-    input_ids = model.prompt(expression)                                      # (T,)
+    input_ids = model.prompt(expression)                                      # (P + 1 + A,)
     P, A = model.around_image(input_ids)
     N = image.n_visual
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed))   # (N,)
     layout = lay_out(name, P, N, A, shuffled)
     model.check_length(layout.next_position + max_new_tokens)
     x = model.embed(input_ids, image, Kept(arange(N)), layout.order)          # (1, P + N + A, C)
-    tokens = model.generate(x, layout, max_new_tokens)
+    tokens = greedy(model, x, layout, max_new_tokens).tokens
     text = model.tokenizer.decode(tokens)
-    return text, box_in(text, model, image), set(tokens).isdisjoint(model.end_tokens)
+    return text, model.box_in(text, image.width, image.height), tokens[-1] not in model.end_tokens

@@ -1,94 +1,179 @@
 """Answers of any program, scored as the evaluator scores its own.
 
-In:  lines of {"id", "text"} or {"id", "box"}, and the data that they answer.
+In:  lines of {"id", "text"} or {"id", "box"}, and the data that they answer; also MiniGPT-v2's own
+     file, {img_id: [texts]}, LLaVA's ("question_id"), and the lists of Qwen-VL and InternVL
+     ("answer", "gt_bbox", in the order of the data).
 Out: a record for each expression and each run of the file.
 
-A box is in pixels of the original image.  A text holds one in the format of a family of models.
-Lines may say "prune", "keep" and "mode", as the evaluator's own do: each of these is a run.
-An expression without an answer counts as wrong.
+A box is in pixels of the original image.  A text holds one in the notation of a family of models
+(formats.py).  Lines may say "prune", "keep" and "mode", as the evaluator's own do: each of these is
+a run.  An expression without an answer counts as wrong.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanogap.checks.command import shown
+from nanogap.checks.reading import read_documents
 from nanogap.errors import NanogapError
-from nanogap.evaluate.journal import beside
-from nanogap.evaluate.refcoco import (
-    Data,
-    Example,
-    check_pixels,
-    documents,
-    is_box,
-    read_file,
-)
-from nanogap.evaluate.score import TIMES, Run, score
-from nanogap.image import Box
-from nanogap.models import VLM
+from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_whole
+from nanogap.evaluate.formats import FORMATS, fitting, smart_resize, with_numbers
+from nanogap.evaluate.journal import settings_of
+from nanogap.evaluate.refcoco import read_file
+from nanogap.evaluate.score import TIMES, Reading, Run, score, with_last_pixel
+from nanogap.image import Box, iou
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 GIVEN = "given"                                   # strategy and mode where lines do not say them
+LONGEST = 300                                     # letters of a name in a table
+HARDLY = 0.1
+LINES = "give lines of {\"id\", \"text\"} or {\"id\", \"box\"}"
 
 
-def read_answers(path: Path, data: Data, examples: Sequence[Example], family: type[VLM],
-                 protocol: str) -> tuple[list[dict], dict[Run, int]]:
-    """Records as the evaluator's own, and how many expressions each run leaves out.
+class How(NamedTuple):
+    """How answers are read."""
+
+    protocol: str
+    form: str | None                   # a name of FORMATS; None: llava, unless another one fits
+    resized: Size | int | None         # of pictures as the model saw them, or what sides divide by
+
+
+class Scored(NamedTuple):
+    """What became of a file of answers."""
+
+    records: list[dict]                # as the evaluator's own
+    unanswered: dict[Run, int]
+    notes: list[str]
+
+
+Asked = dict[str, tuple[Example, str, Box]]       # id -> image, expression, true box
+
+
+def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) -> Scored:
+    """Read and score a file.
 
     examples: of the data, all that shall be answered
     raises:   NanogapError that names the line, for what is no answer, or answers nothing here
     """
-    asked = {question[0]: (example, question)
-             for example in examples for question in example.questions}
-    check_protocol(path, protocol)
+    asked: Asked = {id_: (example, said, truth) for example in examples
+                    for id_, said, truth in example.questions}
+    check_protocol(path, how.protocol)
     runs: dict[Run, dict[str, dict]] = {}
-    boxes = []
-    for where, item in documents(path, read_file("--score", path, "give a file of answers")):
-        check_answer(where, item, protocol)
-        if item.get("box"):
-            boxes.append(item["box"])
+    for where, item in items(path, data, asked):
+        check_answer(where, item, how.protocol)
         id_ = str(item["id"])
         if id_ in data.left_out:
             continue
         if id_ not in asked:
-            raise NanogapError(f"{where}: {id_[:80]!r} is none of the {len(asked)} expressions of "
-                               f"{data.name}, such as {next(iter(asked))!r}; give the --data "
-                               "(and --limit) that was answered")
+            raise NanogapError(f"{where}: {shown(id_[:80])} is none of the {len(asked)} "
+                               f"expressions of {data.name}, such as {next(iter(asked))!r}; give "
+                               "the --data (and --limit) that was answered")
         run = (item.get("prune", GIVEN), item.get("keep"), item.get("mode", GIVEN))
         found = runs.setdefault(run, {})
         if id_ in found:
             raise NanogapError(f"{where} answers {id_[:80]!r} again; take one of the lines out")
-        example, (_, expression, truth) = asked[id_]
-        found[id_] = record(item, run, example, expression, truth, family, protocol)
-    if boxes:
-        check_pixels(path, boxes)
+        found[id_] = item
     if not runs:
-        raise NanogapError(f"{path} holds no answer; give lines of {{\"id\", \"text\"}} or "
-                           "{\"id\", \"box\"}")
-    records = []
-    for run, found in runs.items():
-        for id_, (example, (_, expression, truth)) in asked.items():
-            nothing = {"id": id_, "text": ""}
-            records.append(found.get(id_) or record(nothing, run, example, expression, truth,
-                                                    family, protocol))
-    return records, {run: len(asked) - len(found) for run, found in runs.items()}
+        raise NanogapError(f"{path} holds no answer; {LINES}")
+    pairs = [(asked[id_], item) for found in runs.values() for id_, item in found.items()]
+    boxes = [(item["box"], example.size) for (example, *_), item in pairs if item.get("box")]
+    if boxes:
+        check_units(path, boxes)
+    texts = [item["text"] for _, item in pairs if "box" not in item]
+    notes = doubts("answers", boxes)
+    if how.protocol == "pixels":
+        notes += check_format(path, texts, how.form)
+    records = [record(found.get(id_, {"id": id_, "text": None}), run, *parts, how)
+               for run, found in runs.items() for id_, parts in asked.items()]
+    return Scored(records, {run: len(asked) - len(found) for run, found in runs.items()}, notes)
+
+
+def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, Any]]:
+    """Each answer with its place, under the names of our own lines."""
+    documents = list(read_documents(path, read_file("--score", path, "give a file of answers")))
+    whole = documents[0][1] if len(documents) == 1 else None
+    if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
+        for name, texts in whole.items():         # MiniGPT-v2 leaves out what it cannot read
+            ids = data.groups.get(name, [])
+            if len(texts) > len(ids):
+                raise NanogapError(f"{path}: {shown(name)} has {len(texts)} answers and "
+                                   f"{len(ids)} expressions in {data.name}; give the --data that "
+                                   "was answered, in MiniGPT-v2's form")
+            yield from ((f"{path}, {name}", {"id": id_, "text": text})
+                        for id_, text in zip(ids, texts, strict=False) if id_ in asked)
+        return
+    for number, (where, item) in enumerate(documents, 1):
+        if isinstance(item, dict):
+            if "id" not in item and "gt_bbox" in item:
+                truth = asked.get(str(number), (None, None, None))[2]
+                if truth is None or truth != tuple(item["gt_bbox"]):
+                    raise NanogapError(f"{where} answers about the box {shown(item['gt_bbox'])}, "
+                                       f"and expression {number} of {data.name} has another, or "
+                                       "there is none; give the --data that was answered")
+                item = item | {"id": number}
+            for ours, theirs in (("id", "question_id"), ("text", "answer")):
+                if ours not in item and "box" not in item | {ours: 0} and theirs in item:
+                    item = item | {ours: item[theirs]}
+        yield where, item
 
 
 def check_protocol(path: Path, protocol: str) -> None:
-    """Refuse a file of the evaluator's whose boxes are lmms-eval's reading, and not the model's."""
-    settings = beside(path)[0]
-    if protocol == "lmms-eval" or not settings.is_file():
-        return
-    if '"protocol": "lmms-eval"' in settings.read_text(errors="replace"):
-        raise NanogapError(f"{path} holds boxes as lmms-eval reads them ({settings.name}); give "
-                           "--protocol lmms-eval")
+    """Refuse a file of the evaluator's whose boxes are another protocol's reading."""
+    try:
+        made = json.loads(settings_of(path).read_bytes()).get("protocol", "pixels")
+    except (OSError, ValueError, AttributeError):
+        return                                    # not the evaluator's
+    if protocol == "pixels" != made:
+        raise NanogapError(f"{path} holds boxes as {made:.80} reads them "
+                           f"({settings_of(path).name}); give --protocol {made:.80}")
+
+
+def check_format(path: Path, texts: Sequence[str], form: str | None) -> list[str]:
+    """Refuse a file of which hardly a text can be read where another format would fit.
+
+    returns: a word on it where none would, or where the format was asked for
+    """
+    texts = with_numbers(texts)
+    read = sum(FORMATS[form or "llava"].pattern.search(text) is not None
+               if form == "qwen2.5-vl" else FORMATS[form or "llava"].shares(text) is not None
+               for text in texts)
+    if not texts or read > HARDLY * len(texts):
+        return []
+    said = (f"{path}: {read} of {len(texts)} texts with numbers hold a box as "
+            f"{form or 'llava'} says it")
+    others = [name for name in fitting(texts) if name != form]
+    if others and form is None:
+        raise NanogapError(f"{said}, and most of them do in the format of {' or '.join(others)}; "
+                           "give --format")
+    fits = f" (most do in that of {' or '.join(others)}: --format)" if others else ""
+    return [said + fits]
+
+
+def is_name(value: object) -> bool:
+    """Text that is short enough for a table."""
+    return isinstance(value, str) and len(value) <= LONGEST
+
+
+def is_number(value: object) -> bool:
+    """A number that can be added up, or None."""
+    return value is None or type(value) in (int, float) and abs(value) < 1e12   # type: ignore
+
+
+OTHERS = {"prune": (is_name, "a name of at most 300 letters"),
+          "mode": (is_name, "a name of at most 300 letters"),
+          "keep": (lambda v: v is None or is_whole(v) or is_name(v), "a number of visual tokens"),
+          "cut_off": (lambda v: v is None or type(v) is bool, "true or false"),
+          "resized": (lambda v: isinstance(v, list) and len(v) == 2
+                      and all(is_whole(side) and side > 0 for side in v), "[width, height]"),
+          **dict.fromkeys(MEASURED, (is_number, "a number"))}
 
 
 def check_answer(where: str, item: Any, protocol: str) -> None:
     """Refuse a line that is no answer."""
     if not (isinstance(item, dict) and type(item.get("id")) in (str, int)):
-        raise NanogapError(f"{where} has no id; give lines of {{\"id\", \"text\"}} or "
-                           "{\"id\", \"box\"}")
+        raise NanogapError(f"{where} has no id; {LINES}")
     if not ("text" in item or "box" in item):
         raise NanogapError(f"{where} has neither text nor box; give what was answered, or "
                            "\"box\": null")
@@ -97,36 +182,51 @@ def check_answer(where: str, item: Any, protocol: str) -> None:
     if not (item.get("box") is None or is_box(item["box"])):
         raise NanogapError(f"{where}: the box {shown(item['box'])} is not four numbers; give "
                            "x1, y1, x2, y2 in pixels, or null")
-    if protocol == "lmms-eval" and "text" not in item:
-        raise NanogapError(f"{where} has no text, and --protocol lmms-eval reads nothing else; "
+    if protocol not in ("pixels", "minigpt") and "text" not in item:
+        raise NanogapError(f"{where} has no text, and --protocol {protocol} reads nothing else; "
                            "choose another protocol")
-    for key, kinds, what in (("prune", (str,), "a name"), ("mode", (str,), "a name"),
-                             ("keep", (str, int, type(None)), "a number of visual tokens"),
-                             ("cut_off", (bool, type(None)), "true or false"),
-                             *((key, (int, float, type(None)), "a number") for key in MEASURED)):
-        if key in item and type(item[key]) not in kinds:
+    for key, (is_right, what) in OTHERS.items():
+        if key in item and not is_right(item[key]):
             raise NanogapError(f"{where}: {key} is {shown(item[key])}; give {what}")
 
 
 def record(item: dict, run: Run, example: Example, expression: str, truth: Box,
-           family: type[VLM], protocol: str) -> dict:
-    """One line scored."""
-    text = item.get("text", "")
-    width, height = example.size
-    box, iou = score(protocol, text, box_of(item, family, width, height), truth, width, height,
-                     family.box_format.parse)
+           how: How) -> dict:
+    """One answer scored; its text is None where there is none."""
+    box, overlap = reading(item, example.size, truth, how)
     return {"id": item["id"], "image": example.name, "expression": expression, "mode": run[2],
-            "prune": run[0], "keep": run[1], "text": text, "box": box, "truth": truth, "iou": iou,
-            "cut_off": item.get("cut_off"), **{key: item.get(key) for key in MEASURED}}
+            "prune": run[0], "keep": run[1], "text": item.get("text", ""), "box": box,
+            "truth": truth, "iou": overlap, "cut_off": item.get("cut_off"),
+            **{key: item.get(key) for key in MEASURED}}
 
 
-def box_of(item: dict, family: type[VLM], width: int, height: int) -> Box | None:
-    """The box of a line in pixels, else that of its text; None where it has no area."""
-    if "box" in item:
-        box = item["box"]
-    else:
-        said = family.box_format.parse(item["text"])
-        box = said and family.frame.to_pixels(said, width, height)
+def reading(item: dict, size: Size, truth: Box, how: How) -> Reading:
+    """The box of an answer in pixels as the protocol reads it, and its IoU."""
+    text, box = item.get("text", ""), item.get("box")
+    if text is None:
+        return None, 0.0
+    if how.protocol != "pixels" and "text" in item:
+        return score(how.protocol, text, None, truth, *size)
+    if "box" not in item:
+        box = FORMATS[how.form or "llava"].read(text, size, resized_of(item, size, how))
     if box is None or not (box[0] < box[2] and box[1] < box[3]):
+        return None, 0.0
+    if how.protocol == "minigpt":                 # without a text: its way to count
+        return tuple(box), iou(with_last_pixel(box), with_last_pixel(truth))
+    return score("pixels", text, tuple(box), truth, *size)
+
+
+def resized_of(item: dict, size: Size, how: How) -> Size | None:
+    """How large the picture was as the model saw it, where its boxes are in these pixels."""
+    if FORMATS[how.form or "llava"].one is not None:
         return None
-    return tuple(box)   # type: ignore[return-value]
+    if "resized" in item:
+        return item["resized"][0], item["resized"][1]
+    if isinstance(how.resized, int):
+        return smart_resize(*size, how.resized)
+    if how.resized is None:
+        raise NanogapError(f"{how.form} says boxes in pixels of the picture as it saw it, and the "
+                           "size of that is not known: give \"resized\": [width, height] in each "
+                           "line, or --resized 640x480 for all, or --resized 28 where sides were "
+                           "rounded to multiples of 28, which the model does by default")
+    return how.resized

@@ -8,11 +8,11 @@ name there is a row for each strategy and budget, in it a mark for each mode (pl
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from nanogap.checks.command import visible
 from nanogap.evaluate.plot import (
@@ -24,17 +24,12 @@ from nanogap.evaluate.plot import (
     TITLE,
     TOP,
     WIDTH,
-    Font,
-    draw_legend,
-    legend_rows,
+    Page,
     line_of,
-    marker,
-    page,
-    stroke,
     ticks,
     top_of,
 )
-from nanogap.show.draw import PAPER, shortened
+from nanogap.show.draw import shortened
 
 MOST = 4                      # panels beside each other
 NAMES, APART = 290, 48        # for strategies and budgets, and between panels; pixels
@@ -52,26 +47,24 @@ class Outcome(NamedTuple):
     rows: dict[str, dict]     # a row of the report for each mode; "full" is all tokens
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
+def names_of(folders: Sequence[Path | str]) -> list[str]:
     """A name for each model: that of its folder, or the whole path where two would have one."""
-    names = [folder.resolve().name for folder in folders]
+    names = [Path(folder).resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
-def outcomes(model: str, rows: Sequence[dict], prunes: Sequence[str],
-             budgets: dict[str, int | str | None]) -> list[Outcome]:
+def outcomes(model: str, rows: Sequence[dict],
+             budgets: Mapping[tuple[str, str], int | str | None]) -> list[Outcome]:
     """The rows of one model's report, put together by strategy and budget.
 
-    budgets: what each budget that was asked is in this model, in tokens or as a share
+    budgets: what each strategy's budget that was asked is in this model, in tokens or as a share
     """
     whole = {row["mode"]: row for row in rows if row["mode"] == "full"}
     found = []
-    for prune in prunes:
-        for keep, budget in budgets.items():
-            mine = {row["mode"]: row for row in rows
-                    if (row["prune"], row["keep"]) == (prune, budget)}
-            if mine:
-                found.append(Outcome(model, prune, keep, whole | mine))
+    for (prune, keep), budget in budgets.items():
+        mine = {row["mode"]: row for row in rows if (row["prune"], row["keep"]) == (prune, budget)}
+        if mine:
+            found.append(Outcome(model, prune, keep, whole | mine))
     return found or [Outcome(model, *ALONE, whole)]
 
 
@@ -89,9 +82,6 @@ def modes_of(found: Sequence[Outcome]) -> list[str]:
     return sorted(modes, key=lambda mode: mode != "full")
 
 
-# ----- the table ----------------------------------------------------------------------------------
-
-
 def table(found: Sequence[Outcome]) -> str:
     """A row for each model under each strategy and budget, all models of one together."""
     modes = modes_of(found)
@@ -105,12 +95,9 @@ def table(found: Sequence[Outcome]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     caption = ("Acc@0.5 with 95 % intervals; no box: the highest share of answers without a box "
                "in any mode of the row")
-    return "\n".join([caption, *(visible(in_columns(line, widths)) for line in lines)])
-
-
-def in_columns(line: Sequence[str], widths: Sequence[int]) -> str:
-    """One line, its columns as wide as given."""
-    return "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+    return "\n".join([caption, *(visible("  ".join(
+        f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+        for line in lines)])
 
 
 def share(row: dict) -> str:
@@ -155,66 +142,59 @@ def draw_models(found: Sequence[Outcome]) -> Image.Image:
     top = top_of([row for each in found for row in each.rows.values()])
     panels = [panel_of(index, len(models), top, len(runs)) for index in range(len(models))]
     bottom = int(panels[-1].y(len(runs))) - ROW // 2 + TICKS
-    names = {mode: "full: all tokens" if mode == "full" else mode for mode in modes}
-    picture, pen, font = page(bottom)
-    legend = legend_rows(pen, font, names)
-    picture, pen, font = page(bottom + ROW * len(legend) + ROW // 2)
+    page = Page(bottom + ROW * (len(modes) + 2))
     for panel, (model, whole) in zip(panels, models.items(), strict=True):
         if panel.left == NAMES:
-            draw_names(pen, font, panel, list(runs))
-        draw_frame(pen, font, panel, model, whole, panel.y(len(runs)) - ROW // 2)
+            draw_names(page, panel, list(runs))
+        draw_frame(page, panel, model, whole, panel.y(len(runs)) - ROW // 2)
         for row, outcomes_there in enumerate(runs.values()):
-            draw_outcome(pen, font, panel, row, outcomes_there.get(model), modes)
-    pen.text((20, 16), "share found, with 95 % intervals", PAPER, font, "lt")
-    draw_legend(pen, font, legend, names, bottom)
-    return picture
+            draw_outcome(page, panel, row, outcomes_there.get(model), modes)
+    names = {mode: "full: all tokens" if mode == "full" else mode for mode in modes}
+    return page.legend(names, bottom)
 
 
-def draw_names(pen: ImageDraw.ImageDraw, font: Font, panel: Panel,
-               runs: Sequence[tuple[str, str]]) -> None:
+def draw_names(page: Page, panel: Panel, runs: Sequence[tuple[str, str]]) -> None:
     """Strategies, each once below a thin line, and budgets, at the left of a line of panels."""
     for row, (prune, keep) in enumerate(runs):
         if row == 0 or runs[row - 1][0] != prune:
             y = panel.y(row) - ROW // 2
-            pen.line((20, y, WIDTH - RIGHT, y), BAND)
-            name = shortened(prune, NAMES - 110, lambda text: pen.textlength(text, font))
-            pen.text((20, panel.y(row)), name, PAPER, font, "lm")
-        pen.text((NAMES - 20, panel.y(row)), keep, PAPER, font, "rm")
+            page.pen.line((20, y, WIDTH - RIGHT, y), BAND)
+            page.text(20, panel.y(row), shortened(prune, NAMES - 110, page.width), "lm")
+        page.text(NAMES - 20, panel.y(row), keep, "rm")
 
 
-def draw_frame(pen: ImageDraw.ImageDraw, font: Font, panel: Panel, model: str, whole: dict | None,
-               bottom: float) -> None:
+def draw_frame(page: Page, panel: Panel, model: str, whole: dict | None, bottom: float) -> None:
     """The name of a model, a grid of accuracies, and all tokens if they were asked."""
     if whole:
-        pen.rectangle((panel.x(whole["low"]), panel.top, panel.x(whole["high"]), bottom), BAND)
+        page.pen.rectangle((panel.x(whole["low"]), panel.top, panel.x(whole["high"]), bottom),
+                           BAND)
     marks = ticks(panel.accuracy)
     width = panel.right - panel.left
     every = 1 if width / len(marks) > 50 else 2
     for index, accuracy in enumerate(marks):
         x = panel.x(accuracy)
-        pen.line((x, panel.top, x, bottom), GRID)
+        page.pen.line((x, panel.top, x, bottom), GRID)
         if index % every == 0:
-            pen.text((x, bottom + 10), f"{accuracy:.1f}", PAPER, font, "mt")
+            page.text(x, bottom + 10, f"{accuracy:.1f}", "mt")
     if whole:
         x = panel.x(whole["accuracy"])
-        stroke(pen, [(x, panel.top), (x, bottom)], line_of("full"))
-    title = shortened(model, width + APART - 10, lambda text: pen.textlength(text, font))
-    pen.text((panel.left, panel.top - 12), title, PAPER, font, "ls")
+        page.stroke((x, panel.top), (x, bottom), line_of("full"))
+    page.text(panel.left, panel.top - 12, shortened(model, width + APART - 10, page.width), "ls")
 
 
-def draw_outcome(pen: ImageDraw.ImageDraw, font: Font, panel: Panel, row: int,
-                 outcome: Outcome | None, modes: Sequence[str]) -> None:
+def draw_outcome(page: Page, panel: Panel, row: int, outcome: Outcome | None,
+                 modes: Sequence[str]) -> None:
     """A mark and its interval for each mode that prunes, one below the other."""
     if outcome is None:
-        pen.text((panel.left + 12, panel.y(row)), "left out", FAINT, font, "lm")
+        page.text(panel.left + 12, panel.y(row), "left out", "lm", FAINT)
         return
     pruned = [mode for mode in modes if mode != "full"]
     for index, mode in enumerate(pruned):
         if mode in outcome.rows:
             found, style = outcome.rows[mode], line_of(mode)
             y = panel.y(row) + mark_at(index, len(pruned))
-            pen.line((panel.x(found["low"]), y, panel.x(found["high"]), y), style.colour, 3)
-            marker(pen, (panel.x(found["accuracy"]), y), style, RADIUS)
+            page.pen.line((panel.x(found["low"]), y, panel.x(found["high"]), y), style.colour, 3)
+            page.marker((panel.x(found["accuracy"]), y), style, RADIUS)
 
 
 def mark_at(index: int, modes: int) -> float:

@@ -7,84 +7,43 @@ The settings are written first, then every line as soon as there is an answer, s
 answers in the making, those about one image in one run; a line that it tore is cut off when the run
 resumes.  Several processes write a part each, FILE.jsonl.part-0 and so on, which are put together
 in the end.  All of them are one run, and no other may write.
+A strategy of one's own that was edited loses its own answers: they are asked again.
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
 
+from nanogap.checks.command import tell
 from nanogap.checks.output import check_file, claim, write_whole
 from nanogap.errors import NanogapError
 
-
-def is_text(value: object) -> bool:
-    """A string."""
-    return isinstance(value, str)
-
-
-def is_number(value: object) -> bool:
-    """A finite number."""
-    return type(value) in (int, float) and math.isfinite(value)   # type: ignore[arg-type]
-
-
-def is_yes_or_no(value: object) -> bool:
-    """True or false."""
-    return type(value) is bool
-
-
-def is_time(value: object) -> bool:
-    """A number; None in the cases of --ablate that take no times."""
-    return value is None or is_number(value)
-
-
-def is_budget(value: object) -> bool:
-    """A number of visual tokens, or a share such as "25%"; None is the strategy's own."""
-    share = isinstance(value, str) and value.endswith("%") and value[:-1].isdecimal()
-    return value is None or type(value) is int or share
-
-
-def are_numbers(value: object) -> bool:
-    """A list of finite numbers."""
-    return isinstance(value, list) and all(map(is_number, value))
-
-
-def is_box(value: object) -> bool:
-    """Four numbers."""
-    return are_numbers(value) and len(value) == 4                 # type: ignore[arg-type]
-
-
-def is_box_or_none(value: object) -> bool:
-    """What was answered."""
-    return value is None or is_box(value)
-
-
-FIELDS: dict[str, Callable[[object], bool]] = {
-    "id": is_text, "image": is_text, "expression": is_text, "mode": is_text, "prune": is_text,
-    "keep": is_budget, "text": is_text, "box": is_box_or_none, "truth": is_box, "iou": is_number,
-    "cut_off": is_yes_or_no, "visual_tokens": is_number, "kept": are_numbers, "padding": is_number,
-    "prefill_ms": is_time, "decode_ms": is_time}
-KEYS = set(FIELDS)
+KEYS = {"id", "image", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou",
+        "cut_off", "visual_tokens", "kept", "padding", "prefill_ms", "decode_ms"}
 
 
 # ----- reading ------------------------------------------------------------------------------------
 
 
-def beside(path: Path) -> tuple[Path, list[Path]]:
-    """Where the settings of a file of answers are, and all its parts that there are."""
+def settings_of(path: Path) -> Path:
+    """Where the settings of a file of answers are."""
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """A file of answers and all its parts, those that there are."""
     parts = sorted(p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}.part-"))
-    files = [path, *parts] if path.exists() else parts
-    return path.with_name(f"{path.name}.settings.json"), files
+    return [path, *parts] if path.exists() else parts
 
 
 def check_out(path: Path, resume: bool) -> None:
     """Refuse a file that cannot be begun, or that was begun and shall not be continued."""
     check_file("--out", path)
-    settings, files = beside(path)
+    settings, files = settings_of(path), parts_of(path)
     check_file("--out", settings)
     for file in (path, settings, *files):
         if file.is_symlink() or file.exists() and not file.is_file():
@@ -97,18 +56,29 @@ def check_out(path: Path, resume: bool) -> None:
         raise NanogapError(f"--out {path} exists; continue it with --resume, or give a new file")
 
 
-def check_settings(path: Path, settings: dict) -> None:
-    """Refuse to continue a file whose answers were made otherwise, by the name of what differs."""
-    file = beside(path)[0]
+def check_settings(path: Path, settings: dict) -> set[str]:
+    """Refuse to continue a file whose answers were made otherwise, by the name of what differs.
+
+    settings: take the digests of strategies that are not asked now
+    returns:  the strategies that were edited since
+    """
+    file = settings_of(path)
     try:
         made = json.loads(file.read_bytes()) if file.exists() else settings
-        differs = [key for key in settings if made.get(key) != settings[key]]
+        differs = [key for key in settings
+                   if key != "strategies" and made.get(key) != settings[key]]
+        before = made.get("strategies", {})
+        edited = {name for name, digest in settings.get("strategies", {}).items()
+                  if before.get(name, digest) != digest}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise NanogapError(f"--resume: {file} cannot be read ({error}); give a new file") from None
     if differs:
         key = differs[0]
         raise NanogapError(f"--resume: {path} was made with another {key}, {made.get(key)!s:.80} "
                            f"and not {settings[key]}; give that one, or a new file")
+    if before:
+        settings["strategies"] = before | settings.get("strategies", {})
+    return edited
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -122,29 +92,24 @@ def read_lines(path: Path) -> list[dict]:
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             records.append(json.loads(line))
-            check_record(records[-1])
+            if not isinstance(records[-1], dict) or not KEYS <= records[-1].keys():
+                raise ValueError("keys are lacking")
         except (ValueError, RecursionError) as error:
             raise NanogapError(f"--resume: {path}, line {number} is no answer ({error!s:.80}); "
                                "take the line out, or give a new file") from None
     return records
 
 
-def check_record(record: object) -> None:
-    """Refuse with ValueError what no run has written: each field is asked once, here."""
-    if not isinstance(record, dict) or not FIELDS.keys() <= record.keys():
-        raise ValueError("keys are lacking")
-    for key, is_right in FIELDS.items():
-        if not is_right(record[key]):
-            raise ValueError(f"{key} is {record[key]!r:.40}")
+def earlier(path: Path | None, settings: dict) -> tuple[list[dict], set[str]]:
+    """All answers of the runs that this one continues, each once; the strategies that were edited.
 
-
-def earlier(path: Path | None, settings: dict) -> list[dict]:
-    """All answers of the runs that this one continues; the same answer comes once."""
+    The answers of these are left out, and `begin` takes them out of the file.
+    """
     if path is None:
-        return []
-    check_settings(path, settings)
-    records = [record for file in beside(path)[1] for record in read_lines(file)]
-    return list({name(record): record for record in records}.values())
+        return [], set()
+    edited = check_settings(path, settings)
+    records = {name(record): record for file in parts_of(path) for record in read_lines(file)}
+    return [record for record in records.values() if record["prune"] not in edited], edited
 
 
 def name(record: dict) -> tuple:
@@ -156,23 +121,13 @@ def name(record: dict) -> tuple:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what can go wrong into one line."""
+def reading(path: Path, flag: str = "--resume:", otherwise: str = "read") -> Iterator[None]:
+    """Turn what can go wrong with a file into one line."""
     try:
         yield
     except OSError as error:
-        raise NanogapError(f"--resume: {path} cannot be read ({error.strerror}); mend that, or "
-                           "give a new file") from None
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """The same for what is written."""
-    try:
-        yield
-    except OSError as error:
-        raise NanogapError(f"--out {path} cannot be written ({error.strerror}); mend that and go "
-                           "on with --resume, or give a new file") from None
+        raise NanogapError(f"{flag} {path} cannot be {otherwise} ({error.strerror}); mend that "
+                           "and go on with --resume, or give a new file") from None
 
 
 def own(path: Path | None) -> AbstractContextManager[None]:
@@ -180,35 +135,58 @@ def own(path: Path | None) -> AbstractContextManager[None]:
     return nullcontext() if path is None else claim("--out", path)
 
 
-def begin(path: Path | None, settings: dict, rank: int, world: int) -> Callable[[dict], None]:
-    """Write the settings, and return what writes an answer."""
+def begin(path: Path | None, settings: dict, rank: int, world: int,
+          edited: Collection[str] = ()) -> Callable[[dict], None]:
+    """Write the settings, and return what writes an answer.
+
+    edited: strategies whose answers do not stay
+    """
     if world > 1:
         dist.barrier()                             # all have read what there was
     if path is None:
         return lambda record: None
-    with writing(path):
+    with reading(path, "--out", "written"):
         if rank == 0:
-            write_whole("--out", beside(path)[0], (json.dumps(settings) + "\n").encode())
+            if edited:
+                forget(path, edited)
+            write_whole("--out", settings_of(path), (json.dumps(settings) + "\n").encode())
+        if world > 1:
+            dist.barrier()
         part = path if world == 1 else path.with_name(f"{path.name}.part-{rank}")
         file = open(part, "ab", buffering=0)       # what fails is not tried again at the end
 
     def write(record: dict) -> None:
         line = (json.dumps(record) + "\n").encode()
-        with writing(path):
+        with reading(path, "--out", "written"):
             while line:
                 line = line[file.write(line):]
 
     return write
 
 
+def forget(path: Path, edited: Collection[str]) -> None:
+    """Take the answers of some strategies out of the files."""
+    for file in parts_of(path):
+        records = read_lines(file)
+        kept = [record for record in records if record["prune"] not in edited]
+        if len(kept) < len(records):
+            tell(f"{', '.join(sorted(edited))} was edited: {len(records) - len(kept)} answers are "
+                 "asked again ...")
+            write_lines(file, kept)
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    """A whole file of answers."""
+    write_whole("--out", path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
 def put_together(path: Path | None, records: list[dict]) -> None:
     """All answers into one file, where there are parts of it."""
     if path is None:
         return
-    parts = [file for file in beside(path)[1] if file != path]
+    parts = [file for file in parts_of(path) if file != path]
     if parts:
-        write_whole("--out", path,
-                    "".join(json.dumps(record) + "\n" for record in records).encode())
-        with writing(path):
+        write_lines(path, records)
+        with reading(path, "--out", "written"):
             for part in parts:
                 part.unlink()

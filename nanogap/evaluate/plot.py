@@ -9,7 +9,7 @@ is shown 800 pixels wide.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,8 +21,8 @@ LEFT, RIGHT, TOP = 90, 24, 48                 # margins of the page, pixels
 HEIGHTS = {1: 460, 2: 330, 3: 250, 4: 220}    # of a panel's axes, by the number of columns
 TITLE, TICKS, APART = 40, 50, 30              # above and below axes, and between columns
 GRID, BAND = "#4a4a4a", "#3a3a3a"
+SHARE = "share found, with 95 % intervals"
 Point = tuple[float, float]
-Font = Any                                    # Pillow has two types of it
 
 
 class Line(NamedTuple):
@@ -54,16 +54,55 @@ def line_of(mode: str) -> Line:
     return Line(colour, dash, *MARKERS.get(mode, (32, 0)))
 
 
+class Page:
+    """An empty page, a pen, and letters; it is cut to its height when all is drawn."""
+
+    def __init__(self, height: float) -> None:
+        self.picture = Image.new("RGB", (WIDTH, int(height)), PAGE)
+        self.pen = ImageDraw.Draw(self.picture)
+        self.font = ImageFont.load_default(FONT_SIZE)
+
+    def text(self, x: float, y: float, words: str, anchor: str, colour: str = PAPER) -> None:
+        self.pen.text((x, y), words, colour, self.font, anchor)
+
+    def width(self, words: str) -> float:
+        return self.pen.textlength(words, self.font)
+
+    def stroke(self, a: Point, b: Point, style: Line) -> None:
+        """A line in the colour and with the dash of a mode."""
+        for piece in dashes(a, b, style.dash):
+            self.pen.line(piece, style.colour, 4)
+
+    def marker(self, at: Point, style: Line, radius: int = 10) -> None:
+        """The mark of a mode at a place."""
+        inside = PAGE if style.hollow else style.colour
+        self.pen.regular_polygon((*at, radius + 1), style.corners, style.turn, inside, PAGE)
+        self.pen.regular_polygon((*at, radius), style.corners, style.turn, inside, style.colour, 3)
+
+    def legend(self, names: dict[str, str], top: float) -> Image.Image:
+        """The line, the marker and the name of each mode, as many in a row as there is room for.
+
+        returns: the picture down to there
+        """
+        self.text(20, 16, SHARE, "lt")
+        x, y = float(LEFT), top + ROW / 2
+        for mode, name in names.items():
+            width = 90 + self.width(name)
+            if x > LEFT and x + width > WIDTH - RIGHT:
+                x, y = LEFT, y + ROW
+            style = line_of(mode)
+            self.stroke((x, y), (x + 74, y), style)
+            if mode != "full":
+                self.marker((x + 37, y), style)
+            self.text(x + 90, y, name, "lm")
+            x += width + 50
+        return self.picture.crop((0, 0, WIDTH, int(y + ROW)))
+
+
 def are_cases(rows: Sequence[dict]) -> bool:
     """Whether rows are no points of lines: cases of the ablation, or tokens that nobody counted."""
     return any(row["visual_tokens"] is None for row in rows) or any(
         row["prune"] == "none" and row["mode"] not in MODES for row in rows)
-
-
-def page(height: int) -> tuple[Image.Image, ImageDraw.ImageDraw, Font]:
-    """An empty page, a pen, and letters."""
-    picture = Image.new("RGB", (WIDTH, height), PAGE)
-    return picture, ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
 
 
 def top_of(rows: Sequence[dict]) -> float:
@@ -76,21 +115,7 @@ def ticks(top: float) -> list[float]:
     return [i / 10 for i in range(0, round(top * 10) + 1, 2 if top > 0.5 else 1)]
 
 
-def marker(pen: ImageDraw.ImageDraw, at: Point, style: Line, radius: int = 10) -> None:
-    """The mark of a mode at a place."""
-    inside = PAGE if style.hollow else style.colour
-    pen.regular_polygon((*at, radius + 1), style.corners, style.turn, inside, PAGE)
-    pen.regular_polygon((*at, radius), style.corners, style.turn, inside, style.colour, 3)
-
-
-def stroke(pen: ImageDraw.ImageDraw, points: Sequence[Point], style: Line) -> None:
-    """A line through points in the colour and with the dash of a mode."""
-    for a, b in zip(points, points[1:], strict=False):
-        for piece in dashes(a, b, style.dash):
-            pen.line(piece, style.colour, 4)
-
-
-# ----- a panel ------------------------------------------------------------------------------------
+# ----- accuracy over tokens -----------------------------------------------------------------------
 
 
 class Axes(NamedTuple):
@@ -116,50 +141,6 @@ class Axes(NamedTuple):
         return self.left + inside + width * (tokens - self.fewest) / (self.most - self.fewest)
 
 
-def draw_axes(pen: ImageDraw.ImageDraw, font: Font, axes: Axes, rows: Sequence[dict], title: str,
-              named: bool) -> None:
-    """A grid of accuracies, and a mark at each number of tokens for which there is room.
-
-    named: whether the marks of accuracy have their numbers
-    """
-    for share in ticks(axes.accuracy):
-        y = axes.y(share)
-        pen.line((axes.left, y, axes.right, y), GRID)
-        if named:
-            pen.text((axes.left - 12, y), f"{share:.1f}", PAPER, font, "rm")
-    free = axes.right + 60
-    for count in sorted({row["visual_tokens"] for row in rows}, reverse=True):
-        x = axes.x(count)
-        pen.line((x, axes.bottom, x, axes.bottom + 8), PAPER, 2)
-        if x + 36 < free:
-            pen.text((x, axes.bottom + 14), f"{count:.4g}", PAPER, font, "mt")
-            free = x - 36
-    pen.line((axes.left, axes.bottom, axes.right, axes.bottom), PAPER, 2)
-    pen.text((axes.left, axes.top - 12), title, PAPER, font, "ls")
-
-
-def draw_whole(pen: ImageDraw.ImageDraw, axes: Axes, row: dict) -> None:
-    """All tokens: a line across the panel, and its interval as a band."""
-    y = axes.y(row["accuracy"])
-    pen.rectangle((axes.left, axes.y(row["high"]), axes.right, axes.y(row["low"])), BAND)
-    stroke(pen, [(axes.left, y), (axes.right, y)], line_of("full"))
-
-
-def draw_mode(pen: ImageDraw.ImageDraw, axes: Axes, rows: Sequence[dict], style: Line,
-              shift: float) -> None:
-    """The line of one mode: points with their intervals, moved sideways by some pixels."""
-    rows = sorted(rows, key=lambda row: row["visual_tokens"])
-    points = [(axes.x(row["visual_tokens"]) + shift, axes.y(row["accuracy"])) for row in rows]
-    for (x, _), row in zip(points, rows, strict=True):
-        pen.line((x, axes.y(row["low"]), x, axes.y(row["high"])), style.colour, 2)
-    stroke(pen, points, style)
-    for point in points:
-        marker(pen, point, style)
-
-
-# ----- accuracy over tokens -----------------------------------------------------------------------
-
-
 def columns_of(panels: int) -> int:
     """Three columns where that leaves no cell empty, else the number that leaves the fewest."""
     if panels < 4:
@@ -178,6 +159,36 @@ def axes_of(index: int, panels: int, accuracy: float, rows: Sequence[dict]) -> A
     return Axes(left, left + width, top, top + height, accuracy, min(tokens), max(tokens))
 
 
+def draw_axes(page: Page, axes: Axes, rows: Sequence[dict], title: str) -> None:
+    """A grid of accuracies, and a mark at each number of tokens for which there is room."""
+    for share in ticks(axes.accuracy):
+        y = axes.y(share)
+        page.pen.line((axes.left, y, axes.right, y), GRID)
+        if axes.left == LEFT:
+            page.text(axes.left - 12, y, f"{share:.1f}", "rm")
+    free = axes.right + 60
+    for count in sorted({row["visual_tokens"] for row in rows}, reverse=True):
+        x = axes.x(count)
+        page.pen.line((x, axes.bottom, x, axes.bottom + 8), PAPER, 2)
+        if x + 36 < free:
+            page.text(x, axes.bottom + 14, f"{count:.4g}", "mt")
+            free = x - 36
+    page.pen.line((axes.left, axes.bottom, axes.right, axes.bottom), PAPER, 2)
+    page.text(axes.left, axes.top - 12, title, "ls")
+
+
+def draw_mode(page: Page, axes: Axes, rows: Sequence[dict], style: Line, shift: float) -> None:
+    """The line of one mode: points with their intervals, moved sideways by some pixels."""
+    rows = sorted(rows, key=lambda row: row["visual_tokens"])
+    points = [(axes.x(row["visual_tokens"]) + shift, axes.y(row["accuracy"])) for row in rows]
+    for (x, _), row in zip(points, rows, strict=True):
+        page.pen.line((x, axes.y(row["low"]), x, axes.y(row["high"])), style.colour, 2)
+    for a, b in zip(points, points[1:], strict=False):
+        page.stroke(a, b, style)
+    for point in points:
+        page.marker(point, style)
+
+
 def draw_panels(rows: Sequence[dict]) -> Image.Image:
     """A panel for each strategy, in it a line for each mode; all tokens are a line across all."""
     whole = [row for row in rows if row["mode"] == "full"]
@@ -187,55 +198,25 @@ def draw_panels(rows: Sequence[dict]) -> Image.Image:
             strategies.setdefault(row["prune"], []).append(row)
     strategies = strategies or {"": []}                                       # all tokens alone
     modes = list(dict.fromkeys(row["mode"] for mine in strategies.values() for row in mine))
-    places = [axes_of(index, len(strategies), top_of(rows), mine)
-              for index, mine in enumerate(strategies.values())]
-    bottom = int(places[-1].bottom) + TICKS
     names = {mode: mode for mode in modes}
     if whole:
         names = {"full": f"full: all {whole[0]['visual_tokens']:.4g} tokens"} | names
-    picture, pen, font = page(bottom + ROW)
-    legend = legend_rows(pen, font, names)
-    picture, pen, font = page(bottom + ROW + ROW * len(legend) + ROW // 2)
+    places = [axes_of(index, len(strategies), top_of(rows), mine)
+              for index, mine in enumerate(strategies.values())]
+    bottom = int(places[-1].bottom) + TICKS
+    page = Page(bottom + ROW * (len(names) + 2))
     for axes, (strategy, mine) in zip(places, strategies.items(), strict=True):
         for row in whole:
-            draw_whole(pen, axes, row)
-        draw_axes(pen, font, axes, mine, strategy, named=axes.left == LEFT)
+            y = axes.y(row["accuracy"])
+            page.pen.rectangle((axes.left, axes.y(row["high"]), axes.right, axes.y(row["low"])),
+                               BAND)
+            page.stroke((axes.left, y), (axes.right, y), line_of("full"))
+        draw_axes(page, axes, mine, strategy)
         for index, mode in enumerate(modes):
-            shift = 7 * (index - (len(modes) - 1) / 2)
-            draw_mode(pen, axes, [row for row in mine if row["mode"] == mode], line_of(mode),
-                      shift)
-    pen.text((20, 16), "share found, with 95 % intervals", PAPER, font, "lt")
-    pen.text(((LEFT + WIDTH - RIGHT) / 2, bottom), "visual tokens", PAPER, font, "mt")
-    draw_legend(pen, font, legend, names, bottom + ROW)
-    return picture
-
-
-def legend_rows(pen: ImageDraw.ImageDraw, font: Font,
-                names: dict[str, str]) -> list[list[tuple[str, float]]]:
-    """Each mode of the legend and where it begins: as many in a row as there is room for."""
-    rows: list[list[tuple[str, float]]] = [[]]
-    x: float = LEFT
-    for mode, name in names.items():
-        width = 90 + pen.textlength(name, font)
-        if rows[-1] and x + width > WIDTH - RIGHT:
-            rows.append([])
-            x = LEFT
-        rows[-1].append((mode, x))
-        x += width + 50
-    return rows
-
-
-def draw_legend(pen: ImageDraw.ImageDraw, font: Font, rows: list[list[tuple[str, float]]],
-                names: dict[str, str], top: float) -> None:
-    """The line, the marker and the name of each mode."""
-    for index, row in enumerate(rows):
-        y = top + ROW * (index + 0.5)
-        for mode, x in row:
-            style = line_of(mode)
-            stroke(pen, [(x, y), (x + 74, y)], style)
-            if mode != "full":
-                marker(pen, (x + 37, y), style)
-            pen.text((x + 90, y), names[mode], PAPER, font, "lm")
+            draw_mode(page, axes, [row for row in mine if row["mode"] == mode], line_of(mode),
+                      7 * (index - (len(modes) - 1) / 2))
+    page.text((LEFT + WIDTH - RIGHT) / 2, bottom, "visual tokens", "mt")
+    return page.legend(names, bottom + ROW)
 
 
 # ----- a row for each case ------------------------------------------------------------------------
@@ -246,28 +227,22 @@ def draw_rows(rows: Sequence[dict]) -> Image.Image:
     top = top_of(rows)
     start, end = 560, WIDTH - 120
     bottom = TOP + TITLE + ROW * len(rows)
-    picture, pen, font = page(bottom + TICKS)
+    page = Page(bottom + TICKS)
 
     def x(share: float) -> float:
         return start + (end - start) * share / top
 
     for share in ticks(top):
-        pen.line((x(share), TOP + TITLE - 6, x(share), bottom), GRID)
-        pen.text((x(share), bottom + 8), f"{share:.1f}", PAPER, font, "mt")
+        page.pen.line((x(share), TOP + TITLE - 6, x(share), bottom), GRID)
+        page.text(x(share), bottom + 8, f"{share:.1f}", "mt")
     for index, row in enumerate(rows):
         y = TOP + TITLE + ROW * (index + 0.5)
-        pen.text((20, y), row["mode"], PAPER, font, "lm")
-        pen.text((start - 16, y), kept(row), PAPER, font, "rm")
-        pen.line((x(row["low"]), y, x(row["high"]), y), line_of("gap").colour, 4)
-        marker(pen, (x(row["accuracy"]), y), Line(PAPER, None, 32, 0))
-        pen.text((WIDTH - 20, y), f"{row['accuracy']:.3f}", PAPER, font, "rm")
-    pen.text((20, 16), "share found, with 95 % intervals", PAPER, font, "lt")
-    return picture
-
-
-def kept(row: dict) -> str:
-    """How many tokens stayed, and who chose them, as far as that is known."""
-    words = [] if row["visual_tokens"] is None else [f"{row['visual_tokens']:.4g}"]
-    if row["prune"] != "none":
-        words.append(row["prune"])
-    return " ".join(words)
+        count = "" if row["visual_tokens"] is None else f"{row['visual_tokens']:.4g} "
+        who = "" if row["prune"] == "none" else row["prune"]
+        page.text(20, y, row["mode"], "lm")
+        page.text(start - 16, y, (count + who).strip(), "rm")
+        page.pen.line((x(row["low"]), y, x(row["high"]), y), line_of("gap").colour, 4)
+        page.marker((x(row["accuracy"]), y), Line(PAPER, None, 32, 0))
+        page.text(WIDTH - 20, y, f"{row['accuracy']:.3f}", "rm")
+    page.text(20, 16, SHARE, "lt")
+    return page.picture

@@ -2,54 +2,134 @@
 
 In:  answers, one record each.  Out: accuracy, its 95 % interval and other means, a row per run.
 
+Each project that publishes scores reads an answer in a way of its own, and odd answers, which
+pruned models give, are right under one and wrong under another.  So each protocol has a reader
+here: a text, the true box and the size of the picture -> the box that it reads, and its IoU.
 The interval takes expressions for independent; those about one image are not quite, so the true one
 is a little wider.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Sequence
 
 from nanogap.checks.command import visible
 from nanogap.image import Box, Pad, iou
-from nanogap.prompt import Shares, parse_box
 
 # strategy, budget (a number, a share such as "25%"; None: the strategy's own), mode
 Run = tuple[str, int | str | None, str]
+Reading = tuple[Box | None, float]          # the box in pixels, or None; its IoU with the true one
 
 PROTOCOLS = {
-    "pixels": "boxes in pixels of the original image, continuous areas, IoU >= 0.5",
-    "minigpt": "as MiniGPT-v2 counts: pixels of the original image, sides + 1 pixel, IoU > 0.5",
-    "shikra": "as Shikra counts: thousandths of the padded square, one box to an answer, IoU > 0.5",
-    "lmms-eval": "as lmms-eval counts: the numbers said are shares of the unpadded image, "
-                 "IoU >= 0.5 (its question has other words, which are not used here)",
+    "pixels": "pixels: boxes in pixels of the original image, continuous areas, IoU >= 0.5",
+    "minigpt": "minigpt: as MiniGPT-v2 counts, hundredths of the image's sides, sides + 1 pixel, "
+               "IoU > 0.5",
+    "shikra": "shikra: as Shikra counts, thousandths of the padded square, one box to an answer, "
+              "IoU > 0.5",
+    "lmms-eval": "lmms-eval: as its task refcoco_bbox_rec counts, the numbers said are shares of "
+                 "the unpadded image, IoU >= 0.5 (its question has other words, which are not "
+                 "used here)",
+    "vlmevalkit": "vlmevalkit: as VLMEvalKit counts, shares, thousandths or pixels by the largest "
+                  "number said, IoU >= 0.5 (its question has other words, which are not used "
+                  "here)",
 }
 TIMES = ("prefill_ms", "decode_ms")
-PADDED = Pad()
 
 
-def score(protocol: str, text: str, box: Box | None, truth: Box, width: int, height: int,
-          parse: Callable[[str], Shares | None] = parse_box) -> tuple[Box | None, float]:
+# ----- the protocols ------------------------------------------------------------------------------
+
+
+def minigpt(text: str, truth: Box, width: int, height: int) -> Reading:
+    """As MiniGPT-v2's own evaluation reads and counts.
+
+    A box must begin the answer, and there may be no other number in it.  Neither range nor order
+    of the corners is asked.
+    source: Vision-CAIR/MiniGPT-4 226cb38, eval_scripts/eval_ref.py; eval_utils.py, computeIoU
+    """
+    said = text.replace("<unk>", "").replace(" ", "").strip()
+    numbers = re.findall(r"\d+", said)
+    begins = re.match(r"\{<\d{1,3}><\d{1,3}><\d{1,3}><\d{1,3}>\}", said)
+    if not begins or len(numbers) != 4:
+        return None, 0.0
+    x1, y1, x2, y2 = (int(number) / 100 for number in numbers)
+    box = (x1 * width, y1 * height, x2 * width, y2 * height)
+    return box, iou(with_last_pixel(box), with_last_pixel(truth))
+
+
+BRACKET = r"\[\d(?:\.\d*)?(?:,\d(?:\.\d*)?){3}(?:;\d(?:\.\d*)?(?:,\d(?:\.\d*)?){3})*\]"
+
+
+def shikra(text: str, truth: Box, width: int, height: int) -> Reading:
+    """As Shikra's own evaluation does: boxes in thousandths of the padded square.
+
+    There must be one bracket of the right form, with one box: no blanks, one digit before each
+    point.  Other brackets do not count.
+    source: shikras/shikra 1204f10, rec.py; box_process_function.py, PlainBoxFormatter
+    """
+    found = re.findall(BRACKET, text)
+    if len(found) != 1 or ";" in found[0]:
+        return None, 0.0
+    said = [float(number) for number in found[0][1:-1].split(",")]
+    side, offset = max(width, height), Pad().offset(width, height) * 2
+    true = [float(f"{(v + pad) / side:.3f}") for v, pad in zip(truth, offset, strict=True)]
+    x1, y1, x2, y2 = (share * side - pad for share, pad in zip(said, offset, strict=True))
+    return (x1, y1, x2, y2), iou(*([round(1000 * v, 3) for v in box] for box in (said, true)))
+
+
+def lmms_eval(text: str, truth: Box, width: int, height: int) -> Reading:
+    """As lmms-eval's task refcoco_bbox_rec: the first four numbers in a bracket, of any range.
+
+    They are shares of the picture, not of the padded square.  A digit stands before each point, and
+    no blank before a comma.
+    source: lmms-eval 0.7.3, tasks/refcoco/utils_rec.py
+    """
+    number = r"(-?\d+(?:\.\d+)?)"
+    match = re.search(rf"\[\s*{number},\s*{number},\s*{number},\s*{number}\s*\]", text)
+    if not match:
+        return None, 0.0
+    x1, y1, x2, y2 = map(float, match.groups())
+    true = truth[0] / width, truth[1] / height, truth[2] / width, truth[3] / height
+    return (x1 * width, y1 * height, x2 * width, y2 * height), iou((x1, y1, x2, y2), true)
+
+
+def vlmevalkit(text: str, truth: Box, width: int, height: int) -> Reading:
+    """As VLMEvalKit: a bracket of four numbers, else the first four of the text.
+
+    The largest of them says what they are.  The box is clipped, its corners are put in order.
+    source: VLMEvalKit e8e78f0, vlmeval/dataset/refcoco.py
+    """
+    number, between = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?", r"(?:\s*,\s*|\s+)"
+    match = re.search(rf"\[\s*{between.join([f'({number})'] * 4)}\s*\]", text)
+    numbers = match.groups() if match else re.findall(number, text)[:4]
+    if len(numbers) < 4:
+        return None, 0.0
+    said = [float(number) for number in numbers]
+    most = max(map(abs, said))
+    one = 1 if most <= 1.5 else 1000 if most <= 1000 else None
+    x1, y1, x2, y2 = (min(max(v * side / one if one else v, 0.0), side)
+                      for v, side in zip(said, (width, height) * 2, strict=True))
+    box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+    return box, iou(box, truth)
+
+
+READERS = {"minigpt": minigpt, "shikra": shikra, "lmms-eval": lmms_eval, "vlmevalkit": vlmevalkit}
+
+
+def score(protocol: str, text: str, box: Box | None, truth: Box, width: int,
+          height: int) -> Reading:
     """The box in pixels as a protocol reads the answer, and its IoU with the true one, 0 if none.
 
-    box:    in pixels of the width x height image, padding taken off
-    parse:  how the model's format of a box is read
-    source: eval_utils.py of MiniGPT-v2; rec.py of Shikra, which has no use for a model of another
-            frame than the padded square; lmms-eval compares the model's numbers with
-            truth / (W, H), which in pixels is the same IoU
+    box: as the answer's own format is read, in pixels; "pixels" takes it, the others read the text
     """
-    if protocol == "shikra":
-        said = parse(text)
-        if said is None or text.count("[") != 1 or ";" in text:
-            return None, 0.0
-        square = PADDED.from_pixels(truth, width, height)
-        return box, iou(said, [round(share, 3) for share in square])
-    if protocol == "lmms-eval":
-        said = parse(text)
-        box = said and (said[0] * width, said[1] * height, said[2] * width, said[3] * height)
-    if box is None:
+    if protocol == "pixels":
+        return box, iou(box, truth) if box else 0.0
+    try:
+        said, overlap = READERS[protocol](text, truth, width, height)
+    except (ValueError, OverflowError):           # a number of hundreds of digits is in no picture
         return None, 0.0
-    if protocol == "minigpt":
-        return box, iou(with_last_pixel(box), with_last_pixel(truth))
-    return box, iou(box, truth)
+    if said is None or not all(map(math.isfinite, said)):
+        return None, 0.0
+    return said, overlap
 
 
 def with_last_pixel(box: Box) -> Box:
@@ -61,6 +141,9 @@ def with_last_pixel(box: Box) -> Box:
 def is_hit(iou: float, protocol: str) -> bool:
     """Whether an IoU counts; MiniGPT-v2 and Shikra want more than half."""
     return iou > 0.5 if protocol in ("minigpt", "shikra") else iou >= 0.5
+
+
+# ----- a row for each run -------------------------------------------------------------------------
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -81,19 +164,20 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def summary(records: Sequence[dict], run: Run, protocol: str) -> dict:
-    """One row: what became of all expressions in one run."""
+    """One row: what became of all expressions in one run.
+
+    One without an answer (its text is None) counts as wrong, and not as an answer without a box.
+    """
     mine = [r for r in records if (r["prune"], r["keep"], r["mode"]) == run]
+    answered = [r for r in mine if r.get("text", "") is not None]
     hits = sum(is_hit(r["iou"], protocol) for r in mine)
     low, high = wilson(hits, len(mine))
     return {"prune": run[0], "keep": run[1], "mode": run[2], "expressions": len(mine),
             "accuracy": hits / max(len(mine), 1), "low": low, "high": high,
             "mean_iou": mean([r["iou"] for r in mine]),
-            "no_box": mean([r["box"] is None for r in mine]),
-            "cut_off": mean([r["cut_off"] for r in mine]),
+            "no_box": mean([r["box"] is None for r in answered]),
+            "cut_off": mean([r["cut_off"] for r in answered]),
             **{key: mean([r[key] for r in mine]) for key in ("padding", "visual_tokens", *TIMES)}}
-
-
-# ----- the table ----------------------------------------------------------------------------------
 
 
 def number(value: float | None, form: str, width: int) -> str:

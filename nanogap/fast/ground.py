@@ -1,16 +1,20 @@
-"""A question, answered the fast way: `nanogap.ground` with drafts, and with cuts in the decoder.
+"""A question, answered the fast way: the lesson's `ground` with drafts.
 
 In:  a model, a picture, an expression, and how to prune.  Out: the same words as the lesson's.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from nanogap import ground as lesson
+from nanogap.fast.decode import decode
 from nanogap.ground import MAX_NEW_TOKENS, Keep, Result
 from nanogap.llava import EncodedImage
+from nanogap.methods import find, in_decoder
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.prompt import DESCRIBE
 
 if TYPE_CHECKING:
@@ -25,8 +29,13 @@ def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, express
 
     drafts: whether a pass may be fed several tokens; the words are the same
     """
+    prune = find(prune)
+    if prunes_there(prune):
+        return in_decoder.ground(model, image, expression, prune, keep, mode, seed,
+                                 max_new_tokens=max_new_tokens, question=question)
     return lesson.ground(model, image, expression, prune, keep, mode, seed,
-                         max_new_tokens=max_new_tokens, question=question)
+                         max_new_tokens=max_new_tokens, question=question,
+                         decode=partial(decode, drafts=drafts))
 
 
 def describe(model: "VLM", image: Image.Image | str | Path | EncodedImage,

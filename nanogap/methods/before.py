@@ -10,8 +10,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Generator
+from torch import Generator, Tensor
 
+from nanogap.clip import CLIPText
+from nanogap.methods.settings import Question, Share
 from nanogap.prune import (
     Kept,
     VisualTokens,
@@ -98,20 +100,26 @@ def divprune(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     return Kept(torch.stack(keep).sort().values)
 
 
+HALF = Share(0.5)
+
+
 @strategy(needs={"cls_attention"})
-def vispruner(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
+def vispruner(seen: VisualTokens, budget: int, generator: Generator, *,
+              ratio: Share = HALF) -> Kept:
     """Half by the attention of CLS, half without duplicates: VisPruner, arXiv 2412.01818.
 
-    The paper is FasterVLM's under a later title.  The patches that attention did not choose, best
+    The paper is FasterVLM's under a later title.  `ratio` is the first half's share: 0.75 is
+    published for 64 tokens.  The patches that attention did not choose, best
     first, are split into every first and every second one.  Up to 8 of the first group go, those
     most like any of the second.  What is left of the first, most alike in front, and the second
     group are joined and split again, until the budget is met.
     differs: the code fails where the number to split is odd, or where 8 must go of fewer than 16;
-    here the first group has one more, and all of it may go
+    here the first group has one more, and all of it may go.  Which patches stay may depend on the
+    last bit of a likeness: in float32 two right implementations differ in a fifth of the images
     """
     order = ranked(seen.cls_attention.float().mean(0), len(seen.features))      # (N,)
-    best = order[:budget // 2]
-    rest = order[budget // 2:]
+    best = order[:int(budget * ratio)]
+    rest = order[int(budget * ratio):]
     x = F.normalize(seen.features.float(), dim=-1)               # (N, C)
     while (surplus := len(best) + len(rest) - budget) > 0:
         first = rest[::2]
@@ -120,3 +128,115 @@ def vispruner(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
         first = first[ranked(likeness, len(first))]
         rest = torch.cat([first[min(8, surplus):], second])
     return Kept(torch.cat([best, rest]).sort().values)
+
+
+@strategy(needs={"projected", "aligned", "text"})
+def cdpruner(seen: VisualTokens, budget: int, generator: Generator, *,
+             question: Question = "expression") -> Kept:
+    """Patches unlike each other, and least like the words: CDPruner, arXiv 2506.10967.
+
+    A determinantal point process: the volume that all kept patches span together, each as long as
+    it is relevant.  Least: the published code has a minus sign, as TRIM's has.
+    differs: the code reads the whole question, 77 tokens at a time, and so does
+    cdpruner(question=whole); the expression alone is the default here.  Of LLaVA-1.6 each part has
+    a lowest and a highest relevance of its own; in the code they are the picture's
+    """
+    text = seen.text[None] if question == "expression" else seen.question     # (S, E)
+    aligned = F.normalize(seen.aligned.float(), dim=-1)                       # (N, E)
+    relevance = -(aligned @ F.normalize(text.float(), dim=-1).T).mean(1)      # (N,)
+    low, high = relevance.aminmax()
+    relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+    x = F.normalize(seen.projected, dim=-1).float()                           # (N, C')
+    kernel = relevance[:, None] * (x @ x.T) * relevance                       # (N, N)
+    return Kept(largest_volume(kernel, budget).sort().values)
+
+
+def embed_question(guide: CLIPText, question: str) -> Tensor:
+    """A text of any length in CLIP's space, a row for each segment that the text tower can read."""
+    ids = torch.tensor(guide.tokenizer.encode(question).ids)                  # (T,)
+    segments = ids.to(guide.text_projection.weight.device).split(
+        guide.text_model.config.max_position_embeddings)
+    return torch.cat([guide.text_projection(guide.text_model(part[None])) for part in segments])
+
+
+def largest_volume(kernel: Tensor, budget: int) -> Tensor:
+    """Greedily, indices (K,) whose part of a kernel (N, N) has the largest determinant.
+
+    Where no patch spans anything new, as behind the rank of the kernel, the best of the others
+    follow as they are; the published code would divide by zero there.
+    source: Chen, Zhang and Zhou 2018, Fast Greedy MAP Inference for DPPs
+    """
+    gain = kernel.diagonal().clone()                             # (N,) of volume, squared
+    rows = kernel.new_zeros(budget, len(kernel))                 # of the Cholesky factor
+    keep = []
+    for i in range(budget):
+        best = gain.argmax()
+        rest = kernel[best] - rows[:i, best] @ rows[:i]          # (i,) x (i,N) -> (N,)
+        rows[i] = torch.where(gain[best] > 1e-12, rest / gain[best].clamp(min=1e-12).sqrt(), 0)
+        gain = gain - rows[i] ** 2
+        gain[best] = -math.inf
+        keep.append(best)
+    return torch.stack(keep)
+
+
+@strategy(needs={"cls_attention"})
+def scope(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
+    """Patches that CLS attends to and that cover what none has covered: SCOPE, arXiv 2510.24214.
+
+    How well a patch is covered is its likeness to the most similar one kept, and at least 0.  The
+    next is the one that adds most cover to all patches together, times the attention of CLS.
+    """
+    x = F.normalize(seen.features.float(), dim=-1)               # (N, C)
+    likeness = x @ x.T                                           # (N, N)
+    weight = seen.cls_attention.float().sum(0)                   # (N,)
+    covered = torch.zeros_like(weight)
+    taken = torch.zeros_like(weight)                             # -inf for those kept
+    keep = []
+    for _ in range(budget):
+        gain = weight * (likeness - covered).clamp(min=0).sum(1)              # (N,)
+        keep.append((gain + taken).argmax())
+        taken[keep[-1]] = -math.inf
+        covered = torch.maximum(covered, likeness[keep[-1]])
+    return Kept(torch.stack(keep).sort().values)
+
+
+RUNS = 16   # into which HoloV cuts the list of patches
+
+
+@strategy(needs={"projected", "cls_attention"})
+def holov(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
+    """The patches that CLS attends to most, in each of 16 strips of the image: HoloV, 2510.02912.
+
+    A strip's share of the budget grows with the attention that it gets, and with how unequally its
+    patches are alike.  Its patches go in the order of their attention, and strips in raster order,
+    so the code for LLaVA is permuted within a strip, and numbers patches anew.  The same authors'
+    code for Qwen2.5-VL keeps the old IDs in that order: mode "ranked, original".
+    differs: where a strip is smaller than its share, the code feeds vectors of zeros for what it
+    lacks; here fewer patches are kept
+    """
+    attention = seen.cls_attention.float().mean(0)               # (N,)
+    x = seen.projected.float()
+    runs = [run for run in torch.arange(len(x), device=x.device).tensor_split(RUNS) if len(run)]
+    score = torch.stack([strip_score(x[run], attention[run]) for run in runs])
+    weight = score / (score.sum() + 1e-6)                        # (runs,)
+    shares = (weight * budget).floor().long()
+    left = max(0, budget - int(shares.sum()))
+    shares[ranked(weight, left)] += 1
+    keep = []
+    for run, share in zip(runs, shares.tolist(), strict=True):
+        keep.append(run if share >= len(run) else run[ranked(attention[run], share)])
+    return Kept(torch.cat(keep)[:budget])
+
+
+def strip_score(x: Tensor, attention: Tensor) -> Tensor:
+    """What HoloV thinks of a strip of patches (n, C') that get that much attention (n,)."""
+    n = len(x)
+    if n == 1:
+        return attention[0]
+    x = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
+    alike = (x @ x.T).fill_diagonal_(0)                          # (n, n)
+    mean = alike.sum(1, keepdim=True) / (n - 1)                  # (n, 1)
+    spread = (alike - mean).pow(2).sum(1) / (n - 1)              # (n,) with the zero among them
+    attention = 1000 * attention
+    scale = attention.abs().mean() / (spread.abs().mean() + 1e-6)
+    return (attention + 0.09 * spread * scale).mean()

@@ -12,9 +12,10 @@ Letters: P tokens before the image, N visual tokens, K of them kept, M added, A 
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -27,9 +28,10 @@ from nanogap.fast.ground_all import ground_all
 from nanogap.gap import lay_out
 from nanogap.image import Box, open_image
 from nanogap.llava import EncodedImage, Llava, LlavaConfig
+from nanogap.methods.before import embed_question
 from nanogap.models.frames import Padded
 from nanogap.prompt import Shares
-from nanogap.prune import Kept
+from nanogap.prune import Kept, VisualTokens
 
 CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
                  "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
@@ -51,6 +53,7 @@ class VLM(Llava):
     on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
         (r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
+    frame: Any = Padded()                      # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
     clip_download: ClassVar[str] = CLIP_DOWNLOAD
@@ -132,6 +135,14 @@ class VLM(Llava):
     def answer(self, box: Shares) -> str:
         """What the model says of a box in its frame, without the end token."""
         return self.box_format.say(box)
+
+    def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> VisualTokens:
+        """A picture with what a strategy needs to see of it, the whole question among it."""
+        seen = super().see(image, set(needs) - {"question"}, expression)
+        if "question" in needs:
+            seen.fields["question"] = embed_question(self.guide(),
+                                                     self.template.question(expression))
+        return seen
 
     # ----- where its tokens lie -------------------------------------------------------------------
 

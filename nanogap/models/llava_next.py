@@ -24,6 +24,7 @@ from torch import Generator, Tensor, nn
 from nanogap.errors import NanogapError
 from nanogap.image import to_pixel_values
 from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
+from nanogap.methods.settings import settings_of
 from nanogap.models.base import VLM, View
 from nanogap.models.frames import Size, Tiles
 from nanogap.prompt import Template
@@ -101,6 +102,18 @@ def shared_out(budget: int, sizes: Sequence[int]) -> list[int]:
     largest_first = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
     for i in largest_first[:budget - sum(shares)]:
         shares[i] += 1
+    return shares
+
+
+def shared_equally(budget: int, sizes: Sequence[int]) -> list[int]:
+    """The same share for each, as published codes have it: strategies with crops=equal.
+
+    differs: they count padding too; a part that has fewer patches leaves the rest to the others
+    """
+    shares = [0] * len(sizes)
+    for _ in range(budget):
+        shares[min((i for i, size in enumerate(sizes) if shares[i] < size),
+                   key=shares.__getitem__)] += 1
     return shares
 
 
@@ -229,7 +242,8 @@ class LlavaNext(VLM):
         """
         assert isinstance(image, EncodedTiles)
         sizes = [len(part.index) for part in image.parts]
-        shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes)
+        share_out = shared_equally if settings_of(prune).get("crops") == "equal" else shared_out
+        shares = [None] * len(sizes) if budget is None else share_out(budget, sizes)
         generator = Generator().manual_seed(seed)             # one for all parts: they differ
         chosen = []
         for part, share in zip(image.parts, shares, strict=True):

@@ -35,7 +35,7 @@ from nanogap.llava import EncodedImage, LlavaConfig
 from nanogap.models.base import VLM
 from nanogap.models.eva import VIT_G_14, EvaTower
 from nanogap.models.frames import Stretch
-from nanogap.prompt import BoxFormat, Template
+from nanogap.prompt import BoxFormat, Shares, Template
 
 DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
             "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
@@ -50,7 +50,17 @@ LLAMA_2 = Template(
     where_is="[refer] give me the location of {}",
     starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
 NUMBER = r"< *([0-9]{1,3}) *> *"     # the original reads answers without their spaces
-HUNDREDTHS = BoxFormat(
+
+
+@dataclass(frozen=True)
+class WithoutBlanks(BoxFormat):
+    """The authors read an answer without its blanks and <unk>."""
+
+    def parse(self, text: str) -> Shares | None:
+        return super().parse(text.replace("<unk>", "").replace(" ", ""))
+
+
+HUNDREDTHS = WithoutBlanks(
     re.compile(r"\{ *" + 4 * NUMBER + r"\}"),
     "{{<{}><{}><{}><{}>}}", whole=100)
 
@@ -81,6 +91,7 @@ class MiniGPT(VLM):
     Tower = EvaTower
     later = "[INST] {} [/INST]"
     download = DOWNLOAD
+    frame = Stretch()
     template = LLAMA_2
     box_format = HUNDREDTHS
     special_tokens = ("<ImageHere>",)      # of a model that is trained here
@@ -91,7 +102,7 @@ class MiniGPT(VLM):
 
     def __init__(self, config: MiniGPTConfig) -> None:
         nn.Module.__init__(self)               # none of LLaVA's modules but the decoder
-        self.config, self.text_guide, self.frame = config, None, Stretch()
+        self.config, self.text_guide = config, None
         C = config.vision.hidden_size
         self.vision_tower = EvaTower(config.vision)
         # never trained; torch computes it in float32 and rounds once, as the original does

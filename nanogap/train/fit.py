@@ -7,49 +7,27 @@ Under torchrun every process takes its own batches, and the gradients are averag
 """
 
 import io
-import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanogap.checks.checkpoint import look_into
 from nanogap.checks.command import tell
 from nanogap.checks.output import write_whole
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
-from nanogap.train.objectives import Batch, Draw, Mixture, Scenes
-from nanogap.train.scenes import draw_scene
+from nanogap.train.batches import Batch, Scenes
+from nanogap.train.recipes import TrainingStage
 
-TIMED = 20           # steps after which --minutes is turned into a number of steps, again and again
-REPORT_EVERY = 50    # steps
-SAVE_EVERY = 120.0   # seconds
-
-
-@dataclass(frozen=True)
-class TrainingStage:
-    """A part of the training with its own warm-up and decay."""
-
-    name: str
-    minutes: float            # on two CPU cores; also its share of --minutes
-    steps: int
-    images: int               # of a step
-    rate: float               # AdamW's
-    asked: Mixture | None = None
-    muon_rate: float | None = None
-    rate_left: float = 0.0    # the share of the rates that is left at the end
-    draw: Draw = draw_scene
-
-    def share(self, processes: int) -> "TrainingStage":
-        """What each of several processes does of it."""
-        asked = self.asked and self.asked.share(processes)
-        return replace(self, images=math.ceil(self.images / processes), asked=asked)
+TIMED = 20             # steps after which --minutes is turned into a number of steps, repeatedly
+REPORT_EVERY = 10.0    # seconds
+SAVE_EVERY = 120.0     # seconds
 
 
 # ----- where training stands ----------------------------------------------------------------------
@@ -83,47 +61,28 @@ class Progress:
         """
         if not self.path.exists():
             return
-        if not self.path.is_file():
-            raise NanogapError(f"{self.path} is no regular file; give another --out")
         try:
-            look_into(self.path)
             with warnings.catch_warnings(action="ignore"):   # of a file of another kind
                 saved = torch.load(self.path, map_location="cpu", weights_only=True)
             settings = saved["settings"]
-            is_ours = bool(settings == self.settings)
-            if is_ours:
-                check_saved(saved, len(self.steps))
         except Exception as error:   # whatever an unpickler comes upon
             raise NanogapError(f"{self.path} cannot be read ({type(error).__name__}); "
                                "delete it to start anew") from None
-        if not is_ours:
+        if settings != self.settings or saved.keys() != set(self.KEPT):
             raise NanogapError(f"{self.path} is of a training with other settings "
                                f"({settings!s:.200}), or of an older version; delete it to start "
                                "anew")
         for key in self.KEPT:
             setattr(self, key, saved[key])
 
-    def give(self, to: nn.Module | torch.optim.Optimizer, state: dict) -> None:
-        """Give a model or an optimizer what was saved of it.
-
-        raises: NanogapError where it is of another one
-        """
-        try:
-            to.load_state_dict(state)
-            if isinstance(to, torch.optim.Optimizer):
-                check_shapes(to)
-        except Exception as error:   # a state may hold anything
-            raise NanogapError(f"{self.path} is of another model ({type(error).__name__}); "
-                               "delete it to start anew") from None
-
     def restore(self, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Give a model and its optimizers what was saved in this stage, if there is anything."""
         if not self.state:
             return
-        self.give(model, self.state["model"])
-        # none at the beginning of a stage
+        model.load_state_dict(self.state["model"])
+        # no optimizers at the beginning of a stage
         for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
-            self.give(stepper, state)
+            stepper.load_state_dict(state)
 
     def keep(self, step: int, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Save the state within a stage."""
@@ -147,25 +106,6 @@ class Progress:
             dist.broadcast(chosen, 0)
         self.steps[self.stage] = int(chosen)
         return int(chosen)
-
-
-def check_saved(saved: dict, stages: int) -> None:
-    """Refuse with ValueError what `Progress.save` has not written."""
-    numbers = [saved["stage"], saved["step"], *saved["steps"]]
-    sound = all(type(number) is int and number >= 0 for number in numbers)
-    sound = sound and len(saved["steps"]) == stages and saved["stage"] <= stages
-    sound = sound and isinstance(saved["clip"], dict) and isinstance(saved["state"], dict)
-    sound = sound and saved["state"].keys() in (set(), {"model", "optimizers"})
-    if not sound:
-        raise ValueError("no saved state")
-
-
-def check_shapes(stepper: torch.optim.Optimizer) -> None:
-    """Refuse with ValueError what an optimizer remembers of parameters of other shapes."""
-    for parameter, remembered in stepper.state.items():
-        for value in remembered.values():
-            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
-                raise ValueError("other shapes")
 
 
 class Pace:
@@ -193,15 +133,18 @@ class Report:
 
     def __init__(self, name: str, start: int, begun: float) -> None:
         self.name, self.start, self.begun = name, start, begun
+        self.told = begun
         self.average: float | None = None
 
-    def add(self, loss: float, done: int, steps: int) -> None:
+    def add(self, loss: float, done: int, steps: int, now: float) -> None:
         """Note the loss of a step; `done` steps of `steps` are done with it."""
         self.average = loss if self.average is None else 0.98 * self.average + 0.02 * loss
-        if done % REPORT_EVERY == 0 and joined()[0] == 0:
-            left = (time.time() - self.begun) / (done - self.start) * (steps - done)
-            tell(f"{self.name:5}  step {done}/{steps}  loss {self.average:.3f}  "
-                 f"{left / 60:.0f} min to go")
+        if now - self.told < REPORT_EVERY and done < steps:
+            return
+        self.told = now
+        left = (now - self.begun) / (done - self.start) * (steps - done)
+        time_left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
+        tell(f"{self.name:5}  step {done}/{steps}  loss {self.average:.3f}  {time_left} to go ...")
 
 
 # ----- a step -------------------------------------------------------------------------------------
@@ -278,9 +221,12 @@ def fit(stage: TrainingStage, model: nn.Module, loss_of: Callable[[Batch], Tenso
             break
         share = rate_share(step, steps, stage.rate_left)
         loss = take_step(model, steppers, loss_of(batch), share)
-        report.add(loss, step + 1, steps)
-        if joined()[0] == 0 and time.time() - saved > SAVE_EVERY:
-            saved = time.time()
+        now = time.time()
+        if joined()[0] > 0:                       # the first process reports and saves for all
+            continue
+        report.add(loss, step + 1, steps, now)
+        if now - saved > SAVE_EVERY:
+            saved = now
             progress.keep(step + 1, model, steppers)
     progress.end_stage(model)
 

@@ -19,7 +19,7 @@ from tokenizers import (
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from nanogap.checks.tokenizer import START_TOKENS, llama_tokenizer
+from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 
 IMAGE, PAD = "<image>", "<pad>"
 

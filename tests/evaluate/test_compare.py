@@ -3,6 +3,7 @@
 import json
 import re
 import weakref
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,6 @@ from tests.tiny import tiny_config, write_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 MINI, SHIKRA = ROOT / "weights" / "mini", ROOT / "weights" / "mini-shikra"
 MODES = ("full", "shifted", "permuted", "gap")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Random weights, 16 visual tokens, and no text tower."""
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"), tiny_config())
 
 
 def run(*arguments: object) -> int:
@@ -60,19 +55,21 @@ def test_several_models_answer_as_each_alone(capsys):
     together = [timeless(document) for document in json.loads(heard.out)["models"]]
     assert together == [document | {"cannot_run": {}} for document in alone]
     assert alone[0]["runs"] != alone[1]["runs"]
-    assert f"model 2 of 2: {SHIKRA}\n" in heard.err
+    assert f"model 2 of 2: {SHIKRA} ...\n" in heard.err
 
 
 def test_each_model_has_its_table_and_all_together_a_row_each(capsys):
     assert run("--weights", MINI, SHIKRA, "--limit", 3, "--keep", "50%", "25%") == 0
     parts = capsys.readouterr().out.split("\n\n")
-    assert [part.split(", ")[0] for part in parts[:2]] == [str(MINI), str(SHIKRA)]
+    assert [part.split(", ")[0] for part in parts[1:]] == [str(MINI), str(SHIKRA)]
     cells = {}
-    for name, part in zip(("mini", "mini-shikra"), parts[:2], strict=True):
-        for line in part.split("\n")[3:]:
+    for name, part in zip(("mini", "mini-shikra"), parts[1:], strict=True):
+        for line in part.rstrip().split("\n")[3:]:
             prune, keep, _, mode, share, interval, *_ = line.split()
             cells[name, prune, keep, mode] = [share, interval]
-    caption, head, *rows = parts[2].rstrip().split("\n")
+    caption, head, *rows, counted = parts[0].rstrip().split("\n")
+    assert counted == ("pixels: boxes in pixels of the original image, continuous areas, IoU >= "
+                       "0.5; scenes:val, 3 of 3 expressions")
     assert caption.startswith("Acc@0.5 with 95 % intervals")
     assert re.split("  +", head) == ["model", "prune", "keep", "all tokens", *MODES[1:], "no box"]
     said = [line.split() for line in rows]
@@ -88,7 +85,7 @@ def test_each_model_has_its_table_and_all_together_a_row_each(capsys):
 def test_half_of_the_tokens_is_one_row_whatever_number_it_is(folder, capsys):
     """72 of 144 and 8 of 16."""
     assert run("--weights", MINI, folder, "--limit", 1, "--mode", "gap") == 0
-    table = capsys.readouterr().out.split("\n\n")[2]
+    table = capsys.readouterr().out.split("\n\n")[0]
     assert [line.split()[:3] for line in table.split("\n")[2:4]] == [
         ["mini", "random", "50%"], [folder.name, "random", "50%"]]
 
@@ -102,15 +99,58 @@ def test_a_model_given_twice_is_asked_once(folder, capsys):
 def test_one_model_at_a_time_is_in_memory(folder, monkeypatch, capsys):
     loaded, load = [], evaluate.load
 
-    def counted(*args: object) -> object:
+    def counted(*args: object, **options: object) -> object:
         assert [each() for each in loaded] == [None] * len(loaded)
-        model = load(*args)
+        model = load(*args, **options)
         loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(evaluate, "load", counted)
     assert run("--weights", MINI, folder, SHIKRA, "--limit", 1, "--keep", 4) == 0
     assert len(loaded) == 6                                  # each is tried out, and then asked
+
+
+def test_each_model_keeps_its_answers_in_a_folder_and_goes_on_after_ctrl_c(
+        folder, tmp_path, monkeypatch, capsys):
+    """Interrupted in the second model: its table is told, and nothing asked again."""
+    other = write_checkpoint(tmp_path / "other", tiny_config(), seed=1)
+    out = tmp_path / "answers"
+    asked = ["--weights", folder, other, "--limit", 2, "--keep", 4, "--out", out]
+    ask_model, calls = evaluate.ask_model, []
+
+    def interrupted(args: Namespace, *more: int) -> object:
+        calls.append(args.weights)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ask_model(args, *more)
+
+    monkeypatch.setattr(evaluate, "ask_model", interrupted)
+    assert run(*asked) == 130
+    told = capsys.readouterr().out
+    assert told.startswith("Acc@0.5") and f"{folder}, scenes:val" in told
+    first = (out / f"{folder.name}.jsonl").read_text()
+    monkeypatch.setattr(evaluate, "ask_model", ask_model)
+    assert run(*asked) == 2
+    assert f"{folder.name}.jsonl exists; continue it with --resume" in capsys.readouterr().err
+    assert run(*asked, "--resume") == 0
+    assert (out / f"{folder.name}.jsonl").read_text() == first
+    assert len((out / "other.jsonl").read_text().splitlines()) == 8
+    assert re.search(r"2 models in \d+ s \.\.\.\n", capsys.readouterr().err)
+
+
+def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(
+        folder, tmp_path, monkeypatch, capsys):
+    """An expression that is too long for one of them."""
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    data = tmp_path / "a.jsonl"
+    line = {"image": "a.png", "expression": "the man", "box": [1, 2, 30, 31]}
+    data.write_text("".join(json.dumps(line | {"expression": words}) + "\n"
+                            for words in ("the man", "the man " * 300)))
+    picture = tmp_path / "x.png"
+    assert run("--weights", folder, MINI, "--data", data, "--mode", "full", "--plot", picture) == 0
+    said = capsys.readouterr().out
+    assert "no picture: the models could not be asked the same expressions" in said
+    assert "1, 2 of 2 expressions" in said and not picture.exists()
 
 
 # ----- what one of them cannot do -----------------------------------------------------------------
@@ -120,7 +160,7 @@ def test_a_strategy_that_a_model_cannot_run_is_left_out_in_a_line(folder, tmp_pa
     picture = tmp_path / "x.png"
     asked = ["--limit", 1, "--prune", "text_similarity", "random", "trim", "--mode", "full", "gap"]
     assert run("--weights", folder, MINI, *asked, "--plot", picture) == 0
-    tiny, mini, table = capsys.readouterr().out.split("\n\n")
+    table, tiny, mini = capsys.readouterr().out.split("\n\n")
     without = [line for line in tiny.split("\n") if line.startswith("without ")]
     assert len(without) == 1
     assert without[0].startswith("without text_similarity, trim: to compare patches with words "
@@ -141,7 +181,7 @@ def test_a_strategy_that_a_model_cannot_run_is_left_out_in_a_line(folder, tmp_pa
 def test_a_model_that_can_run_none_of_them_shows_all_tokens(folder, capsys):
     asked = ["--weights", folder, MINI, "--limit", 1, "--prune", "text_similarity"]
     assert run(*asked, "--mode", "full", "gap") == 0
-    rows = capsys.readouterr().out.split("\n\n")[2].split("\n")[2:4]
+    rows = capsys.readouterr().out.split("\n\n")[0].split("\n")[2:4]
     assert [line.split()[:3] for line in rows] == [
         [folder.name, "none", "100%"], ["mini", "text_similarity", "50%"]]
     assert rows[0].split()[5] == "-"
@@ -152,9 +192,9 @@ def test_a_model_that_can_run_none_of_them_shows_all_tokens(folder, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prune", "random", "--keep", "auto"], "random needs a budget"),
-    (["--keep", "100"], "{folder}: cannot keep 100 of 16 visual tokens: keep from 1 to 16"),
-    (["--prune", "fastv", "--layer", "9"], "fastv cannot cut before layer 9 of "),
-    (["--out", "x.jsonl"], "--out holds the answers of one model; give one of --weights at a time"),
+    (["--keep", "100"], "{folder}: cannot keep 100 of 16 visual tokens: keep a whole number"),
+    (["--prune", "fastv(layer=9)"], "fastv(layer=9) cannot cut before layer 9 of "),
+    (["--out", "x.jsonl"], "several models have a file each, so give a folder"),
     (["--clip", "x"], "--clip is the CLIP of one model; give one of --weights at a time"),
     (["--ablate", "--plot", "x.png"], "--plot draws the --ablate of one model; give one of")])
 def test_a_mistake_is_one_line_before_any_model_is_asked(
@@ -165,12 +205,6 @@ def test_a_mistake_is_one_line_before_any_model_is_asked(
     assert heard.err.count("\n") == 1 and heard.out == ""
     assert message.replace("{folder}", str(folder)) in heard.err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_that_are_not_there_are_told_before_any_model_is_asked(tmp_path, capsys):
-    assert run("--weights", MINI, tmp_path / "none", "--limit", 1) == 2
-    heard = capsys.readouterr()
-    assert "none is not a folder" in heard.err and heard.out == ""
 
 
 def test_the_ablation_of_several_has_their_tables_only(folder, capsys):
@@ -248,18 +282,6 @@ def test_all_tokens_are_a_line_down_every_panel_with_their_interval_as_a_band():
             assert picture.getpixel((int(panel.x(0.58)), int(y))) == ImageColor.getrgb(PAGE)
 
 
-def test_what_a_model_was_not_asked_has_no_mark_in_its_panel_and_a_row_in_the_others():
-    found = [outcome("a", "random", full=0.9, gap=0.5), outcome("a", "trim", full=0.9, gap=0.5),
-             outcome("b", "random", full=0.9, gap=0.5)]
-    picture = compare.draw_models(found)
-    marks = []
-    for index in range(2):
-        panel = compare.panel_of(index, 2, 1.0, 2)
-        marks += [count(picture, "gap", (panel.left, panel.y(at) - 20, panel.right,
-                                         panel.y(at) + 20)) for at in range(2)]
-    assert min(marks[:3]) > 60 and marks[3] == 0
-
-
 def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
     whole = Outcome("b", *compare.ALONE, {"full": row(0.9)})
     picture = compare.draw_models([outcome("a", full=0.9, gap=0.5), whole])
@@ -267,18 +289,3 @@ def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
     assert picture.getpixel((int(panel.x(0.9)), int(panel.y(0)))) == colour_of("full")
     assert picture.height == compare.draw_models([outcome("a", full=0.9, gap=0.5)]).height
     assert compare.draw_models([whole]).width == plot.WIDTH
-
-
-def test_more_than_four_models_go_on_below():
-    places = [compare.panel_of(index, 5, 1.0, 1) for index in range(5)]
-    assert len({place.top for place in places[:3]}) == 1
-    assert places[3].left == places[0].left and places[3].top > places[0].y(1)
-    picture = compare.draw_models([outcome(f"m{i}", full=0.9, gap=0.5) for i in range(5)])
-    x, y = places[4].x(0.9), places[4].y(0)
-    assert picture.getpixel((int(x), int(y))) == colour_of("full")
-
-
-def test_six_modes_stay_in_their_row():
-    assert [compare.mark_at(index, 3) for index in range(3)] == [-10, 0, 10]
-    assert compare.mark_at(0, 1) == 0
-    assert abs(compare.mark_at(5, 6)) + compare.RADIUS < plot.ROW / 2

@@ -1,13 +1,10 @@
 """The picture of an evaluation."""
 
 import math
-from pathlib import Path
 
 import pytest
 from PIL import Image, ImageColor
 
-from nanogap.errors import NanogapError
-from nanogap.checks.output import check_picture, save_picture
 from nanogap.evaluate import plot
 from nanogap.gap import MODES
 from nanogap.show.draw import PAGE, STYLES
@@ -68,44 +65,16 @@ def test_all_tokens_are_a_line_across_every_panel_with_their_interval_as_a_band(
             assert picture.getpixel((int(x), int(axes.y(0.62)))) == ImageColor.getrgb(PAGE)
 
 
-def test_all_tokens_alone_are_a_picture_too():
-    picture = plot.draw_panels(ROWS[:1])
-    axes = plot.axes_of(0, 1, 0.7, [])
-    assert has_colour(picture, "full", (axes.left, axes.top, axes.right, axes.bottom))
-
-
-def test_lines_that_coincide_stand_a_little_apart():
-    """Two intervals from 0.1 to 0.5, one over the other, would show one colour between marks."""
-    same = [row(mode, 72, 0.3) | {"low": 0.1, "high": 0.5} for mode in ("gap", "shifted")]
-    picture = plot.draw_panels(same)
-    axes = plot.axes_of(0, 1, 0.6, same)
-    for mode in ("gap", "shifted"):
-        assert has_colour(picture, mode, (axes.left, axes.top, axes.right, axes.y(0.35)))
-
-
 def test_every_mode_has_a_style_and_no_two_look_alike():
     assert set(plot.MARKERS) == set(MODES) - {"full"}
     drawn = set()
     for mode in [*plot.MARKERS, "another program's"]:
-        picture, pen, _ = plot.page(60)
+        page = plot.Page(60)
         style = plot.line_of(mode)
-        plot.marker(pen, (30, 30), style._replace(colour="#ffffff"))
-        drawn.add(picture.tobytes())
+        page.marker((30, 30), style._replace(colour="#ffffff"))
+        drawn.add(page.picture.tobytes())
     assert len(drawn) == len(MODES)                                            # full has none
     assert len({plot.line_of(mode).colour for mode in MODES}) == len(MODES)
-
-
-def test_the_marker_of_a_mode_does_not_change_with_the_other_modes():
-    """The same mode at the same place, drawn alone and beside all others."""
-    alone = [row("gap", 72, 0.3), row("gap", 36, 0.3)]
-    others = [row(mode, tokens, 0.0) for mode in ("shifted", "permuted") for tokens in (36, 72)]
-    pieces = []
-    for rows, shift in ((alone, 0), ([others[0], others[1], *alone, *others[2:]], 0)):
-        picture = plot.draw_panels(rows)
-        axes = plot.axes_of(0, 1, 0.4, rows)
-        x, y = int(axes.x(72)) + shift, int(axes.y(0.3))
-        pieces.append(picture.crop((x - 12, y - 11, x + 12, y + 11)).tobytes())
-    assert pieces[0] == pieces[1]
 
 
 def test_a_row_for_each_case_is_longer_the_surer_it_is_not():
@@ -125,24 +94,6 @@ def test_rows_are_drawn_where_there_are_no_lines():
     assert plot.draw_rows([unknown]).width == plot.WIDTH
 
 
-@pytest.mark.parametrize("name, message", [
-    ("x.jsonl", "a picture cannot be written with that ending; use .png or .jpg"),
-    ("x", "a picture cannot be written with that ending"),
-    ("no/x.png", "would be in a folder that does not exist; make it with `mkdir -p "),
-    ("folder.png", "is a folder; give the path of a picture to write")])
-def test_a_picture_that_cannot_be_written_is_refused_at_once(tmp_path, name: str, message: str):
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(NanogapError, match=message):
-        check_picture("--plot", tmp_path / name)
-
-
-def test_the_picture_is_written_whole(tmp_path: Path):
-    picture = plot.draw_panels(ROWS)
-    save_picture("--plot", tmp_path / "x.png", picture)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
-    assert Image.open(tmp_path / "x.png").size == picture.size
-
-
 def test_several_strategies_have_a_panel_each_to_one_scale_and_one_legend():
     rows = [row("full", 144, 0.55, "none")]
     rows += [row(mode, tokens, 0.4, prune) for prune in ("random", "trim")
@@ -156,14 +107,6 @@ def test_several_strategies_have_a_panel_each_to_one_scale_and_one_legend():
     assert panels[0] == panels[1]
     more = plot.draw_panels([*rows, row("permuted", 72, 0.1)])
     assert more.size == picture.size                                           # a row of the legend
-
-
-def test_tokens_range_over_what_a_panel_shows():
-    """FastV's means over layers, 81 to 108, take the whole width, as 18 to 72 do beside it."""
-    few, many = [row("gap", 18, 0), row("gap", 72, 0)], [row("gap", 81, 0), row("gap", 108, 0)]
-    a, b = plot.axes_of(0, 2, 1.0, few), plot.axes_of(1, 2, 1.0, many)
-    assert a.x(18) - a.left == b.x(81) - b.left > 0
-    assert a.right - a.x(72) == b.right - b.x(108) > 0
 
 
 @pytest.mark.parametrize("panels, columns", [

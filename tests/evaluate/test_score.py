@@ -1,11 +1,23 @@
-"""What counts as found, worked by hand."""
+"""What counts as found: each project's way to read an answer, worked by hand, and read again.
+
+A picture of 200 x 100; the true box is 20..100 x 0..70.  In the padded square of 200 x 200 the
+picture begins 50 pixels down.
+"""
+
+import json
+import random
 
 import pytest
 
-from nanogap.evaluate.score import PADDED, is_hit, score, summary, table, wilson
-from nanogap.models import MODELS
+from nanogap.evaluate.score import PROTOCOLS, READERS, is_hit, score, summary, table, wilson
+from nanogap.image import iou
 
-TRUTH = (20.0, 0.0, 100.0, 70.0)   # in a picture of 200 x 100
+TRUTH, SIZE = (20.0, 0.0, 100.0, 70.0), (200, 100)
+
+
+def box_of(protocol: str, text: str) -> tuple | None:
+    box, _ = score(protocol, text, None, TRUTH, *SIZE)
+    return box and tuple(round(v, 6) for v in box)
 
 
 def test_wilsons_interval_by_hand():
@@ -24,49 +36,213 @@ def test_a_share_is_never_below_none_or_above_all():
         assert high <= 1 and 0 < low < 1
 
 
+# ----- each protocol by hand ----------------------------------------------------------------------
+
+
 def test_in_pixels_half_a_box_is_just_found():
-    assert score("pixels", "", (20, 0, 100, 35), TRUTH, 200, 100) == ((20, 0, 100, 35), 0.5)
+    assert score("pixels", "", (20, 0, 100, 35), TRUTH, *SIZE) == ((20, 0, 100, 35), 0.5)
     assert is_hit(0.5, "pixels") and not is_hit(0.499, "pixels")
+
+
+@pytest.mark.parametrize("text, box", [
+    ("{<10><0><50><70>}", (20, 0, 100, 70)),
+    (" {< 1 0 ><0> <50><70>}</s>", (20, 0, 100, 70)),          # blanks go, also inside a number
+    ("{<10><0><unk><50><70>}", (20, 0, 100, 70)),
+    ("{<10><0><50><70>} a man", (20, 0, 100, 70)),
+    ("{<10><0><50><70>} one of 2", None),                      # five numbers
+    ("{<10><0><50><70>}{<1><2><3><4>}", None),
+    ("It is {<10><0><50><70>}", None),                         # not at the start
+    ("{<10><0><50>}", None), ("{<1000><0><50><70>}", None), ("[0.10, 0.00, 0.50, 0.70]", None),
+    ("{<10><0><500><70>}", (20, 0, 1000, 70)),                 # no range is asked
+    ("{<50><70><10><0>}", (100, 70, 20, 0)),                   # nor an order
+    ("\n{<10><0><50><70>}", (20, 0, 100, 70)), ("", None)])
+def test_minigpts_reading(text: str, box: tuple | None):
+    assert box_of("minigpt", text) == box
 
 
 def test_minigpt_adds_a_pixel_to_every_side_and_wants_more_than_half():
     """81 x 36 of 81 x 71 pixels."""
-    _, iou = score("minigpt", "", (20, 0, 100, 35), TRUTH, 200, 100)
-    assert iou == pytest.approx(36 / 71)
+    _, overlap = score("minigpt", "{<10><0><50><35>}", None, TRUTH, *SIZE)
+    assert overlap == pytest.approx(36 / 71)
     assert not is_hit(0.5, "minigpt") and is_hit(0.501, "minigpt")
+
+
+@pytest.mark.parametrize("text, box", [
+    ("Answer: [0.100,0.250,0.500,0.600] .", (20, 0, 100, 70)),
+    ("[0.1,0.25,0.5,0.6]", (20, 0, 100, 70)),                  # as many digits as it likes
+    ("[0.100, 0.250, 0.500, 0.600]", None),                    # a blank
+    ("[.1,.25,.5,.6]", None), ("[10.1,0.2,0.5,0.6]", None), ("[-0.1,0.2,0.5,0.6]", None),
+    ("[0.1,0.25,0.5,0.6;0.1,0.1,0.2,0.2]", None),              # two boxes
+    ("[0.1,0.25,0.5,0.6] or [0.1,0.1,0.2,0.2]", None),         # two brackets
+    ("[the man] [0.1,0.25,0.5,0.6]; there", (20, 0, 100, 70)),  # the first is none
+    ("[0.1,0.25,0.5,0.6] [0.1, 0.1, 0.2, 0.2]", (20, 0, 100, 70)),
+    ("[2.0,0.25,0.5,0.6]", (400, 0, 100, 70)),                 # no range is asked
+    ("[0.1,0.25,0.5]", None), ("(0.1,0.25,0.5,0.6)", None), ("", None)])
+def test_shikras_reading(text: str, box: tuple | None):
+    assert box_of("shikra", text) == box
+
+
+def test_shikra_counts_in_the_padded_square_in_thousandths():
+    """(20, 25, 100, 60.2) begins at 75 of 200 down and ends at 110.2: 0.551."""
+    truth = (20.0, 25.0, 100.0, 60.2)
+    _, overlap = score("shikra", "[0.100,0.375,0.500,0.550]", None, truth, *SIZE)
+    assert overlap == pytest.approx(0.175 / 0.176)
+    _, half = score("shikra", "[0.100,0.250,0.500,0.425]", None, TRUTH, *SIZE)
+    assert half == 0.5 and not is_hit(half, "shikra")
+
+
+@pytest.mark.parametrize("text, box", [
+    ("[0.10, 0.25, 0.50, 0.60]", (20, 25, 100, 60)),           # of the picture, not the square
+    ("[ 0.1,0.25,  0.5, 0.6 ]", (20, 25, 100, 60)),
+    ("[.10, .25, .50, .60]", None), ("[0.1 , 0.25, 0.5, 0.6]", None),
+    ("[1, 2] [0.1, 0.25, 0.5, 0.6] [0.2, 0.2, 0.4, 0.4]", (20, 25, 100, 60)),   # the first
+    ("[0.1, 0.25, 1.2, 0.6]", (20, 25, 240, 60)), ("[-0.1, 0, 0.5, 0.6]", (-20, 0, 100, 60)),
+    ("[100, 250, 500, 600]", (20000, 25000, 100000, 60000)),
+    ("[0.1, 0.25, 0.5, 0.6, 0.7]", None), ("over there", None)])
+def test_lmms_evals_reading(text: str, box: tuple | None):
+    assert box_of("lmms-eval", text) == box
 
 
 def test_lmms_eval_takes_shares_of_the_square_for_shares_of_the_picture():
     """0.25 and 0.60 of the height of 100 are 25 and 60: half of the truth, which is 0 to 70."""
-    box, iou = score("lmms-eval", "[0.10, 0.25, 0.50, 0.60]", TRUTH, TRUTH, 200, 100)
-    assert box == pytest.approx((20, 25, 100, 60)) and iou == pytest.approx(0.5)
+    assert score("lmms-eval", "[0.10, 0.25, 0.50, 0.60]", None, TRUTH,
+                 *SIZE)[1] == pytest.approx(0.5)
 
 
-def test_shikra_counts_in_the_padded_square_in_thousandths():
-    """200 x 100 pixels: 50 of padding above, so (20, 25, 100, 60) is at (75, 110) of 200 down."""
-    truth = (20.0, 25.0, 100.0, 60.2)
-    said, pixels = "Answer: [0.100,0.375,0.500,0.550] .", (20.0, 25.0, 100.0, 60.0)
-    parse = MODELS["shikra"].box_format.parse
-    assert PADDED.from_pixels(truth, 200, 100) == (0.1, 0.375, 0.5, 0.551)
-    box, overlap = score("shikra", said, pixels, truth, 200, 100, parse)
-    assert box == pixels and overlap == pytest.approx(0.175 / 0.176)
-    for bad in ("[0.100,0.375,0.500,0.550;0.1,0.1,0.2,0.2]", said + " [0.1,0.1,0.2,0.2]", "no"):
-        assert score("shikra", bad, pixels, truth, 200, 100, parse) == (None, 0.0)
-    assert not is_hit(0.5, "shikra") and is_hit(0.5, "pixels")
+@pytest.mark.parametrize("text, box", [
+    ("[0.1, 0.0, 0.5, 0.7]", (20, 0, 100, 70)), ("[100 0 500 700]", (20, 0, 100, 70)),
+    ("[0.1, 0.0, 1.5, 0.7]", (20, 0, 200, 70)),                # 1.5 is a share, and clipped
+    ("[0.1, 0.0, 1.6, 0.7]", (0.02, 0, 0.32, 0.07)),           # 1.6 is a thousandth
+    ("[20, 0, 1001, 70]", (20, 0, 200, 70)),                   # beyond 1000: pixels
+    ("[500, 700, 100, 0]", (20, 0, 100, 70)),                  # corners are put in order
+    ("<box>(100,0),(500,700)</box>", (20, 0, 100, 70)),        # no bracket: the first four
+    ("in 1 picture: 100, 0, 500, 700", (0.2, 10, 0, 50)),
+    ("[1, 2, 3] then [0.1,0,0.5,.7]", (20, 0, 100, 70)),
+    ("[1, 2, 3]", None), ("none", None),
+    ("[1e2, 0, 5e2, 7e2]", (20, 0, 100, 70)), ("[-100, 0, 500, 700]", (0, 0, 100, 70))])
+def test_vlmevalkits_reading(text: str, box: tuple | None):
+    if text.startswith("in 1"):
+        box = (0.2, 0, 20, 50)                                 # 1, 100, 0, 500: put in order
+        assert box_of("vlmevalkit", text) == (0.0, 10.0, 0.2, 50.0)
+        return
+    assert box_of("vlmevalkit", text) == box
 
 
-def test_lmms_eval_reads_the_numbers_in_the_format_of_the_model():
-    box, _ = score("lmms-eval", "anything", None, TRUTH, 200, 100, lambda text: (0, 0, 0.5, 0.7))
-    assert box == (0, 0, 100, 70)
+def test_numbers_beyond_any_picture_are_no_box_and_stay_finite():
+    """Of 400 digits; VLMEvalKit clips it, as its code does."""
+    huge = "9" * 400
+    for text in (f"{{<{huge}><0><50><70>}}", f"[0.1,0.2,{huge}.0,0.4]", f"[{huge}, 1, 2, {huge}]"):
+        for protocol in READERS:
+            box, overlap = score(protocol, text, None, TRUTH, *SIZE)
+            json.dumps([box, overlap], allow_nan=False)
+            assert box is None or protocol == "vlmevalkit" and max(box) <= 200
+    assert box_of("minigpt", "{<10><0><50><70>} " + "9" * 5000) is None
 
 
-@pytest.mark.parametrize("protocol", ["pixels", "minigpt", "lmms-eval"])
-def test_no_box_overlaps_nothing(protocol: str):
-    assert score(protocol, "over there", None, TRUTH, 200, 100) == (None, 0.0)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_words_are_no_box(protocol: str):
+    assert score(protocol, "over there", None, TRUTH, *SIZE) == (None, 0.0)
+
+
+# ----- a second, plain reading of each rule -------------------------------------------------------
+
+
+def minigpt_again(text: str) -> list[float] | None:
+    said = "".join(text.split("<unk>")).replace(" ", "").strip()
+    numbers, digits = [], ""
+    for c in said + "x":
+        if c.isdigit():
+            digits += c
+        elif digits:
+            numbers.append(digits)
+            digits = ""
+    if len(numbers) != 4 or not all(1 <= len(number) <= 3 for number in numbers):
+        return None
+    form = "{" + "".join(f"<{number}>" for number in numbers) + "}"
+    return [int(n) * side / 100 for n, side in zip(numbers, SIZE * 2, strict=True)] \
+        if said.startswith(form) else None
+
+
+def shikra_again(text: str) -> list[float] | None:
+    found = []
+    for at, c in enumerate(text):
+        inside = text[at + 1:text.find("]", at)] if c == "[" and "]" in text[at:] else ""
+        boxes = [box.split(",") for box in inside.split(";")]
+        if inside and all(len(box) == 4 and all(is_shikras(n) for n in box) for box in boxes):
+            found.append(boxes)
+    if len(found) != 1 or len(found[0]) != 1:
+        return None
+    return [float(n) * 200 - pad for n, pad in zip(found[0][0], (0, 50, 0, 50), strict=True)]
+
+
+def is_shikras(number: str) -> bool:
+    whole, point, rest = number.partition(".")
+    return len(whole) == 1 and whole.isdigit() and (not rest or rest.isdigit())
+
+
+def lmms_eval_again(text: str) -> list[float] | None:
+    for start in [i for i, c in enumerate(text) if c == "["]:
+        inside = text[start + 1:].partition("]")[0]
+        if "]" not in text[start:] or "[" in inside:
+            continue
+        parts = inside.split(",")
+        parts = [part.lstrip() for part in parts]
+        parts[-1] = parts[-1].rstrip()
+        if len(parts) == 4 and all(is_lmms_evals(part) for part in parts):
+            return [float(n) * side for n, side in zip(parts, SIZE * 2, strict=True)]
+    return None
+
+
+def is_lmms_evals(number: str) -> bool:
+    whole, point, rest = number.removeprefix("-").partition(".")
+    return whole.isdigit() and (rest.isdigit() if point else not rest)
+
+
+PIECES = ["[", "]", "{", "}", "<", ">", ",", ", ", " ", ";", "<unk>", "0.1", "0.25", ".5", "0.600",
+          "10", "50", "-0.1", "1.2", "the man ", "Answer: ", "[0.1,0.2,0.5,0.6]",
+          "{<1><2><50><60>}",
+          "[0.10, 0.20, 0.50, 0.60]", "[0.1,0.2,0.5", "<10><0>"]
+
+
+def generated(count: int) -> list[str]:
+    """Answers of pieces: most are odd, and some are whole boxes with something around them."""
+    draw = random.Random(5)
+    return ["".join(draw.choices(PIECES, k=draw.randint(1, 6))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("protocol, again", [
+    ("minigpt", minigpt_again), ("shikra", shikra_again), ("lmms-eval", lmms_eval_again)])
+def test_generated_answers_are_read_as_a_plain_reading_of_the_rule_does(protocol: str, again):
+    read = 0
+    for text in generated(6000):
+        box, expected = box_of(protocol, text), again(text)
+        assert (box is None) == (expected is None), text
+        if box:
+            assert box == pytest.approx(tuple(expected)), text
+            read += 1
+    assert read > 80
+
+
+def test_vlmevalkit_reads_whatever_has_four_numbers():
+    draw = random.Random(3)
+    for _ in range(2000):
+        most = draw.choice([1, 1.5, 30, 1000, 5000])
+        numbers = [round(draw.uniform(-most / 9, most), 2) for _ in range(4)]
+        text = draw.choice(["[{}, {}, {}, {}]", "({},{}),({},{})", "x {} y {} to {} and {}"])
+        most = max(map(abs, numbers))
+        by = 1 if most <= 1.5 else 1000 if most <= 1000 else None
+        x1, y1, x2, y2 = (min(max(v if by is None else v / by * side, 0), side)
+                          for v, side in zip(numbers, SIZE * 2, strict=True))
+        plain = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        box, overlap = score("vlmevalkit", text.format(*numbers), None, TRUTH, *SIZE)
+        assert box == pytest.approx(plain) and overlap == pytest.approx(iou(plain, TRUTH))
+
+
+# ----- a row of the table -------------------------------------------------------------------------
 
 
 def record(iou: float, box: list | None, tokens: float = 8, keep: int | None = 8) -> dict:
-    return {"prune": "trim", "keep": keep, "mode": "gap", "iou": iou, "box": box,
+    return {"prune": "trim", "keep": keep, "mode": "gap", "iou": iou, "box": box, "text": "",
             "cut_off": False, "padding": 0.25, "visual_tokens": tokens, "prefill_ms": 10 * tokens,
             "decode_ms": 50.0}
 
@@ -84,6 +260,11 @@ def test_a_row_counts_hits_boxes_and_means_of_its_own_run_only():
                    "visual_tokens": 8.0, "prefill_ms": 80.0, "decode_ms": 50.0}
 
 
+def test_an_expression_without_an_answer_is_wrong_and_no_answer_without_a_box():
+    row = summary([*FOUR, record(0.0, None) | {"text": None}], ("trim", 8, "gap"), "pixels")
+    assert (row["accuracy"], row["no_box"]) == (2 / 5, 1 / 4)
+
+
 def test_the_protocol_decides_whether_just_half_counts():
     assert summary(FOUR, ("trim", 8, "gap"), "minigpt")["accuracy"] == 0.25
 
@@ -95,26 +276,16 @@ def test_a_budget_that_the_strategy_finds_is_auto_and_its_tokens_are_a_mean():
                             "0.000", "0.250", "115", "ms", "50", "ms"]
 
 
-def test_where_no_times_were_taken_there_is_no_column_for_them():
-    untimed = [r | {"prefill_ms": None, "decode_ms": None} for r in FOUR]
-    head, line = table([summary(untimed, ("trim", 8, "gap"), "pixels")]).split("\n")
-    assert "prefill" not in head and line.endswith("0.497   0.250    0.250")
-
-
-def test_times_of_some_rows_only_have_no_column_either():
+def test_times_have_a_column_where_all_rows_have_them():
     rows = [summary(FOUR, ("trim", 8, "gap"), "pixels")]
     rows.append(rows[0] | {"prefill_ms": None, "decode_ms": None})
     assert "prefill" in table(rows[:1]) and "ms" not in table(rows)
+    assert table(rows[1:]).endswith("0.497   0.250    0.250")
 
 
-def test_what_nobody_measured_is_a_dash():
-    unknown = {"padding": None, "visual_tokens": None, "keep": None}
-    row = summary([r | unknown for r in FOUR], ("trim", None, "gap"), "pixels")
-    assert table([row]).split("\n")[1].split()[:4] == ["trim", "-", "-", "gap"]
-    assert table([row]).split("\n")[1].split()[8] == "-"
-
-
-def test_a_long_name_widens_its_column():
-    row = summary([r | {"prune": "x" * 30} for r in FOUR], ("x" * 30, 8, "gap"), "pixels")
+def test_what_nobody_measured_is_a_dash_and_a_long_name_widens_its_column():
+    unknown = {"padding": None, "visual_tokens": None, "keep": None, "prune": "x" * 30}
+    row = summary([r | unknown for r in FOUR], ("x" * 30, None, "gap"), "pixels")
     head, line = table([row]).split("\n")
-    assert len(head) == len(line) and head.index("mode") == line.index("gap")
+    assert line.split()[:4] == ["x" * 30, "-", "-", "gap"] and line.split()[8] == "-"
+    assert head.index("mode") == line.index("gap")

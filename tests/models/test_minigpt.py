@@ -1,7 +1,6 @@
 """MiniGPT-v2: EVA's tower, four neighbours to one token, boxes in hundredths, and its files."""
 
 import json
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +12,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import nanogap
-import run
-from nanogap import NanogapError, weights
-from nanogap.bench import __main__ as bench
-from nanogap.bench import sizes
-from nanogap.checks.command import answer_for
 from nanogap.clip import CLIPVisionConfig
-from nanogap.evaluate import __main__ as evaluate
-from nanogap.fast.decode import decode_drafted
-from nanogap.fast.graph import GraphedDecoder
+from nanogap.errors import NanogapError
 from nanogap.gap import lay_out
-from nanogap.image import Stretch
-from nanogap.methods.in_decoder import prefill
 from nanogap.models.eva import VIT_G_14, EvaTower, interpolate_positions
+from nanogap.models.frames import Stretch
 from nanogap.models.minigpt import (
     HUNDREDTHS,
     LLAMA_2,
@@ -34,10 +25,21 @@ from nanogap.models.minigpt import (
     four_to_one,
     mean_of_four,
 )
-from nanogap.prompt import Draft, Form, draft, encode
-from nanogap.prune import STRATEGIES, Kept, in_decoder, needs_of
+from nanogap.models.saving import save
+from nanogap.prompt import encode
+from nanogap.prune import STRATEGIES, needs_of
+from nanogap.show.draw import dim_dropped
+from nanogap.show.explain import explain
 from nanogap.train.tokenizer import train_llama_tokenizer
-from tests.models.test_reference import PUBLISHED, assert_same, live, needs_published
+from nanogap.weights import read_config
+from tests.models.test_reference import (
+    PUBLISHED,
+    assert_same,
+    assert_stored,
+    live,
+    needs_published,
+)
+from tests.models.test_reference import our_answer as our_answer_to
 from tests.reference.make_minigpt import (
     KEEP,
     MODES,
@@ -52,7 +54,6 @@ from tests.reference.make_minigpt import (
     their_hidden,
     tiny_config,
 )
-from tests.reference.make_reference import VOCABULARY
 from tests.tiny import write_finder, write_tensors
 
 READS_WORDS = [name for name in STRATEGIES if needs_of(name) & {"text", "aligned"}]
@@ -149,79 +150,6 @@ def test_a_hostile_answer_is_read_in_no_time():
         assert HUNDREDTHS.parse(text) is None
 
 
-# ----- drafts -------------------------------------------------------------------------------------
-
-
-def spelled(form_or_draft: Sequence[tuple[int, ...]], tokenizer: Tokenizer) -> list[str]:
-    return ["".join(map(tokenizer.id_to_token, tokens)) for tokens in form_or_draft]
-
-
-def test_of_a_box_two_digits_for_each_number_are_foretold():
-    tokenizer = tiny_tokenizer()
-    form = spelled(HUNDREDTHS.foretell(tokenizer), tokenizer)
-    number = ["1234567890"] * 2
-    between = [">", "<"]
-    assert form == ["▁", "{", "<", *number, *(between + number) * 3, ">", "}"]
-
-
-@pytest.mark.parametrize("said, chain, choice", [
-    ("{<12", "><", True),
-    ("{<1", "", True),                       # a second digit, or the end of the number
-    ("{<5>", "<", True),                     # a number of one digit
-    ("{<100", "><", True),                   # and of three
-    ("{<5><100><40><7", "", True),
-    ("{<5><100><40><100", ">}", False),
-    ("{<5><100><40><100>}", "", False),      # the end: nothing behind it
-    ("{<1000", "><", True),                  # no number, but as harmless as any other wrong draft
-    ("{5", "", False), ("<12", "", False)])
-def test_drafts_go_on_where_a_number_has_a_digit_fewer_or_more(
-        said: str, chain: str, choice: bool):
-    tokenizer = tiny_tokenizer()
-    drafted = draft(HUNDREDTHS.foretell(tokenizer), encode(tokenizer, said), 20)
-    assert "".join(spelled([(token,) for token in drafted.chain], tokenizer)) == chain
-    assert spelled([drafted.choice], tokenizer) == ["1234567890" if choice else ""]
-
-
-FORM = [(7,), (1, 2, 3), (1, 2, 3), (8,), (1, 2, 3), (1, 2, 3), (9,)]   # <12|34>
-
-
-def test_a_number_with_a_digit_fewer_or_more_moves_what_comes_behind_it():
-    assert draft(FORM, [7, 1, 2], 10) == Draft((8,), (1, 2, 3))
-    assert draft(FORM, [7, 1, 8], 10) == Draft((), (1, 2, 3))
-    assert draft(FORM, [7, 1, 2, 3], 10) == Draft((8,), (1, 2, 3))
-    assert draft(FORM, [7, 1, 8, 2, 9], 10) == Draft()
-    for no_box in ([7, 8], [7, 1, 2, 9], [1]):
-        assert draft(FORM, no_box, 10) == Draft()
-
-
-def answer(model: MiniGPT, form: Form, most: int) -> tuple[list[int], int]:
-    """What a model says of noise with this form foretold, and in how many passes."""
-    image = model.encode_pixels(pixel_values(), 112, 112)
-    layout = lay_out(torch.tensor(KEEP), 4, 16, 4, "gap")
-    x = model.embed(torch.tensor(PROMPT), image, Kept(torch.tensor(KEEP)), layout.order)
-    room = most + max(map(len, form), default=0)
-    prompt = prefill(model.language_model, x, layout, drafted=draft(form, [], most - 1), room=room)
-    return list(decode_drafted(prompt, most, [], form)), prompt.passes
-
-
-@pytest.mark.parametrize("digits, passes", [(1, 3), (2, 3), (3, 3), (4, 15)])
-def test_drafts_change_no_word_whatever_the_number_of_digits(
-        tiny: MiniGPT, digits: int, passes: int):
-    """The true answer, of which one token is foretold as a number of two digits.
-
-    With more than a digit fewer or more than it has nothing is drafted any more.
-    """
-    plain, slow = answer(tiny, [], 20)
-    assert slow == 19
-    assert len(set(plain[5:12])) == 7                    # no token is taken for another's place
-    others = tuple(set(range(600, 603)) - set(plain))
-    number = tuple(plain[8:8 + min(digits, 3)])
-    chain = [(token,) for token in plain]
-    form = chain[:8] + 2 * [(*number, *others)] + chain[8 + digits:]
-    said, fast = answer(tiny, form, 20)
-    assert said == plain and fast <= passes
-
-
 # ----- four to one --------------------------------------------------------------------------------
 
 
@@ -250,11 +178,10 @@ def test_scores_of_a_token_are_the_mean_over_its_four_patches():
 def test_a_token_shows_the_rectangle_of_its_four_patches(tiny: MiniGPT):
     """80 x 40 pixels in 8 rows of 2 tokens: each shows 40 x 5 of them."""
     image = tiny.encode_image(Image.new("RGB", (80, 40)))
-    assert image.at[[0, 1, 2, 15]].tolist() == [
+    assert tiny.cells(image)[[0, 1, 2, 15]].tolist() == [
         [0, 0, 40, 5], [40, 0, 80, 5], [0, 5, 40, 10], [40, 35, 80, 40]]
-    seen = image.views[0].seen
-    assert (seen.rows, seen.columns, image.n_visual) == (8, 2, 16)
-    assert image.padding(torch.arange(16)) == 0
+    assert (image.rows, image.columns, image.n_visual) == (8, 2, 16)
+    assert tiny.padding(image, torch.arange(16)) == 0
 
 
 # ----- the frame ----------------------------------------------------------------------------------
@@ -266,12 +193,9 @@ def test_a_picture_is_stretched_and_its_box_is_a_share_of_each_side():
     left_half.paste((255, 255, 255), (0, 0, 100, 100))
     assert frame.fit(left_half, 8).getpixel((1, 7)) == (255, 255, 255)
     assert frame.fit(left_half, 8).getpixel((6, 0)) == (0, 0, 0)
-    assert frame.square(left_half).size == (200, 200)
     assert frame.to_pixels((0.0, 0.25, 0.5, 1.0), 200, 100) == (0, 25, 100, 100)
     assert frame.from_pixels((0, 25, 100, 100), 200, 100) == (0.0, 0.25, 0.5, 1.0)
     assert frame.to_pixels((-0.5, 0.0, 1.5, 1.0), 200, 100) == (0, 0, 200, 100)
-    with pytest.raises(ValueError, match="not a box"):
-        frame.to_pixels((0.5, 0.0, 0.5, 1.0), 200, 100)
 
 
 # ----- the position table -------------------------------------------------------------------------
@@ -330,13 +254,10 @@ def hidden(model: MiniGPT) -> Tensor:
 
 def our_answer(model: MiniGPT, mode: str) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
-    kept = Kept(torch.arange(16) if mode == "full" else torch.tensor(KEEP))
-    image, input_ids = model.encode_pixels(pixel_values(), 112, 112), torch.tensor(PROMPT)
-    layout = lay_out(kept.keep, 4, 16, 4, mode)
-    assert (layout.keep.tolist(), layout.position_ids.tolist()) == MODES[mode]
-    x = model.embed(input_ids, image, kept, layout.order)
-    return (model(input_ids, pixel_values(), kept.keep, mode),
-            model.generate(x, layout, NEW_TOKENS))
+    layout = lay_out(torch.tensor(KEEP) if mode != "full" else torch.arange(16), 4, 16, 4, mode)
+    assert (layout.kept.tolist(), layout.position_ids.tolist()) == MODES[mode]
+    keep = None if mode == "full" else KEEP
+    return our_answer_to(model, PROMPT, pixel_values(), keep, mode, NEW_TOKENS)
 
 
 def test_features_logits_and_words_are_those_that_transformers_gave(loaded):
@@ -346,18 +267,7 @@ def test_features_logits_and_words_are_those_that_transformers_gave(loaded):
     assert float(hidden(model).double().abs().sum()) == pytest.approx(stored["sum"], rel=2e-5)
     for mode in MODES:
         logits, words = our_answer(model, mode)
-        expected = stored[mode]
-        logits = logits[positions(mode)]
-        assert_same(logits[:, VOCABULARY], expected["sample"], expected["largest"])
-        assert_same(logits.double().abs().sum(-1),
-                    torch.tensor(expected["absolute_sums"], dtype=torch.double))
-        assert words == expected["words"]
-
-
-def test_the_stored_answers_differ_from_table_to_table_and_from_mode_to_mode():
-    stored = json.loads(OUTPUTS.read_text())
-    sums = [stored[name][mode]["absolute_sums"][-1] for name in TABLES for mode in MODES]
-    assert len(set(sums)) == 8
+        assert_stored(logits[positions(mode)], words, stored[mode])
 
 
 @live
@@ -398,7 +308,7 @@ def test_what_the_tower_says_of_patches_is_averaged_over_tokens(tiny: MiniGPT):
     """Written out from the weights: the last block's attention of CLS, its queries and keys."""
     image = tiny.encode_image(pixels := Image.new("RGB", (30, 20), (200, 90, 30)))
     needs = {"cls", "cls_attention", "keys", "last_queries", "last_keys"}
-    fields = tiny.fields(image, 0, needs)
+    fields = tiny.fields(image, needs)
     assert {name: tuple(value.shape) for name, value in fields.items()} == {
         "cls": (128,), "cls_attention": (2, 16), "keys": (16, 16), "last_queries": (17, 32),
         "last_keys": (17, 32)}
@@ -422,14 +332,12 @@ def test_what_the_tower_says_of_patches_is_averaged_over_tokens(tiny: MiniGPT):
 @pytest.mark.parametrize("prune", [name for name in STRATEGIES if name not in READS_WORDS])
 def test_every_strategy_that_reads_no_words_prunes(tiny: MiniGPT, prune: str):
     picture = Image.effect_noise((60, 40), 80).convert("RGB")
-    keep = 12 if in_decoder(prune) else 6
-    result = tiny.ground(picture, "the man", prune, keep, max_new_tokens=3)
+    result = tiny.ground(picture, "the man", prune, 6, max_new_tokens=3)
     P, A = tiny.around_image(tiny.prompt("the man"))
-    assert 0 < len(result.keep) <= keep and result.next_position == P + 16 + A
-    if not in_decoder(prune):
-        ids = result.position_ids[P:P + len(result.keep)]
-        assert ids.tolist() == (P + result.keep).tolist() == sorted(ids.tolist())
-        assert result.position_ids[-A:].tolist() == list(range(P + 16, P + 16 + A))
+    assert 0 < len(result.keep) <= 6 and result.next_position == P + 16 + A
+    ids = result.position_ids[P:P + len(result.keep)]
+    assert ids.tolist() == (P + result.keep).tolist() == sorted(ids.tolist())
+    assert result.position_ids[-A:].tolist() == list(range(P + 16, P + 16 + A))
 
 
 @pytest.mark.parametrize("prune", READS_WORDS)
@@ -447,7 +355,7 @@ def test_a_strategy_that_reads_words_says_that_there_is_no_text_tower(tiny: Mini
 
 def test_a_model_is_written_under_the_published_names_and_read_again(
         tiny: MiniGPT, folder: Path, tmp_path: Path):
-    weights.save(tmp_path, tiny, torch.float32)
+    save(tmp_path, tiny, torch.float32)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     again = nanogap.load(tmp_path, "cpu")
@@ -461,48 +369,26 @@ def test_a_model_is_written_under_the_published_names_and_read_again(
         assert name.encode() in header
 
 
-def refusal(folder: Path) -> str:
-    with pytest.raises(NanogapError) as caught:
-        nanogap.load(folder, "cpu")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def test_a_position_table_that_is_no_square_is_not_interpolated(tiny: MiniGPT):
+    model, state = deepcopy(tiny), tiny.state_dict()
+    for shape in ((1, 16, 32), (1, 17, 31)):
+        state["vision_tower.pos_embed"] = torch.zeros(shape)
+        with pytest.raises(RuntimeError, match="size mismatch for vision_tower.pos_embed"):
+            model.load_state_dict(state)
 
 
-def test_a_position_table_that_is_no_square_is_refused(tmp_path: Path):
-    write_tiny(tmp_path)
-    state = tensors() | {"visual_encoder.pos_embed": torch.zeros(1, 16, 32)}
-    write_tensors(tmp_path / "model.safetensors", state)
-    assert "visual_encoder.pos_embed is torch.float32 [1, 16, 32]" in refusal(tmp_path)
-    state = tensors() | {"visual_encoder.pos_embed": torch.zeros(1, 17, 31)}
-    write_tensors(tmp_path / "model.safetensors", state)
-    assert "visual_encoder.pos_embed is torch.float32 [1, 65, 31]" in refusal(tmp_path)
-
-
-def test_what_the_tower_does_not_run_is_refused_by_its_name(tmp_path: Path):
-    """convert leaves block 39, the norm behind it and the head out."""
-    write_tiny(tmp_path, **{"visual_encoder.norm.weight": torch.zeros(32)})
-    assert "visual_encoder.norm.weight, which is not a part of this model" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("key, value, says", [
-    ("image_size", 84, "image_size 84 makes 6 patches to a row, and MiniGPT-v2 makes one token of "
-                       "every 4 of them"),
-    ("hidden_act", "quick_gelu", "hidden_act is 'quick_gelu'; nanogap implements 'gelu' only"),
-    ("num_attention_heads", 3, "vision_config makes no sense"),
-    ("num_hidden_layers", 0, "num_hidden_layers is 0, not a whole number")])
-def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, key: str, value: object,
-                                                 says: str):
-    config = json.loads((write_tiny(tmp_path) / "config.json").read_text())
-    config["vision_config"][key] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert says in refusal(tmp_path)
+def test_four_patches_must_stand_side_by_side_in_a_row():
+    vision = replace(tiny_config().vision, image_size=84)
+    with pytest.raises(NanogapError, match="image_size 84 makes 6 patches to a row, and MiniGPT-v2 "
+                                           "makes one token of every 4 of them"):
+        replace(tiny_config(), vision=vision)
 
 
 def test_what_config_json_leaves_out_is_as_published(tmp_path: Path):
     text = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
     (tmp_path / "config.json").write_text(json.dumps(
         {"model_type": "minigpt_v2", "text_config": text}))
-    read = MiniGPT.read_config(tmp_path)
+    read = read_config(tmp_path, MiniGPT)
     assert read.vision == VIT_G_14 == CLIPVisionConfig(1408, 6144, 39, 16, 448, 14, 1e-6)
     assert (read.image_token, read.bos_token, read.eos_token) == (32000, 1, 2)
     assert (read.text.hidden_size, read.text.rms_norm_eps) == (4096, 1e-5)
@@ -525,94 +411,31 @@ def test_at_full_size_it_has_the_published_tensors_and_parameters(tmp_path: Path
     assert len(model.state_dict()) == 511 + 2 + 2 + 291
 
 
-# ----- the commands -------------------------------------------------------------------------------
-
-BOX = "{<10><25><50><60>}"
+# ----- what is shown ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def finder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that answers every question with BOX, one token, and stops."""
-    return write_finder(folder, tmp_path_factory.mktemp("finder"), BOX)
+def test_an_answer_is_a_box_in_pixels_of_the_picture(folder: Path, tmp_path: Path):
+    finder = nanogap.load(write_finder(folder, tmp_path / "finder", "{<10><25><50><60>}"), "cpu")
+    for mode in ("full", "gap"):
+        found = finder.ground(Image.new("RGB", (100, 50)), "the man", keep=4, mode=mode)
+        assert (found.text, found.box) == ("{<10><25><50><60>}", (10, 12.5, 50, 30))
 
 
-@pytest.fixture
-def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A grey picture of 100 x 50 pixels in an empty folder, from which commands are run."""
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (100, 50), (120, 120, 120)).save("photo.png")
-    return "photo.png"
-
-
-def test_the_command_gives_boxes_in_pixels_of_the_picture(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    argv = [photo, "the man", "--weights", str(finder), "--keep", "4", "--json"]
-    assert run.main(argv) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert [(one["mode"], one["text"], one["box"], one["visual_tokens"])
-            for one in document["runs"]] == [
-        ("full", BOX, [10, 12.5, 50, 30], 16), ("shifted", BOX, [10, 12.5, 50, 30], 4),
-        ("gap", BOX, [10, 12.5, 50, 30], 4)]
-    assert Path(document["picture"]).is_file()
-
-
-def test_a_kept_token_is_drawn_over_the_four_patches_that_it_shows(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+def test_a_kept_token_is_drawn_over_the_four_patches_that_it_shows(tiny: MiniGPT):
     """Tokens 2 and 5 of 8 rows of 2: the left half of row 1 and the right half of row 2."""
-    model = nanogap.load(finder, "cpu")
-    image = model.encode_image(photo)
-    drawn = nanogap.show.draw.dim_dropped(Image.open(photo).convert("RGB"), [2, 5], image.at)
+    photo = Image.new("RGB", (100, 50), (120, 120, 120))
+    drawn = dim_dropped(photo, [2, 5], tiny.cells(tiny.encode_image(photo)))
     bright = [[drawn.getpixel((x, y)) == (120, 120, 120) for x in (2, 47, 52, 97)]
               for y in (3, 9, 15, 21)]
     assert bright == [[False] * 4, [True, True, False, False], [False, False, True, True],
                       [False] * 4]
 
 
-def test_explain_says_how_the_picture_becomes_tokens(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "the man", "--weights", str(finder), "--keep", "4", "--explain",
-                     "--mode", "gap"]) == 0
+def test_explain_says_how_the_picture_becomes_tokens(tiny: MiniGPT, capsys: pytest.CaptureFixture):
+    image = tiny.encode_image(Image.new("RGB", (100, 50)))
+    explain(tiny, image, "the man", {"gap": tiny.ground(image, "the man", keep=4)})
     out = capsys.readouterr().out
     for line in ("100 x 50 pixels, stretched to a square,", "8 x 8 patches of 14 pixels",
                  "8 x 2 tokens", "features (16, 128)", "4 of 16"):
         assert line in out
     assert "padded" not in out and "CLIP" not in out
-
-
-def test_an_evaluation_counts_as_minigpt_does(
-        photo: str, finder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Said: 10..50 x 12.5..30 pixels; true: the same, and half of it."""
-    Image.open(photo).save("COCO_train2014_000000000007.jpg")
-    entries = [{"img_id": f"COCO_train2014_000000000007_{i}", "sents": f"thing {i}", "bbox": box,
-                "height": 50, "width": 100}
-               for i, box in enumerate([[10, 12.5, 40, 17.5], [10, 12.5, 20, 17.5]])]
-    (tmp_path / "minigpt.json").write_text(json.dumps(entries))
-    argv = ["--weights", str(finder), "--data", "minigpt.json", "--images", ".", "--mode", "gap",
-            "--keep", "4", "--protocol", "minigpt", "--out", "answers.jsonl", "--json",
-            "--device", "cpu"]
-    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 0
-    lines = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
-    assert [line["iou"] for line in lines] == pytest.approx([1, 21 / 41])
-    assert lines[0]["box"] == [10, 12.5, 50, 30] and lines[0]["text"] == BOX
-
-
-@pytest.mark.parametrize("how", [["--against", "transformers"], ["--agree"]])
-def test_the_bench_compares_only_what_transformers_has(
-        finder: Path, how: list[str], capsys: pytest.CaptureFixture):
-    pytest.importorskip("transformers")
-    argv = ["--weights", str(finder), *how]
-    assert answer_for("nanogap.bench", bench.command, argv) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "holds a 'minigpt_v2' model, and transformers has only llava and llava_next" in err
-
-
-def test_the_bench_measures_it_with_a_graphed_decoder(folder: Path):
-    model = nanogap.load(folder, "cpu")
-    plain = model.ground(bench.IMAGE, "the man", "cls_attention", 4, max_new_tokens=3)
-    model.decoder = GraphedDecoder(model.language_model)
-    row = bench.our_times(model, ("cls_attention", 4, "gap"), 3)
-    assert row["visual_tokens"] == 4 and row["prefill_ms"] > 0
-    graphed = model.ground(bench.IMAGE, "the man", "cls_attention", 4, max_new_tokens=3)
-    assert graphed.tokens == plain.tokens
-    assert sizes.count_parameters("minigpt-v2") == 7_748_467_072

@@ -3,8 +3,8 @@
 import pytest
 
 from nanogap import NanogapError
-from nanogap.models.llava import VICUNA
-from nanogap.prompt import encode, format_box, parse_box
+from nanogap.llava import VICUNA
+from nanogap.prompt import TWO_DECIMALS, encode, parse_box
 from tests.tiny import IMAGE_TOKEN, tiny_tokenizer
 
 
@@ -37,16 +37,13 @@ def test_spaces_around_an_expression_are_left_out():
 
 @pytest.mark.parametrize("expression",
                          ["</s>", "<s> the man", "the <image> on the left", "<unk><pad>"])
-def test_special_tokens_in_an_expression_stay_text(expression: str):
+def test_special_tokens_in_an_expression_stay_text(expression: str, monkeypatch):
+    """As weights.read_tokenizer has it."""
+    monkeypatch.setattr(tiny_tokenizer(), "encode_special_tokens", True)
     special = ("<s>", "</s>", "<unk>", "<pad>", "<image>")
     assert [p for p in pieces(expression) if p in special] == ["<s>", "<image>"]
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(encode(tokenizer, expression)) == expression
-
-
-def test_the_tokenizer_is_left_as_it_was():
-    encode(tiny_tokenizer(), "</s>")
-    assert tiny_tokenizer().encode("</s>").ids == [1, 2]
 
 
 @pytest.mark.parametrize("expression", ["猫", "человек слева", "🙂 on the left", "x" * 20_000])
@@ -56,12 +53,12 @@ def test_any_script_and_any_length_is_encoded_and_can_be_read_back(expression: s
 
 
 @pytest.mark.parametrize("expression", ["", " ", "\n\t"])
-def test_a_blank_expression_is_refused(expression: str):
+def test_a_blank_expression_is_rejected(expression: str):
     with pytest.raises(NanogapError, match="the expression is empty, so there is nothing to look"):
         pieces(expression)
 
 
-def test_bytes_that_are_no_text_are_refused():
+def test_bytes_that_are_no_text_are_rejected():
     with pytest.raises(NanogapError, match="the expression is not valid Unicode"):
         pieces("the \udcff man")
 
@@ -93,13 +90,9 @@ def test_a_box_is_read_from_what_models_really_say(text: str, box: tuple[float, 
     "[0.1 0.2 0.3 0.4]",
     "[٠.١, 0.2, 0.3, 0.4]", "[0.1.2, 0.2, 0.3, 0.4]", "[,,,]",
 ])
-def test_what_is_no_box_in_the_square_is_refused(text: str):
+def test_what_is_no_box_in_the_square_is_rejected(text: str):
     assert parse_box(text) is None
 
 
-def test_a_hostile_answer_is_read_in_no_time():
-    assert parse_box("[" + "0" * 100_000) is None and parse_box("[0," * 50_000) is None
-
-
 def test_a_box_is_written_with_two_decimals():
-    assert format_box((0.125, 0.3, 0.999, 1.0)) == "[0.12, 0.30, 1.00, 1.00]"
+    assert TWO_DECIMALS.say((0.125, 0.3, 0.999, 1.0)) == "[0.12, 0.30, 1.00, 1.00]"

@@ -1,0 +1,161 @@
+"""Do the files of a folder belong together?  Tensors, tokenizer, and the CLIP of a vision tower.
+
+In:  a folder, and the model that was loaded from it.
+Out: nothing, or what is another checkpoint's: all of it fits, and answers would be wrong.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import Size, Tensor
+
+from nanogap import weights
+from nanogap.checks.pickles import of_model, read_saved
+from nanogap.checks.reading import printable
+from nanogap.checks.silent import QUANTISED
+from nanogap.clip import CLIPVisionConfig
+from nanogap.errors import NanogapError
+from nanogap.llava import Llava
+from nanogap.models.saving import our_name
+
+# how safetensors spells types -> how torch does
+NUMBERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
+OF_OTHERS = re.compile(r"<\|(im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant"
+                       r"|system|end)\|>|<(start|end)_of_turn>")
+SAMPLE = 1024        # numbers of each matrix by which two vision towers are compared
+FARTHEST = 0.3       # of the sum of their norms; those of two trainings are 0.7 apart
+
+
+def tensors_of(path: Path) -> Iterator[tuple[str, Size, str]]:
+    """The names, shapes and types of a file's tensors; no number is read."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                kind = re.sub(r"^(BF|F|I|U)(?=\d)", lambda m: NUMBERS[m[1]], part.get_dtype())
+                yield name, Size(part.get_shape()), kind
+        return
+    for name, tensor in of_model(read_saved(path)).items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError("it holds more than tensors")
+        yield str(name), tensor.shape, str(tensor.dtype).removeprefix("torch.")
+
+
+def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
+    """Refuse a folder whose parts are of different checkpoints, though they fit.
+
+    clip: the folder of the text tower that was loaded with it
+    """
+    seen = set()
+    for path in weights.weight_files(folder):
+        for name, shape, kind in tensors_of(path):
+            ours = our_name(name, model.rename)
+            if re.search(weights.UNUSED, name):
+                continue
+            check_numbers(path, name, shape, kind)
+            if ours in seen:
+                raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
+                                   "another name")
+            seen.add(ours)
+    c, path = model.config, folder / "tokenizer.json"
+    check_rows(path, model.tokenizer, c.text.vocab_size)
+    check_image_token(path, model.tokenizer, c.image_token, c.bos_token)
+    check_words(path, model.tokenizer)
+    if clip is not None and model.text_guide is not None:
+        check_guide(clip, model)
+    for tokenizer in (model.tokenizer, *([model.text_guide.tokenizer] if model.text_guide else [])):
+        tokenizer.no_padding()           # left over from training: a question is one text
+        tokenizer.no_truncation()
+
+
+def check_numbers(path: Path, name: str, shape: Size, kind: str) -> None:
+    """Weights are float32, bfloat16 or float16, and nothing that only looks like them."""
+    if re.fullmatch(r"(u?int|float)(4|8)(_.*)?", kind):
+        raise NanogapError(f"{path.parent} {QUANTISED} ({path.name}: {printable(name)} is "
+                           f"torch.{kind})")
+    if kind not in (*weights.DTYPES, "float64"):
+        raise NanogapError(f"{path}: {printable(name)} is torch.{kind} {list(shape)}, and weights "
+                           f"are {', '.join(weights.DTYPES)}: the file and config.json belong to "
+                           "different checkpoints")
+
+
+# ----- the tokenizer ------------------------------------------------------------------------------
+
+
+def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
+    """An ID without an embedding could not be looked up."""
+    if max(tokenizer.get_vocab().values(), default=0) >= rows:
+        raise NanogapError(f"{path} has more tokens than the model has embeddings "
+                           f"({rows}): it belongs to another checkpoint")
+
+
+def check_image_token(path: Path, tokenizer: Tokenizer, image: int, bos: int) -> None:
+    """Refuse an image token that words could spell: a prompt might hold it twice."""
+    taken = tokenizer.id_to_token(image)
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    pieces = tokenizer.get_vocab(with_added_tokens=False)
+    if image == bos or (taken and image not in special) or image in pieces.values():
+        raise NanogapError(f"config.json: image_token_index is {image}, which stands for "
+                           f"{taken!r:.80} in {path}, so a prompt could hold it twice; give the "
+                           "tokenizer.json that the checkpoint was published with")
+
+
+def check_words(path: Path, tokenizer: Tokenizer) -> None:
+    """Refuse the words of another chat template, which a folder may hold without the template."""
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if OF_OTHERS.fullmatch(token.content):
+            raise NanogapError(f"{path} holds {token.content}, a word of another chat template "
+                               "than the model's, and nanogap asks in that only: a model that was "
+                               "trained with another would answer worse; give its own checkpoint")
+
+
+# ----- a CLIP beside it ---------------------------------------------------------------------------
+
+
+def check_guide(folder: Path, model: Llava) -> None:
+    """Refuse a CLIP that the vision tower does not come from."""
+    guide, config = model.text_guide, weights.read_json(folder / "config.json")
+    assert guide is not None
+    vision = replace(weights.VIT_B_32,
+                     **weights.known(CLIPVisionConfig, config["vision_config"]))
+    for one in fields(vision):
+        theirs, ours = getattr(vision, one.name), getattr(model.config.vision, one.name)
+        if theirs != ours:
+            raise NanogapError(f"{folder} is a CLIP of {one.name} {theirs}, and the vision "
+                               f"tower has {ours}: give the CLIP that it comes from")
+    path, rows = folder / "tokenizer.json", guide.text_model.config.vocab_size
+    check_rows(path, guide.tokenizer, rows)
+    guide.tokenizer.no_padding()
+    ids, end = guide.tokenizer.encode("a").ids, config["text_config"].get("eos_token_id")
+    if len(ids) < 3 or ids[-1] != max(guide.tokenizer.get_vocab().values()) or \
+            ids.count(ids[-1]) > 1 or end not in (None, 2, ids[-1]):   # 2: in older files
+        raise NanogapError(f"{path} makes {ids} of a text, and CLIP reads it at its end token, "
+                           "the highest ID; give the tokenizer.json that the CLIP was published "
+                           "with")
+    check_tower(folder, model)
+
+
+def check_tower(folder: Path, model: Llava) -> None:
+    """Nor is one of other weights: the beginning of each of the tower's matrices is compared.
+
+    Precisions may differ, and the tower may have been trained a little with the rest.
+    """
+    tower = model.get_submodule("vision_tower")
+    ours = {f"vision_model.{name}": value for name, value in tower.named_parameters()
+            if value.dim() > 1}
+    for name, tensor in weights.read_tensors(folder):
+        if name in ours:
+            a = tensor.flatten()[:SAMPLE].float()
+            b = ours.pop(name).flatten()[:SAMPLE].cpu().float()
+            if len(a) != len(b) or not (a - b).norm() <= FARTHEST * (a.norm() + b.norm()):
+                raise NanogapError(f"{folder} is a CLIP of other weights than the vision tower's "
+                                   f"({name}); get the one that it comes from with "
+                                   f"{model.clip_download}")
+    if ours:
+        raise NanogapError(f"{folder} lacks {len(ours)} matrices of CLIP's vision tower, by which "
+                           f"it would be known again; get it whole with {model.clip_download}")

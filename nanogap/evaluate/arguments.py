@@ -1,0 +1,158 @@
+"""The command line of the evaluation: its arguments, checked as far as they can be without a model.
+
+In:  the words of a command line.  Out: arguments that do not contradict each other.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanogap import methods, prune
+from nanogap.checks.command import (
+    Parser,
+    count_argument,
+    keep_argument,
+    path_argument,
+    whole_number,
+)
+from nanogap.checks.loading import default_weights
+from nanogap.checks.output import check_apart, check_folder, check_picture
+from nanogap.errors import NanogapError
+from nanogap.evaluate import compare, journal
+from nanogap.evaluate.formats import FORMATS, format_argument
+from nanogap.evaluate.score import PROTOCOLS
+from nanogap.gap import MODES
+from nanogap.ground import MAX_NEW_TOKENS
+from nanogap.weights import DTYPES
+
+DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
+ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
+
+
+def size_argument(text: str) -> tuple[int, int] | int:
+    """--resized: a size such as 644x476, or what sides are a multiple of, such as 28."""
+    found = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
+    if not found or not all(int(number) for number in found.groups("1")):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size such as 644x476, nor a number "
+                                         "such as 28, of which sides are a multiple")
+    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked as far as they can be without a model."""
+    parser = Parser(prog="python -m nanogap.evaluate", description=ABOUT)
+    add = parser.add_argument
+    found = str(default_weights()).replace("%", "%%")
+    add("--weights", nargs="+", type=path_argument, metavar="DIR",
+        help=f"several are compared (default: {found})")
+    add("--data", default="scenes:val", metavar="FILE|scenes[:SPLIT]",
+        help="drawn scenes, or annotations: refs(unc).p of RefCOCO, the JSON of MiniGPT-v2, "
+             "Shikra, Qwen-VL, VLM-R1 or lmms-lab, or lines of your own, "
+             '{"image", "expression", "box": [x1, y1, x2, y2] in pixels} (default: %(default)s)')
+    add("--split", help="of refs(unc).p, such as val")
+    add("--images", type=path_argument, metavar="DIR",
+        help="COCO train2014 (default: the file's folder)")
+    add("--prune", nargs="+", metavar="NAME|FILE.py:NAME",
+        help=f"any of {', '.join(prune.STRATEGIES)}, or of your own; settings stand behind the "
+             'name, "fastv(layer=2)" (default: random)')
+    add("--keep", nargs="+", type=keep_argument, metavar="N|N%|auto",
+        help="visual tokens, or a share of them (default: 50%%); auto: what the strategy finds")
+    add("--mode", nargs="+", choices=MODES, metavar="MODE",
+        help=f"any of {'; '.join(MODES)} (default: the first four)")
+    add("--max-new-tokens", type=count_argument, default=MAX_NEW_TOKENS, metavar="N",
+        help="an answer is cut off there (default: %(default)s)")
+    add("--clip", type=path_argument, metavar="DIR",
+        help="the CLIP that the vision tower comes from, for strategies that read the expression")
+    add("--ablate", action="store_true",
+        help="instead of modes: IDs and order changed without pruning, then all modes that prune")
+    add("--questions", type=path_argument, metavar="FILE.jsonl",
+        help="ask no model: write the questions (and drawn pictures) for another program")
+    add("--score", type=path_argument, metavar="FILE.jsonl",
+        help='ask no model: score the answers of any program, lines of {"id", "box"} in pixels, '
+             'or {"id", "text"}; an id is a number, from 1, of an annotation in its file, sent_id '
+             "of refs(unc).p, or as --questions and --out have it, such as val/0/0")
+    add("--format", "--family", choices=FORMATS, type=format_argument,
+        help="how boxes stand in the texts that --score reads (default: llava)")
+    add("--resized", type=size_argument, metavar="WxH|N",
+        help="of pictures as the model saw them, where --format says boxes in pixels of these: a "
+             "size, or what sides were rounded to a multiple of")
+    add("--protocol", choices=PROTOCOLS, default="pixels",
+        help="whose way to read an answer and to count it (default: %(default)s, the model's own "
+             "format)")
+    add("--limit", type=whole_number, help="expressions (default: all; 500 of drawn scenes)")
+    add("--out", type=path_argument, metavar="FILE.jsonl|DIR",
+        help="one line per answer, as it comes; of several models a file each in a folder")
+    add("--resume", action="store_true", help="go on with --out where it stopped")
+    add("--json", action="store_true", help="print one JSON document instead of the table")
+    add("--plot", type=path_argument, metavar="PICTURE", help="draw accuracy over the tokens kept")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--dtype", choices=["auto", *DTYPES], default="auto")
+    add("--no-pack", action="store_true", help="leave matrices as they are on a CPU: slower")
+    add("--seed", type=whole_number, default=0, help="of what is random (default: %(default)s)")
+    return check_arguments(parser.parse_args(argv))
+
+
+def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Refuse arguments that contradict each other, before any work is done."""
+    alone = "score" if args.score else "questions" if args.questions else None
+    if alone:
+        other = "score" if alone == "questions" else "questions"
+        flags = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume", other)
+        asked = [flag for flag in flags if getattr(args, flag)]
+        if asked:
+            raise NanogapError(f"--{alone} asks no model, so --{asked[0]} has nothing to say "
+                               "there; leave one of them out")
+    if not args.score and (args.format or args.resized):
+        raise NanogapError("--format says how --score reads answers; config.json says it of a "
+                           "model that is asked, so leave it out")
+    if args.resized and args.format != "qwen2.5-vl":
+        raise NanogapError("--resized is for a --format that says boxes in pixels: qwen2.5-vl")
+    if args.ablate and args.mode:
+        raise NanogapError("--ablate has its own modes; leave --mode out")
+    if args.resume and not args.out:
+        raise NanogapError("--resume needs the file to go on with: give it with --out")
+    if args.limit == 0:
+        raise NanogapError("--limit 0 asks nothing; give a number of expressions")
+    if args.data.partition(":")[0] == "scenes" and (args.split or args.images):
+        raise NanogapError("--split and --images are for annotations of RefCOCO; for drawn scenes "
+                           "give --data scenes:SPLIT")
+    folders: dict[Path, Path] = {}                  # a link to a model is that model
+    for folder in args.weights or [default_weights()]:
+        folders.setdefault(folder.resolve(), folder)
+    args.models = list(folders.values())
+    args.weights = args.models[0]
+    check_outputs(args)
+    args.prune = [methods.find(name) for name in args.prune or ["random"]]
+    args.keep = args.keep or ["50%"]
+    args.mode = args.mode or DEFAULT_MODES
+    return args
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse outputs that could not be written, or hold what would be lost."""
+    check_apart({"--out": args.out, "--plot": args.plot, "--questions": args.questions})
+    if args.plot:
+        check_picture("--plot", args.plot)
+    if len(args.models) > 1:
+        if args.clip:
+            raise NanogapError("--clip is the CLIP of one model; give one of --weights at a time, "
+                               "or put each one's into its folder, as clip_text")
+        if args.ablate and args.plot:
+            raise NanogapError("--plot draws the --ablate of one model; give one of --weights at "
+                               "a time, or leave --plot out")
+        if args.out and (args.out.suffix == ".jsonl" or args.out.is_file()):
+            raise NanogapError(f"--out {args.out}: several models have a file each, so give a "
+                               "folder")
+    if args.out:
+        for file in outs_of(args):
+            journal.check_out(file, args.resume)
+
+
+def outs_of(args: argparse.Namespace) -> list[Path]:
+    """The files of answers, one for each model."""
+    if len(args.models) == 1:
+        return [args.out]
+    check_folder("--out", args.out)
+    names = compare.names_of(args.models)
+    return [args.out / f"{name.strip('/').replace('/', '_')}.jsonl" for name in names]

@@ -1,0 +1,207 @@
+"""What is evaluated on: pictures, each with its expressions and their true boxes, in pixels.
+
+In:  the name of a split of drawn scenes; or entries of annotations, and a folder of pictures.
+Out: `Data`, of which one bad item of thousands is left out and counted.
+
+Boxes are in pixels as they are stored: a picture with an EXIF orientation is not turned, for COCO's
+annotations count like this.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from glob import escape
+from pathlib import Path
+
+from PIL import Image
+
+from nanogap.checks.command import tell
+from nanogap.errors import ItemError, NanogapError
+from nanogap.image import Box, open_image
+from nanogap.train.scenes import scene
+
+Size = tuple[int, int]              # width and height, pixels
+TELL_EVERY = 10.0                   # seconds
+MOST_DRAWN = 1_000_000              # expressions about drawn scenes; they are held in memory
+HELD = 256                          # drawn pictures that are held; the others are drawn again
+FEW = 5                             # boxes, which may all lie near a corner
+COCO = re.compile(r"^COCO_\w+2014_")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with its expressions: (id, expression, true box in pixels)."""
+
+    number: int                        # of the image in the data; it seeds what is random
+    name: str                          # of the image: a file, or "scenes:val/3"
+    size: Size                         # of the image
+    image: Callable[[], Image.Image]   # opens or draws it
+    questions: list[tuple[str, str, Box]]
+    file: Path | None = None           # where it is, if it is a file
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is evaluated on."""
+
+    name: str                          # says what it is, in a report
+    digest: str                        # changes with an image, or their order
+    examples: list[Example]
+    expressions: int                   # those that are left out included
+    missing: list[str]                 # images that are not there
+    left_out: dict[str, str]           # id -> why it cannot be asked, of expressions
+    groups: dict[str, list[str]] = field(default_factory=dict)   # MiniGPT-v2's img_id -> its ids
+
+
+# ----- drawn scenes -------------------------------------------------------------------------------
+
+
+def drawn_data(split: str, limit: int) -> Data:
+    """The first expressions about drawn scenes; the split's name seeds them (see scenes.py)."""
+    examples: list[Example] = []
+    count = 0
+    if limit > MOST_DRAWN:
+        raise NanogapError(f"--limit {limit} is more than can be drawn; give at most {MOST_DRAWN}")
+    told = time.time()
+    while count < limit:
+        if time.time() - told >= TELL_EVERY:
+            told = time.time()
+            tell(f"drawing scenes: {count} of {limit} expressions ...")
+        number = len(examples)
+        drawn = scene(split, number)
+        questions = [(f"{split}/{number}/{i}", expression, drawn.things[thing].box)
+                     for i, (expression, thing) in enumerate(drawn.expressions)]
+        again = drawn.image.copy if number < HELD else partial(drawn_image, split, number)
+        examples.append(Example(number, f"scenes:{split}/{number}", drawn.image.size, again,
+                                questions))
+        count += len(questions)
+    return Data(f"scenes:{split}", "", first(examples, limit), limit, [], {})
+
+
+def drawn_image(split: str, number: int) -> Image.Image:
+    """A scene drawn again, when its turn comes: all of them together would take much memory."""
+    return scene(split, number).image
+
+
+def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """As many of the images as hold the first `limit` expressions."""
+    if limit is None:
+        return list(examples)
+    chosen: list[Example] = []
+    left = limit
+    for example in examples:
+        if left > 0:
+            chosen.append(replace(example, questions=example.questions[:left]))
+            left -= len(example.questions)
+    return chosen
+
+
+# ----- boxes that may be no pixels ----------------------------------------------------------------
+
+
+def is_whole(value: object) -> bool:
+    """Whether something from a file is a whole number that is no longer than any real one."""
+    return type(value) is int and abs(value) < 1 << 53   # of 5,000 digits none can be printed
+
+
+def is_box(box: object) -> bool:
+    """Whether something from a file is four numbers, none of them infinite or NaN."""
+    return (isinstance(box, list | tuple) and len(box) == 4
+            and all(type(v) in (int, float) and abs(v) < 1e6 for v in box))
+
+
+def is_outside(box: Sequence[float], size: Size) -> bool:
+    """Whether a box reaches out of an image of that size by more than a pixel."""
+    x1, y1, x2, y2 = box
+    return min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1
+
+
+def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size | None]]) -> None:
+    """Refuse boxes of a file, each with the size of its image, most of which are no pixels.
+
+    The same is asked of annotations and of answers; a few odd ones among many decide nothing.
+    """
+    if 2 * sum(max(box) <= 1 for box, _ in boxes) > len(boxes):
+        raise NanogapError(f"{path}: most corners lie between 0 and 1, so the boxes are normalised "
+                           "and not in pixels; multiply them with width and height of the image")
+    outside = [(box, size) for box, size in boxes if size and is_outside(box, size)]
+    if 2 * len(outside) > len(boxes):
+        box, size = outside[0]
+        raise NanogapError(f"{path}: {len(outside)} of {len(boxes)} boxes reach out of their "
+                           f"images, such as {list(box)} of {size[0]} x {size[1]} pixels; boxes "
+                           "are x1, y1, x2, y2 in pixels here, not in percent or thousandths")
+
+
+def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str]:
+    """A word on boxes nearly all near the corner of large images: they may be no pixels."""
+    for most, unit in ((100, "percent"), (1000, "thousandths")):
+        near = sum(max(box) <= most for box, _ in boxes)
+        side = min((min(size) for _, size in boxes), default=0)
+        if len(boxes) >= FEW and near >= 0.98 * len(boxes) and side >= 2 * most:
+            return [f"hardly a box of the {what} reaches beyond {most} pixels, and no side is "
+                    f"below {side}: if these are in {unit} the numbers below mean nothing, for "
+                    "pixels are read"]
+    return []
+
+
+# ----- pictures -----------------------------------------------------------------------------------
+
+
+def open_sized(path: Path, size: Size) -> Image.Image:
+    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
+    image = open_image(path, upright=False)
+    if image.size != size:
+        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
+                        f"{size[0]} x {size[1]}; give the folder of COCO's "
+                        "train2014 with --images, or take this one away")
+    return image
+
+
+def find_image(folder: Path, name: str) -> Path | None:
+    """The file of an image, with the folders in its name or without them, and in the folder only.
+
+    COCO's pictures of 2014 are there under the names of 2017 as well.
+    """
+    path = Path(name)
+    outside = path.is_absolute() or ".." in path.parts
+    for file in ([] if outside else [folder / path]) + [
+            folder / path.name, folder / COCO.sub("", path.name)]:
+        if os.path.isfile(file):
+            return file
+    return None
+
+
+def nearby(folder: Path, name: str) -> Iterator[Path]:
+    """Where a picture is in the folders below."""
+    with suppress(OSError, ValueError, IndexError, NotImplementedError):
+        for pattern in ("*/", "*/*/"):
+            yield from folder.glob(pattern + escape(Path(name).name))
+
+
+def none_there(folder: Path, missing: Sequence[str]) -> NanogapError:
+    """What to do where no picture is found: look at what is there first."""
+    name = missing[0]
+    said = f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
+    below = next(nearby(folder, name), None)
+    if below:
+        return NanogapError(f"{said}it is in {below.parent}: give that with --images")
+    if COCO.match(Path(name).name):
+        return NanogapError(f"{said}get COCO train2014 "
+                            "(images.cocodataset.org/zips/train2014.zip, 13 GB) and give its "
+                            "folder with --images")
+    kinds = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+    there = [file for file in folder.glob("*") if file.suffix.lower() in kinds]
+    holds = f"{len(there)} pictures, such as {there[0].name}" if there else "no picture"
+    return NanogapError(f"{said}that folder holds {holds}: give theirs with --images")
+
+
+def size_of(sizes: Sequence[Size | None], file: Path | None) -> Size | None:
+    """The size of an image as its annotations say, else as the picture says."""
+    size = next((size for size in sizes if size), None)
+    if size is None and file is not None:
+        size = open_image(file, upright=False).size
+    return size

@@ -1,0 +1,118 @@
+"""How models say a box, for `--score --format NAME`: the answers of any of them can be scored.
+
+In:  what a model said, and the size of its picture.  Out: the first box in it, in pixels.
+
+Where nothing else is said, numbers are shares, hundredths or thousandths of the picture's sides;
+LLaVA's and Shikra's are those of the padded square.
+Sources: nanogap/models for the first four; Qwen-VL eval_mm/evaluate_grounding.py (which divides by
+999), Qwen2-VL's, Qwen2.5-VL's and Qwen3-VL's model cards and cookbooks; InternVL
+eval/refcoco/evaluate_grounding.py; CogVLM's README; Ferret ferret/eval/eval_refexp.py; PaliGemma
+big_vision, `<loc....>`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanogap.image import Box, Pad
+from nanogap.models import MiniGPT, Shikra
+from nanogap.models.frames import Stretch
+from nanogap.prompt import TWO_DECIMALS
+
+Size = tuple[int, int]
+LEAST, MOST = 56 * 56, 16384 * 28 * 28     # pixels of a picture as Qwen2.5-VL resizes it by default
+
+
+@dataclass(frozen=True)
+class Format:
+    """The notation of one family of models."""
+
+    pattern: re.Pattern[str]           # four groups, one for each number
+    one: float | None = 1000           # what is said for a whole side; None: pixels, as resized
+    frame: Pad | Stretch = Stretch()
+    drop: tuple[str, ...] = ()         # what is taken out of a text before it is read
+    y_first: bool = False
+
+    def shares(self, text: str, resized: Size | None = None) -> Box | None:
+        """The first box of a text, in shares of the frame.
+
+        None where there is none, or it lies outside the picture or has no area: never guessed
+        """
+        for piece in self.drop:
+            text = text.replace(piece, "")
+        match = self.pattern.search(text)
+        if match is None:
+            return None
+        sides = resized if self.one is None and resized else (self.one or 1, self.one or 1)
+        a, b, c, d = map(float, match.groups())
+        x1, y1, x2, y2 = (b, a, d, c) if self.y_first else (a, b, c, d)
+        x1, y1, x2, y2 = x1 / sides[0], y1 / sides[1], x2 / sides[0], y2 / sides[1]
+        return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
+
+    def read(self, text: str, size: Size, resized: Size | None = None) -> Box | None:
+        """The same in pixels; None also where it lies in the padding.
+
+        size:    of the picture
+        resized: of the picture as the model saw it, where boxes are in pixels of that one
+        """
+        shares = self.shares(text, resized)
+        box = shares and self.frame.to_pixels(shares, *size)
+        return box if box and box[0] < box[2] and box[1] < box[3] else None
+
+
+N = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
+JSON_BOX = re.compile(rf'"bbox_2d"\s*:\s*\[{N},{N},{N},{N}\]')
+BRACKET = re.compile(rf"\[{N},{N},{N},{N}\]")
+PAIRS = re.compile(rf"\({N},{N}\)\s*,\s*\({N},{N}\)")
+FORMATS = {                            # the strictest first of those that resemble one another
+    "llava": Format(TWO_DECIMALS.pattern, 1, Pad()),
+    "llava-next": Format(TWO_DECIMALS.pattern, 1, Pad()),
+    "shikra": Format(Shikra.box_format.pattern, 1, Pad()),
+    "minigpt-v2": Format(MiniGPT.box_format.pattern, 100, drop=("<unk>", " ")),
+    "qwen-vl": Format(PAIRS),
+    "qwen2-vl": Format(PAIRS),
+    "qwen2.5-vl": Format(JSON_BOX, None),
+    "qwen3-vl": Format(JSON_BOX),
+    "cogvlm": Format(re.compile(r"\[\[\s*(\d{3}),\s*(\d{3}),\s*(\d{3}),\s*(\d{3})\s*\]", re.ASCII)),
+    "internvl": Format(BRACKET),
+    "ferret": Format(BRACKET),
+    "paligemma": Format(re.compile(r"<loc(\d{4})>" * 4, re.ASCII), 1024, y_first=True),
+}
+
+
+def format_argument(text: str) -> str:
+    """A name of FORMATS, however it is spelled: "MiniGPT-v2", "minigpt_v2"."""
+    return text.lower().replace("_", "-")
+
+
+def with_numbers(texts: Sequence[str]) -> list[str]:
+    """Those that hold four numbers: the others have no box in any notation."""
+    return [text for text in texts if len(re.findall(r"\d+", text)) >= 4]
+
+
+def fitting(texts: Sequence[str]) -> list[str]:
+    """Formats in which most of some texts hold a box, one of each notation first."""
+    def fits(form: Format) -> bool:
+        boxes = [form.pattern.search(text) if form.one is None else form.shares(text)
+                 for text in texts]
+        return 2 * sum(box is not None for box in boxes) > len(texts) > 0
+
+    return [name for name, form in FORMATS.items() if fits(form)]
+
+
+def smart_resize(width: int, height: int, factor: int) -> Size:
+    """The size in which Qwen2.5-VL sees a picture: sides in multiples, pixels within limits.
+
+    source: qwen-vl-utils 0.0.14; Python's round, to even
+    """
+    sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
+    pixels = sides[0] * sides[1]
+    if LEAST <= pixels <= MOST:
+        return sides[0], sides[1]
+    if pixels > MOST:
+        scale = (width * height / MOST) ** 0.5
+        sides = [max(factor, int(side / scale / factor) * factor) for side in (width, height)]
+    else:
+        scale = (LEAST / (width * height)) ** 0.5
+        sides = [-int(-side * scale // factor) * factor for side in (width, height)]
+    return sides[0], sides[1]

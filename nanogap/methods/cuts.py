@@ -1,0 +1,181 @@
+"""Where a strategy cuts in the decoder, and how many visual tokens it keeps there.
+
+In:  a strategy with its settings, N visual tokens, a budget, the depth of the decoder.
+Out: its cuts, as (layer, tokens that are kept from there on).
+
+A budget is a mean over all layers: of the visual tokens that each holds in its cache, which are
+those that it is fed.  ivc cuts caches below its layer too: its mean is that of the caches.
+Letters: N visual tokens before pruning, n of them at a cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import cast
+
+from nanogap.errors import NanogapError
+from nanogap.methods.inside import largest
+from nanogap.methods.settings import IN_DECODER, base_of, settings_of
+from nanogap.prune import needs_of
+
+PUBLISHED_LAYERS = 32   # of the decoder for which the methods give their layers
+PUBLISHED_TOKENS = 576  # LLaVA-1.5's, for which SparseVLM gives its labels
+LABELS = {              # tokens kept at each cut, without those added
+    "sparsevlm": {
+        192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "sparsevlm_plus": {
+        192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method cuts."""
+
+    layers: tuple[int, ...] = (2,)   # before which, of 32, counted from 0
+    ahead: bool = False       # by the attention of that layer; else of the one before it
+    raters: bool = False      # of the raters among the text; else of its last token
+    corrected: bool = False   # divided by what RoPE alone makes of it
+    recycles: bool = False    # whether clusters of dropped tokens are added
+    caches: bool = False      # whether the caches of the layers below, but layer 0's, are cut too
+
+
+METHODS = {   # one of your own cuts as FastV does
+    "fastv": Method(),
+    "pyramiddrop": Method((8, 16, 24), ahead=True),
+    "sparsevlm": Method((3, 7, 16), raters=True, recycles=True),   # what 2, 6 and 15 give out
+    "sparsevlm_plus": Method((3, 7, 16), raters=True, corrected=True),
+    "ivc": Method((16,), caches=True),
+}
+Planned = list[tuple[int, int | None]]
+
+
+def method_of(name: str) -> Method:
+    """How a strategy cuts, whatever its settings."""
+    return METHODS.get(base_of(name), Method())
+
+
+def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
+    """The cuts of a strategy as (layer, tokens that are kept), for a mean over the layers.
+
+    budget:  None where the method or its settings say how many stay
+    returns: None for what a strategy finds only when it sees the tokens
+    raises:  NanogapError where there is no such layer, or the mean cannot be so low
+    """
+    at = where(name, layers)
+    fixed = fixed_counts(name, N, len(at))
+    if budget is None:
+        return [(layer, fixed[i] if fixed else None) for i, layer in enumerate(at)]
+    if fixed and base_of(name) != name:
+        raise NanogapError(f"{name} says itself how many tokens stay: keep is auto for it (None in "
+                           "Python)")
+
+    def cuts(size: float) -> list[tuple[int, int]]:
+        shares = shares_of(name, size, budget / N, len(at))
+        return [(before, max(1, min(N, round(N * share))))
+                for before, share in zip(at, shares, strict=True)]
+
+    def mean(size: float) -> float:
+        return mean_tokens(name, N, cuts(size), layers)
+
+    lowest = mean(0)
+    if budget < lowest:
+        raise NanogapError(f"{name} cannot keep {budget} of {N} visual tokens in the mean over "
+                           f"{layers} layers, of which {1 if method_of(name).caches else at[0]} "
+                           f"see all: keep from {ceil(lowest)} to {N}")
+    return list(cuts(largest(lambda size: mean(size) <= budget, PUBLISHED_TOKENS)))
+
+
+def fixed_counts(name: str, N: int, cuts: int) -> list[int] | None:
+    """How many tokens a strategy keeps at its cuts by its settings, or by its published rule."""
+    settings = settings_of(name)
+    if "label" in settings:
+        return [min(kept, N) for kept in LABELS[base_of(name)][settings["label"]]]
+    if "drop" in settings:
+        return [max(1, round(N * (1 - settings["drop"])))]
+    ratios = settings.get("ratios")
+    if ratios is None and base_of(name) == "pyramiddrop":
+        ratios = [0.5 ** (i + 1) for i in range(cuts)]
+    if ratios is not None and (len(ratios) < cuts or len(ratios) > cuts and "layers" in settings):
+        raise NanogapError(f"{name} cuts {cuts} times: give as many ratios")
+    return ratios and [max(1, int(N * ratio + 1e-6)) for ratio in ratios[:cuts]]
+
+
+def shares_of(name: str, size: float, share: float, count: int) -> list[float]:
+    """Which share of the visual tokens a method keeps at each of its cuts, for a size to be found.
+
+    share: of them in the mean, by which SparseVLM takes the nearest of its published budgets
+    """
+    labels = LABELS.get(base_of(name))
+    if labels is None:
+        return [size ** (i + 1) for i in range(count)]
+    nearest = labels[min(labels, key=lambda own: abs(own / PUBLISHED_TOKENS - share))]
+    if count > len(nearest):
+        raise NanogapError(f"{name} cuts at most {len(nearest)} times, unless ratios say how many "
+                           "tokens stay at each cut")
+    return [size * kept / PUBLISHED_TOKENS for kept in nearest[:count]]
+
+
+def counts(name: str, N: int, cuts: Sequence[tuple[int, int | None]]) -> Planned:
+    """Visual tokens from each cut of a plan on, those that are added included."""
+    found: Planned = []
+    n = N
+    for layer, kept in cuts:
+        if kept is not None:
+            dropped = max(0, n - kept)
+            n -= dropped
+            if method_of(name).recycles and dropped > 0:
+                n += (int(0.3 * dropped) + 1) // 10 + 1
+        found.append((layer, None if kept is None else n))
+    return found
+
+
+def mean_tokens(name: str, N: int, cuts: Sequence[tuple[int, int]], layers: int) -> float:
+    """Visual tokens in the mean over the caches of all layers: see `counts`."""
+    total, start, n = 0, 0, N
+    for layer, left in counts(name, N, cuts):
+        layer = 1 if method_of(name).caches else layer
+        total += (layer - start) * n
+        start = layer
+        n = cast(int, left)                           # since each of `cuts` is one
+    return (total + (layers - start) * n) / layers
+
+
+def scaled(published: Sequence[int], layers: int) -> list[int]:
+    """Layers of a published decoder in one of another depth, each higher than the last."""
+    found: list[int] = []
+    for layer in published:
+        lowest = found[-1] + 1 if found else 1
+        at = max(round(layer * layers / PUBLISHED_LAYERS), lowest)
+        if at < layers:
+            found.append(at)
+    return found
+
+
+def where(name: str, layers: int) -> list[int]:
+    """Before which layers a strategy cuts in a decoder of so many: scaled, unless settings say."""
+    if layers < 2:
+        raise NanogapError(f"{name} prunes between two layers of the decoder, and this one has "
+                           f"{layers}: choose a strategy that prunes before it")
+    settings, method = settings_of(name), method_of(name)
+    at = settings.get("layers") or [settings["layer"]] if settings.keys() & {"layer", "layers"} \
+        else list(method.layers) if "label" in settings else scaled(method.layers, layers)
+    last = 0
+    for layer in at:
+        if not last < layer < layers:
+            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: choose one "
+                               f"from 1 to {layers - 1}" + ", higher than the last" * bool(last))
+        last = layer
+    return at
+
+
+def prunes_there(name: str) -> bool:
+    """Whether a strategy prunes inside the decoder, by what its layers show."""
+    return bool(needs_of(name) & IN_DECODER)
+
+
+def cuts_in_words(name: str, cuts: Sequence[tuple[int, int | None]], layers: int) -> str:
+    """The cuts for people, in one line."""
+    left = ", ".join(f"{kept or 'what it finds'} from layer {layer} on" for layer, kept in cuts)
+    below = ", and in the caches of all layers but 0" if method_of(name).caches else ""
+    return f"{name} in {layers} layers, counted from 0: visual tokens cut to {left}{below}"

@@ -1,0 +1,97 @@
+"""What training draws: scenes of each kind, batch by batch, and captions of them.
+
+In:  a seed.  Out: a batch of scenes, ready for the model, and what is said of them.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
+
+Draw = Callable[[random.Random, int], Scene]
+Prepare = Callable[[Image.Image], Tensor]
+Ask = Callable[[list[Scene], random.Random], Any]
+Batch = tuple[list[Tensor], list[Scene], Any]
+
+
+def draw_single(rng: random.Random, size: int) -> Scene:
+    """Draw one thing."""
+    return draw_scene(rng, size, deal(rng)[:1])
+
+
+def draw_alike(rng: random.Random, size: int) -> Scene:
+    """Draw two to four things that are alike, each named by kind and colour.
+
+    Four times in five they are of one kind, else of one colour.
+    """
+    count = rng.randint(2, 4)
+    kinds = rng.sample(list(KINDS), count)
+    colours = rng.sample(list(COLOURS), count)
+    if rng.random() < 0.8:
+        kinds = kinds[:1] * count
+    else:
+        colours = colours[:1] * count
+    drawn = draw_scene(rng, size, list(zip(kinds, colours, strict=True)))
+    names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
+    return replace(drawn, expressions=tuple((name, i) for i, name in enumerate(names)))
+
+
+def draw_often_alike(rng: random.Random, size: int) -> Scene:
+    """Draw things that are alike two times in three, else two to seven of any kind and colour."""
+    return draw_alike(rng, size) if rng.random() < 2 / 3 else draw_scene(rng, size)
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
+
+    A split of nanogap/train/scenes.py is one word, so these seeds, of several words, are never a
+    split's.
+    """
+
+    def __init__(self, seed: str, images: int, image_size: int, prepare: Prepare, ask: Ask,
+                 draw: Draw = draw_scene) -> None:
+        self.seed = seed
+        self.images = images
+        self.image_size = image_size
+        self.prepare = prepare        # a model's pixel_values, on the CPU
+        self.ask = ask                # what is said of the scenes: captions or conversations
+        self.draw = draw
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = random.Random(f"train {self.seed} {index}")
+        scenes = []
+        pixels = []
+        for _ in range(self.images):
+            # pictures are as large as the model sees them, or twice as large
+            scene = self.draw(rng, rng.choice((1, 2)) * self.image_size)
+            pixels.append(self.prepare(scene.image))                          # (views, 3, S, S)
+            # from here on only the size of a picture is needed: workers need not send it
+            scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
+        return pixels, scenes, self.ask(scenes, rng)
+
+
+# ----- captions -----------------------------------------------------------------------------------
+
+
+def contents(things: Iterable[Thing]) -> Counter:
+    """How many there are of each kind and colour.
+
+    A caption is true of an image that holds at least what the caption names.
+    """
+    return Counter((thing.kind, thing.colour) for thing in things)
+
+
+SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]
+
+
+def captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
+    """A caption for each scene, and one for each thing that there can be."""
+    return ([caption(scene.things, rng) for scene in scenes],
+            [caption([thing], rng) for thing in SINGLES])

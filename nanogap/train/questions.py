@@ -1,0 +1,153 @@
+"""What LLaVA is asked about drawn scenes, and what it should answer: the data of its training.
+
+In:  scenes, and a mixture of kinds of questions.
+Out: conversations of one or more turns, in tokens, and what each token weighs in the loss.
+
+Source: the kinds of answers are those of LLaVA-1.5's own mixture, arXiv 2310.03744.
+Letters: T tokens.
+"""
+
+import math
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+
+from nanogap.models import VLM
+from nanogap.prompt import DESCRIBE, encode
+from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How many questions a step asks at most, and what the answers' tokens weigh in the loss."""
+
+    boxes: int                     # where something is
+    finds: int = 0                 # the same, but the answer stops at "[0.1": which thing it is
+    words: int = 0                 # answered with a word
+    descriptions: int = 8          # of an image
+    later: float = 0.0             # share of the questions that come after one or two others
+    hundredths: float = 1.0        # of boxes, and what is smaller
+    find: float = 1.0              # the last token of a find; those before it weigh nothing
+    word: float = 1.0              # tokens of short answers; all others weigh 1
+
+    def share(self, processes: int) -> "Mixture":
+        """What each of several processes asks of it."""
+        boxes, finds, words, descriptions = (math.ceil(count / processes) for count in (
+            self.boxes, self.finds, self.words, self.descriptions))
+        return replace(self, boxes=boxes, finds=finds, words=words, descriptions=descriptions)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question about one of the images, and the tokens of its answer."""
+
+    kind: str
+    image: int
+    question: str
+    answer: list[int]              # with the end token, if whole
+    weights: list[float]           # of these in the loss
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One or more turns as the model is fed them."""
+
+    kind: str                      # that of its only turn, or "turns"
+    image: int
+    tokens: list[int]              # (T,) with one image token
+    weights: list[float]           # (T,) 0 for what is no answer
+
+
+def conversations(model: VLM, mixture: Mixture, scenes: list[Scene],
+                  rng: random.Random) -> list[Conversation]:
+    """Every question once, alone or after others about the same image."""
+    asked = list(chain(box_turns(model, scenes, mixture, rng),
+                       word_turns(model, scenes, mixture, rng)))
+    said = []
+    for turn in asked:
+        earlier: list[Turn] = []
+        if rng.random() < mixture.later:
+            others = [other for other in asked
+                      if other.image == turn.image and other.kind != "find" and other is not turn]
+            earlier = rng.sample(others, min(rng.randint(1, 2), len(others)))
+        said.append(converse(model, [*earlier, turn]))
+    return said
+
+
+def converse(model: VLM, turns: Sequence[Turn]) -> Conversation:
+    """Turns about an image, one behind the other in the form of the model's template."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for turn in turns:
+        if tokens:
+            asked = encode(model.tokenizer, model.follow(turn.question))
+        else:
+            asked = model.encode_question(turn.question).tolist()
+        tokens += asked + turn.answer
+        weights += [0.0] * len(asked) + turn.weights
+    return Conversation(turns[0].kind if len(turns) == 1 else "turns", turns[0].image, tokens,
+                        weights)
+
+
+def box_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
+              rng: random.Random) -> Iterator[Turn]:
+    """Questions for boxes, and for the first tokens of boxes."""
+    places = [(i, expression, thing) for i, scene in enumerate(scenes)
+              for expression, thing in scene.expressions]
+    for kind, count in (("box", mixture.boxes), ("find", mixture.finds)):
+        for i, expression, thing in rng.sample(places, min(count, len(places))):
+            box = model.frame.from_pixels(scenes[i].things[thing].box, *scenes[i].image.size)
+            answer = encode(model.tokenizer, model.answer(box)) + [model.config.eos_token]
+            places_of = decimal_places([model.tokenizer.decode([token]) for token in answer])
+            weights = [mixture.hundredths if place > 1 else 1.0 for place in places_of]
+            if kind == "find":
+                tenth = places_of.index(1)
+                answer, weights = answer[:tenth + 1], [0.0] * tenth + [mixture.find]
+            yield Turn(kind, i, model.question(expression), answer, weights)
+
+
+def decimal_places(tokens: Sequence[str]) -> list[int]:
+    """Which place of a number each token of a box is: 1 for tenths, 2 hundredths; 0 for the rest.
+
+    In "[0.12" these are the digits behind the point, in "{<12>" (of a hundred) both; the only digit
+    of "{<7>" counts as tenths.
+    """
+    text = "".join(tokens)
+    places = [0] * (len(text) + 1)
+    for number in re.finditer(r"(?:\d+\.)?(\d+)", text):
+        for place, at in enumerate(range(*number.span(1)), 1):
+            places[at] = place
+    return [places[at] for at in accumulate(map(len, tokens[:-1]), initial=0)]
+
+
+def word_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
+               rng: random.Random) -> Iterator[Turn]:
+    """Questions that a word answers, and for descriptions."""
+    short = [(i, question, word) for i, scene in enumerate(scenes)
+             for question, word in short_questions(scene, rng)]
+    said = [("word", i, question, word, mixture.word)
+            for i, question, word in rng.sample(short, min(mixture.words, len(short)))]
+    said += [("description", i, DESCRIBE, caption(scene.things, rng), 1.0)
+             for i, scene in enumerate(scenes[:mixture.descriptions])]
+    for kind, i, question, text, weight in said:
+        answer = encode(model.tokenizer, text) + [model.config.eos_token]
+        yield Turn(kind, i, question, answer, [weight] * len(answer))
+
+
+def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Yield questions with one word for an answer, as in LLaVA-1.5's own mixture (VQAv2, GQA)."""
+    for expression, thing in scene.expressions:
+        if not {*COLOURS} & {*expression.split()}:
+            question = f"What colour is the {expression.removeprefix('the ')}?"
+            yield question, scene.things[thing].colour
+    there = [(thing.kind, thing.colour) for thing in scene.things]
+    for kind, colour in there:
+        if [c for _, c in there].count(colour) == 1:
+            yield f"What is {colour}?", kind
+        other_colour = (kind, rng.choice([*COLOURS]))
+        other_kind = (rng.choice([*KINDS]), colour)
+        asked = rng.choice([(kind, colour), (kind, colour), other_colour, other_kind])
+        one = caption([Thing(*asked, (0.0, 0.0, 1.0, 1.0))], rng)             # "a red car"
+        yield f"Is there {one}?", "yes" if asked in there else "no"

@@ -1,0 +1,116 @@
+"""How conversations are read in training: side by side, or what they share only once.
+
+In:  conversations, and the visual tokens of their images.
+Out: of the tokens of all answers, the logits (M, V), which tokens they should be (M,), and what
+     they weigh (M,).
+Letters: N visual tokens of an image, P tokens before them, Q conversations, T tokens, V vocabulary,
+M tokens of all answers, B images.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from nanogap.models import VLM
+from nanogap.train.questions import Conversation
+from nanogap.train.shared_past import SharedPast, run
+
+Read = tuple[Tensor, Tensor, Tensor]
+
+
+def read_whole(model: VLM, said: Sequence[Conversation], visual: Sequence[Tensor]) -> Read:
+    """Run each conversation as it would run alone, all side by side.
+
+    visual: of each image, as the decoder is fed them (N, C')
+    """
+    image_token, decoder = model.config.image_token, model.language_model.model
+    rows, row_weights = [], []
+    for one in said:
+        at, N = one.tokens.index(image_token), len(visual[one.image])
+        rows.append(one.tokens[:at] + N * [image_token] + one.tokens[at + 1:])
+        row_weights.append(one.weights[:at] + N * [0.0] + one.weights[at + 1:])
+    tokens, weights = padded(rows, model.device), padded(row_weights, model.device)   # (Q, T)
+    fed = tokens[:, :-1]
+    in_image = (fed == image_token)[..., None]                                # (Q, T - 1, 1)
+    x = decoder.embed_tokens(fed).masked_scatter(
+        in_image, torch.cat([visual[one.image] for one in said]))             # (Q, T - 1, C')
+    hidden = decoder(x, torch.arange(fed.shape[1], device=model.device))
+    return answers(model, hidden, tokens, weights)
+
+
+def padded(rows: Sequence[list], device: torch.device) -> Tensor:
+    """Rows of different lengths as one tensor, with zeros behind them."""
+    tensors = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device)
+
+
+def answers(model: VLM, hidden: Tensor, tokens: Tensor, weights: Tensor) -> Read:
+    """What counts in the loss: hidden (Q, T - 1, C), tokens and weights (Q, T)."""
+    wanted = weights[:, 1:] > 0
+    return (model.language_model.logits(hidden[wanted]), tokens[:, 1:][wanted],
+            weights[:, 1:][wanted])
+
+
+# ----- the same, faster on a CPU ------------------------------------------------------------------
+
+
+def can_share(model: VLM, said: Sequence[Conversation]) -> bool:
+    """Whether all that is said begins alike, up to the image.
+
+    On a GPU a step costs by the number of operations, and whole conversations take fewest.
+    """
+    before = {tuple(one.tokens[:one.tokens.index(model.config.image_token)]) for one in said}
+    return model.device.type == "cpu" and len(before) == 1
+
+
+def read_sharing(model: VLM, said: Sequence[Conversation], visual: Sequence[Tensor]) -> Read:
+    """What `read_whole` returns, in another order; what several sequences share is run once.
+
+    Every conversation sees only the system sentence, its image and itself, at the position IDs that
+    it would have alone.  So the sequences form a tree, and each level of it is run once:
+    [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
+    """
+    decoder, device = model.language_model.model, model.device
+    P = said[0].tokens.index(model.config.image_token)
+    system = torch.tensor(said[0].tokens[:P], device=device)                  # (P,)
+    below_system = SharedPast()
+    run(decoder, decoder.embed_tokens(system)[None], below_system)
+    read = []
+    for N in dict.fromkeys(map(len, visual)):                                 # images of one length
+        images = [i for i, features in enumerate(visual) if len(features) == N]
+        parents = torch.zeros(len(images), dtype=torch.long, device=device)
+        below_images = SharedPast(below_system, parents)
+        run(decoder, torch.stack([visual[i] for i in images]), below_images)  # (B, N, C')
+        about = [replace(one, image=images.index(one.image)) for one in said if one.image in images]
+        for kind in dict.fromkeys(one.kind for one in about):
+            of_kind = [one for one in about if one.kind == kind]
+            read.append(read_kind(model, of_kind, below_images, P))
+    logits, targets, weights = zip(*read, strict=True)
+    return torch.cat(logits), torch.cat(targets), torch.cat(weights)
+
+
+def read_kind(model: VLM, said: Sequence[Conversation], past: SharedPast, P: int) -> Read:
+    """Conversations of one kind, behind their images and the P tokens before these."""
+    decoder, device = model.language_model.model, model.device
+    images, _ = past.shape
+    # what all questions begin with is run once for each image; the token before the first one that
+    # counts must stay in the rest, for its logits foretell it (commonprefix takes any sequences)
+    texts = [one.tokens[P + 1:] for one in said]
+    shared = min(len(os.path.commonprefix(texts)), *(first_weighted(one) - P - 2 for one in said))
+    head = torch.tensor(texts[0][:shared], device=device)                     # (shared,)
+    below_head = SharedPast(past, torch.arange(images, device=device))
+    run(decoder, decoder.embed_tokens(head).expand(images, -1, -1), below_head)
+    # and then the rest of each
+    tokens = padded([text[shared:] for text in texts], device)                # (Q, T)
+    weights = padded([one.weights[P + 1 + shared:] for one in said], device)
+    about = torch.tensor([one.image for one in said], device=device)          # (Q,)
+    hidden = run(decoder, decoder.embed_tokens(tokens[:, :-1]), SharedPast(below_head, about))
+    return answers(model, hidden, tokens, weights)
+
+
+def first_weighted(one: Conversation) -> int:
+    """Where in its tokens the first stands that counts in the loss."""
+    return next(at for at, weight in enumerate(one.weights) if weight > 0)

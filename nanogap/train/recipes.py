@@ -1,0 +1,105 @@
+"""How small models are trained: their sizes, and the stages of the training."""
+
+import math
+from dataclasses import dataclass, replace
+
+from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
+from nanogap.llama import LlamaConfig
+from nanogap.train.batches import Draw, draw_often_alike, draw_single
+from nanogap.train.questions import Mixture
+from nanogap.train.scenes import draw_scene
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """A part of the training with its own warm-up and decay."""
+
+    name: str
+    minutes: float            # on two CPU cores; also its share of --minutes
+    steps: int
+    images: int               # of a step
+    rate: float               # AdamW's
+    asked: Mixture | None = None
+    muon_rate: float | None = None
+    rate_left: float = 0.0    # the share of the rates that is left at the end
+    draw: Draw = draw_scene
+
+    def share(self, processes: int) -> "TrainingStage":
+        """What each of several processes does of it."""
+        asked = self.asked and self.asked.share(processes)
+        return replace(self, images=math.ceil(self.images / processes), asked=asked)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes, and how to train them."""
+
+    vision: CLIPVisionConfig
+    text: CLIPTextConfig
+    decoder: LlamaConfig
+    projection_dim: int
+    stages: tuple[TrainingStage, ...]   # the first is CLIP's, the others are the VLM's
+    pictures: int                       # long side of the smaller ones, pixels
+    family: str = "llava"               # one of nanogap.models.MODELS
+
+
+# For two CPU cores: LLaVA in miniature, 12 x 12 patches.
+CPU = Recipe(
+    vision=CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        image_size=168, patch_size=14),
+    text=CLIPTextConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=0),
+    decoder=LlamaConfig(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32, vocab_size=0, rms_norm_eps=1e-5,
+        max_position_embeddings=2048),
+    projection_dim=128,
+    pictures=168,
+    stages=(
+        TrainingStage("CLIP", 28, 4500, 32, 1e-3),
+        TrainingStage("read", 7, 1000, 16, 2.5e-3, Mixture(boxes=128, descriptions=16),
+                      draw=draw_single),
+        TrainingStage(
+            "find", 36, 2600, 24, 1.5e-3,
+            Mixture(boxes=48, finds=120, words=32, descriptions=8, hundredths=0.25,
+                    find=20.0, word=3.0),
+            muon_rate=0.006, rate_left=0.5, draw=draw_often_alike),
+        TrainingStage(
+            "box", 60, 3250, 16, 1.5e-3,
+            Mixture(boxes=120, finds=48, words=16, descriptions=8, later=0.6, find=6.0, word=3.0),
+            muon_rate=0.004),
+    ))
+CLIP, READ, FIND, BOX = CPU.stages
+# One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
+GPU = Recipe(
+    vision=replace(
+        CPU.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
+        num_attention_heads=6, image_size=336),
+    text=CPU.text,
+    decoder=replace(
+        CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
+        num_attention_heads=10, num_key_value_heads=10),
+    projection_dim=128,
+    pictures=336,
+    stages=(
+        replace(CLIP, minutes=20, steps=6000, images=128),
+        replace(READ, steps=2000, rate=1.5e-3, asked=Mixture(boxes=128)),
+        replace(FIND, minutes=52, steps=7000, rate=1e-3),
+        replace(BOX, minutes=41, steps=7000, rate=1e-3),
+    ))
+RECIPES = {"cpu": CPU, "gpu": GPU}
+
+
+def recipe_for(family: str, recipe: Recipe) -> Recipe:
+    """The same for another family.
+
+    Four patches of MiniGPT-v2 make a token, and a token should see less than a thing: so there are
+    32 x 32 of them, as published.
+    """
+    vision = recipe.vision
+    if family == "minigpt_v2":
+        patch = 8 if recipe is CPU else 14
+        vision = replace(vision, image_size=32 * patch, patch_size=patch, layer_norm_eps=1e-6)
+    return replace(recipe, family=family, vision=vision)

@@ -1,0 +1,122 @@
+"""The models before training, and their tokenizers; or those of a folder, to be trained on.
+
+In:  a recipe and a seed.  Out: CLIP, and a model on its vision tower.
+"""
+
+import math
+import random
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from nanogap.checks.loading import load
+from nanogap.errors import NanogapError
+from nanogap.models import MODELS, VLM
+from nanogap.prompt import DESCRIBE
+from nanogap.train.clip import CLIP
+from nanogap.train.questions import short_questions
+from nanogap.train.recipes import Recipe
+from nanogap.train.scenes import caption, draw_scene
+from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
+
+
+def initialise(model: nn.Module, depth: int) -> None:
+    """Normal weights of standard deviation fan_in^-1/2, and smaller ones on the residual branches.
+
+    Embeddings of CLIP are small, biases 0.
+    """
+    for name, parameter in model.named_parameters():
+        if "embedding.weight" in name and parameter.dim() == 2 or name.endswith("pos_embed"):
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("class_embedding"):
+            nn.init.normal_(parameter, std=len(parameter) ** -0.5)
+        elif parameter.dim() >= 2:
+            std = parameter[0].numel() ** -0.5
+            if re.search(r"(out_proj|attn\.proj|fc2|o_proj|down_proj)\.weight$", name):
+                std *= (2 * depth) ** -0.5
+            nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+@cache
+def sentences(seed: int, family: str) -> list[str]:
+    """What the tokenizer learns from: questions and answers about a thousand scenes."""
+    rng = random.Random(f"train {seed} words")
+    model = MODELS[family]
+    said = []
+    for _ in range(1000):
+        drawn = draw_scene(rng, 168)
+        asked = []
+        for expression, thing in drawn.expressions:
+            box = model.frame.from_pixels(drawn.things[thing].box, *drawn.image.size)
+            asked.append((model.template.question(expression), model.box_format.say(box)))
+        asked.append((DESCRIBE, caption(drawn.things, rng)))
+        asked += short_questions(drawn, rng)
+        for question, answer in asked:
+            before, after = model.template.around(question)
+            said += [before, f"{after} {answer}"]
+    return said
+
+
+@cache
+def caption_words(seed: int) -> list[str]:
+    """What the CLIP tokenizer learns from."""
+    rng = random.Random(f"train {seed} captions")
+    return [caption(draw_scene(rng, 168).things, rng) for _ in range(1000)]
+
+
+def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
+    """An untrained CLIP and its tokenizer."""
+    words = train_clip_tokenizer(caption_words(seed), 256)
+    text = replace(recipe.text, vocab_size=words.get_vocab_size())
+    clip = CLIP(recipe.vision, text, recipe.projection_dim, MODELS[recipe.family].Tower)
+    torch.manual_seed(seed)
+    initialise(clip, recipe.vision.num_hidden_layers)
+    return clip, words
+
+
+def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
+    """An untrained projector and decoder on CLIP's vision tower, which is frozen."""
+    family = MODELS[recipe.family]
+    tokenizer = train_llama_tokenizer(sentences(seed, recipe.family), 640, family.special_tokens)
+    rows = 64 * math.ceil(tokenizer.get_vocab_size() / 64)                    # as published
+    decoder = replace(recipe.decoder, vocab_size=rows)
+    image_token = tokenizer.token_to_id(family.special_tokens[0])
+    assert image_token is not None
+    model = family(family.Config(decoder, recipe.vision, image_token))
+    model.tokenizer = tokenizer
+    torch.manual_seed(seed + 1)
+    initialise(model, recipe.decoder.num_hidden_layers)
+    tower = model.get_submodule("vision_tower")
+    tower.load_state_dict(clip.vision_model.state_dict())
+    tower.requires_grad_(False)
+    return model
+
+
+def started(folder: Path, name: str) -> VLM:
+    """The model of a folder, to be trained on: in one of MODELS, its own or one of the same parts.
+
+    raises: NanogapError where its tensors are not those of the model
+    """
+    family, found = MODELS[name], load(folder, "cpu", "float32")
+    config = found.config
+    if type(found) is not family:
+        config = family.Config(config.text, config.vision, config.image_token)
+    model = family(config)
+    model.tokenizer = found.tokenizer
+    found.text_guide = None                   # it is copied as it stands
+    try:
+        new = set(model.load_state_dict(found.state_dict(), strict=False).unexpected_keys)
+    except RuntimeError:   # a tensor has another shape
+        new = {"a tensor of another shape"}
+    if new:
+        raise NanogapError(f"--start {folder} has {min(new)}, which a {name} has not; start from "
+                           f"a {name}, or from nothing")
+    model.get_submodule("vision_tower").requires_grad_(False)
+    return model
