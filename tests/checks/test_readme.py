@@ -6,49 +6,67 @@ import subprocess
 import sys
 from pathlib import Path
 
-import run
-from nanogap.evaluate import __main__ as evaluate
-from nanogap.train import __main__ as train
-from tests.markdown import broken_links, commands, is_the_evaluators, what_is_wrong_with
+import pytest
+from PIL import Image, ImageChops
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.markdown import (
+    ROOT,
+    blocks,
+    broken_links,
+    commands,
+    is_the_evaluators,
+    what_is_wrong_with,
+)
+
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+BLOCKS = blocks(README)
 
 
 def block(start: str) -> str:
-    return next(text for _, text in BLOCKS if text.startswith(start))
+    return next(block.text for block in BLOCKS if block.text.startswith(start))
 
 
 def test_the_two_commands_do_their_own_set_up():
     set_up = "pip install -r requirements.txt && python"
-    assert f'{set_up} run.py image.jpg "the man on the left"\n' in README
-    assert "pip install -r requirements.txt && python -m pytest\n" in README
+    assert f'{set_up} run.py image.jpg "the man on the left"\n{set_up} -m pytest\n' in README
     needed = [re.split("[=>]", line)[0] for line in (ROOT / "requirements.txt").read_text().split()]
     assert needed == ["torch", "safetensors", "tokenizers", "pillow", "pytest"]
 
 
-def test_the_quoted_lines_of_gap_stand_in_gap():
-    lines = block("    visual =")
-    assert "GAP, 1" in lines and "GAP, 2" in lines
-    assert lines in (ROOT / "nanogap" / "gap.py").read_text()
+def test_the_three_places_of_gap_are_quoted_from_the_code():
+    """They are the only ones in the lesson that say so."""
+    quoted = block("    visual =")
+    in_gap, in_ground = quoted.split("...\n")
+    assert in_gap in (ROOT / "nanogap" / "gap.py").read_text()
+    assert in_ground in (ROOT / "nanogap" / "ground.py").read_text()
+    places = re.findall(r"# GAP, (\d)", quoted)
+    marked = [mark for path in sorted((ROOT / "nanogap").glob("*.py"))
+              for mark in re.findall(r"# GAP, (\d):", path.read_text())]
+    assert places == marked == ["1", "2", "3"]
 
 
 def test_the_readme_is_at_most_150_lines():
     assert README.count("\n") <= 150
 
 
-def test_every_source_file_is_in_the_reading_order_and_every_link_leads_somewhere():
-    named = set(re.findall(r"`(nanogap/\w+\.py|run\.py)`", README))
-    there = {f"nanogap/{p.name}" for p in (ROOT / "nanogap").glob("*.py")} - {"nanogap/__init__.py"}
-    assert named == there | {"run.py"}
-    folders = {f"nanogap/{p.parent.name}/" for p in (ROOT / "nanogap").glob("*/__init__.py")}
+def test_the_reading_order_names_every_file_and_folder_with_its_lines():
+    there = {f"nanogap/{path.name}": path.read_text().count("\n")
+             for path in (ROOT / "nanogap").glob("*.py") if path.name[:2] != "__"}
+    said = {name: int(lines) for name, lines in re.findall(r"^\| `(.+?)` \| (\d+) \|", README, re.M)}
+    assert said == {name: there[name] for name in there if name != "nanogap/errors.py"}
+    folders = {f"nanogap/{path.parent.name}/" for path in (ROOT / "nanogap").glob("*/__init__.py")}
     assert folders == set(re.findall(r"`(nanogap/\w+/)`", README))
+
+
+def test_every_link_leads_somewhere():
     assert [f"README.md:{line}: {link}" for line, link in broken_links(README)] == []
 
 
-def test_the_printed_output_is_what_the_command_prints(capsys, tmp_path, monkeypatch):
+def test_the_printed_output_is_what_the_command_prints(
+        capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All but the times: those are this machine's."""
+    import run
+
     def timeless(text: str) -> str:
         return re.sub(r" +\d+ ms|\(\d+ ms\)", " ms", text).replace(str(tmp_path) + "/", "")
 
@@ -58,22 +76,24 @@ def test_the_printed_output_is_what_the_command_prints(capsys, tmp_path, monkeyp
     assert timeless(capsys.readouterr().out) == timeless(block("weights/mini on cpu"))
 
 
-def test_the_python_example_says_what_the_command_says(capsys, monkeypatch):
+def test_the_python_example_says_what_the_command_says(
+        capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    code = next(text for kind, text in BLOCKS if kind == "python" and "nanogap.load" in text)
+    code = block("import nanogap").replace("answer.png", str(tmp_path / "answer.png"))
     exec(compile(ast.parse(code), "README.md", "exec"), {})
-    box = ast.literal_eval(re.search(r"\] (\(.*\))", capsys.readouterr().out).group(1))
-    lines = block("weights/mini on cpu").split("\n")
-    line = next(line for line in lines if line.startswith("gap "))
-    assert ", ".join(f"{v:.0f}" for v in box) in line
+    box = re.search(r": ([\d, ]+) \(gap", capsys.readouterr().out)[1]
+    assert re.search(rf"^gap .* {box} ", block("weights/mini on cpu"), re.MULTILINE)
 
 
-def test_the_other_commands_take_the_arguments_that_are_given_here(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    words = block("python -m nanogap.evaluate").replace("\\\n", " ").split()[3:]
-    at = words.index("--limit") + 1
-    words[at] = "1"
-    evaluate.main(words)
+def test_the_words_that_the_small_models_know_are_those_of_the_scenes():
+    from nanogap.train.scenes import COLOURS, KINDS
+    said = re.search(r"was taught these words, .*: (.*?); (.*?); (.*?);", README)
+    assert set(said[1].split(", ")) == set(KINDS) | {"person"}
+    assert set(said[2].split(", ")) == set(COLOURS)
+
+
+def test_the_training_that_is_named_is_that_of_the_log():
+    from nanogap.train import __main__ as train
     steps = " ".join(str(stage.steps) for stage in train.CPU.stages)
     training = "torchrun --nproc-per-node 2 -m nanogap.train --device cpu --out weights/mini"
     log = (ROOT / "nanogap" / "train" / "LOG.md").read_text()
@@ -88,18 +108,14 @@ def test_every_command_is_real():
 
 
 def test_the_measured_table_looks_like_the_evaluators():
-    assert any(text.startswith("Acc@0.5") and is_the_evaluators(text) for _, text in BLOCKS)
+    assert is_the_evaluators(block("Acc@0.5"))
 
 
-def test_the_tutorial_is_linked():
-    assert "(tutorial.md)" in README
-
-
-def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path):
-    from PIL import Image, ImageChops
-    split, index = re.search(r"nanogap\.scenes (\w+) (\d+) image\.jpg", README).groups()
-    command = [sys.executable, "-m", "nanogap.train.scenes", split, index, str(tmp_path / "image.jpg")]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    shipped, drawn = Image.open(ROOT / "image.jpg"), Image.open(tmp_path / "image.jpg")
-    assert shipped.size == drawn.size
-    assert max(high for _, high in ImageChops.difference(shipped, drawn).getextrema()) <= 8
+def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path: Path):
+    split, index = re.search(r"train\.scenes (\w+) (\d+) image\.jpg", README).groups()
+    drawn = tmp_path / "image.jpg"
+    subprocess.run([sys.executable, "-m", "nanogap.train.scenes", split, index, str(drawn)],
+                   check=True, cwd=ROOT, capture_output=True)
+    shipped, again = Image.open(ROOT / "image.jpg"), Image.open(drawn)
+    assert shipped.size == again.size
+    assert max(high for _, high in ImageChops.difference(shipped, again).getextrema()) <= 8
