@@ -3,7 +3,8 @@
     import nanogap
     model = nanogap.load("weights/mini")
     result = model.ground("image.jpg", "the man on the left", prune="random", keep=72, mode="gap")
-    print(result.text, result.box)
+    print(result)                               # one line; result.box is in pixels
+    result.draw("image.jpg").save("answer.png")
 """
 
 import os
@@ -20,6 +21,11 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 from nanogap import gap, image, methods, prompt, prune  # noqa: E402
 from nanogap.checks.loading import load  # noqa: E402
 from nanogap.errors import NanogapError  # noqa: E402
+from nanogap.fast.answered import Answered  # noqa: E402
+from nanogap.show.draw import draw  # noqa: E402
 from nanogap.show.explain_ids import explain_ids  # noqa: E402
 
 __all__ = ["NanogapError", "explain_ids", "gap", "image", "load", "methods", "prompt", "prune"]
+
+__version__ = "0.1.0"
+Answered.draw = draw        # result.draw(image): answers are made below what draws them

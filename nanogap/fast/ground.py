@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from nanogap import ground as lesson
-from nanogap.ground import MAX_NEW_TOKENS, Keep, Result
+from nanogap.fast.answered import Answered, answered
+from nanogap.ground import MAX_NEW_TOKENS, Keep
 from nanogap.llava import EncodedImage
 from nanogap.prompt import DESCRIBE
 
@@ -20,19 +21,21 @@ if TYPE_CHECKING:
 def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, expression: str,
            prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
            max_new_tokens: int = MAX_NEW_TOKENS, drafts: bool = True,
-           question: str | None = None) -> Result:
+           question: str | None = None) -> Answered:
     """Find what an expression refers to: see nanogap/ground.py.
 
     drafts: whether a pass may be fed several tokens; the words are the same
     """
-    return lesson.ground(model, image, expression, prune, keep, mode, seed,
-                         max_new_tokens=max_new_tokens, question=question)
+    encoded = model.encode_image(image)
+    result = lesson.ground(model, encoded, expression, prune, keep, mode, seed,
+                           max_new_tokens=max_new_tokens, question=question)
+    return answered(result, model, encoded, expression, prune, mode)
 
 
 def describe(model: "VLM", image: Image.Image | str | Path | EncodedImage,
              prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap",
              seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
-             drafts: bool = True) -> Result:
+             drafts: bool = True) -> Answered:
     """Say what is in a picture; the arguments are those of `ground`."""
     return ground(model, image, DESCRIBE, prune, keep, mode, seed, max_new_tokens=max_new_tokens,
                   drafts=drafts, question=DESCRIBE)
