@@ -1,8 +1,9 @@
-"""A question, answered the fast way: `nanogap.ground` with drafts, and with cuts in the decoder.
+"""A question, answered the fast way: the lesson's `ground` with drafts.
 
 In:  a model, a picture, an expression, and how to prune.  Out: the same words as the lesson's.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from nanogap import ground as lesson
 from nanogap.fast.answered import Answered, answered
+from nanogap.fast.decode import decode
 from nanogap.ground import MAX_NEW_TOKENS, Keep
 from nanogap.llava import EncodedImage
 from nanogap.prompt import DESCRIBE
@@ -28,7 +30,8 @@ def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, express
     """
     encoded = model.encode_image(image)
     result = lesson.ground(model, encoded, expression, prune, keep, mode, seed,
-                           max_new_tokens=max_new_tokens, question=question)
+                           max_new_tokens=max_new_tokens, question=question,
+                           decode=partial(decode, drafts=drafts))
     return answered(result, model, encoded, expression, prune, mode)
 
 

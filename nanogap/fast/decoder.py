@@ -1,0 +1,136 @@
+"""Passes of the lesson's decoder that do less: for drafts, many questions, and half precision.
+
+In:  embeddings at their position IDs, a cache, and who may look at whom.  Out: logits.
+
+The layers are those of nanogap/llama.py and so is what they compute.  But in the last layer only
+the tokens whose logits are wanted look at others; only the last few tokens are given a mask, since
+those before them are causal among themselves; and one query in half precision is attended to in
+float32 on a CPU, whose kernel takes three times as long otherwise.
+Letters: B batch, T new tokens, M of them with a mask, R rows in the cache, C channels, V
+vocabulary, H heads, G key-value heads, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanogap.errors import NanogapError
+from nanogap.ground import NOT_FINITE
+from nanogap.llama import KVCache, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel, rotate
+
+
+class Cache(KVCache):
+    """A cache that rows can be taken out of again."""
+
+    def drop(self, rows: int) -> None:
+        """Forget the last rows of every layer; the next ones overwrite them."""
+        self.lengths = [length - rows for length in self.lengths]
+
+    def retain(self, start: int, rows: Tensor) -> None:
+        """Of the rows from `start` on only these (n,) stay, moved together."""
+        end = start + len(rows)
+        self.keys[..., start:end, :] = self.keys[..., rows, :]
+        self.values[..., start:end, :] = self.values[..., rows, :]
+        self.lengths = [end] * len(self.lengths)
+
+
+# ----- who looks at whom --------------------------------------------------------------------------
+
+
+def mask_of(rows: Tensor, R: int, alternatives: int, dtype: torch.dtype) -> Tensor:
+    """Which of R rows the tokens in these rows (M,) look at: (M, R), 0 where they do, else -inf.
+
+    alternatives: so many of the last tokens stand in each other's place: each sees the rows before
+                  all of them, and its own.  1: every token sees all rows up to its own.
+    """
+    own, other = rows[:, None], torch.arange(R, device=rows.device)
+    sees = (other < own.clamp(max=rows[-alternatives])) | (other == own)      # (M, R)
+    return as_scores(sees, dtype)
+
+
+def as_scores(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to be added to the scores: made once for all layers."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, float("-inf"))
+
+
+def causal_mask(T: int, R: int, alternatives: int, like: Tensor) -> Tensor | None:
+    """A mask (M, R) for the last M of T tokens, in the last of R rows; None where none needs one.
+    """
+    M = T if 1 < T < R else alternatives
+    if M == 1:
+        return None
+    return mask_of(torch.arange(R - M, R, device=like.device), R, alternatives, like.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention in which the last query sees all keys, the one before it one key less, ...
+
+    q: (B, H, T, D); k, v: (B, G, R, D) with R >= T; returns (B, H, T, D).
+    mask: (M, R), added to the scores of the last M queries; the others see the first T - M keys.
+          None only where T is 1 or R
+    """
+    gqa, T = q.shape[1] != k.shape[1], q.shape[2]
+    if mask is None and T == 1 and q.device.type == "cpu":
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=gqa)
+        return y.to(q.dtype)                                                  # (B, H, 1, D)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+    first = T - len(mask)                                                     # without a mask
+    y = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=mask, enable_gqa=gqa)
+    if first == 0:
+        return y                                                              # (B, H, T, D)
+    before = attend(q[:, :, :first], k[:, :, :first], v[:, :, :first])
+    return torch.cat([before, y], dim=2)                                      # (B, H, T, D)
+
+
+# ----- a pass -------------------------------------------------------------------------------------
+
+
+def through(layer: LlamaDecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache,
+            mask: Tensor | None, last: int) -> Tensor:
+    """Tokens (B, T, C) through a layer, where only the `last` of them look: (B, last, C)."""
+    attention, y = layer.self_attn, layer.input_layernorm(x)
+    q = attention.split(attention.q_proj(y[:, -last:]))                       # (B, H, last, D)
+    q = rotate(q, cos[..., -last:, :], sin[..., -last:, :])
+    k = rotate(attention.split(attention.k_proj(y)), cos, sin)                # (B, G, T, D)
+    v = attention.split(attention.v_proj(y))                                  # (B, G, T, D)
+    k, v = cache.append(attention.layer, k, v)                                # (B, G, R, D)
+    y = attend(q, k, v, mask)                                                 # (B, H, last, D)
+    x = x[:, -last:] + attention.o_proj(y.transpose(1, 2).flatten(2))         # (B, last, C)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def run(model: LlamaModel, x: Tensor, position_ids: Tensor, cache: KVCache, alternatives: int = 1,
+        mask: Tensor | None = None, last: int | None = None) -> Tensor:
+    """Embeddings (B, T, C) at position_ids (T,) -> hidden states (B, last, C), after the norm.
+
+    alternatives: so many of the last tokens do not see one another (see mask_of)
+    mask:         (T, R), where the new rows are not the next of the cache; None: made here
+    last:         so many tokens look in the last layer, and come back; None: all of them
+    """
+    T, layers = x.shape[1], list(model.layers)                                # not a new ModuleList
+    R, last = cache.lengths[0] + T, last or T
+    cos, sin = model.angles(position_ids, x.dtype)
+    wide = causal_mask(T, R, alternatives, x) if mask is None else mask
+    for layer in layers[:-1]:
+        x = through(layer, x, cos, sin, cache, wide, T)                       # (B, T, C)
+    if mask is None and last < T:
+        wide = causal_mask(last, R, alternatives, x)
+    return model.norm(through(layers[-1], x, cos, sin, cache, wide, last))
+
+
+def feed(model: LlamaForCausalLM, x: Tensor, position_ids: Tensor, cache: KVCache,
+         alternatives: int = 1, last: int | None = None) -> Tensor:
+    """A pass over embeddings (1, T, C): the logits (last, V) behind its `last` tokens."""
+    return model.logits(run(model.model, x, position_ids, cache, alternatives, last=last))[0]
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The token of highest logit in each row (T, V).
+
+    raises: NanogapError where logits are not finite, for any token would do then
+    """
+    best = logits.argmax(-1).masked_fill(~logits.isfinite().all(-1), -1).tolist()
+    if -1 in best:
+        raise NanogapError(NOT_FINITE)
+    return best
