@@ -7,7 +7,10 @@ import torch
 from nanogap import weights
 from nanogap.models import VLM
 
-HERE = Path(__file__).resolve().parents[2] / "weights"
+PACKAGE = Path(__file__).resolve().parents[1]
+# run.py, image.jpg and weights/ stand at the top level; in a wheel they are in nanogap/shipped
+TOP = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
+HERE = TOP / "weights"
 REAL = HERE / "llava-1.5-7b-hf"
 MINI = HERE / "mini"
 
