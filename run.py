@@ -13,7 +13,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import json
-import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,6 @@ from nanogap.checks.command import (
     keep_argument,
     path_argument,
     tell,
-    visible,
     whole_number,
 )
 from nanogap.checks.loading import MINI, default_weights, folder_of
@@ -41,19 +39,17 @@ from nanogap.checks.output import check_picture, save_picture
 from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS
-from nanogap.image import Box, iou, open_image
+from nanogap.image import Box, open_image
 from nanogap.llava import EncodedImage
 from nanogap.methods import find
-from nanogap.methods.in_decoder import cuts_in_words, prunes_there
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of
-from nanogap.show.draw import agreement, draw_results, shortened
-from nanogap.show.explain import columns, explain
+from nanogap.show.draw import agreement, draw_results
+from nanogap.show.explain import explain
+from nanogap.show.table import print_notes, print_table
 from nanogap.train.scenes import scene_of, words_never_taught
 from nanogap.weights import DTYPES
-
-WORDS = 36       # columns for them in the table: the longest box of a model is as long
-
 
 # ----- what was asked -----------------------------------------------------------------------------
 
@@ -65,11 +61,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("image", metavar="IMAGE", help="any picture that Pillow reads")
     add("expression", metavar="EXPRESSION", help='what to look for, such as "the man on the left"')
     add("--weights", metavar="DIR", type=path_argument,
-        help="a folder, or one that ships: mini, mini-next, mini-shikra, mini-minigpt (default: "
+        help="a folder, or mini, mini-next, mini-shikra or mini-minigpt, which ship (default: "
              "weights/llava-1.5-7b-hf where that is present, else mini)")
     add("--prune", metavar="NAME", default="random", action=ListStrategies,
-        help=f"{', '.join(STRATEGIES)}, with settings as in \"fastv(layer=2)\", or FILE.py:NAME "
-             "for one of your own; `--prune list` says what each does (default: %(default)s)")
+        help=f"{', '.join(STRATEGIES)}, with settings as in \"fastv(layer=2)\"; FILE.py:NAME for "
+             "one of your own; or list, to be told what each does (default: %(default)s)")
     add("--keep", metavar="N", type=keep_argument, default="50%",
         help="visual tokens to keep: a number such as 64, a share such as 25%% or 9.8%%, or auto "
              "where the strategy can tell (default: 50%%)")
@@ -79,22 +75,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
              f"{'; '.join(mode for mode in MODES if ',' in mode)} (default: full shifted gap)")
     add("--clip", metavar="DIR", type=path_argument,
         help="folder of the CLIP that the vision tower comes from, for strategies that read the "
-             "expression (default: clip_text in the folder of the weights)")
+             "expression (default: clip_text beside the weights)")
     add("--max-new-tokens", metavar="N", type=count_argument, default=MAX_NEW_TOKENS,
         help="an answer is cut off after so many tokens (default: %(default)s)")
     add("--no-draft", dest="drafts", action="store_false",
-        help="one token in each pass of the decoder: slower, with the same words")
+        help="one token in each pass of the decoder: the same words, later")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="where the model runs: auto (CUDA where there is one, else cpu), %(choices)s"
-             .replace("%(choices)s", "cpu, cuda, mps"))
+        help="auto, cpu, cuda or mps (default: auto, which is cuda where there is one)")
     add("--dtype", choices=["auto", *DTYPES], default="auto",
-        help=f"precision of the weights: auto (the checkpoint's own on a GPU), {', '.join(DTYPES)}")
+        help=f"of the weights: auto or {', '.join(DTYPES)} (default: auto, the checkpoint's on a "
+             "GPU, float32 on a CPU, bfloat16 there for large models)")
     add("--no-pack", dest="pack", action="store_false", default=None,
-        help="on a CPU: slower, with half the memory for weights")
+        help="on a CPU: half the memory for weights, and slower")
     add("--seed", metavar="N", type=whole_number, default=0,
         help="a whole number, for strategies that draw lots (default: %(default)s)")
     add("--out", metavar="PICTURE", type=path_argument, default=Path("answer.png"),
-        help="a .png or .jpg file to write (default: %(default)s)")
+        help="a .png or .jpg to write (default: %(default)s)")
     add("--json", action="store_true",
         help="print one JSON document instead of the table: boxes in pixels, times in ms")
     add("--explain", action="store_true", help="print every shape and every ID on the way")
@@ -113,7 +109,6 @@ class Asked:
     encoded: EncodedImage
     prune: str                # name of a strategy
     keep: int | None          # its budget
-    truth: Box | None         # the true box in pixels, where the picture is a drawn scene
 
 
 @contextmanager
@@ -144,10 +139,7 @@ def load(args: argparse.Namespace) -> Asked:
         keep = budget_of(args.keep, encoded.n_patches, prune)
         if set(args.mode) != {"full"} and not prunes_there(prune):   # what it needs to see is kept
             model.select(encoded, args.expression, prune, keep, args.seed)
-    drawn = scene_of(args.image)
-    told = dict(drawn.expressions).get(" ".join(args.expression.split())) if drawn else None
-    truth = drawn.things[told].box if drawn and told is not None else None
-    return Asked(model, image, encoded, prune, keep, truth)
+    return Asked(model, image, encoded, prune, keep)
 
 
 # ----- ask ----------------------------------------------------------------------------------------
@@ -155,8 +147,11 @@ def load(args: argparse.Namespace) -> Asked:
 
 def ask(args: argparse.Namespace, query: Asked) -> dict[str, Answered]:
     """The answer in each mode, in the order in which these were given."""
-    with patience("warming up"):
-        warm_up(query)
+    with patience("warming up"):     # or the first mode would pay for what the others reuse
+        if query.model.device.type == "cpu":
+            query.model.ground(query.encoded, "warm up", "random", 1, "gap", max_new_tokens=1)
+        else:                                          # kernels are loaded by shape
+            query.model.ground(query.encoded, "warm up", mode="full", max_new_tokens=8)
     results = {}
     for mode in dict.fromkeys(args.mode):
         with patience(f"answering in mode {mode}"):
@@ -166,23 +161,22 @@ def ask(args: argparse.Namespace, query: Asked) -> dict[str, Answered]:
     return results
 
 
-def warm_up(query: Asked) -> None:
-    """Answer once before the clock runs, or the first mode would pay for what the others reuse."""
-    if query.model.device.type == "cpu":
-        query.model.ground(query.encoded, "warm up", "random", 1, "gap", max_new_tokens=1)
-    else:                                              # kernels are loaded by shape
-        query.model.ground(query.encoded, "warm up", mode="full", max_new_tokens=8)
-
-
 # ----- show ---------------------------------------------------------------------------------------
+
+
+def true_box(args: argparse.Namespace) -> Box | None:
+    """In pixels, where the picture is a drawn scene and the expression one of its own."""
+    drawn = scene_of(args.image)
+    told = dict(drawn.expressions).get(" ".join(args.expression.split())) if drawn else None
+    return None if drawn is None or told is None else drawn.things[told].box
 
 
 def show(args: argparse.Namespace, query: Asked, results: dict[str, Answered]) -> None:
     """Save the picture, and print the table or the document."""
     document = report(args, query, results)
     cells = query.model.cells(query.encoded)
-    picture = draw_results(query.image, cells, args.expression, query.prune, results, query.truth,
-                           args.weights.name)
+    picture = draw_results(query.image, cells, args.expression, query.prune, results,
+                           document["true_box"], "/".join(args.weights.parts[-2:]))
     save_picture("--out", args.out, picture)
     if args.json:
         print(json.dumps(document))
@@ -198,7 +192,7 @@ def show(args: argparse.Namespace, query: Asked, results: dict[str, Answered]) -
     if args.explain:
         explain(query.model, query.encoded, args.expression, results)
     print_table(document, query.model.box_format.pattern)
-    print_notes(query, results)
+    print_notes(query.model, results)
     print(f"picture: {args.out}")
 
 
@@ -229,60 +223,10 @@ def report(args: argparse.Namespace, query: Asked, results: dict[str, Answered])
         "prune": args.prune,
         "keep": query.keep,
         "seed": args.seed,
-        "true_box": query.truth,
+        "true_box": true_box(args),
         "runs": runs,
         "picture": str(args.out),
     }
-
-
-def print_table(document: dict, box_pattern: re.Pattern[str]) -> None:
-    """A line for each mode, and what all have in common."""
-    runs = document["runs"]
-    width = max(8, *(len(run["mode"]) for run in runs))
-    print(f"{'mode':{width}} tokens  {'position IDs':12} {'box (pixels)':22} IoU with full "
-          f"prefill  decode  KV MB  words")
-    for run in runs:
-        box = in_pixels(run["box"]) if run["box"] else "-"
-        match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
-        first, last = run["position_ids"]
-        times = "".join(f"{run['timings'][key]:5.0f} ms" for key in ("prefill_ms", "decode_ms"))
-        numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {f'{first}..{last}':12} "
-                   f"{box:22} {match:>13}{times} {run['kv_bytes'] / 2 ** 20:6.1f}  ")
-        print((numbers + words(visible(run["text"]), box_pattern)).rstrip())
-    vision = runs[0]["timings"]["vision_ms"]
-    print(f"The image was encoded once ({vision:.0f} ms).  "
-          "IoU is with the box of the full run, which may be wrong itself.")
-
-
-def in_pixels(box: Sequence[float]) -> str:
-    """A box in whole pixels."""
-    return ", ".join(f"{v:.0f}" for v in box)
-
-
-def words(text: str, box_pattern: re.Pattern[str]) -> str:
-    """What the model said, cut to the column's width; a box in it stays whole."""
-    box = box_pattern.search(text)
-    if box is None or columns(text) <= WORDS:
-        return shortened(text, WORDS, columns)
-    before = shortened(text[:box.start()], max(3, WORDS - 4 - columns(box[0])), columns)
-    return f"{before} {box[0]}" + ("..." if text[box.end():] else "")
-
-
-def print_notes(query: Asked, results: dict[str, Answered]) -> None:
-    """What the table does not show: the true box, cuts in the decoder, answers without an end."""
-    if query.truth is not None:
-        with_truth = [f"{mode} {iou(result.box, query.truth) if result.box else 0:.2f}"
-                      for mode, result in results.items()]
-        print(f"The picture is a drawn scene, so the true box is known: {in_pixels(query.truth)}; "
-              f"IoU with it: {', '.join(with_truth)}.")
-    cut = next((result for result in results.values() if result.cuts), None)
-    if cut is not None:
-        layers = len(query.model.language_model.model.layers)
-        print(cuts_in_words(query.prune, cut.cuts, layers) + ".")
-    for mode, result in results.items():
-        if result.cut_off:
-            print(f"{mode}: the answer was cut off before its end, at {len(result.tokens)} tokens; "
-                  "give it more room with --max-new-tokens.")
 
 
 # ----- the command --------------------------------------------------------------------------------

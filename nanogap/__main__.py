@@ -14,7 +14,7 @@ from nanogap.checks.loading import HERE, TOP
 COMMANDS = f"""nanogap {__version__}: Grounding-Aware Token Pruning (arXiv 2506.21873)
 
 python -m nanogap IMAGE EXPRESSION   ask where something is, in three modes; the same as run.py
-python -m nanogap.evaluate           measure accuracy on drawn scenes, on RefCOCO, or of your answers
+python -m nanogap.evaluate           measure accuracy on drawn scenes or RefCOCO, or of your answers
 python -m nanogap.train              train a small model on drawn scenes
 python -m nanogap.train.scenes       draw one scene
 python -m nanogap.convert            make one folder of weights that are published in pieces

@@ -24,7 +24,7 @@ def default_weights() -> Path:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
+         dtype: str | torch.dtype | None = None, clip: str | Path | None = None, pack=None) -> VLM:
     """Load a checkpoint, ready to ground; the arguments are those of nanogap/weights.py's load.
 
     raises: NanogapError where anything is missing, broken, unknown, of another shape, or would
@@ -33,3 +33,6 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     model = weights.load(folder, device, dtype, clip)
     assert isinstance(model, VLM)
     return model
+
+def folder_of(name):
+    return HERE / name if not Path(name).exists() and (HERE / name).is_dir() else Path(name)

@@ -64,7 +64,7 @@ def dim_dropped(image: Image.Image, kept: Sequence[int], cells: Tensor) -> Image
     """
     mask = Image.new("L", image.size, 0)
     pen = ImageDraw.Draw(mask)
-    seen = cells[list(kept)].float().round(decimals=3)   # 23.4999 is 23.5, as the neighbour's end is
+    seen = cells[list(kept)].float().round(decimals=3)   # 23.4999 is 23.5, as a neighbour's end is
     for x1, y1, x2, y2 in seen.round().int().tolist():
         if x1 < x2 and y1 < y2:
             pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=255)
@@ -175,8 +175,9 @@ def shortened(text: str, room: float, measure: Callable[[str], float]) -> str:
     return text
 
 
-def draw_answers(image: Image.Image, kept: Sequence[int], cells: Tensor, answers: Sequence[DrawnBox],
-                 caption: str, truth: Box | None = None) -> Image.Image:
+def draw_answers(image: Image.Image, kept: Sequence[int], cells: Tensor,
+                 answers: Sequence[DrawnBox], caption: str,
+                 truth: Box | None = None) -> Image.Image:
     """One picture: kept patches bright, dropped ones dimmed, each answer's box, a legend below.
 
     kept:    indices of the visual tokens that were kept
