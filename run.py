@@ -25,28 +25,31 @@ from PIL import Image
 import nanogap
 from nanogap import NanogapError
 from nanogap.checks.command import (
+    ListStrategies,
     Parser,
     answer_for,
     count_argument,
     keep_argument,
     path_argument,
     tell,
-    visible,
     whole_number,
 )
+from nanogap.checks.loading import MINI, default_weights, folder_of
 from nanogap.checks.output import check_picture, save_picture
+from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
-from nanogap.ground import MAX_NEW_TOKENS, EncodedImage, Result, choices
-from nanogap.image import open_image
-from nanogap.methods.in_decoder import check_layer, cuts_in_words
+from nanogap.ground import MAX_NEW_TOKENS
+from nanogap.image import Box, open_image
+from nanogap.llava import EncodedImage
+from nanogap.methods import find
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES, budget_of, check, find, needs_of
-from nanogap.show.draw import agreement, draw_results, shortened
-from nanogap.show.explain import columns, explain
-from nanogap.weights import DTYPES, MINI, default_weights
-
-WORDS = 32       # columns for them in the table: a box, and a little more
-
+from nanogap.prune import STRATEGIES, budget_of
+from nanogap.show.draw import agreement, draw_results
+from nanogap.show.explain import explain
+from nanogap.show.table import print_notes, print_table
+from nanogap.train.scenes import scene_of, words_never_taught
+from nanogap.weights import DTYPES
 
 # ----- what was asked -----------------------------------------------------------------------------
 
@@ -58,32 +61,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("image", metavar="IMAGE", help="any picture that Pillow reads")
     add("expression", metavar="EXPRESSION", help='what to look for, such as "the man on the left"')
     add("--weights", metavar="DIR", type=path_argument,
-        help="default: weights/llava-1.5-7b-hf where that is present, else weights/mini")
-    add("--prune", metavar="NAME", default="random",
-        help=f"{', '.join(STRATEGIES)}, or FILE.py:NAME for one of your own (default: %(default)s)")
-    add("--keep", metavar="N|N%|auto", type=keep_argument, default="50%",
-        help="visual tokens to keep, or auto where the strategy can tell (default: 50%%)")
+        help="a folder, or mini, mini-next, mini-shikra or mini-minigpt, which ship (default: "
+             "weights/llava-1.5-7b-hf where that is present, else mini)")
+    add("--prune", metavar="NAME", default="random", action=ListStrategies,
+        help=f"{', '.join(STRATEGIES)}, with settings as in \"fastv(layer=2)\"; FILE.py:NAME for "
+             "one of your own; or list, to be told what each does (default: %(default)s)")
+    add("--keep", metavar="N", type=keep_argument, default="50%",
+        help="visual tokens to keep: a number such as 64, a share such as 25%% or 9.8%%, or auto "
+             "where the strategy can tell (default: 50%%)")
     add("--mode", nargs="+", choices=MODES, default=["full", "shifted", "gap"], metavar="MODE",
-        help="full: nothing pruned; shifted, permuted: kept tokens renumbered; gap: their own "
-             "position IDs; or, in quotes, a mix of these: "
+        help="full: nothing pruned; shifted, permuted: kept tokens renumbered, in raster order or "
+             "by score; gap: their own position IDs; or, in quotes, a mix of these: "
              f"{'; '.join(mode for mode in MODES if ',' in mode)} (default: full shifted gap)")
-    add("--layer", metavar="K", type=whole_number,
-        help="of fastv: the decoder's layer before which it prunes, counted from 0 (default: 2 of "
-             "32, and as early in others)")
     add("--clip", metavar="DIR", type=path_argument,
-        help="the CLIP that the vision tower comes from, for strategies that read the expression")
+        help="folder of the CLIP that the vision tower comes from, for strategies that read the "
+             "expression (default: clip_text beside the weights)")
     add("--max-new-tokens", metavar="N", type=count_argument, default=MAX_NEW_TOKENS,
-        help="an answer is cut off there (default: %(default)s)")
+        help="an answer is cut off after so many tokens (default: %(default)s)")
     add("--no-draft", dest="drafts", action="store_false",
-        help="one token in each pass of the decoder; the words are the same")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--dtype", choices=["auto", *DTYPES], default="auto")
-    add("--pack", action="store_true", help="faster on a CPU, for twice the memory")
-    add("--seed", type=whole_number, default=0,
-        help="of the random strategy (default: %(default)s)")
+        help="one token in each pass of the decoder: the same words, later")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="auto, cpu, cuda or mps (default: auto, which is cuda where there is one)")
+    add("--dtype", choices=["auto", *DTYPES], default="auto",
+        help=f"of the weights: auto or {', '.join(DTYPES)} (default: auto, the checkpoint's on a "
+             "GPU, float32 on a CPU, bfloat16 there for large models)")
+    add("--no-pack", dest="pack", action="store_false", default=None,
+        help="on a CPU: half the memory for weights, and slower")
+    add("--seed", metavar="N", type=whole_number, default=0,
+        help="a whole number, for strategies that draw lots (default: %(default)s)")
     add("--out", metavar="PICTURE", type=path_argument, default=Path("answer.png"),
-        help="default: %(default)s")
-    add("--json", action="store_true", help="print one JSON document instead of the table")
+        help="a .png or .jpg to write (default: %(default)s)")
+    add("--json", action="store_true",
+        help="print one JSON document instead of the table: boxes in pixels, times in ms")
     add("--explain", action="store_true", help="print every shape and every ID on the way")
     return parser.parse_args(argv)
 
@@ -121,51 +130,53 @@ def load(args: argparse.Namespace) -> Asked:
     image = open_image(args.image)
     check_picture("--out", args.out, args.image)
     prune = find(args.prune)
-    check_layer(args.layer, [prune])
     device = None if args.device == "auto" else args.device
     dtype = None if args.dtype == "auto" else args.dtype
     with patience(f"loading {args.weights}"):
         model = nanogap.load(args.weights, device, dtype, args.clip, args.pack)
-    pruned = set(args.mode) != {"full"}
     with patience("looking at the image"):
-        encoded = model.encode_image(image, needs_of(prune) - {"attention"} if pruned else ())
-    most = choices(encoded, prune)
-    keep = budget_of(args.keep, most)
-    check(prune, most, keep)
+        encoded = model.encode_image(image)
+        keep = budget_of(args.keep, encoded.n_patches, prune)
+        if set(args.mode) != {"full"} and not prunes_there(prune):   # what it needs to see is kept
+            model.select(encoded, args.expression, prune, keep, args.seed)
     return Asked(model, image, encoded, prune, keep)
 
 
 # ----- ask ----------------------------------------------------------------------------------------
 
 
-def ask(args: argparse.Namespace, query: Asked) -> dict[str, Result]:
+def ask(args: argparse.Namespace, query: Asked) -> dict[str, Answered]:
     """The answer in each mode, in the order in which these were given."""
-    with patience("warming up"):
-        warm_up(query)
+    with patience("warming up"):     # or the first mode would pay for what the others reuse
+        if query.model.device.type == "cpu":
+            query.model.ground(query.encoded, "warm up", "random", 1, "gap", max_new_tokens=1)
+        else:                                          # kernels are loaded by shape
+            query.model.ground(query.encoded, "warm up", mode="full", max_new_tokens=8)
     results = {}
     for mode in dict.fromkeys(args.mode):
         with patience(f"answering in mode {mode}"):
             results[mode] = query.model.ground(
                 query.encoded, args.expression, query.prune, query.keep, mode, args.seed,
-                layer=args.layer, max_new_tokens=args.max_new_tokens, drafts=args.drafts)
+                max_new_tokens=args.max_new_tokens, drafts=args.drafts)
     return results
-
-
-def warm_up(query: Asked) -> None:
-    """Answer once before the clock runs, or the first mode would pay for what the others reuse."""
-    if query.model.device.type == "cpu":
-        query.model.ground(query.encoded, "warm up", "random", 1, "gap", max_new_tokens=1)
-    else:                                              # kernels are loaded by shape
-        query.model.ground(query.encoded, "warm up", mode="full", max_new_tokens=8)
 
 
 # ----- show ---------------------------------------------------------------------------------------
 
 
-def show(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -> None:
+def true_box(args: argparse.Namespace) -> Box | None:
+    """In pixels, where the picture is a drawn scene and the expression one of its own."""
+    drawn = scene_of(args.image)
+    told = dict(drawn.expressions).get(" ".join(args.expression.split())) if drawn else None
+    return None if drawn is None or told is None else drawn.things[told].box
+
+
+def show(args: argparse.Namespace, query: Asked, results: dict[str, Answered]) -> None:
     """Save the picture, and print the table or the document."""
     document = report(args, query, results)
-    picture = draw_results(query.image, query.encoded, args.expression, query.prune, results)
+    cells = query.model.cells(query.encoded)
+    picture = draw_results(query.image, cells, args.expression, query.prune, results,
+                           document["true_box"], "/".join(args.weights.parts[-2:]))
     save_picture("--out", args.out, picture)
     if args.json:
         print(json.dumps(document))
@@ -174,21 +185,18 @@ def show(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -> 
     if args.weights.resolve().parent == MINI.parent and args.weights.name.startswith("mini"):
         print("These weights know drawn scenes only; "
               "for photographs see \"Real weights\" in README.md.")
+        unknown = words_never_taught(args.expression)
+        if unknown:
+            print(f"They were never taught {', '.join(map(json.dumps, unknown))}, "
+                  "so the box is a guess; README.md names the words that they know.")
     if args.explain:
         explain(query.model, query.encoded, args.expression, results)
-    print_table(document)
-    cut = next((result for result in results.values() if result.cuts), None)
-    if cut is not None:
-        layers = len(query.model.language_model.model.layers)
-        print(cuts_in_words(query.prune, cut.cuts, layers) + ".")
-    for mode, result in results.items():
-        if result.cut_off:
-            print(f"{mode}: the answer was cut off before its end, at {len(result.tokens)} tokens; "
-                  "give it more room with --max-new-tokens.")
+    print_table(document, query.model.box_format.pattern)
+    print_notes(query.model, results)
     print(f"picture: {args.out}")
 
 
-def report(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -> dict:
+def report(args: argparse.Namespace, query: Asked, results: dict[str, Answered]) -> dict:
     """The JSON document; the table shows the same numbers."""
     full = results.get("full")
     runs = []
@@ -196,7 +204,7 @@ def report(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -
         runs.append({
             "mode": mode,
             "visual_tokens": result.visual_tokens,
-            "box": list(result.box) if result.box else None,
+            "box": [round(v, 2) for v in result.box] if result.box else None,
             "text": result.text,
             "cut_off": result.cut_off,
             "iou_with_full": agreement(result, full),
@@ -204,6 +212,7 @@ def report(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -
             "next_position": result.next_position,
             "timings": result.timings,
             "kv_bytes": result.kv_bytes,
+            "kept": result.keep.tolist(),
         })
     return {
         "image": args.image,
@@ -213,28 +222,11 @@ def report(args: argparse.Namespace, query: Asked, results: dict[str, Result]) -
         "dtype": str(query.model.dtype).removeprefix("torch."),
         "prune": args.prune,
         "keep": query.keep,
+        "seed": args.seed,
+        "true_box": true_box(args),
         "runs": runs,
         "picture": str(args.out),
     }
-
-
-def print_table(document: dict) -> None:
-    """A line for each mode, and what all have in common."""
-    runs = document["runs"]
-    width = max(8, *(len(run["mode"]) for run in runs))
-    print(f"{'mode':{width}} {'tokens':>6}  {'position IDs':12} {'box (pixels)':22} {'IoU':>4} "
-          f"{'prefill':>7} {'decode':>7} {'KV MB':>6}  words")
-    for run in runs:
-        box = ", ".join(f"{v:.0f}" for v in run["box"]) if run["box"] else "-"
-        match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
-        first, last = run["position_ids"]
-        times = "".join(f"{run['timings'][key]:5.0f} ms" for key in ("prefill_ms", "decode_ms"))
-        numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {f'{first}..{last}':12} "
-                   f"{box:22} {match:>4}{times} {run['kv_bytes'] / 2 ** 20:6.1f}  ")
-        words = shortened(visible(run["text"]), WORDS, columns)
-        print((numbers + words).rstrip())
-    vision = runs[0]["timings"]["vision_ms"]
-    print(f"The image was encoded once ({vision:.0f} ms).  IoU is with the box of the full run.")
 
 
 # ----- the command --------------------------------------------------------------------------------
@@ -242,7 +234,7 @@ def print_table(document: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer one command line."""
-    args.weights = args.weights or default_weights()
+    args.weights = folder_of(args.weights) if args.weights else default_weights()
     query = load(args)
     results = ask(args, query)
     show(args, query, results)

@@ -6,6 +6,7 @@ In:  the words of a command line.  Out: arguments that are checked, and an exit 
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TextIO
 
 from nanogap.errors import NanogapError
+from nanogap.prune import STRATEGIES
 
 MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141   # exit statuses; the shell's 128 + signal
 
@@ -56,12 +58,10 @@ def count_argument(text: str) -> int:
 
 def keep_argument(text: str) -> str:
     """Check the form of --keep, "64" or "25%" or "auto"; its range depends on the model."""
-    number = text.removesuffix("%")
-    if text == "auto":
-        return text
-    if not (number.isascii() and number.isdigit() and len(number) < 9 and int(number) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number of visual tokens "
-                                         "such as 64, nor a share such as 25%, nor \"auto\"")
+    form = r"0*[1-9][0-9]{0,7}|(?=.*[1-9])[0-9]{1,3}(\.[0-9]{1,8})?%|auto"
+    if not re.fullmatch(form, text):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number of visual tokens such as "
+                                         "64, nor a share such as 25% or 9.8%, nor \"auto\"")
     return text
 
 
@@ -72,6 +72,19 @@ def path_argument(text: str) -> Path:
     if "\0" in text:
         raise argparse.ArgumentTypeError("a path has no zero bytes")
     return Path(text)
+
+
+class ListStrategies(argparse.Action):
+    """--prune NAME ...; `--prune list` says a sentence on each strategy, and ends the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
+                 values: object, option: str | None = None) -> None:
+        if values in ("list", ["list"]):
+            width = max(map(len, STRATEGIES))
+            for name, function in STRATEGIES.items():
+                print(f"{name:{width}}  {(function.__doc__ or '').strip().partition(chr(10))[0]}")
+            parser.exit()
+        setattr(namespace, self.dest, values)
 
 
 # ----- streams ------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from nanogap import ground as lesson
+from nanogap.fast.answered import Answered, answered
 from nanogap.fast.decode import decode
-from nanogap.ground import MAX_NEW_TOKENS, Keep, Result
+from nanogap.ground import MAX_NEW_TOKENS, Keep
 from nanogap.llava import EncodedImage
 from nanogap.methods import find, in_decoder
 from nanogap.methods.in_decoder import prunes_there
@@ -24,24 +25,26 @@ if TYPE_CHECKING:
 def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, expression: str,
            prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
            max_new_tokens: int = MAX_NEW_TOKENS, drafts: bool = True,
-           question: str | None = None) -> Result:
+           question: str | None = None) -> Answered:
     """Find what an expression refers to: see nanogap/ground.py.
 
     drafts: whether a pass may be fed several tokens; the words are the same
     """
-    prune = find(prune)
-    if prunes_there(prune):
-        return in_decoder.ground(model, image, expression, prune, keep, mode, seed,
-                                 max_new_tokens=max_new_tokens, question=question)
-    return lesson.ground(model, image, expression, prune, keep, mode, seed,
-                         max_new_tokens=max_new_tokens, question=question,
-                         decode=partial(decode, drafts=drafts))
+    name, encoded = find(prune), model.encode_image(image)
+    if prunes_there(name):
+        result = in_decoder.ground(model, encoded, expression, name, keep, mode, seed,
+                                   max_new_tokens=max_new_tokens, question=question)
+    else:
+        result = lesson.ground(model, encoded, expression, name, keep, mode, seed,
+                               max_new_tokens=max_new_tokens, question=question,
+                               decode=partial(decode, drafts=drafts))
+    return answered(result, model, encoded, expression, name, mode)
 
 
 def describe(model: "VLM", image: Image.Image | str | Path | EncodedImage,
              prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap",
              seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
-             drafts: bool = True) -> Result:
+             drafts: bool = True) -> Answered:
     """Say what is in a picture; the arguments are those of `ground`."""
     return ground(model, image, DESCRIBE, prune, keep, mode, seed, max_new_tokens=max_new_tokens,
                   drafts=drafts, question=DESCRIBE)

@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanogap.errors import NanogapError
+from nanogap.fast.answered import Answered, answered
 from nanogap.fast.decoder import Cache, as_scores, likeliest, run
 from nanogap.fast.draft import NOTHING, Draft, Form, accepted, draft, foretell
 from nanogap.fast.ground import ground
@@ -55,7 +56,7 @@ ROWS = {"cpu": 32, "cuda": 256}
 def ground_all(model: "VLM", image: Image.Image | str | Path | EncodedImage,
                expressions: Iterable[str], prune: str = "cls_attention", keep: Keep = "50%",
                mode: str = "gap", seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
-               drafts: bool = True) -> list[Result]:
+               drafts: bool = True) -> list[Answered]:
     """Find what each of many expressions refers to in one picture, faster than one by one.
 
     expressions: any number of them; the other arguments are those of `ground`
@@ -94,8 +95,10 @@ def ground_all(model: "VLM", image: Image.Image | str | Path | EncodedImage,
         model, x, shared, questions, form, max_new_tokens, start)
     times = {"vision_ms": image.vision_ms, "prefill_ms": prefill_ms / len(questions),
              "decode_ms": decode_ms / len(questions)}
-    return [result(model, image, q, kept, times, row_bytes * (x.shape[1] + q.read))
-            for q in questions]
+    results = [result(model, image, q, kept, times, row_bytes * (x.shape[1] + q.read))
+               for q in questions]
+    return [answered(one, model, image, expression, prune, mode)
+            for one, expression in zip(results, expressions, strict=True)]
 
 
 def reads_question(prune: str, keep: Keep, mode: str) -> bool:

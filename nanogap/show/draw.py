@@ -1,26 +1,28 @@
 """The picture: boxes over an image whose dropped patches are dimmed, and a legend below.
 
 In:  an image, where its visual tokens lie, which were kept, and boxes.
-Out: one picture, also for a phone.
+Out: one picture that explains itself, also on a phone.
 
 Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart), line and name.
 The widest line is drawn first: where boxes coincide, each still shows inside the one before.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nanogap.ground import EncodedImage, Result
-from nanogap.image import Box, iou
+from nanogap.fast.answered import Answered
+from nanogap.ground import Result
+from nanogap.image import Box, iou, open_image
 
 WIDTH, MAX_HEIGHT = 960, 1200                # of the image on the page, pixels
 MIN_WIDTH, MIN_HEIGHT, MARGIN = 640, 160, 14
-ROW, FONT_SIZE = 46, 30                      # of the legend
+ROW, FONT_SIZE = 46, 28                      # of the legend
 TAG_HEIGHT, TAG_SIZE = 36, 24                # of a name at its box, and of its letters
 EDGE = 2                                     # of ink around each line
 CLEAR = 14                                   # from the middle of a line to the nearest name
@@ -37,6 +39,12 @@ STYLES: dict[str, Style] = {                      # by mode, the widest line fir
     "original, text collides": ("#d55e00", 3, (8, 30)),
 }
 TRUTH: Style = ("#b0ffd0", 5, (1, 17))            # of the true box, where it is known
+MEANING = {                                       # of a mode, for who sees the picture alone
+    "full": "nothing dropped",
+    "gap": "position IDs kept",
+    "shifted": "position IDs closed up",
+    "permuted": "IDs closed up, by score",
+}
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,16 @@ class DrawnBox:
     box: Box | None          # pixels of the image
 
 
-def dim_dropped(image: Image.Image, keep: Sequence[int], at: Tensor) -> Image.Image:
+def dim_dropped(image: Image.Image, kept: Sequence[int], cells: Tensor) -> Image.Image:
     """Dim all parts of an image that no kept token shows.
 
-    keep: indices of the visual tokens that were kept
-    at:   (N, 4) which part of the image each token shows, pixels; it may lie outside, or be empty
+    kept:  indices of the visual tokens that were kept
+    cells: (N, 4) which part of the image each token shows, pixels; it may lie outside, or be empty
     """
     mask = Image.new("L", image.size, 0)
     pen = ImageDraw.Draw(mask)
-    cells = at[list(keep)].float().round(decimals=3)   # 23.4999 is 23.5, as the neighbour's end is
-    for x1, y1, x2, y2 in cells.round().int().tolist():
+    seen = cells[list(kept)].float().round(decimals=3)   # 23.4999 is 23.5, as a neighbour's end is
+    for x1, y1, x2, y2 in seen.round().int().tolist():
         if x1 < x2 and y1 < y2:
             pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=255)
     dimmed = image.convert("L").point(lambda level: level * 0.4).convert("RGB")
@@ -110,55 +118,28 @@ def shared_area(a: Box, b: Box) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def places_beside(width: float, height: float, box: Box) -> list[tuple[float, float]]:
-    """Where a name may begin just outside its box: above it, then below, left and right."""
-    left, right = box[0] - 8, box[2] + 8 - width
-    above, below = box[1] - CLEAR - height, box[3] + CLEAR
-    return [(left, above), (right, above), (left, below), (right, below)]
-
-
-def places_inside(width: float, height: float, box: Box) -> list[tuple[float, float]]:
-    """The same in the corners of its box."""
-    left, right = box[0] + CLEAR, box[2] - CLEAR - width
-    top, bottom = box[1] + CLEAR, box[3] - CLEAR - height
-    return [(left, top), (right, top), (left, bottom), (right, bottom)]
-
-
-def places_anywhere(width: float, height: float, box: Box,
-                    canvas: tuple[int, int]) -> list[tuple[float, float]]:
-    """The same all over the canvas, the nearest to its box first."""
-
-    def away(place: tuple[float, float]) -> float:
-        x, y = place
-        return math.hypot(max(box[0] - x - width, x - box[2], 0),
-                          max(box[1] - y - height, y - box[3], 0))
-
-    xs = range(2, int(canvas[0] - width) - 1, 12)
-    ys = range(2, int(canvas[1] - height) - 1, 12)
-    return sorted(((x, y) for y in ys for x in xs), key=away)
-
-
 def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int],
               tags: Sequence[Box], boxes: Sequence[Box]) -> Box:
-    """Where a name goes: the first place near its box where it hides no other name and no line.
+    """Where a name goes: beside its box, or in a corner, where it hides least.
 
-    boxes: all that are drawn; a place that is in none of them is better
+    tags:  the names that are there; hiding one is worst, then a line, then what is in a box
+    boxes: all that are drawn
     """
     near = CLEAR - 2
     lines = [(x1 - near, y1 - near, x2 + near, y2 + near)
              for other in boxes for x1, y1, x2, y2 in sides(other)]
-    beside = places_beside(width, height, box)
-    corners = places_inside(width, height, box)
-    anywhere = places_anywhere(width, height, box, canvas)
-    for places, taken in ((beside, [*tags, *lines, *boxes]), (beside + corners, [*tags, *lines]),
-                          (anywhere, [*tags, *lines]), (anywhere, [*tags])):
-        for left, top in places:
-            x = min(max(left, 2), canvas[0] - width - 2)
-            y = min(max(top, 2), canvas[1] - height - 2)
-            tag = (x, y, x + width, y + height)
-            if not any(shared_area(tag, other) for other in taken):
-                return tag
-    return tag
+    x1, y1, x2, y2 = box
+    places = [(x, y) for y in (y1 - CLEAR - height, y2 + CLEAR)
+              for x in (x1 - 8, x2 + 8 - width, (x1 + x2 - width) / 2)]
+    places += [(x, y) for y in (y1 + CLEAR, y2 - CLEAR - height)
+               for x in (x1 + CLEAR, x2 - CLEAR - width, x1 - CLEAR - width, x2 + CLEAR)]
+    found = []
+    for left, top in places:
+        x = min(max(left, 2), canvas[0] - width - 2)
+        y = min(max(top, 2), canvas[1] - height - 2)
+        found.append((x, y, x + width, y + height))
+    return min(found, key=lambda tag: [sum(shared_area(tag, other) for other in others)
+                                       for others in (tags, lines, boxes)])
 
 
 def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], truth: Box | None,
@@ -194,12 +175,13 @@ def shortened(text: str, room: float, measure: Callable[[str], float]) -> str:
     return text
 
 
-def draw_answers(image: Image.Image, keep: Sequence[int], at: Tensor, answers: Sequence[DrawnBox],
-                 caption: str, truth: Box | None = None) -> Image.Image:
+def draw_answers(image: Image.Image, kept: Sequence[int], cells: Tensor,
+                 answers: Sequence[DrawnBox], caption: str,
+                 truth: Box | None = None) -> Image.Image:
     """One picture: kept patches bright, dropped ones dimmed, each answer's box, a legend below.
 
-    keep:    indices of the visual tokens that were kept
-    at:      (N, 4) which part of the image each visual token shows, pixels
+    kept:    indices of the visual tokens that were kept
+    cells:   (N, 4) which part of the image each visual token shows, pixels
     answers: at most one for each mode, boxes in pixels of the image
     caption: one line, or several with newlines between them
     truth:   the true box, where it is known
@@ -221,8 +203,8 @@ def draw_answers(image: Image.Image, keep: Sequence[int], at: Tensor, answers: S
     if truth is not None:
         legend.append(("the true box", TRUTH))
     page = Image.new("RGB", (width, height + ROW * (len(lines) + len(legend)) + MARGIN), PAGE)
-    at = at.cpu() * torch.tensor([across, down, across, down])
-    page.paste(dim_dropped(image.resize(size, Image.Resampling.LANCZOS), keep, at), (left, top))
+    cells = cells.cpu() * torch.tensor([across, down, across, down])
+    page.paste(dim_dropped(image.resize(size, Image.Resampling.LANCZOS), kept, cells), (left, top))
     pen = ImageDraw.Draw(page)
     draw_boxes(pen, boxes, None if truth is None else on_page(truth), (width, height))
     draw_legend(pen, lines, legend, width, height)
@@ -255,27 +237,40 @@ def agreement(result: Result, full: Result | None) -> float | None:
 
 
 def label(mode: str, result: Result, full: Result | None) -> str:
-    """What the legend says of an answer: "gap, 72 tokens, IoU 0.93"."""
-    text = f"{mode}, {result.visual_tokens:g} tokens"
+    """What the legend says: "gap: position IDs kept, 72 tokens, IoU with full 0.93"."""
+    meaning = f"{mode}: {MEANING[mode]}" if mode in MEANING else mode
+    text = f"{meaning}, {result.visual_tokens:g} tokens"
     with_full = agreement(result, full)
-    return text if mode == "full" or with_full is None else f"{text}, IoU {with_full:.2f}"
+    return text if mode == "full" or with_full is None else f"{text}, IoU with full {with_full:.2f}"
 
 
-def draw_results(image: Image.Image, encoded: EncodedImage, expression: str, prune: str,
-                 results: dict[str, Result], truth: Box | None = None) -> Image.Image:
+def draw_results(image: Image.Image, cells: Tensor, expression: str, prune: str,
+                 results: Mapping[str, Result], truth: Box | None = None,
+                 model: str = "") -> Image.Image:
     """The picture of one query.
 
-    encoded: the image as the model saw it
+    cells:   (N, 4) which part of the image each visual token shows, pixels
     prune:   the strategy's name
     results: by mode
+    model:   its name
     """
-    kept = min((result.keep.tolist() for result in results.values()), key=len)
-    patches = len(encoded.patches(torch.tensor(kept, dtype=torch.long)))
-    pruned = f"{prune} keeps {patches} of {encoded.n_patches} patches"
+    kept = min((result.keep for result in results.values()), key=len)          # (K,)
+    patches = int((cells[kept, 0] < cells[kept, 2]).sum())
+    n_patches = int((cells[:, 0] < cells[:, 2]).sum())
+    pruned = f"{prune} keeps {patches} of {n_patches} patches; the dimmed ones are dropped"
     if set(results) == {"full"}:
-        pruned = f"all {encoded.n_patches} patches"
+        pruned = f"all {n_patches} patches"
     full = results.get("full")
     answers = [DrawnBox(mode, label(mode, result, full), result.box)
                for mode, result in results.items()]
-    caption = f"\"{' '.join(expression.split())}\"\n{pruned}"
-    return draw_answers(image, kept, encoded.at, answers, caption, truth)
+    asked = f"\"{' '.join(expression.split())}\"" + (f", asked of {model}" if model else "")
+    return draw_answers(image, kept.tolist(), cells, answers, f"{asked}\n{pruned}", truth)
+
+
+def draw(result: Answered, image: Image.Image | str | Path) -> Image.Image:
+    """The picture of one answer.
+
+    image: the one that was asked about, or its path
+    """
+    return draw_results(open_image(image), result.cells, result.expression, result.prune,
+                        {result.mode: result})

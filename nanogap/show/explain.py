@@ -10,25 +10,25 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import Tensor
 
 from nanogap.checks.command import visible
+from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
-from nanogap.ground import EncodedImage, Result
-from nanogap.models import VLM
-from nanogap.prune import View
+from nanogap.llava import EncodedImage
+from nanogap.models import VLM, View
 
 # ----- how it is set ------------------------------------------------------------------------------
 
 
-def kept_grid(keep: Collection[int], view: View, newlines: Collection[int] = ()) -> str:
+def kept_grid(kept: Collection[int], view: View, newlines: Collection[int] = ()) -> str:
     """The patches of a view: # for one that was kept, . for one that was dropped.
 
     newlines: where one stands behind the last patch of a row, / shows that it stays
     """
     lines = []
-    for row in view.index.view(view.seen.rows, view.seen.columns).tolist():
-        marks = ["#" if index in keep else "." for index in row]
+    for row in view.index.view(view.rows, view.columns).tolist():
+        marks = ["#" if index in kept else "." for index in row]
         end = row[-1] + 1
         if end in newlines:
-            marks.append("/" if end in keep else ".")
+            marks.append("/" if end in kept else ".")
         lines.append("      " + " ".join(marks))
     return "\n".join(lines)
 
@@ -94,11 +94,11 @@ def piece(model: VLM, token: int) -> str:
 # ----- one query ----------------------------------------------------------------------------------
 
 
-def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str, Result]) -> None:
+def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str, Answered]) -> None:
     """Print each stage of a query with its shapes, and each mode with its IDs."""
     input_ids = model.prompt(expression)
     explain_image(model, image)
-    explain_pruning(image, results)
+    explain_pruning(model, image, results)
     P, A = model.around_image(input_ids)
     image_token = piece(model, model.config.image_token)
     print(f"\n4  The prompt: words, and one {image_token} token where the patches go")
@@ -125,52 +125,53 @@ def explain_image(model: VLM, image: EncodedImage) -> None:
     print(*(f"   {line}" for line in tower[1:]), sep="\n")
 
 
-def explain_pruning(image: EncodedImage, results: dict[str, Result]) -> None:
+def explain_pruning(model: VLM, image: EncodedImage, results: dict[str, Answered]) -> None:
     """Print which patches were kept; all modes but full keep the same."""
-    newlines, views = image.newlines, len(image.views)
+    newlines, views = model.newlines(image), model.views(image)
     print("\n3  Pruning keeps some of them (#) and drops the rest (.)")
     pruned = next((result for mode, result in results.items() if mode != "full"), None)
     if pruned is None:
-        print(f"   not in mode full: all {image.n_visual} {kinds(image)} stay")
+        print(f"   not in mode full: all {image.n_visual} {kinds(newlines)} stay")
         return
-    keep = set(pruned.keep.tolist())
-    told = f"{len(keep - newlines)} of {image.n_patches} patches"
+    kept = set(pruned.keep.tolist())
+    told = f"{len(kept - newlines)} of {image.n_patches} patches"
     if newlines:
-        told += f", and {len(keep & newlines)} of {len(newlines)} newlines (/),"
+        told += f", and {len(kept & newlines)} of {len(newlines)} newlines (/),"
     print(f"   {told} stay:")
-    for number, view in enumerate(image.views, 1):
-        if views > 1:
-            print(f"   view {number} of {views}")
-        print(kept_grid(keep, view, newlines))
-    order = "raster order" if views == 1 else "the order of the prompt"
+    for number, view in enumerate(views, 1):
+        if len(views) > 1:
+            print(f"   view {number} of {len(views)}")
+        print(kept_grid(kept, view, newlines))
+    order = "raster order" if len(views) == 1 else "the order of the prompt"
     print(f"   counted in {order} from 0 to {image.n_visual - 1} these are (keep):")
-    print(wrapped(ranges(sorted(keep))))
+    print(wrapped(ranges(sorted(kept))))
 
 
-def kinds(image: EncodedImage) -> str:
+def kinds(newlines: Collection[int]) -> str:
     """What visual tokens there are."""
-    return "patches and newlines" if image.newlines else "patches"
+    return "patches and newlines" if newlines else "patches"
 
 
-def explain_prompt(model: VLM, result: Result, input_ids: Tensor, image: EncodedImage) -> None:
+def explain_prompt(model: VLM, result: Answered, input_ids: Tensor, image: EncodedImage) -> None:
     """Print what one mode feeds: all position IDs, and the tokens at either end of each part."""
     ids = result.position_ids.tolist()
     P, A = model.around_image(input_ids)
     K = len(result.keep)
     M = len(ids) - P - K - A
+    said = kinds(model.newlines(image))
     shape = f"(1, {len(ids)}, {model.config.text.hidden_size})"
     if result.visual_tokens == K + M:
         print(f"   embeddings {shape} at cache rows 0..{len(ids) - 1}: rows have no gaps")
     else:
         layers = len(model.language_model.model.layers)
         print(f"   the first {result.cuts[0][0]} of {layers} layers read the whole sequence, "
-              f"all {image.n_visual} {kinds(image)};")
+              f"all {image.n_visual} {said};")
         for layer, count in result.cuts:
             print(f"   before layer {layer}, counted from 0, it is cut to {count} visual tokens;")
         print(f"   behind the last cut it is {shape} at cache rows 0..{len(ids) - 1},")
         print("   and all below is about that part")
     added = f" + M = {M} added" if M else ""
-    print(f"   position IDs: P = {P} tokens | K = {K} {kinds(image)}{added} | A = {A} tokens")
+    print(f"   position IDs: P = {P} tokens | K = {K} {said}{added} | A = {A} tokens")
     parts = ids[:P], ids[P:P + K + M], ids[P + K + M:]
     print(wrapped(" | ".join(ranges(part) for part in parts)))
     names = ("token", "token ID", "keep", "ID before", "ID now", "cache row")
@@ -185,10 +186,11 @@ def explain_prompt(model: VLM, result: Result, input_ids: Tensor, image: Encoded
     print(across(names, shown))
 
 
-def prompt_tokens(model: VLM, result: Result, input_ids: Tensor,
+def prompt_tokens(model: VLM, result: Answered, input_ids: Tensor,
                   image: EncodedImage) -> list[tuple]:
     """Each token of what was fed: its name, token ID, keep, and position ID before pruning."""
     P, A = model.around_image(input_ids)
+    newlines = model.newlines(image)
     tokens: list[tuple] = []
     for place, token in enumerate(input_ids.tolist()):
         if place < P:
@@ -196,7 +198,7 @@ def prompt_tokens(model: VLM, result: Result, input_ids: Tensor,
         elif place > P:
             tokens.append((piece(model, token)[:20], token, "", image.n_visual + place - 1))
         else:
-            tokens += [("newline" if index in image.newlines else "patch", "", index, P + index)
+            tokens += [("newline" if index in newlines else "patch", "", index, P + index)
                        for index in result.keep.tolist()]
             n_added = len(result.position_ids) - P - len(result.keep) - A
             tokens += [("added", "", "", "") for _ in range(n_added)]
@@ -212,7 +214,7 @@ def ends_of_parts(P: int, K: int, M: int, A: int) -> list[int]:
     return sorted(before | kept | added | after)
 
 
-def explain_answer(model: VLM, result: Result) -> None:
+def explain_answer(model: VLM, result: Answered) -> None:
     """Print what the model answers, token by token, and the box in it."""
     tokens = result.tokens
     rows = len(result.position_ids)

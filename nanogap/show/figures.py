@@ -2,15 +2,16 @@
 
     python -m nanogap.show.figures                      all of them, into nanogap/show/figures
     python -m nanogap.show.figures places --out DIR     one of them, elsewhere
+    python -m nanogap.show.figures sweep                the one that moves, sweep.webp, and a still
 
-In:  weights, and image.jpg.  Out: small PNG files.
+In:  weights, and image.jpg.  Out: small PNG files, and one WebP.
 Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
 import colorsys
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,20 +19,21 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
 from nanogap.checks.command import Parser, answer_for, path_argument
-from nanogap.checks.output import check_file, check_folder, save_picture
+from nanogap.checks.loading import MINI, PACKAGE, TOP, folder_of, load
+from nanogap.checks.output import check_folder, save_picture
 from nanogap.errors import NanogapError
 from nanogap.image import open_image
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES, in_decoder
+from nanogap.prune import STRATEGIES
 from nanogap.show.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
-from nanogap.train.scenes import scene
-from nanogap.weights import MINI, load
+from nanogap.show.sweep import EXPRESSION, GREY, Sweep
+from nanogap.train.scenes import scene_of
 
-ROOT = Path(__file__).resolve().parents[2]
-EXPRESSION = "the man on the left"
+IMAGE = TOP / "image.jpg"
 SIDE, LABEL, FONT_SIZE = 240, 42, 22          # of a small picture and the line below it, pixels
 PATCH = 40                                    # of a square before it is made small, pixels
-GREY, HEAT = "#5a5a5a", "#ff9a00"
+HEAT = "#ff9a00"
 
 
 def sheet(panels: Sequence[tuple[Image.Image, str]], columns: int, side: int = SIDE) -> Image.Image:
@@ -55,11 +57,11 @@ class Square:
     """image.jpg as the model sees it, so large that each patch has PATCH whole pixels a side."""
 
     def __init__(self, model: VLM) -> None:
-        self.encoded = model.encode_image(ROOT / "image.jpg", {"cls_attention"}, share=True)
-        self.seen = self.encoded.views[0].seen
+        self.encoded = model.encode_image(IMAGE)
+        self.seen = model.see(self.encoded, {"cls_attention"}, "")
         self.rows = self.seen.rows
         self.columns = self.seen.columns
-        self.picture = model.frame.fit(open_image(ROOT / "image.jpg"), self.columns * PATCH)
+        self.picture = model.frame.fit(open_image(IMAGE), self.columns * PATCH)
 
     def cell(self, index: int) -> tuple[int, int, int, int]:
         """Where the patch with that raster index lies: x1, y1, x2, y2."""
@@ -75,14 +77,13 @@ class Square:
 
 
 def answer(model: VLM) -> Image.Image:
-    """What `python run.py image.jpg "the man on the left"` draws, and the true box of the scene."""
-    drawn = scene("image", 1117, size=672)
-    truth = drawn.things[dict(drawn.expressions)[EXPRESSION]].box
-    image = open_image(ROOT / "image.jpg")
-    encoded = model.encode_image(image)
+    """What `python run.py image.jpg "the man on the left"` draws."""
+    drawn, encoded = scene_of(IMAGE), model.encode_image(IMAGE)
+    truth = drawn.things[dict(drawn.expressions)[EXPRESSION]].box if drawn else None
     results = {mode: model.ground(encoded, EXPRESSION, "random", "50%", mode)
                for mode in ("full", "shifted", "gap")}
-    return draw_results(image, encoded, EXPRESSION, "random", results, truth)
+    return draw_results(open_image(IMAGE), model.cells(encoded), EXPRESSION, "random", results,
+                        truth, "weights/mini")
 
 
 # ----- chapters 1 and 2 ---------------------------------------------------------------------------
@@ -127,11 +128,11 @@ def line(model: VLM) -> Image.Image:
     font = ImageFont.load_default(FONT_SIZE)
     for row, mode in enumerate(("full", "gap", "shifted", "permuted")):
         layout = gap.lay_out(torch.arange(N) if mode == "full" else ranked, P, N, A, mode)
-        keep = layout.keep.tolist()
+        kept = layout.kept.tolist()
         y = 14 + row * high
         pen.text((MARGIN, y + cell / 2), mode, PAPER, font, anchor="lm")
-        names = ["T"] * P + [str(index) for index in keep] + ["T"] * A
-        colours = [GREY] * P + [hue(index / N) for index in keep] + [GREY] * A
+        names = ["T"] * P + [str(index) for index in kept] + ["T"] * A
+        colours = [GREY] * P + [hue(index / N) for index in kept] + [GREY] * A
         for name, colour, at in zip(names, colours, layout.position_ids.tolist(), strict=True):
             x = left + at * cell
             pen.rectangle((x, y, x + cell - 4, y + cell - 4), colour)
@@ -160,9 +161,9 @@ def places(model: VLM) -> Image.Image:
     for mode in ("full", "gap", "shifted", "permuted"):
         layout = gap.lay_out(ranked if mode == "full" else ranked[:N // 2], 0, N, 0, mode)
         canvas = Image.new("RGB", square.picture.size, GREY)
-        for index, at in zip(layout.keep.tolist(), layout.position_ids.tolist(), strict=True):
+        for index, at in zip(layout.kept.tolist(), layout.position_ids.tolist(), strict=True):
             canvas.paste(square.picture.crop(square.cell(index)), square.cell(at))
-        panels.append((canvas, f"{mode}, {len(layout.keep)} tokens"))
+        panels.append((canvas, f"{mode}, {len(layout.kept)} tokens"))
     return sheet(panels, 4)
 
 
@@ -177,11 +178,11 @@ def strategies(model: VLM) -> Image.Image:
     square = Square(model)
     panels = []
     for name in STRATEGIES:
-        budget = "50%" if in_decoder(name) else "25%"
+        budget = "50%" if prunes_there(name) else "25%"
         result = model.ground(square.encoded, EXPRESSION, name, budget, "gap", max_new_tokens=1)
-        keep = result.keep.tolist()
-        dimmed = dim_dropped(square.picture, keep, square.cells())
-        panels.append((dimmed, f"{name}, {len(keep)}"))
+        kept = result.keep.tolist()
+        dimmed = dim_dropped(square.picture, kept, square.cells())
+        panels.append((dimmed, f"{name}, {len(kept)}"))
     return sheet(panels, 4)
 
 
@@ -190,38 +191,46 @@ def strategies(model: VLM) -> Image.Image:
 
 FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
     "answer": answer, "patches": patches, "line": line, "places": places, "strategies": strategies}
+MOVING = "sweep"
 
 
-def make(names: Sequence[str], model: VLM, out: Path) -> list[Path]:
+def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
     """Draw some of the pictures; their paths."""
-    paths = [out / f"{name}.png" for name in names]
-    for name, path in zip(names, paths, strict=True):
-        picture = FIGURES[name](model).quantize(255, dither=Image.Dither.NONE)
-        save_picture("--out", path, picture, optimize=True)
-    return paths
+    for name in names:
+        if name == MOVING:
+            sweep = Sweep(model)
+            picture = sweep.still()
+            frames, shown = sweep.frames()
+            save_picture("--out", out / "sweep.webp", frames[0], save_all=True,
+                         append_images=frames[1:], duration=shown, loop=0, quality=75, method=4)
+            yield out / "sweep.webp"
+        else:
+            picture = FIGURES[name](model)
+        path = out / f"{name}.png"
+        small = picture.quantize(255, dither=Image.Dither.NONE)
+        save_picture("--out", path, small, optimize=True)
+        yield path
 
 
 def command(argv: Sequence[str] | None) -> None:
     """Draw the pictures that were asked for."""
+    known = [*FIGURES, MOVING]
     parser = Parser(prog="python -m nanogap.show.figures",
                     description="Draw the pictures of the README and of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help=f"any of {', '.join(FIGURES)} (default: all)")
+                        help=f"any of {', '.join(known)} (default: all)")
     parser.add_argument("--weights", type=path_argument, default=MINI, metavar="DIR",
                         help="default: weights/mini")
-    parser.add_argument("--out", type=path_argument, default=ROOT / "nanogap" / "show" / "figures",
+    parser.add_argument("--out", type=path_argument, default=PACKAGE / "show" / "figures",
                         metavar="DIR", help="default: nanogap/show/figures")
     args = parser.parse_args(argv)
-    unknown = set(args.names) - set(FIGURES)
+    unknown = set(args.names) - set(known)
     if unknown:
-        raise NanogapError(f"there is no picture {min(unknown)!r}: "
-                           f"choose from {', '.join(FIGURES)}")
-    names = args.names or list(FIGURES)
+        raise NanogapError(f"there is no picture {min(unknown)!r}: choose from {', '.join(known)}")
     check_folder("--out", args.out)
-    for name in names:
-        check_file("--out", args.out / f"{name}.png")
-    for path in make(names, load(args.weights, "cpu", "float32"), args.out):
-        print(path)
+    model = load(folder_of(args.weights), "cpu", "float32")
+    for path in make(args.names or known, model, args.out):
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,19 @@ Out: an image, the things in it with tight boxes, and expressions, each true of 
 
     python -m nanogap.train.scenes SPLIT INDEX OUT.jpg [--size 672]
 
+The picture notes in its EXIF which scene it is, so that `run.py` can draw the true box.
+
 A thing can be told apart by its name ("the man in blue"), by its place among others of that name
 ("the man on the left"), or by a landmark ("the man left of the tree").  An expression is given only
 where a margin makes it clear.  The same Random draws the same scene, to the byte.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import hypot, log
+from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
@@ -470,6 +474,29 @@ def scene(split: str, index: int, size: int = 336) -> Scene:
     return draw_scene(Random(f"{split}/{index}"), size)
 
 
+NOTE, DESCRIPTION = "nanogap scene {} {}", 0x010E     # in the EXIF of a picture that is written
+
+
+def scene_of(path: str | Path) -> Scene | None:
+    """The scene that a picture shows, where it notes one; no photograph does."""
+    with Image.open(path) as image:
+        size, note = image.size, str(image.getexif().get(DESCRIPTION))
+    said = re.fullmatch(NOTE.format("([!-~]+)", "([0-9]{1,9})"), note)
+    if said is None or not MIN_SIZE <= max(size) <= MAX_SIZE:
+        return None
+    drawn = scene(said[1], int(said[2]), max(size))
+    return drawn if drawn.image.size == size else None
+
+
+def words_never_taught(text: str) -> list[str]:
+    """The words of an expression that no scene is described with, as training had it."""
+    taught = {*KINDS, *COLOURS, "person", "in", "a", "an", "and", *NUMBERS}
+    taught |= {plural for plural, _ in KINDS.values()}
+    for phrase in (phrase for wordings in PHRASES.values() for phrase in wordings):
+        taught |= set(phrase.format("", "").split())
+    return [word for word in re.findall(r"\w+", text) if word.lower() not in taught]
+
+
 # ----- the command --------------------------------------------------------------------------------
 
 
@@ -488,7 +515,9 @@ def command(argv: Sequence[str] | None) -> None:
         raise NanogapError("the split is not valid Unicode: type it in UTF-8") from None
     check_picture("OUT", args.out)
     drawn = scene(args.split, args.index, args.size)
-    save_picture("OUT", args.out, drawn.image, quality=92)
+    exif = Image.Exif()
+    exif[DESCRIPTION] = NOTE.format(args.split, args.index)
+    save_picture("OUT", args.out, drawn.image, quality=92, exif=exif)
     for text, i in drawn.expressions:
         print(f"{text:40} {drawn.things[i].box}")
 
