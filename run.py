@@ -85,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["auto", *DTYPES], default="auto",
         help=f"of the weights: auto or {', '.join(DTYPES)} (default: auto, the checkpoint's on a "
              "GPU, float32 on a CPU, bfloat16 there for large models)")
-    add("--no-pack", dest="pack", action="store_false", default=None,
+    add("--no-pack", dest="pack", action="store_false",
         help="on a CPU: half the memory for weights, and slower")
     add("--seed", metavar="N", type=whole_number, default=0,
         help="a whole number, for strategies that draw lots (default: %(default)s)")

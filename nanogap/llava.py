@@ -121,7 +121,7 @@ class Llava(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.lm_head.weight.device
+        return self.language_model.model.norm.weight.device
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -132,7 +132,7 @@ class Llava(nn.Module):
         """A picture in RGB -> (1, 3, S, S), on the model's device."""
         square = self.frame.fit(image, self.config.vision.image_size)
         pixels = to_pixel_values(square, self.config.image_mean, self.config.image_std)
-        return pixels.to(self.language_model.lm_head.weight)      # its device and precision
+        return pixels.to(self.language_model.model.norm.weight)      # its device and precision
 
     @torch.no_grad()
     def encode_image(self, image: Image.Image | str | Path | EncodedImage) -> EncodedImage:

@@ -11,6 +11,7 @@ from nanogap.checks.explain import explain
 from nanogap.checks.reading import printable
 from nanogap.checks.silent import check_clip, silent
 from nanogap.errors import NanogapError
+from nanogap.fast.packed import pack as pack_matrices
 from nanogap.models import VLM
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -22,10 +23,12 @@ MINI = HERE / "mini"
 
 
 def load(folder: str | Path, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, clip: str | Path | None = None) -> VLM:
+         dtype: str | torch.dtype | None = None, clip: str | Path | None = None,
+         pack: bool = True) -> VLM:
     """Load a checkpoint, ready to ground; the arguments are those of nanogap/weights.py's load.
 
     folder: its path, a folder of the hub's cache, or the name of one that ships, such as "mini"
+    pack:   let a CPU multiply faster (fast/packed.py); answers may differ in last digits
     raises: NanogapError where anything is missing, broken, unknown, of another shape, or would
             change answers in silence
     """
@@ -45,6 +48,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
             raise
         raise explain(folder, error, guide) from None
     assert isinstance(model, VLM)
+    if pack:
+        pack_matrices(model)
     return model
 
 

@@ -89,8 +89,7 @@ def ask_nobody(args: argparse.Namespace) -> None:
 def load_asked(args: argparse.Namespace) -> VLM:
     """The model, where and in the precision in which it was asked for."""
     device, dtype = (None if value == "auto" else value for value in (args.device, args.dtype))
-    plain = {"pack": False} if args.no_pack else {}
-    return load(args.weights, device, dtype, args.clip, **plain)
+    return load(args.weights, device, dtype, args.clip, pack=not args.no_pack)
 
 
 def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict]) -> None:

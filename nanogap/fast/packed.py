@@ -1,23 +1,28 @@
-"""Each matrix a second time, in the order in which a CPU multiplies: faster, for twice the memory.
+"""Products on a CPU as fast as it can: each large matrix in the order in which it multiplies.
 
 In:  a model on a CPU.  Out: the same model, with the same weights and names.
 
 A CPU's product wants its matrix in blocks, so torch rearranges it in every call.  With many rows
 that is little; with the few of a decoder's pass it takes longer than the product.  Here it is done
-once.  Sums are taken in another order, so logits differ in their last digits.
-`python -m nanogap.bench --pack` measures what it brings.
+once, and the plain matrix is given back: there is one copy.  Whoever looks at the parameters of a
+layer, to write, train, move, convert or change them, gets them plain, bit for bit, and the layer
+multiplies by these from there on: what is packed can never be stale.  Small matrices stay as they
+are; with many rows in float32 they are multiplied by the same library, twice as fast.
+Sums are taken in another order, so logits differ in their last digits.
+`python -m nanogap.bench` measures what it brings, and `--no-pack` turns it off.
 """
+
+from collections import Counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogap.errors import NanogapError
-
-
-def version(weight: Tensor) -> int:
-    """How often a weight was changed in place (through its `.data` it goes unnoticed)."""
-    return 0 if weight.is_inference() else weight._version
+# Bytes: smaller ones lie in the processor's cache, where a call costs more than rearranging
+LARGE = 1 << 20
+# Products of two numbers: with fewer, torch's own library is faster in float32
+MANY = 1 << 20
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -28,53 +33,86 @@ def can_pack(weight: Tensor) -> bool:
     return fast.get(weight.dtype, False)
 
 
-class PackedLinear(nn.Linear):
-    """nn.Linear that packs its matrix when it first multiplies, and again after a change.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias by oneDNN; the weight may be packed."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-    The plain one remains what counts; where gradients are wanted it multiplies as well.
-    """
 
-    packed: Tensor | None = None
-    source: Tensor | None = None     # what was packed: held, so that nothing else gets its memory
-    source_version = 0
-
-    def __init__(self, plain: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.weight, self.bias = plain.weight, plain.bias
-
-    def __getstate__(self) -> dict:
-        """Copies, and what is pickled, have the plain matrix alone."""
-        return {**self.__dict__, "packed": None, "source": None}
-
-    def is_packed(self) -> bool:
-        """Whether the weight is still what was packed."""
-        return (self.source is not None and self.source.data_ptr() == self.weight.data_ptr()
-                and self.source_version == version(self.weight))
+class QuickLinear(nn.Linear):
+    """nn.Linear that multiplies many rows in float32 by oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if (x.dtype == torch.float32 and x.is_cpu and x.numel() * self.out_features >= MANY
+                and not torch.is_grad_enabled()):
+            return product(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class PackedLinear(QuickLinear):
+    """nn.Linear whose matrix is packed until anybody looks at its parameters."""
+
+    packed: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.weight, self.bias)
-        if not self.is_packed():
-            self.source, self.source_version = self.weight.detach(), version(self.weight)
-            self.packed = (torch.ops.mkldnn._reorder_linear_weight(self.source)
-                           if can_pack(self.source) else None)
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return product(x, self.packed, self.bias)
+
+    def unpack(self) -> None:
+        """Become a plain layer again."""
+        plain = self.plain()
+        object.__setattr__(self, "__class__", QuickLinear)
+        del self.packed
+        self.weight = plain
+
+    def plain(self) -> nn.Parameter:
+        """The matrix as it was."""
+        with torch.inference_mode(False):
+            return nn.Parameter(self.packed.to_dense(), requires_grad=False)
+
+    # whatever torch does with parameters comes by one of these
+    @property
+    def _parameters(self) -> dict:                                   # type: ignore[override]
+        self.unpack()
+        return self._parameters
+
+    @property
+    def weight(self) -> nn.Parameter:                                # type: ignore[override]
+        self.unpack()
+        return self.weight
+
+    @weight.setter
+    def weight(self, value: None) -> None:
+        self.unpack()
+        self.weight = value
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Copies, and what is pickled, are plain layers; this one stays packed."""
+        parameters = {**self.__dict__["_parameters"], "weight": self.plain()}
+        state = {**self.__dict__, "_parameters": parameters}
+        del state["packed"]
+        return plain_layer, (state,)
 
 
-def pack(model: nn.Module) -> None:
-    """Let every nn.Linear of a model pack its matrix.
+def plain_layer(state: dict) -> QuickLinear:
+    """A layer with these attributes."""
+    layer = QuickLinear.__new__(QuickLinear)
+    layer.__dict__.update(state)
+    return layer
 
-    raises: NanogapError where the weights are not on a CPU, or torch does not pack theirs
-    """
-    plain = [(module, name, child) for module in list(model.modules())
-             for name, child in module.named_children() if type(child) is nn.Linear]
-    for _, _, linear in plain:
-        weight = linear.weight
-        if not can_pack(weight):
-            raise NanogapError(f"weights in {weight.dtype} on {weight.device} cannot be packed "
-                               "here: leave --pack out, or give --device cpu --dtype float32")
-    for module, name, linear in plain:
-        setattr(module, name, PackedLinear(linear))
+
+def pack(model: nn.Module) -> nn.Module:
+    """Pack every large matrix of a model where that is faster, one by one; returns the model."""
+    shared = Counter(id(p) for module in model.modules()
+                     for p in module.__dict__["_parameters"].values())
+    for module in model.modules():
+        if type(module) not in (nn.Linear, QuickLinear):
+            continue
+        weight = module.weight
+        module.__class__ = QuickLinear
+        alone = shared[id(weight)] == 1 and not weight.requires_grad
+        if alone and weight.nbytes >= LARGE and can_pack(weight):
+            module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            module._parameters["weight"] = None           # it keeps its place
+            module.__class__ = PackedLinear
+    return model

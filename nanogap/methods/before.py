@@ -154,7 +154,7 @@ def cdpruner(seen: VisualTokens, budget: int, generator: Generator, *,
 def embed_question(guide: CLIPText, question: str) -> Tensor:
     """A text of any length in CLIP's space, a row for each segment that the text tower can read."""
     ids = torch.tensor(guide.tokenizer.encode(question).ids)                  # (T,)
-    segments = ids.to(guide.text_projection.weight.device).split(
+    segments = ids.to(guide.text_model.final_layer_norm.weight.device).split(
         guide.text_model.config.max_position_embeddings)
     return torch.cat([guide.text_projection(guide.text_model(part[None])) for part in segments])
 

@@ -75,7 +75,7 @@ class VLM(Llava):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.lm_head.weight.dtype
+        return self.language_model.model.norm.weight.dtype
 
     # ----- tensors in, logits out -----------------------------------------------------------------
 
