@@ -1,4 +1,7 @@
-"""What the README says stands in the code, and its commands are real."""
+"""What the README says stands in the code, and its commands are real.
+
+    python -m tests.checks.test_readme     counts the lines of the lesson's files again
+"""
 
 import ast
 import re
@@ -20,6 +23,7 @@ from tests.markdown import (
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = blocks(README)
+COUNTED = r"^\| `(nanogap/\w+\.py)` \| (\d+) \|"
 
 
 def block(start: str) -> str:
@@ -52,8 +56,9 @@ def test_the_readme_is_at_most_150_lines():
 def test_the_reading_order_names_every_file_and_folder_with_its_lines():
     there = {f"nanogap/{path.name}": path.read_text().count("\n")
              for path in (ROOT / "nanogap").glob("*.py") if path.name[:2] != "__"}
-    said = {name: int(lines) for name, lines in re.findall(r"^\| `(.+?)` \| (\d+) \|", README, re.M)}
-    assert said == {name: there[name] for name in there if name != "nanogap/errors.py"}
+    said = {name: int(lines) for name, lines in re.findall(COUNTED, README, re.MULTILINE)}
+    assert said == {name: there[name] for name in there if name != "nanogap/errors.py"}, (
+        "`python -m tests.checks.test_readme` counts again")
     folders = {f"nanogap/{path.parent.name}/" for path in (ROOT / "nanogap").glob("*/__init__.py")}
     assert folders == set(re.findall(r"`(nanogap/\w+/)`", README))
 
@@ -83,6 +88,23 @@ def test_the_python_example_says_what_the_command_says(
     exec(compile(ast.parse(code), "README.md", "exec"), {})
     box = re.search(r": ([\d, ]+) \(gap", capsys.readouterr().out)[1]
     assert re.search(rf"^gap .* {box} ", block("weights/mini on cpu"), re.MULTILINE)
+
+
+def test_the_call_and_the_loop_for_transformers_say_what_nanogap_says(
+        capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """The loop for older releases stands in the tutorial and goes on from the README's block."""
+    pytest.importorskip("transformers")
+    import nanogap
+
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(block("import torch\nfrom PIL"), names)
+    assert block("[0.01, 0.39, 0.17, 0.74]\nkept") == capsys.readouterr().out
+    loop = next(block for block in blocks((ROOT / "tutorial.md").read_text()) if block.info == "py")
+    exec(loop.text, names)
+    ours = nanogap.load("weights/mini", "cpu", "float32").ground(
+        "image.jpg", "the man on the left", keep=names["layout"].kept, mode="gap")
+    assert names["said"] == ours.tokens
 
 
 def test_the_words_that_the_small_models_know_are_those_of_the_scenes():
@@ -119,3 +141,14 @@ def test_image_jpg_is_the_scene_that_the_readme_names(tmp_path: Path):
     shipped, again = Image.open(ROOT / "image.jpg"), Image.open(drawn)
     assert shipped.size == again.size
     assert max(high for _, high in ImageChops.difference(shipped, again).getextrema()) <= 8
+
+
+def count_again() -> None:
+    """Write how many lines each file of the lesson has."""
+    def counted(row: re.Match) -> str:
+        return f"| `{row[1]}` | {(ROOT / row[1]).read_text().count(chr(10))} |"
+    (ROOT / "README.md").write_text(re.sub(COUNTED, counted, README, flags=re.MULTILINE))
+
+
+if __name__ == "__main__":
+    count_again()
