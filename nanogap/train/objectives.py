@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nanogap.models import VLM
+from nanogap.prune import Kept
 from nanogap.train import reading
 from nanogap.train.batches import SINGLES, Batch, contents
 from nanogap.train.clip import CLIP
@@ -55,7 +56,9 @@ def llava_loss(model: VLM, batch: Batch, device: torch.device) -> Tensor:
     with torch.no_grad():                                                     # the tower is frozen
         seen = [model.encode_pixels(views.to(device), *scene.image.size)
                 for views, scene in zip(pixels, scenes, strict=True)]
-    visual = [model.fed(image.features, torch.arange(image.n_visual), image) for image in seen]
+    every = [torch.arange(image.n_visual) for image in seen]
+    visual = [model.visual_tokens(image, Kept(index), index)                  # (N, C') each
+              for image, index in zip(seen, every, strict=True)]
     share = reading.can_share(model, said)
     read = reading.read_sharing if share else reading.read_whole
     logits, targets, weights = read(model, said, visual)
