@@ -216,7 +216,12 @@ def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
     picture = Image.new("RGB", (60, 40), (250, 20, 20))
     for mode in MODES:
         found = shikra.ground(picture, "the man", prune, 12, mode, max_new_tokens=2)
-        assert found.visual_tokens in ((16,) if mode == "full" else (12, 13))    # one may be added
+        if mode == "full":
+            assert found.visual_tokens == 16
+        elif prune == "holov":                     # a strip may have a share that it cannot fill
+            assert 0 < found.visual_tokens <= 12
+        else:
+            assert found.visual_tokens in (12, 13)                            # one may be added
 
 
 def test_without_a_text_tower_the_clip_to_fetch_is_the_one_for_224_pixels(tmp_path: Path):
