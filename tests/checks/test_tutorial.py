@@ -128,7 +128,7 @@ def test_what_is_quoted_from_a_file_stands_there(block: Block):
     assert not wrong, f"tutorial.md:{block.line}: {wrong}"
 
 
-def test_every_strategy_has_a_row_in_a_table_of_methods():
+def test_every_strategy_has_a_row_in_one_of_two_tables():
     named = set(re.findall(r"^\| \*\*(\w+)\*\*", TEXT, re.MULTILINE))
     assert named == set(NAMES)
 
@@ -182,7 +182,7 @@ def test_the_pictures_are_those_that_the_commands_make(tmp_path: Path):
         ours, theirs = (Image.open(p).convert("RGB") for p in (path, FIGURES / path.name))
         assert ours.size == theirs.size, path.name
         far = max(ImageStat.Stat(ImageChops.difference(ours, theirs)).mean)
-        assert far < 2, f"{path.name} is not what `python -m nanogap.show.figures {path.stem}` draws"
+        assert far < 2, f"`python -m nanogap.show.figures {path.stem}` draws another picture"
 
 
 # ----- making it again ----------------------------------------------------------------------------
