@@ -70,6 +70,8 @@ def help_of(target: str, *recipe: str) -> str:
 def what_is_wrong_with(command: str) -> str | None:
     """Why a command cannot be meant: no such program, module, file, flag, strategy or mode."""
     program, *words = shlex.split(command)
+    if words[:1] == ["install"] and "-r" not in words:
+        return None                                          # a package by its name
     if program in ("pip", "bash"):
         files = [word for word in words if re.search(r"\.txt$|^\.ci/", word)]
         return None if files and all((ROOT / file).is_file() for file in files) else "no such file"

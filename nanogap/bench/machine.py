@@ -15,9 +15,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nanogap.weights import weight_files
 from nanogap.models import clock
-from nanogap.weights import DOWNLOAD
+from nanogap.weights import weight_files
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -16,12 +16,11 @@ import torch
 from tokenizers import AddedToken
 
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
-from nanogap.weights import read_tokenizer
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
-from nanogap.weights import MINI, save
+from nanogap.weights import MINI, read_tokenizer, save
 
 
 @dataclass(frozen=True)

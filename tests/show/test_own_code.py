@@ -18,10 +18,8 @@ import pytest
 import torch
 from torch import Tensor, arange, nn, tensor
 
-import nanogap
 from nanogap.gap import keep_ids
 from nanogap.show.explain_ids import catch_ids, explain_ids
-from tests.markdown import blocks
 from tests.tiny import draw
 
 transformers = pytest.importorskip("transformers", minversion="5.18")
@@ -500,28 +498,3 @@ def test_longrope_follows_the_largest_id_not_the_number_of_rows():
     x = torch.zeros(1, 3, 64)
     gathered, renumbered = (rotary(x, tensor([ids]))[0][0, 1] for ids in ([0, 1, 20], [0, 1, 2]))
     assert not close(gathered, renumbered)
-
-
-# ----- README.md ----------------------------------------------------------------------------------
-
-SECTION = (ROOT / "README.md").read_text().partition("\n## In your own code\n")[2]
-BLOCKS = blocks(SECTION.partition("\n## ")[0])
-
-
-def test_the_blocks_of_the_readme_say_what_nanogap_says_at_the_same_ids(
-        capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """The one call, the loop and the check, in order, as they stand."""
-    if not (ROOT / "weights" / "mini" / "model.safetensors").is_file():
-        pytest.skip("weights/mini is not there")
-    monkeypatch.chdir(ROOT)
-    names: dict[str, Any] = {}
-    for block in BLOCKS:
-        if block.info == "python":
-            exec(block.text, names)
-    printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    ours = nanogap.load("weights/mini", "cpu", "float32").ground(
-        "image.jpg", "the man on the left", keep=names["layout"].kept, mode="gap")
-    assert printed[0] == ours.text and printed[1:] == [
-        line for block in BLOCKS if block.info == "text" for line in block.text.splitlines()]
-    assert names["words"].tolist()[:len(names["said"])] == names["said"]
-    assert [*names["said"]][:len(ours.tokens)] == ours.tokens
