@@ -120,26 +120,33 @@ def shared_area(a: Box, b: Box) -> float:
 
 def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int],
               tags: Sequence[Box], boxes: Sequence[Box]) -> Box:
-    """Where a name goes: beside its box, or in a corner, where it hides least.
+    """Where a name goes: the first place at its box, or else anywhere, that hides no name or line.
 
-    tags:  the names that are there; hiding one is worst, then a line, then what is in a box
-    boxes: all that are drawn
+    tags:  the names that are there
+    boxes: all that are drawn; a place that is in none of them is better
     """
-    near = CLEAR - 2
-    lines = [(x1 - near, y1 - near, x2 + near, y2 + near)
-             for other in boxes for x1, y1, x2, y2 in sides(other)]
     x1, y1, x2, y2 = box
-    places = [(x, y) for y in (y1 - CLEAR - height, y2 + CLEAR)
-              for x in (x1 - 8, x2 + 8 - width, (x1 + x2 - width) / 2)]
+    places = [(x, y) for y in (y1 - CLEAR - height, y2 + CLEAR) for x in (x1 - 8, x2 + 8 - width)]
     places += [(x, y) for y in (y1 + CLEAR, y2 - CLEAR - height)
-               for x in (x1 + CLEAR, x2 - CLEAR - width, x1 - CLEAR - width, x2 + CLEAR)]
-    found = []
-    for left, top in places:
-        x = min(max(left, 2), canvas[0] - width - 2)
-        y = min(max(top, 2), canvas[1] - height - 2)
-        found.append((x, y, x + width, y + height))
-    return min(found, key=lambda tag: [sum(shared_area(tag, other) for other in others)
-                                       for others in (tags, lines, boxes)])
+               for x in (x1 + CLEAR, x2 - CLEAR - width)]
+    right, low = canvas[0] - width - 2, canvas[1] - height - 2
+    fitting = [(min(max(x, 2), right), min(max(y, 2), low)) for x, y in places]
+    near = CLEAR - 2
+    lines = [(left - near, top - near, end + near, bottom + near)
+             for other in boxes for left, top, end, bottom in sides(other)]
+
+    def hides(place: tuple[float, float], others: Sequence[Box]) -> float:
+        x, y = place
+        return sum(shared_area((x, y, x + width, y + height), other) for other in others)
+
+    x, y = min(fitting, key=lambda at: [hides(at, others) for others in (tags, lines, boxes)])
+    if hides((x, y), [*tags, *lines]):
+        anywhere = [(x, y) for x in range(2, int(right) + 1, 12) for y in range(2, int(low) + 1, 12)]
+        x, y = min(anywhere, key=lambda at: [
+            hides(at, tags), hides(at, lines),
+            math.hypot(max(x1 - at[0] - width, at[0] - x2, 0),
+                       max(y1 - at[1] - height, at[1] - y2, 0))])
+    return x, y, x + width, y + height
 
 
 def draw_boxes(pen: ImageDraw.ImageDraw, boxes: dict[str, Box], truth: Box | None,

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageColor
 
 from nanogap.gap import MODES
-from nanogap.image import Pad
+from nanogap.models.frames import Padded
 from nanogap.show.draw import (
     CLEAR,
     MARGIN,
@@ -42,7 +42,7 @@ MINT = (176, 255, 208)                                                    # the 
 
 def dimmed_pixels(size: tuple[int, int], keep: list[int]) -> set[tuple[int, int]]:
     image = Image.new("RGB", size, PINK)
-    drawn = dim_dropped(image, keep, Pad().cells(4, 4, *size))
+    drawn = dim_dropped(image, keep, Padded().cells(4, 4, *size))
     assert drawn.size == size
     every = ((x, y) for x in range(size[0]) for y in range(size[1]))
     return {at for at in every if drawn.getpixel(at) != PINK}
@@ -87,7 +87,7 @@ def test_a_token_that_shows_nothing_brightens_nothing():
 
 
 def test_a_dropped_patch_is_grey_and_much_darker():
-    drawn = dim_dropped(Image.new("RGB", (40, 40), PINK), [0], Pad().cells(4, 4, 40, 40))
+    drawn = dim_dropped(Image.new("RGB", (40, 40), PINK), [0], Padded().cells(4, 4, 40, 40))
     red, green, blue = drawn.getpixel((35, 35))
     assert red == green == blue == 74                # 0.4 of its brightness, 185
     assert drawn.getpixel((5, 5)) == PINK
@@ -104,7 +104,7 @@ def test_the_smallest_picture_has_patches_too(size: tuple[int, int]):
 def page(size: tuple[int, int], *answers: DrawnBox, caption: str = "x",
          truth: tuple[float, float, float, float] | None = None) -> Image.Image:
     """On the page a picture 96 wide is ten times as large, below and right of the margin."""
-    image, at = Image.new("RGB", size, (0, 60, 0)), Pad().cells(4, 4, *size)
+    image, at = Image.new("RGB", size, (0, 60, 0)), Padded().cells(4, 4, *size)
     return draw_answers(image, range(16), at, answers, caption, truth)
 
 

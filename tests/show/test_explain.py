@@ -13,8 +13,9 @@ import torch
 
 import nanogap
 from nanogap import gap
-from nanogap.models import VLM
-from nanogap.prune import STRATEGIES, View, VisualTokens, in_decoder
+from nanogap.methods.in_decoder import prunes_there
+from nanogap.models import VLM, View
+from nanogap.prune import STRATEGIES
 from nanogap.show.explain import across, columns, ends_of_parts, explain, kept_grid, ranges, wrapped
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,8 @@ def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: 
     text = told(model, mode)
     P, A = model.around_image(model.prompt(EXPRESSION))
     keep = torch.arange(144) if mode == "full" else BEST_FIRST
-    ids, next_position = gap.position_ids(keep, P, 144, A, mode)
+    layout = gap.lay_out(keep, P, 144, A, mode)
+    ids, next_position = layout.position_ids, layout.next_position
     every = text.partition("position IDs: P")[2].partition("\n")[2].partition("   token ")[0]
     assert spelled_out(every) == ids.tolist()
     known = dict(enumerate([*ids.tolist(), *range(next_position, next_position + 40)]))
@@ -78,7 +80,7 @@ def test_the_id_before_pruning_is_the_number_of_tokens_before_the_image_and_the_
     text = told(model, mode)
     before = dict(zip(cells(text, "cache row"), cells(text, "ID before"), strict=False))
     keep = [int(k) for k in cells(text, "keep") if k != ".."]                 # three, and the last
-    fed = gap.lay_out(BEST_FIRST, 33, 144, 23, mode).keep.tolist()
+    fed = gap.lay_out(BEST_FIRST, 33, 144, 23, mode).kept.tolist()
     assert keep == [*fed[:3], fed[-1]]
     assert [int(before[row]) for row in ("33", "34", "35", "104")] == [33 + k for k in keep]
     assert [before[row] for row in ("0", "1", "32", "105", "127")] == ["0", "1", "32", "177", "199"]
@@ -88,7 +90,7 @@ def test_the_id_before_pruning_is_the_number_of_tokens_before_the_image_and_the_
 def test_whatever_prunes_is_told_in_80_columns(prune: str, model: VLM):
     text = told(model, "shifted", "permuted", "gap", prune=prune)
     assert max(map(columns, text.split("\n"))) <= 80
-    assert ("behind the last cut it is" in text) == in_decoder(prune)
+    assert ("behind the last cut it is" in text) == prunes_there(prune)
     assert (" added | A = " in text) == ("added" in cells(text, "token")) == (prune in ADDS)
 
 
@@ -117,9 +119,9 @@ def test_a_mode_that_numbers_patches_and_text_unlike_says_so(model: VLM):
 
 
 def test_kept_patches_are_a_grid_of_marks_in_rows_and_columns_of_their_view():
-    view = View(VisualTokens(torch.zeros(6, 1), 2, 3), torch.arange(6))
+    view = View(2, 3, torch.arange(6))
     assert kept_grid({1, 2, 5}, view) == "      . # #\n      . . #"
-    tile = View(VisualTokens(torch.zeros(6, 1), 3, 2), torch.tensor([10, 11, 13, 14, 16, 17]))
+    tile = View(3, 2, torch.tensor([10, 11, 13, 14, 16, 17]))
     assert kept_grid({1, 2, 11, 16}, tile) == "      . #\n      . .\n      # ."
 
 
