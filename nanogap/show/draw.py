@@ -10,6 +10,7 @@ The widest line is drawn first: where boxes coincide, each still shows inside th
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -141,7 +142,7 @@ def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int],
 
     x, y = min(fitting, key=lambda at: [hides(at, others) for others in (tags, lines, boxes)])
     if hides((x, y), [*tags, *lines]):
-        anywhere = [(x, y) for x in range(2, int(right) + 1, 12) for y in range(2, int(low) + 1, 12)]
+        anywhere = product(range(2, int(right) + 1, 12), range(2, int(low) + 1, 12))
         x, y = min(anywhere, key=lambda at: [
             hides(at, tags), hides(at, lines),
             math.hypot(max(x1 - at[0] - width, at[0] - x2, 0),

@@ -18,7 +18,6 @@ from PIL import Image, ImageColor
 from nanogap.gap import MODES
 from nanogap.models.frames import Padded
 from nanogap.show.draw import (
-    CLEAR,
     MARGIN,
     PAGE,
     STYLES,
@@ -60,10 +59,6 @@ def test_on_a_tall_picture_the_grid_reaches_into_the_padding_left_and_right():
     assert dimmed_pixels((48, 96), [9]) == every - patch_9
 
 
-def test_patches_of_the_padding_show_nothing():
-    assert dimmed_pixels((96, 48), [0, 1, 2, 3, 12, 13, 14, 15]) == dimmed_pixels((96, 48), [])
-
-
 @pytest.mark.parametrize("size", [(37, 90), (90, 37), (100, 61), (77, 77)])
 def test_keeping_all_patches_leaves_the_picture_as_it_is(size: tuple[int, int]):
     assert dimmed_pixels(size, list(range(16))) == set()
@@ -79,23 +74,11 @@ def test_what_any_kept_token_shows_is_bright_wherever_the_tokens_lie():
     assert dim_dropped(image, [2, 0], at).tobytes() == image.tobytes()
 
 
-def test_a_token_that_shows_nothing_brightens_nothing():
-    """Such as the newline that ends a row of tiles."""
-    at = torch.tensor([[4.0, 4, 4, 4], [0, 0, 0, 8]])
-    image = Image.new("RGB", (8, 8), PINK)
-    assert dim_dropped(image, [0, 1], at).tobytes() == dim_dropped(image, [], at).tobytes()
-
-
 def test_a_dropped_patch_is_grey_and_much_darker():
     drawn = dim_dropped(Image.new("RGB", (40, 40), PINK), [0], Padded().cells(4, 4, 40, 40))
     red, green, blue = drawn.getpixel((35, 35))
     assert red == green == blue == 74                # 0.4 of its brightness, 185
     assert drawn.getpixel((5, 5)) == PINK
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3)])
-def test_the_smallest_picture_has_patches_too(size: tuple[int, int]):
-    assert len(dimmed_pixels(size, [])) == size[0] * size[1]
 
 
 # ----- boxes --------------------------------------------------------------------------------------
@@ -146,13 +129,6 @@ def test_a_box_is_drawn_where_it_is_on_the_enlarged_picture():
     assert picture.getpixel((400, 350)) == picture.getpixel((left - 20, 350)) == (0, 60, 0)
 
 
-def test_a_narrow_picture_and_its_box_stand_in_the_middle():
-    picture = page((12, 120), DrawnBox("gap", "gap", (0, 30, 12, 60)))    # 120 x 1200 on 640
-    assert picture.width == 640 + 2 * MARGIN
-    left = MARGIN + (640 - 120) // 2
-    assert picture.getpixel((left, 450)) == picture.getpixel((left + 120, 450)) == BLUE
-
-
 def test_boxes_that_coincide_all_show():
     box = (20, 10, 70, 40)
     picture = page((96, 48), *(DrawnBox(mode, mode, box) for mode in ("full", "shifted", "gap")))
@@ -169,13 +145,6 @@ def test_the_true_box_is_dotted_and_named_in_the_legend():
     assert MINT not in colours(page((96, 48), answer), (0, 0, 988, 600))
     below = picture.height - MARGIN - 46
     assert MINT in colours(picture, (0, below, 100, picture.height))
-
-
-def test_a_frame_hides_little_of_what_it_frames():
-    """At most 7 pixels of 960 on either side of its line."""
-    picture = page((96, 48), DrawnBox("full", "full", (20, 10, 70, 40)))
-    left = 20 * 10 + MARGIN
-    assert colours(picture, (left + 8, 250, left + 200, 400)) == {(0, 60, 0)}
 
 
 def test_an_answer_without_a_box_is_in_the_legend_only():
@@ -238,12 +207,6 @@ def test_no_name_lies_over_a_line_or_another_name(boxes: list):
     assert all(shared_area(tag, line) == 0 for tag in tags for line in lines)
 
 
-def test_a_name_goes_inside_a_box_that_fills_the_picture():
-    full = (0, 0, 960, 600)
-    x1, y1, x2, y2 = place_tag(90, 40, full, (960, 600), [], [full])
-    assert (x1, y1) == (CLEAR, CLEAR)                # beside the line, not on it
-
-
 # ----- the page -----------------------------------------------------------------------------------
 
 
@@ -258,11 +221,6 @@ def test_a_caption_that_is_too_long_is_cut_at_the_margin(caption: str):
     picture = page((12, 120), caption=caption)
     border = (picture.width - MARGIN + 2, 1200, picture.width, picture.height)
     assert colours(picture, border) == {(27, 27, 27)} and PAGE == "#1b1b1b"
-
-
-def test_each_line_of_the_caption_has_a_row():
-    one, two = page((96, 48), caption="a"), page((96, 48), caption="a\nb")
-    assert two.height - one.height == 46
 
 
 def test_a_line_is_cut_where_the_room_ends_and_not_before():
