@@ -5,17 +5,13 @@ In:  a result of the lesson, and what was asked.  Out: the same result, with tha
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from PIL import Image
 from torch import Tensor
 
 from nanogap.checks.command import visible
 from nanogap.ground import Result
-from nanogap.llava import EncodedImage
-
-if TYPE_CHECKING:
-    from nanogap.models import VLM
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,6 @@ class Answered(Result):
                 f"the model said {visible(self.text)}")
 
 
-def answered(result: Result, model: "VLM", image: EncodedImage, expression: str, prune: str,
-             mode: str) -> Answered:
+def answered(result: Result, cells: Tensor, expression: str, prune: str, mode: str) -> Answered:
     """A result with what was asked beside it."""
-    return Answered(**vars(result), expression=expression, prune=prune, mode=mode,
-                    cells=model.cells(image))
+    return Answered(**vars(result), expression=expression, prune=prune, mode=mode, cells=cells)

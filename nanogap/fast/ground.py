@@ -31,6 +31,8 @@ def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, express
     drafts: whether a pass may be fed several tokens; the words are the same
     """
     name, encoded = find(prune), model.encode_image(image)
+    words = len(model.encode_question(question or model.question(expression)))
+    model.check_length(words - 1 + encoded.n_visual + max_new_tokens)
     if prunes_there(name):
         result = in_decoder.ground(model, encoded, expression, name, keep, mode, seed,
                                    max_new_tokens=max_new_tokens, question=question)
@@ -38,7 +40,7 @@ def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, express
         result = lesson.ground(model, encoded, expression, name, keep, mode, seed,
                                max_new_tokens=max_new_tokens, question=question,
                                decode=partial(decode, drafts=drafts))
-    return answered(result, model, encoded, expression, name, mode)
+    return answered(result, model.cells(encoded), expression, name, mode)
 
 
 def describe(model: "VLM", image: Image.Image | str | Path | EncodedImage,

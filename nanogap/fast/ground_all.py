@@ -97,7 +97,7 @@ def ground_all(model: "VLM", image: Image.Image | str | Path | EncodedImage,
              "decode_ms": decode_ms / len(questions)}
     results = [result(model, image, q, kept, times, row_bytes * (x.shape[1] + q.read))
                for q in questions]
-    return [answered(one, model, image, expression, prune, mode)
+    return [answered(one, model.cells(image), expression, prune, mode)
             for one, expression in zip(results, expressions, strict=True)]
 
 
