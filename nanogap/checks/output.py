@@ -26,7 +26,6 @@ except ImportError:                     # Windows has other locks
     fcntl = None                        # type: ignore[assignment]
 
 CLAIM = ".claim"                        # the end of a lock's name
-CHECKPOINT = (".json", ".safetensors", ".bin")
 
 
 def unwritable(flag: str, path: Path, error: Exception, give: str = "path") -> NanogapError:
@@ -99,12 +98,6 @@ def same(a: Path, b: Path) -> bool:
     """Whether two paths are one file, or would be."""
     return os.path.realpath(a) == os.path.realpath(b) or (
         a.exists() and b.exists() and a.samefile(b))
-
-
-def standing(folder: Path) -> list[str]:
-    """What in a folder is a part of a checkpoint, by its names."""
-    return sorted(path.name for path in folder.glob("*")
-                  if path.suffix in CHECKPOINT or path.name == "clip_text")
 
 
 @contextmanager
