@@ -5,7 +5,7 @@ In:  a result of the lesson, and what was asked.  Out: the same result, with tha
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from nanogap.checks.command import visible
 from nanogap.ground import Result
 from nanogap.llava import EncodedImage
-
-if TYPE_CHECKING:
-    from nanogap.models import VLM
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Answered(Result):
                 f"the model said {visible(self.text)}")
 
 
-def answered(result: Result, model: "VLM", image: EncodedImage, expression: str, prune: str,
+def answered(result: Result, model: Any, image: EncodedImage, expression: str, prune: str,
              mode: str) -> Answered:
     """A result with what was asked beside it."""
     return Answered(**vars(result), expression=expression, prune=prune, mode=mode,

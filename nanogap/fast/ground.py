@@ -1,11 +1,12 @@
 """A question, answered the fast way: the lesson's `ground` with drafts.
 
-In:  a model, a picture, an expression, and how to prune.  Out: the same words as the lesson's.
+In:  a model (nanogap/models/), a picture, an expression, and how to prune.
+Out: the same words as the lesson's.
 """
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from PIL import Image
 
@@ -18,11 +19,8 @@ from nanogap.methods import find, in_decoder
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.prompt import DESCRIBE
 
-if TYPE_CHECKING:
-    from nanogap.models import VLM
 
-
-def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, expression: str,
+def ground(model: Any, image: Image.Image | str | Path | EncodedImage, expression: str,
            prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
            max_new_tokens: int = MAX_NEW_TOKENS, drafts: bool = True,
            question: str | None = None) -> Answered:
@@ -37,11 +35,11 @@ def ground(model: "VLM", image: Image.Image | str | Path | EncodedImage, express
     else:
         result = lesson.ground(model, encoded, expression, name, keep, mode, seed,
                                max_new_tokens=max_new_tokens, question=question,
-                               decode=partial(decode, drafts=drafts))
+                               decode=partial(decode, drafts=drafts, next_pass=model.next_pass))
     return answered(result, model, encoded, expression, name, mode)
 
 
-def describe(model: "VLM", image: Image.Image | str | Path | EncodedImage,
+def describe(model: Any, image: Image.Image | str | Path | EncodedImage,
              prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap",
              seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
              drafts: bool = True) -> Answered:
