@@ -35,7 +35,7 @@ from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered, answered
 from nanogap.fast.decoder import Cache, as_scores, likeliest, run
 from nanogap.fast.draft import NOTHING, Draft, Form, accepted, draft, foretell
-from nanogap.fast.ground import ground
+from nanogap.fast.ground import check_lengths, ground
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, Keep, Result, choose
 from nanogap.llama import LlamaForCausalLM
@@ -71,7 +71,7 @@ def ground_all(model: Any, image: Image.Image | str | Path | EncodedImage,
     expressions = list(expressions)
     prompts = [model.encode_question(model.question(expression)) for expression in expressions]
     for prompt in prompts:
-        model.check_length(len(prompt) - 1 + encoded.n_visual + max_new_tokens)
+        check_lengths(model, prompt, encoded, max_new_tokens)
     if not prompts:
         return []
     alike = begin_alike(prompts)
