@@ -41,6 +41,7 @@ from nanogap.ground import MAX_NEW_TOKENS, Keep, Result, choose
 from nanogap.llama import LlamaForCausalLM
 from nanogap.llava import EncodedImage, clock_ms
 from nanogap.methods import find
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.prune import Kept, needs_of
 
 TOGETHER = 32   # questions in the cache at a time, which bounds it
@@ -103,7 +104,7 @@ def ground_all(model: Any, image: Image.Image | str | Path | EncodedImage,
 def reads_question(prune: str, keep: Keep, mode: str) -> bool:
     """Whether what is kept depends on the question."""
     pruned = mode != "full" and not isinstance(keep, Tensor | list | tuple)
-    return pruned and bool(needs_of(prune) & {"text", "attention"})
+    return pruned and (prunes_there(prune) or bool(needs_of(prune) & {"text", "question"}))
 
 
 def begin_alike(prompts: Sequence[Tensor]) -> int:
