@@ -1,6 +1,6 @@
 """Decoding with CUDA graphs: a pass of the decoder is recorded once and then replayed.
 
-In:  a language model.  Out: a `Decoder` (llama.py) that gives the same logits.
+In:  a language model.  Out: a `Pass` (decode.py) that gives the same logits.
 
 A pass over one token launches about a thousand small kernels, and on a fast GPU the launches take
 longer than the work.  A CUDA graph replays all of them at once, but always on the same addresses
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM, mask_of
+from nanogap.fast.decoder import mask_of, run
+from nanogap.llama import KVCache, LlamaConfig, LlamaForCausalLM
 
 STEP = 64   # numbers of rows are rounded up to this, so that few graphs serve many prompts
 
@@ -32,6 +33,12 @@ class StaticCache(KVCache):
         self.keys.zero_()
         self.values.zero_()
 
+    def copy(self, other: KVCache) -> None:
+        """Take over the rows of another one that are in use."""
+        rows = other.lengths[0]
+        self.keys[..., :rows, :] = other.keys[..., :rows, :]
+        self.values[..., :rows, :] = other.values[..., :rows, :]
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, D) into `rows`; return all rows (B, G, R, D)."""
         self.keys[layer].index_copy_(2, self.rows, k)
@@ -41,7 +48,7 @@ class StaticCache(KVCache):
 
 @dataclass
 class Recording:
-    """A pass over T tokens: fill in the inputs, replay, read the logits (1, T, V)."""
+    """A pass over T tokens: fill in the inputs, replay, read the logits (T, V)."""
 
     x: Tensor                 # (1, T, C)
     position_ids: Tensor      # (T,)
@@ -70,7 +77,7 @@ class GraphedDecoder:
     @torch.inference_mode()   # since it fills in tensors that were made in this mode
     def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache,
                  alternatives: int = 1) -> Tensor:
-        """A pass over embeddings (1, T, C): logits (1, T, V), which hold until the next pass.
+        """A pass over embeddings (1, T, C): logits (T, V), which hold until the next pass.
 
         cache: counts the rows; the new ones are written to the static cache alone
         """
@@ -106,8 +113,8 @@ class GraphedDecoder:
         cache.rows = recording.rows
         R, dtype = cache.keys.shape[3], recording.x.dtype
         mask = mask_of(recording.rows, R, recording.alternatives, dtype)      # (T, R)
-        hidden = self.model.model(recording.x, recording.position_ids, cache, mask=mask)
-        recording.logits = self.model.logits(hidden)                          # (1, T, V)
+        hidden = run(self.model.model, recording.x, recording.position_ids, cache, mask=mask)
+        recording.logits = self.model.logits(hidden)[0]                       # (T, V)
 
     def record(self, recording: Recording, cache: StaticCache) -> None:
         """Make the graph of a pass, on a stream of its own."""

@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from PIL import Image
@@ -35,15 +35,14 @@ from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered, answered
 from nanogap.fast.decoder import Cache, as_scores, likeliest, run
 from nanogap.fast.draft import NOTHING, Draft, Form, accepted, draft, foretell
-from nanogap.fast.ground import ground
+from nanogap.fast.ground import check_lengths, ground
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, Keep, Result, choose
 from nanogap.llama import LlamaForCausalLM
 from nanogap.llava import EncodedImage, clock_ms
+from nanogap.methods import find
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.prune import Kept, needs_of
-
-if TYPE_CHECKING:
-    from nanogap.models import VLM
 
 TOGETHER = 32   # questions in the cache at a time, which bounds it
 ALL = -1        # whose the rows are that all questions share
@@ -53,7 +52,7 @@ ROWS = {"cpu": 32, "cuda": 256}
 
 
 @torch.no_grad()
-def ground_all(model: "VLM", image: Image.Image | str | Path | EncodedImage,
+def ground_all(model: Any, image: Image.Image | str | Path | EncodedImage,
                expressions: Iterable[str], prune: str = "cls_attention", keep: Keep = "50%",
                mode: str = "gap", seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
                drafts: bool = True) -> list[Answered]:
@@ -68,43 +67,44 @@ def ground_all(model: "VLM", image: Image.Image | str | Path | EncodedImage,
     """
     if isinstance(expressions, str):
         raise NanogapError("expressions is a single text: give a list of them, or call ground")
-    image, start = model.encode_image(image), clock_ms(model.device)
+    encoded: EncodedImage = model.encode_image(image)
+    name, start = find(prune), clock_ms(model.device)
     expressions = list(expressions)
     prompts = [model.encode_question(model.question(expression)) for expression in expressions]
     for prompt in prompts:
-        model.check_length(len(prompt) - 1 + image.n_visual + max_new_tokens)
+        check_lengths(model, prompt, encoded, max_new_tokens)
     if not prompts:
         return []
     alike = begin_alike(prompts)
     P, _ = model.around_image(prompts[0])
-    if P >= alike or reads_question(prune, keep, mode):
-        return [ground(model, image, expression, prune, keep, mode, seed,
+    if P >= alike or reads_question(name, keep, mode):
+        return [ground(model, encoded, expression, name, keep, mode, seed,
                        max_new_tokens=max_new_tokens, drafts=drafts) for expression in expressions]
-    kept = choose(model, image, "", prune, keep, mode, seed)
+    kept = choose(model, encoded, "", name, keep, mode, seed)
 
     def layout_of(input_ids: Tensor) -> Layout:
         P, A = model.around_image(input_ids)
-        return lay_out(kept.ranked, P, image.n_visual, A, mode, kept.n_added)
+        return lay_out(kept.ranked, P, encoded.n_visual, A, mode, kept.n_added)
 
     questions = [Question(number, prompt[alike:].tolist(), layout_of(prompt))
                  for number, prompt in enumerate(prompts)]
     shared = layout_of(prompts[0][:alike])
-    x = model.embed(prompts[0][:alike], image, kept, shared.order)            # (1, S, C)
+    x = model.embed(prompts[0][:alike], encoded, kept, shared.order)          # (1, S, C)
     form = foretell(model.box_format, model.tokenizer) if drafts else ()
     prefill_ms, decode_ms, row_bytes = together(
         model, x, shared, questions, form, max_new_tokens, start)
-    times = {"vision_ms": image.vision_ms, "prefill_ms": prefill_ms / len(questions),
+    times = {"vision_ms": encoded.vision_ms, "prefill_ms": prefill_ms / len(questions),
              "decode_ms": decode_ms / len(questions)}
-    results = [result(model, image, q, kept, times, row_bytes * (x.shape[1] + q.read))
+    results = [result(model, encoded, q, kept, times, row_bytes * (x.shape[1] + q.read))
                for q in questions]
-    return [answered(one, model.cells(image), expression, prune, mode)
+    return [answered(one, model.cells(encoded), expression, name, mode)
             for one, expression in zip(results, expressions, strict=True)]
 
 
 def reads_question(prune: str, keep: Keep, mode: str) -> bool:
     """Whether what is kept depends on the question."""
     pruned = mode != "full" and not isinstance(keep, Tensor | list | tuple)
-    return pruned and bool(needs_of(prune) & {"text", "attention"})
+    return pruned and (prunes_there(prune) or bool(needs_of(prune) & {"text", "question"}))
 
 
 def begin_alike(prompts: Sequence[Tensor]) -> int:
@@ -114,7 +114,7 @@ def begin_alike(prompts: Sequence[Tensor]) -> int:
 
 
 @torch.inference_mode()                                                       # no_grad, but faster
-def together(model: "VLM", x: Tensor, layout: Layout, questions: "Sequence[Question]", form: Form,
+def together(model: Any, x: Tensor, layout: Layout, questions: "Sequence[Question]", form: Form,
              max_new_tokens: int, start: float) -> tuple[float, float, int]:
     """Ask all at once: milliseconds until their first tokens, then to the end; bytes of a row.
 
@@ -180,7 +180,7 @@ class Question:
         return bool(self.said) and self.said[-1] in ends
 
 
-def result(model: "VLM", image: EncodedImage, q: Question, kept: Kept, times: dict,
+def result(model: Any, image: EncodedImage, q: Question, kept: Kept, times: dict,
            kv_bytes: int) -> Result:
     """What `ground` returns for a question; kv_bytes are those of the rows that it saw."""
     text = model.tokenizer.decode(q.said)

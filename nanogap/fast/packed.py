@@ -77,12 +77,12 @@ class PackedLinear(QuickLinear):
         return self._parameters
 
     @property
-    def weight(self) -> nn.Parameter:                                # type: ignore[override]
+    def weight(self) -> Tensor:                                      # type: ignore[override]
         self.unpack()
         return self.weight
 
     @weight.setter
-    def weight(self, value: None) -> None:
+    def weight(self, value: Tensor) -> None:
         self.unpack()
         self.weight = value
 
@@ -106,13 +106,14 @@ def pack(model: nn.Module) -> nn.Module:
     shared = Counter(id(p) for module in model.modules()
                      for p in module.__dict__["_parameters"].values())
     for module in model.modules():
-        if type(module) not in (nn.Linear, QuickLinear):
+        if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, QuickLinear):
             continue
         weight = module.weight
         module.__class__ = QuickLinear
         alone = shared[id(weight)] == 1 and not weight.requires_grad
         if alone and weight.nbytes >= LARGE and can_pack(weight):
-            module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            module.__dict__["packed"] = packed
             module._parameters["weight"] = None           # it keeps its place
             module.__class__ = PackedLinear
     return model

@@ -59,6 +59,7 @@ class VLM(Llava):
     clip_download: ClassVar[str] = CLIP_DOWNLOAD
     get_clip = f"get it with {CLIP_DOWNLOAD} and give it by --clip"
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
+    next_pass: Any = None                      # a pass behind the prompt: see fast/graph.py
     later: str = "USER: {} ASSISTANT:"         # a question that follows an answer
     # keys of config.json that never differ
     fixed: ClassVar[dict] = {
