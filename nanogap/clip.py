@@ -209,5 +209,5 @@ class CLIPText(nn.Module):
         ids = self.tokenizer.encode(text).ids
         longest = self.text_model.config.max_position_embeddings
         ids = ids[:longest - 1] + ids[-1:]                                    # the end token stays
-        input_ids = torch.tensor([ids], device=self.text_model.final_layer_norm.weight.device)    # (1, T)
-        return self.text_projection(self.text_model(input_ids))[0]
+        device = self.text_model.final_layer_norm.weight.device
+        return self.text_projection(self.text_model(torch.tensor([ids], device=device)))[0]

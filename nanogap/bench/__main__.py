@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from nanogap import weights
+from nanogap import methods
 from nanogap.bench.machine import first_use, limits, processor, read_files
 from nanogap.bench.peer import (
     agree,
@@ -39,14 +39,17 @@ from nanogap.bench.peer import (
 )
 from nanogap.bench.sizes import SIZES, count_parameters, random_model, save_random
 from nanogap.checks.command import Parser, answer_for, keep_argument, path_argument, whole_number
+from nanogap.checks.loading import check_place, default_weights, folder_of, load
 from nanogap.errors import NanogapError
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.fast.packed import pack
-from nanogap.ground import choices
 from nanogap.llama import LlamaConfig
+from nanogap.llava import clock_ms
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES, budget_of, check, find
+from nanogap.prune import STRATEGIES, budget_of
 from nanogap.train.scenes import scene
+from nanogap.weights import DTYPES
 
 SCENE = scene("bench", 0)
 IMAGE = SCENE.image
@@ -81,13 +84,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=whole_number, default=5,
         help="besides the first (default: %(default)s)")
     add("--graph", action="store_true", help="decode with CUDA graphs (graph.py)")
-    add("--pack", action="store_true", help="faster on a CPU, for twice the memory (packed.py)")
+    add("--no-pack", action="store_true", help="leave matrices as they are on a CPU: slower")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--dtype", choices=["auto", *weights.DTYPES], default="auto")
+    add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--json", action="store_true", help="print the JSON document alone")
     args = parser.parse_args(argv)
     check_arguments(args)
-    args.prune = find(args.prune)
+    args.prune = methods.find(args.prune)
     return args
 
 
@@ -124,11 +127,12 @@ def prefill_flop(config: LlamaConfig, T: int) -> int:
     return 2 * products + 4 * heads * looks
 
 
-def pass_bytes(model: VLM, kv_bytes: int) -> int:
-    """Bytes that a pass over one token reads: the cache, and all weights but the embeddings."""
-    read = [p.nbytes for name, p in model.language_model.named_parameters()
-            if "embed_tokens" not in name]
-    return sum(read) + kv_bytes
+def decoder_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights that a pass over one token reads: all but the embeddings."""
+    c, heads = config, config.num_attention_heads + config.num_key_value_heads
+    layer = 2 * c.hidden_size * heads * c.head_dim + 3 * c.hidden_size * c.intermediate_size
+    matrices = layer * c.num_hidden_layers + c.hidden_size * c.vocab_size
+    return dtype.itemsize * (matrices + (2 * c.num_hidden_layers + 1) * c.hidden_size)
 
 
 # ----- measuring ----------------------------------------------------------------------------------
@@ -137,11 +141,11 @@ def pass_bytes(model: VLM, kv_bytes: int) -> int:
 def our_times(model: VLM, run: Run, new: int) -> dict:
     """One question without drafts and once more with them: milliseconds, tokens and bytes."""
     prune, keep, mode = run
-    start = model.clock_ms()
+    start = clock_ms(model.device)
     result = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new, drafts=False)
-    between = model.clock_ms()
+    between = clock_ms(model.device)
     drafted = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new)
-    end = model.clock_ms()
+    end = clock_ms(model.device)
     took = result.timings
     return {"vision_ms": took["vision_ms"], "prefill_ms": took["prefill_ms"],
             "first_token_ms": took["vision_ms"] + took["prefill_ms"],
@@ -153,13 +157,13 @@ def our_times(model: VLM, run: Run, new: int) -> dict:
 def many_times(model: VLM, run: Run, new: int) -> dict:
     """Several questions about one picture, which is encoded before: answers a second."""
     prune, keep, mode = run
-    image = model.encode_image(IMAGE, share=True)
-    start = model.clock_ms()
+    image = model.encode_image(IMAGE)
+    start = clock_ms(model.device)
     for expression in QUESTIONS:
         model.ground(image, expression, prune, keep, mode, max_new_tokens=new)
-    between = model.clock_ms()
+    between = clock_ms(model.device)
     model.ground_all(image, QUESTIONS, prune, keep, mode, max_new_tokens=new)
-    end = model.clock_ms()
+    end = clock_ms(model.device)
     return {"one_by_one_per_s": 1000 * len(QUESTIONS) / (between - start),
             "ground_all_per_s": 1000 * len(QUESTIONS) / (end - between)}
 
@@ -177,7 +181,8 @@ def derive(row: dict, full: dict, theirs: dict | None, model: VLM, rates: dict) 
     """Add to a run's medians what follows from them; above a ratio of 1 this run is the faster."""
     T = round(len(model.prompt(EXPRESSION)) - 1 + row["visual_tokens"])
     tflop_s = prefill_flop(model.config.text, T) / row["prefill_ms"] / 1e9
-    gb_s = pass_bytes(model, row["kv_bytes"]) / row["pass_ms"] / 1e6
+    read = decoder_bytes(model.config.text, model.dtype) + row["kv_bytes"]
+    gb_s = read / row["pass_ms"] / 1e6
     row |= {"prompt_tokens": T, "prefill_tflop_s": tflop_s, "decode_gb_s": gb_s,
             "prefill_share": tflop_s / rates["matmul_tflop_s"],
             "decode_share": gb_s / rates["copy_gb_s"],
@@ -189,37 +194,38 @@ def derive(row: dict, full: dict, theirs: dict | None, model: VLM, rates: dict) 
 
 
 def get_model(args: argparse.Namespace, folder: Path | None, device: torch.device,
-              dtype_name: str | None) -> VLM:
-    """The model that was asked for, with an end token that it never says."""
+              dtype_name: str | None) -> tuple[VLM, int]:
+    """The model that was asked for, with an end token that it never says; its weights' bytes."""
     if folder:
-        model = weights.load(folder, device, dtype_name)
+        model = load(folder, device, dtype_name, pack=False)
     else:
-        size = count_parameters(args.random)
-        dtype = weights.pick_dtype(dtype_name, device, "bfloat16", size)
+        small = device.type == "cpu" and count_parameters(args.random) <= 2e9
+        dtype = DTYPES[dtype_name or ("float32" if small else "bfloat16")]
         model = random_model(args.random, device, dtype)
-    if args.pack:
+    size = sum(p.nbytes for p in model.parameters())
+    if not args.no_pack:
         pack(model)
     model.config = replace(model.config, eos_token=-1, other_ends=())
     if args.graph:
-        model.decoder = GraphedDecoder(model.language_model)
-    return model
+        model.next_pass = GraphedDecoder(model.language_model)
+    return model, size
 
 
 def runs_asked(args: argparse.Namespace, model: VLM) -> list[Run]:
     """A run with all tokens first, then one for each budget."""
-    most = choices(model.encode_image(IMAGE), args.prune)
-    runs = [WHOLE]
-    for keep in args.keep:
-        budget = budget_of(keep, most)
-        check(args.prune, most, budget)
-        runs.append((args.prune, budget, "gap"))
-    return runs
+    image = model.encode_image(IMAGE)
+    most = image.n_visual if prunes_there(args.prune) else image.n_patches
+    return [WHOLE, *((args.prune, budget_of(keep, most, args.prune), "gap") for keep in args.keep)]
 
 
 def get_peer(args: argparse.Namespace, folder: Path, model: VLM) -> tuple[Any, dict]:
     """transformers' model of the same weights, and the facts of its first use."""
+    def get() -> tuple[Any, int]:
+        peer = load_peer(folder, model.device, model.dtype)
+        return peer, sum(p.nbytes for p in peer.parameters())
+
     peer, facts = first_use(
-        lambda: load_peer(folder, model.device, model.dtype),
+        get,
         lambda peer: peer_times(peer, model, IMAGE, EXPRESSION, args.new), model.device)
     said = model.ground(IMAGE, EXPRESSION, mode="full", max_new_tokens=args.new).tokens
     ids = prompt(model, EXPRESSION, model.encode_image(IMAGE).n_visual)
@@ -257,8 +263,8 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
             for name, row in zip(names, rows, strict=True)]
     return {"weights": str(folder or f"random {args.random}"), "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-            "parameters": sum(p.numel() for p in model.parameters()), "new_tokens": args.new,
-            "rounds": args.rounds, "graph": args.graph, "packed": args.pack,
+            "parameters": ours["weight_bytes"] // model.dtype.itemsize, "new_tokens": args.new,
+            "rounds": args.rounds, "graph": args.graph, "packed": not args.no_pack,
             "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, **rates,
             "processor": processor(), "read_s": read_s, "ours": ours, "theirs": theirs,
@@ -344,16 +350,19 @@ def print_summary(row: dict) -> None:
 def command(argv: Sequence[str] | None) -> None:
     """Measure, or compare the answers, and print."""
     args = parse(argv)
-    device = weights.pick_device(None if args.device == "auto" else args.device)
+    name = None if args.device == "auto" else args.device
     dtype_name = None if args.dtype == "auto" else args.dtype
+    check_place(name, dtype_name)
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.save:
-        dtype = weights.DTYPES.get(args.dtype, torch.bfloat16)
+        dtype = DTYPES.get(args.dtype, torch.bfloat16)
         save_random(args.random, args.save, device, dtype)
     folder = args.save or args.weights
     if folder is None and not args.random:
-        folder = weights.default_weights()
+        folder = default_weights()
+    folder = folder and folder_of(folder)
     if folder and (args.against or args.agree):
-        their_class(weights.checkpoint_folder(folder))
+        their_class(folder)
     if args.agree:
         print(json.dumps(agree(folder, device, dtype_name, IMAGE, EXPRESSION, args.new)))
         return

@@ -8,14 +8,14 @@ Limits are measured, not looked up: a large copy, and a large matrix product, ea
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from nanogap.models import clock
+from nanogap.llava import clock_ms
 from nanogap.weights import weight_files
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,13 +28,19 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def weights_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that are plain: to look at a packed one would unpack it (fast/packed.py)."""
+    for module in model.modules():
+        yield from filter(None.__ne__, module.__dict__["_parameters"].values())
+
+
 def fastest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds that some work takes: the best of five, after one more that is not counted."""
     times = []
     for _ in range(6):
-        start = clock(device)
+        start = clock_ms(device)
         work()
-        times.append(clock(device) - start)
+        times.append((clock_ms(device) - start) / 1000)
     return min(times[1:])
 
 
@@ -70,16 +76,18 @@ def memory(device: torch.device, forget_peak: bool = False) -> tuple[int, int]:
     return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
 
-def first_use(get: Callable[[], Model], use: Callable[[Model], object],
+def first_use(get: Callable[[], tuple[Model, int]], use: Callable[[Model], object],
               device: torch.device) -> tuple[Model, dict]:
-    """Load a model and use it once: the model, and how much time and memory that took."""
+    """Load a model and use it once: the model, and how much time and memory that took.
+
+    get: gives the model, and how many bytes its weights have
+    """
     in_use, _ = memory(device, forget_peak=True)
-    start = clock(device)
-    model = get()
-    for parameter in model.parameters():
+    start = clock_ms(device)
+    model, size = get()
+    for parameter in weights_of(model):
         parameter.view(-1)[::1024].sum()   # where it is memory-mapped, this reads it
-    load_s = clock(device) - start
-    size = sum(p.nbytes for p in model.parameters())
+    load_s = (clock_ms(device) - start) / 1000
     use(model)
     peak = memory(device)[1] - in_use
     return model, {"load_s": load_s, "weight_bytes": size, "peak_bytes": peak,

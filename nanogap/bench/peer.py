@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nanogap.checks.loading import load
 from nanogap.checks.reading import read_json
 from nanogap.errors import NanogapError
+from nanogap.llava import clock_ms
 from nanogap.models import VLM
-from nanogap.weights import load
 
 CLASSES = {"llava": "LlavaForConditionalGeneration",   # by `model_type`, where transformers has one
            "llava_next": "LlavaNextForConditionalGeneration"}
@@ -88,23 +89,23 @@ def peer_times(peer: Any, model: VLM, image: Image.Image, expression: str, new: 
     Tokens and pixels are prepared within these times, as they are in ours.
     """
     n_visual = model.encode_image(image).n_visual
-    at = [model.clock_ms()]
+    at = [clock_ms(model.device)]
     peer.model.get_image_features(**seen(model, image))
-    at.append(model.clock_ms())
+    at.append(clock_ms(model.device))
     ids = prompt(model, expression, n_visual)
     out = peer(input_ids=ids, use_cache=True, logits_to_keep=1, **seen(model, image))
     token = out.logits[:, -1].argmax(-1, keepdim=True)                        # (1, 1)
     token.item()
-    at.append(model.clock_ms())
+    at.append(clock_ms(model.device))
     for _ in range(new - 1):
         name = "cache" if "cache" in out else "past_key_values"   # since 5.24, and before
         out = peer(input_ids=token, use_cache=True, **{name: out[name]})
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         token.item()                                  # as generation does to look for its end
-    at.append(model.clock_ms())
+    at.append(clock_ms(model.device))
     ids = prompt(model, expression, n_visual)
     model.tokenizer.decode(generate(peer, ids, seen(model, image), new))
-    at.append(model.clock_ms())
+    at.append(clock_ms(model.device))
     vision, first, passes, box = (after - before for before, after in pairwise(at))
     return {"vision_ms": vision, "prefill_ms": first - vision, "first_token_ms": first,
             "pass_ms": passes / max(new - 1, 1), "box_ms": box}

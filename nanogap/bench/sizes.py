@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 
+from nanogap.checks.loading import MINI
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
-from nanogap.weights import MINI, read_tokenizer, save
+from nanogap.models.saving import save
+from nanogap.weights import read_tokenizer
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def ask_nobody(args: argparse.Namespace) -> None:
 def load_asked(args: argparse.Namespace) -> VLM:
     """The model, where and in the precision in which it was asked for."""
     device, dtype = (None if value == "auto" else value for value in (args.device, args.dtype))
-    return load(args.weights, device, dtype, args.clip, pack=not args.no_pack)
+    return load(args.weights, device, dtype, args.clip, pack=False)       # see ask.settings
 
 
 def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict]) -> None:

@@ -25,6 +25,7 @@ from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
 from nanogap.evaluate.data import TELL_EVERY, Data, Example
 from nanogap.evaluate.score import TIMES, Run, score
+from nanogap.fast.packed import pack
 from nanogap.ground import Result
 from nanogap.image import Box
 from nanogap.llava import EncodedImage
@@ -68,7 +69,7 @@ def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True
 
 
 def ground_all(model: VLM, image: EncodedImage, expressions: Sequence[str], run: Run, seed: int,
-               max_new_tokens: int) -> list[Result]:
+               max_new_tokens: int) -> Sequence[Result]:
     """Ask in one of the modes."""
     name, keep, mode = run
     if mode == "full":
@@ -200,6 +201,8 @@ def duration(seconds: float) -> str:
 def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
     """Everything on which answers depend, besides what stands in their own line."""
     digest = fingerprint(model) if args.out else ""         # of 14 GB it takes some seconds
+    if not args.no_pack:
+        pack(model)                                         # only now: a digest wants plain numbers
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"{args.weights.resolve().name} {digest}".strip(),
             "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,

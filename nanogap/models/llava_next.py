@@ -120,8 +120,9 @@ def shared_equally(budget: int, sizes: Sequence[int]) -> list[int]:
 def join(chosen: list[tuple[Part, Kept]]) -> Kept:
     """What is kept of each part, as one: part after part, and what is added behind all of them."""
     ranked = torch.cat([part.index[kept.ranked.cpu()] for part, kept in chosen])       # (K,)
-    features = torch.cat([part.features[kept.ranked] if kept.features is None
-                          else kept.features for part, kept in chosen])                # (K, C)
+    features = torch.cat([part.features[kept.ranked.to(part.features.device)]
+                          if kept.features is None else kept.features
+                          for part, kept in chosen])                                   # (K, C)
     added = [kept.added for _, kept in chosen if kept.added is not None]
     return Kept(ranked, features, torch.cat(added) if added else None)
 

@@ -102,8 +102,8 @@ def attention_of(model: VLM, picture: object, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_only_ten_digits_take_a_mask_beside_a_prompt(model, picture, monkeypatch):
-    """Three layers; in the last one only the last token looks, and what is drafted behind it: "[0.",
-    a chain, causal as the prompt is, and ten digits side by side.
+    """Three layers; in the last one only the last token looks, and what is drafted behind it:
+    "[0.", a chain, causal as the prompt is, and ten digits side by side.
     """
     T = len(model.prompt("the man")) - 1 + 9
     calls, _ = attention_of(model, picture, monkeypatch, drafts=False)
