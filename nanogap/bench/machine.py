@@ -31,7 +31,7 @@ def processor() -> str:
 def weights_of(model: nn.Module) -> Iterator[nn.Parameter]:
     """The weights that are plain: to look at a packed one would unpack it (fast/packed.py)."""
     for module in model.modules():
-        yield from filter(None.__ne__, module.__dict__["_parameters"].values())
+        yield from (p for p in module.__dict__["_parameters"].values() if p is not None)
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:

@@ -168,7 +168,7 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     (["--random", "tiny", "--keep", "auto"], "cls_attention cannot keep auto of 16"),
     (["--random", "tiny", "--prune", "nothing"], "unknown strategy 'nothing'"),
     (["--random", "tiny", "--prune", "nowhere.py:mine"], "there is no file nowhere.py"),
-    (["--weights", "nowhere"], "nowhere is not a folder"),
+    (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
 ])
 def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
     assert answer_for("nanogap.bench", bench.command, [*argv, "--device", "cpu"]) == 2
