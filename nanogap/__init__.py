@@ -16,11 +16,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")   # noth
 from nanogap import gap, image, methods, prompt, prune  # noqa: E402
 from nanogap.checks.loading import load  # noqa: E402
 from nanogap.errors import NanogapError  # noqa: E402
-from nanogap.fast.answered import Answered  # noqa: E402
-from nanogap.show.draw import draw  # noqa: E402
-from nanogap.show.explain_ids import explain_ids  # noqa: E402
+from nanogap.show import explain_ids  # noqa: E402
 
 __all__ = ["NanogapError", "explain_ids", "gap", "image", "load", "methods", "prompt", "prune"]
-
 __version__ = "0.1.0"
-Answered.draw = draw        # result.draw(image): answers are made below what draws them

@@ -4,8 +4,7 @@ In:  pixel_values (B, 3, S, S), normalised; or the tokens of a text.
 Out: patch features (B, N, C) in raster order; or the text in the space that CLIP shares with them.
 Source: CLIP, arXiv 2103.00020, in the layout of its checkpoints on the hub (transformers 5.23).
 LLaVA takes the features one layer before the end, without CLS and without the last LayerNorm.
-Letters: B batch, N patches, C channels, H heads, D head dim, E channels of the shared space; T
-tokens: CLS and N patches, or those of a text.
+Letters: B batch, T tokens (CLS and N patches, or a text), C channels, H heads, D head dim.
 """
 
 from collections.abc import Collection
@@ -71,10 +70,7 @@ class CLIPAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))                    # (B, T, C)
 
     def cls_row(self, x: Tensor) -> Tensor:
-        """The attention weights with which CLS looks at the patches: (B, 1 + N, C) -> (B, H, N).
-
-        They sum to one together with the weight that CLS gives to itself, which is left out.
-        """
+        """The attention weights with which CLS looks at the patches: (B, 1 + N, C) -> (B, H, N)."""
         q = self.split(self.q_proj(x[:, :1]))                                 # (B, H, 1, D)
         k = self.split(self.k_proj(x))                                        # (B, H, 1 + N, D)
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B,H,1,D) x (B,H,D,1+N)

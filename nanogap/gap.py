@@ -46,7 +46,6 @@ def lay_out(ranked: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> La
     ranked: (K,) raster indices of the kept visual tokens, the most important first
     M:      tokens that a method adds, such as the mean of the dropped ones.  open: they had no ID
             before, and the paper does not say what they get; here they share the last patch's
-    raises: NanogapError for an unknown mode, and for indices that do not fit
     """
     if mode not in MODES:
         raise NanogapError(f"unknown mode {mode!r:.80}: choose from {'; '.join(MODES)}")

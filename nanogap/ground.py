@@ -10,8 +10,7 @@ Out: the words, the box, and every number that pruning touched on the way.
     embed      llava.py     the prompt with these tokens in the place of its image
     decode     below        one pass over the prompt, and then one for each token of the answer
     read       prompt.py    the box in it
-Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it;
-T = P + K + M + A.
+Letters: P tokens before the image, N visual, K kept, M added, A after it; T = P + K + M + A.
 """
 
 from collections.abc import Callable
@@ -67,10 +66,9 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
     """Find what an expression refers to.
 
     image:          a Pillow image, the path of one, or an EncodedImage, which questions can share
-    prune:          name of a strategy
+    prune, mode:    one of prune.STRATEGIES, and one of gap.MODES
     keep:           its budget in visual tokens, 64 or "25%"; None where it finds one itself; or
                     indices (K,) of your own, the most important first.  Mode "full" keeps all
-    mode:           one of gap.MODES
     seed:           of the strategies that draw lots
     max_new_tokens: the answer is cut off there
     question:       asked in place of the model's own question for a box
@@ -116,11 +114,7 @@ Decode = Callable[[Llava, Tensor, Layout, int], Answer]
 
 
 def greedy(model: Llava, x: Tensor, layout: Layout, max_new_tokens: int) -> Answer:
-    """Read the prompt in one pass, then say the likeliest token, and the next, up to an end token.
-
-    x:      (1, T, C) embeddings of the prompt
-    layout: which of its tokens stands where
-    """
+    """Read the prompt (1, T, C) in one pass, then say the likeliest token, one after the other."""
     language_model, start = model.language_model, clock_ms(x.device)
     cache = KVCache(language_model.model.config, x.shape[1] + max_new_tokens, x)
     position_ids = layout.position_ids.to(x.device)                           # (T,)

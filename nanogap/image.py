@@ -28,10 +28,7 @@ Box = tuple[float, float, float, float]
 
 
 def open_image(image: Image.Image | str | os.PathLike, upright: bool = True) -> Image.Image:
-    """A picture, or the path of one, as a new one in RGB: its first frame, without EXIF.
-
-    upright: turned as EXIF says; else as it is stored: annotations are about stored pixels
-    """
+    """A picture, or the path of one, as a new one in RGB; `upright`: turned as EXIF says."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # Pillow warns of odd and of large files it can read
@@ -80,10 +77,7 @@ def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,
 
 @dataclass(frozen=True)
 class Pad:
-    """A frame: the picture in the middle of a square of one colour; boxes are shares of it.
-
-    source: LLaVA, `image_aspect_ratio: pad`
-    """
+    """The picture in the middle of a square of one colour: LLaVA's `image_aspect_ratio: pad`."""
 
     colour: tuple[int, int, int] = PAD_COLOUR
 
@@ -111,11 +105,8 @@ class Pad:
 
         box:     (x1, y1, x2, y2), each in [0, 1] of the square
         returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
-        raises:  ValueError where x2 <= x1 or y2 <= y1
         source:  LLaVA pads to a square before resizing, so boxes live in that square
         """
-        if not (box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(f"not a box: {tuple(box)}")
         side, (dx, dy) = max(width, height), self.offset(width, height)
         x1, x2 = (min(max(x * side - dx, 0.0), float(width)) for x in (box[0], box[2]))
         y1, y2 = (min(max(y * side - dy, 0.0), float(height)) for y in (box[1], box[3]))

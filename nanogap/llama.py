@@ -4,8 +4,7 @@ In:  embeddings (B, T, C) and their position_ids (T,) or (B, T).  Out: hidden st
 Three numbers stay apart here: `position_ids` is what RoPE sees, the cache row is where keys and
 values are written (always dense: 0, 1, 2, ...), and which patch a token shows is not known here.
 Source: LLaMA, arXiv 2302.13971, in the layout of its checkpoints on the hub (transformers 5.23).
-Letters: B batch, T new tokens, R rows in the cache, C channels, V vocabulary, H heads, G key-value
-heads, D head dim.
+Letters: B batch, T new tokens, R cache rows, C channels, H heads, G key-value heads, D head dim.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,7 @@
 
 In:  a picture in a padded square of S x S pixels, and token IDs.
 Out: one visual token for each of its patches; the embeddings of a prompt; boxes in pixels.
-Source: LLaVA-1.5, arXiv 2310.03744, in the layouts of llava-hf's repositories on the hub.  The
-template is vicuna_v1 of haotian-liu/LLaVA; the hub's processor lacks its system sentence.
+Source: LLaVA-1.5, arXiv 2310.03744, as llava-hf publishes it; the template is LLaVA's vicuna_v1.
 Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 

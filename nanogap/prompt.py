@@ -69,10 +69,9 @@ class BoxFormat:
         return self.template.format(*(int(v * whole + 1e-6) if whole else v for v in box))
 
     def parse(self, text: str) -> Shares | None:
-        """The first box that an answer holds.
+        """The first box that an answer holds; None where that is none inside the frame.
 
-        None where no four numbers stand in the pattern, or they lie outside [0, 1] or leave no
-        area: such an answer counts as wrong and is never mended by guessing.
+        Such an answer counts as wrong and is never mended by guessing.
         """
         match = self.pattern.search(text)
         if match is None:

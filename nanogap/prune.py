@@ -65,9 +65,8 @@ STRATEGIES: dict[str, Strategy] = {}
 
 def strategy(needs: Iterable[str] = (),
              finds_budget: bool = False) -> Callable[[Strategy], Strategy]:
-    """Enter a function in STRATEGIES, and note what it needs.
+    """Enter a function in STRATEGIES, with the FIELDS that it needs to see.
 
-    needs:        names of FIELDS that it looks at; nothing else is computed for it
     finds_budget: whether it is called with budget None as well, and finds one itself
     """
     needs = frozenset(needs)
@@ -92,10 +91,7 @@ def needs_of(name: str) -> frozenset[str]:
 
 
 def budget_of(keep: int | str | None, n_visual: int, prune: str) -> int | None:
-    """How many of N visual tokens a strategy may keep; None where it finds that itself.
-
-    keep: 64 or "64"; a share, "25%", rounded, but never to none; None or "auto" where it can tell
-    """
+    """How many visual tokens to keep: 64, "64" or "25%"; None or "auto": the strategy can tell."""
     needs_of(prune)
     finds_budget = getattr(STRATEGIES[prune], "finds_budget", False)
     if finds_budget and (keep is None or keep == "auto"):
@@ -141,8 +137,7 @@ def random(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
 def spatial(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     """A regular 2-D grid of patches: every second row and column where a quarter is kept.
 
-    open: the paper does not define it.  Here patches stand in evenly spaced rows, and evenly spaced
-    within each; they have no scores, so their order is raster order.
+    open: the paper does not define it.  Here rows are evenly spaced, and patches within each.
     """
     R, C = seen.rows, seen.columns
     rows = min(budget, math.ceil((budget * R / C) ** 0.5))       # as far apart as columns are
@@ -181,10 +176,7 @@ NEAREST = 32   # how many patches PruMerge merges into each that it keeps
 
 @strategy(needs={"last_queries", "last_keys"}, finds_budget=True)
 def prumerge(seen: VisualTokens, budget: int | None, generator: Generator) -> Kept:
-    """Patches that CLS attends to, others merged into them: PruMerge, arXiv 2403.15388.
-
-    Without a budget it keeps the outliers among its scores.  The code leaves them in score order.
-    """
+    """Patches that CLS attends to, others merged into them: PruMerge, arXiv 2403.15388."""
     scores = last_attention(seen)                                # (N,)
     return merge(seen, ranked(scores, budget or outliers(scores)), scores)
 

@@ -38,10 +38,8 @@ def load(folder: str | Path, device: str | torch.device | None = None,
 
     folder: config.json, tokenizer.json and model.safetensors, or shards with their index
     device: None takes CUDA where there is one, else the CPU
-    dtype:  None takes the checkpoint's own on a GPU; on a CPU float32, or bfloat16 for a model of
-            more than two billion parameters
-    clip:   folder of the CLIP that the vision tower comes from, for strategies that read the
-            expression; None takes `clip_text` in the folder, if it is there
+    dtype:  None takes the checkpoint's own on a GPU; on a CPU float32, bfloat16 for large models
+    clip:   folder of the tower's CLIP, for strategies that read; None takes `clip_text` in there
     """
     folder = Path(folder)
     family = MODELS[read_json(folder / "config.json")["model_type"]]

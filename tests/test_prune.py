@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from nanogap.models.llava import Llava
 from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError, prune
-from nanogap.models.llava import Llava
 from nanogap.prune import (
     FIELDS,
     STRATEGIES,

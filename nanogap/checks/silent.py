@@ -19,7 +19,7 @@ from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
 from nanogap.llava import SYSTEM, LlavaConfig
-from nanogap.models import MODELS, llava_next
+from nanogap.models import MODELS
 from nanogap.models.eva import VIT_G_14
 
 Table = dict[str, tuple]        # key -> the values that change nothing; the first is what is done
@@ -69,7 +69,8 @@ class Family:
     pixels: Table
 
 
-VICUNA = Chat("Vicuna", ("ASSISTANT", "USER"), (SYSTEM, llava_next.SYSTEM))
+OF_1_6 = MODELS["llava_next"].template.before.removesuffix(" USER: ")
+VICUNA = Chat("Vicuna", ("ASSISTANT", "USER"), (SYSTEM, OF_1_6))
 OF_1_5 = Family(LLAVA, {"llama": VICUNA}, VISION, PIXELS)
 FAMILIES = {
     "llava": OF_1_5,

@@ -47,4 +47,5 @@ def run(decoder: LlamaModel, x: Tensor, cache: SharedPast) -> Tensor:
     _, before = cache.past.shape if cache.past is not None else (0, 0)
     rows = torch.arange(before + x.shape[1], device=x.device)                 # (R,)
     new = rows[before:]                                                       # (T,)
-    return decoder(x, new, cache, mask=rows <= new[:, None])                  # type: ignore[arg-type]
+    mask = rows <= new[:, None]                                               # (T, R)
+    return decoder(x, new, cache, mask)                               # type: ignore[arg-type]

@@ -211,13 +211,6 @@ def test_a_box_in_the_padding_has_no_area_left():
     assert PAD.to_pixels((0.0, 0.0, 1.0, 0.2), 400, 200) == (0.0, 0.0, 400.0, 0.0)
 
 
-@pytest.mark.parametrize("box", [(0.5, 0.1, 0.5, 0.9), (0.6, 0.1, 0.5, 0.9), (0.1, 0.9, 0.5, 0.9),
-                                 (float("nan"), 0.1, 0.5, 0.9)])
-def test_what_has_no_area_is_no_box(box: tuple[float, ...]):
-    with pytest.raises(ValueError, match="not a box"):
-        PAD.to_pixels(box, 400, 200)
-
-
 @pytest.mark.parametrize("a, b, value", [
     ((0, 0, 4, 4), (0, 0, 4, 4), 1.0),
     ((0, 0, 4, 4), (4, 0, 8, 4), 0.0),               # side by side
