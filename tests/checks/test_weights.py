@@ -596,19 +596,21 @@ def megabytes(field):
 
 nanogap.load(sys.argv[2], "cpu")                     # a tiny one first: what loading itself needs
 before = megabytes("VmRSS")
-model = nanogap.load(sys.argv[1], "cpu", sys.argv[3])
+model = nanogap.load(sys.argv[1], "cpu", sys.argv[3], pack=sys.argv[4] == "packed")
 print(megabytes("VmHWM") - before, len({p.dtype for p in model.parameters()}))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read off /proc")
-@pytest.mark.parametrize("stored, head, asked, least, most", [
-    (torch.float32, torch.float32, "float32", 0, 0.2),       # mapped: read when it is used
-    (torch.float16, torch.float16, "bfloat16", 0.9, 1.15),   # converted: one copy, never two
-    (torch.float32, torch.float16, "float32", 0, 0.2),       # each tensor as it needs
-    (torch.float16, torch.bfloat16, "bfloat16", 0.9, 1.15)])
+@pytest.mark.parametrize("stored, head, asked, how, least, most", [
+    (torch.float32, torch.float32, "float32", "plain", 0, 0.2),       # mapped: read when used
+    (torch.float16, torch.float16, "bfloat16", "plain", 0.9, 1.15),   # converted: one copy
+    (torch.float32, torch.float16, "float32", "plain", 0, 0.2),       # each tensor as it needs
+    (torch.float16, torch.bfloat16, "bfloat16", "plain", 0.9, 1.15),
+    (torch.float32, torch.float32, "float32", "packed", 0.5, 1.25),   # packed: one copy as well
+    (torch.float16, torch.float16, "bfloat16", "packed", 0.5, 1.25)])
 def test_loading_needs_no_more_memory_than_one_copy(
-        stored: torch.dtype, head: torch.dtype, asked: str, least: float, most: float,
+        stored: torch.dtype, head: torch.dtype, asked: str, how: str, least: float, most: float,
         folder: Path, tmp_path: Path):
     config = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
                          num_key_value_heads=16, head_dim=64,
@@ -619,7 +621,7 @@ def test_loading_needs_no_more_memory_than_one_copy(
         for name, tensor in tiny_tensors(config, "a").items()})
     size = (large / "model.safetensors").stat().st_size / 2 ** 20
     assert size > 60
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, large, folder, asked],
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, large, folder, asked, how],
                           cwd=ROOT, text=True, capture_output=True, check=True)
     grown, dtypes = done.stdout.split()
     assert dtypes == "1" and least * size - 5 <= float(grown) <= most * size + 5
