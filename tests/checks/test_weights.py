@@ -621,8 +621,8 @@ def test_loading_needs_no_more_memory_than_one_copy(
         for name, tensor in tiny_tensors(config, "a").items()})
     size = (large / "model.safetensors").stat().st_size / 2 ** 20
     assert size > 60
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, large, folder, asked, how],
-                          cwd=ROOT, text=True, capture_output=True, check=True)
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, large, folder, asked, how]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
     grown, dtypes = done.stdout.split()
     assert dtypes == "1" and least * size - 5 <= float(grown) <= most * size + 5
 

@@ -191,8 +191,8 @@ def test_a_model_that_can_run_none_of_them_shows_all_tokens(folder, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prune", "random", "--keep", "auto"], "random cannot keep auto of 16"),
-    (["--keep", "100"], "{folder}: random cannot keep 100 of 16 visual tokens: give a whole number"),
+    (["--prune", "random", "--keep", "auto"], "random cannot keep auto of 144"),
+    (["--keep", "100"], "{folder}: random cannot keep 100 of 16 visual tokens: give a whole"),
     (["--prune", "fastv(layer=9)"], "fastv(layer=9) cannot cut before layer 9 of "),
     (["--out", "x.jsonl"], "several models have a file each, so give a folder"),
     (["--clip", "x"], "--clip is the CLIP of one model; give one of --weights at a time"),
