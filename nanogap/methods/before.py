@@ -88,7 +88,7 @@ def divprune(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     before it; how far is one minus the cosine of what the decoder is fed.
     differs: in float32, where the code's half precision makes ties; no patch is taken twice
     """
-    x = F.normalize(seen.projected.float(), dim=-1)              # (N, C')
+    x = F.normalize(seen.projected.float(), dim=-1).nan_to_num()              # (N, C')
     distance = (1 - x @ x.T).fill_diagonal_(-math.inf)           # (N, N)
     far = distance.sort(0).values[:2][-1]                        # (N,) the least is itself
     nearest = torch.full_like(far, math.inf)                     # (N,) from those kept
@@ -217,7 +217,7 @@ def holov(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     attention = seen.cls_attention.float().mean(0)               # (N,)
     x = seen.projected.float()
     runs = [run for run in torch.arange(len(x), device=x.device).tensor_split(RUNS) if len(run)]
-    score = torch.stack([strip_score(x[run], attention[run]) for run in runs])
+    score = torch.stack([strip_score(x[run], attention[run]) for run in runs]).nan_to_num()
     weight = score / (score.sum() + 1e-6)                        # (runs,)
     shares = (weight * budget).floor().long()
     left = max(0, budget - int(shares.sum()))

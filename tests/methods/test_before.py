@@ -452,3 +452,11 @@ def test_a_published_method_is_what_it_is_in_plain_python(name: str, n: int, bud
         for ours, theirs in ((result.features, features), (result.added, added and [added])):
             assert (ours is None) == (theirs is None)
             assert ours is None or torch.allclose(ours, torch.tensor(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["divprune", "holov"])
+def test_numbers_that_are_not_finite_choose_different_patches_and_the_decoder_says_so(name: str):
+    for wrong in (math.nan, math.inf):
+        image = each(seen(36), lambda t, wrong=wrong: torch.full_like(t, wrong))
+        keep = select(name, image, 12).ranked
+        assert 1 <= len(keep) == len(keep.unique()) <= 12

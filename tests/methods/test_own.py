@@ -26,7 +26,8 @@ def written(folder: Path, text: str, name: str = "my_method.py") -> Path:
 
 def returning(folder: Path, kept: str) -> str:
     """A strategy that returns this expression."""
-    return f"{written(folder, PLAIN.replace('torch.arange(len(seen.features))[-budget:]', kept))}:last"
+    text = PLAIN.replace("torch.arange(len(seen.features))[-budget:]", kept)
+    return f"{written(folder, text)}:last"
 
 
 # ----- a file -------------------------------------------------------------------------------------
@@ -165,3 +166,21 @@ def test_published_fastv_is_a_layer_and_a_share_dropped():
 def test_settings_leave_the_list_of_strategies_alone():
     find("vispruner(ratio=0.75)")
     assert "vispruner(ratio=0.75)" not in methods.BUILT_IN
+
+
+def test_a_module_on_the_path_is_named_with_dots(tmp_path: Path, model, picture, monkeypatch):
+    (tmp_path / "my_package").mkdir()
+    written(tmp_path / "my_package", PLAIN, "one.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "my_package.one:last"
+    assert methods.code_of(find(name)) == str(tmp_path / "my_package/one.py")
+    assert model.ground(picture, "the man", name, 2, max_new_tokens=1).keep.tolist() == [14, 15]
+
+
+def test_a_built_in_name_is_never_anothers(tmp_path: Path):
+    name = find(f"{written(tmp_path, PLAIN.replace('last', 'random'))}:random")
+    assert methods.code_of(name).endswith("my_method.py") and methods.code_of("random") == ""
+    assert STRATEGIES["random"] is methods.BUILT_IN["random"]
+    STRATEGIES["random"] = STRATEGIES[name]
+    with pytest.raises(NanogapError, match="random is a strategy that is built in: give yours"):
+        find("random")
