@@ -26,7 +26,8 @@ def written(folder: Path, text: str, name: str = "my_method.py") -> Path:
 
 def returning(folder: Path, kept: str) -> str:
     """A strategy that returns this expression."""
-    return f"{written(folder, PLAIN.replace('torch.arange(len(seen.features))[-budget:]', kept))}:last"
+    text = PLAIN.replace("torch.arange(len(seen.features))[-budget:]", kept)
+    return f"{written(folder, text)}:last"
 
 
 # ----- a file -------------------------------------------------------------------------------------
