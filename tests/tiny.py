@@ -201,3 +201,8 @@ def write_finder(folder: Path, out: Path, answer: str) -> Path:
         head[following, step] = 1
     save(out, model, torch.float32)
     return out
+
+
+def lines_of(err: str) -> int:
+    """How many lines a command said on stderr, but for progress, which ends in " ..."."""
+    return sum(not line.endswith(" ...") for line in err.splitlines())

@@ -20,6 +20,7 @@ from nanogap.fast.decoder import Cache, feed
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.llama import LlamaConfig
 from nanogap.models import VLM
+from tests.tiny import lines_of
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -173,7 +174,7 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
 def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
     assert answer_for("nanogap.bench", bench.command, [*argv, "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and message in err and err.count("\n") == 1
+    assert out == "" and message in err and lines_of(err) == 1
 
 
 def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate import ask
 from nanogap.train import __main__ as train
 from nanogap.train import scenes
-from tests.tiny import write_checkpoint
+from tests.tiny import lines_of, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = Image.new("RGB", (90, 60), "orange")
@@ -95,7 +95,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
     monkeypatch.setattr(output, "open", full, raising=False)
     assert commands(weights)[flag]("x.png") == 2
     said = capsys.readouterr().err
-    assert "No space left on device" in said and said.count("\n") == 1
+    assert "No space left on device" in said and lines_of(said) == 1
     assert there.read_bytes() == b"before" and not list(place.glob(".*"))
 
 
@@ -256,7 +256,7 @@ def test_a_result_that_cannot_be_told_is_no_success(
         got = int(error.code or 0)
     assert got == status
     said = capsys.readouterr().err
-    assert "Traceback" not in said and said.count("\n") == (1 if kind == "full" else 0)
+    assert "Traceback" not in said and lines_of(said) == (1 if kind == "full" else 0)
 
 
 def test_progress_that_cannot_be_told_does_not_end_the_work(

@@ -23,7 +23,7 @@ from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
 from nanogap.show.explain import columns
 from nanogap.show.table import print_table
-from tests.tiny import write_checkpoint, write_finder
+from tests.tiny import lines_of, write_checkpoint, write_finder
 
 ROOT = Path(run.__file__).parent
 BOX = "[0.10, 0.25, 0.50, 0.60]"
@@ -280,7 +280,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines(True) if not line.endswith(" ...\n")]
     err = "".join(lines)                                      # without those of a slow machine
-    assert err.startswith("run.py: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert err.startswith("run.py: ") and lines_of(err) == 1 and err.endswith("\n")
     assert "Traceback" not in out + err and "picture:" not in out
     assert sorted(Path().rglob("*")) == before
     return err.removeprefix("run.py: ").removesuffix("\n")

@@ -46,7 +46,7 @@ from tests.pieces import (
     write_llava,
     write_minigpt,
 )
-from tests.tiny import tiny_config, tiny_next_config, write_checkpoint
+from tests.tiny import lines_of, tiny_config, tiny_next_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = [1, 319, 400, 77, 512, PIECES, 35, 36, 500, 9, 301, 88]
@@ -570,7 +570,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(
     assert answer_for("nanogap.convert", convert.command, flags) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("nanogap.convert: ")
-    assert said.err.count("\n") == 1 and not (pieces / "out").exists()
+    assert lines_of(said.err) == 1 and not (pieces / "out").exists()
     assert answer_for("nanogap.convert", convert.command, ["shikra", "--base", "x"]) == 2
     assert "--delta" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ from PIL import Image
 from nanogap.checks.command import answer_for
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate import plot
+from tests.tiny import lines_of
 
 # A picture of 200 x 100: in the padded square of 200 x 200 it begins 50 pixels down.
 BOXES = [[20, 0, 100, 70], [20, 0, 100, 35], [120, 0, 190, 70]]
@@ -128,7 +129,7 @@ def test_a_mistake_is_one_line_and_status_2(data: Path, capsys, items, flags, me
     argv = ["--score", str(file), "--data", str(data), *flags]
     assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
     heard = capsys.readouterr()
-    assert message in heard.err and heard.err.count("\n") == 1 and heard.out == ""
+    assert message in heard.err and lines_of(heard.err) == 1 and heard.out == ""
 
 
 def test_broken_files_are_named(data: Path, capsys):

@@ -15,7 +15,7 @@ from nanogap.evaluate import compare, plot
 from nanogap.evaluate.compare import Outcome
 from nanogap.evaluate.plot import TITLE
 from nanogap.show.draw import PAGE, PAPER
-from tests.tiny import tiny_config, write_checkpoint
+from tests.tiny import lines_of, tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI, SHIKRA = ROOT / "weights" / "mini", ROOT / "weights" / "mini-shikra"
@@ -202,7 +202,7 @@ def test_a_mistake_is_one_line_before_any_model_is_asked(
     monkeypatch.chdir(tmp_path)
     assert run("--weights", MINI, folder, "--limit", 1, *arguments) == 2
     heard = capsys.readouterr()
-    assert heard.err.count("\n") == 1 and heard.out == ""
+    assert lines_of(heard.err) == 1 and heard.out == ""
     assert message.replace("{folder}", str(folder)) in heard.err
     assert list(tmp_path.iterdir()) == []
 

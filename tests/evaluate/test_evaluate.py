@@ -19,7 +19,7 @@ from nanogap.evaluate import __main__ as command
 from nanogap.evaluate import ablate, arguments, ask, journal, plot
 from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.models import VLM
-from tests.tiny import tiny_config, write_checkpoint
+from tests.tiny import lines_of, tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -407,7 +407,7 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
         folder, tmp_path, capsys, arguments: list, message: str):
     assert run("--weights", folder, "--out", tmp_path / "answers.jsonl", *arguments) == 2
     heard = capsys.readouterr()
-    assert heard.err.count("\n") == 1 and message in heard.err and heard.out == ""
+    assert lines_of(heard.err) == 1 and message in heard.err and heard.out == ""
     assert not list(tmp_path.glob("answers*"))
 
 
@@ -535,7 +535,7 @@ def test_where_nothing_can_be_asked_that_is_an_error(
     annotations.write_text(json.dumps(line | change))
     assert run("--weights", finder, "--data", annotations, "--mode", "full") == 2
     heard = capsys.readouterr()
-    assert message in heard.err and heard.err.count("\n") == 1
+    assert message in heard.err and lines_of(heard.err) == 1
 
 
 # ----- answers that are none ----------------------------------------------------------------------
@@ -623,7 +623,7 @@ def test_what_could_not_be_asked_may_be_mended_and_no_answer_is_lost(
         write(change)
         assert run(*asked, "--resume") == 2
         said = capsys.readouterr().err
-        assert "x.jsonl has an answer to 1 in other data, " in said and said.count("\n") == 1
+        assert "x.jsonl has an answer to 1 in other data, " in said and lines_of(said) == 1
     assert len(out.read_text().splitlines()) == 4
 
 

@@ -10,6 +10,7 @@ from nanogap.checks.command import answer_for
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate.formats import FORMATS, format_argument, smart_resize
 from nanogap.evaluate.score import PROTOCOLS
+from tests.tiny import lines_of
 
 # A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
 # of its height.  In the padded square of 640 it begins 80 pixels down: 0.275 to 0.8.
@@ -106,7 +107,7 @@ def six(text: str, **more: object) -> list[dict]:
 @pytest.mark.parametrize("name", list(FORMATS)[3:])
 def test_a_file_in_another_notation_is_told_which_format_fits(data: Path, capsys, name: str):
     status, said = score(capsys, data, six(SAID[name]))
-    assert status == 2 and said.count("\n") == 1
+    assert status == 2 and lines_of(said) == 1
     assert "0 of 6 texts with numbers hold a box as llava says it" in said and name in said
     flags = ("--resized", "28") if name == "qwen2.5-vl" else ()
     status, said = score(capsys, data, six(SAID[name]), "--format", name, *flags)
@@ -146,7 +147,7 @@ def test_minigpts_own_file_of_answers(tmp_path: Path, capsys):
         assert "1 of 3 expressions have no answer, and count as wrong" in said
     for other in ({"x_1": ["a"]}, {"COCO_train2014_000000000042_1": ["a"] * 4}):
         status, said = score(capsys, data, other)
-        assert status == 2 and "expressions in own.json" in said and said.count("\n") == 1
+        assert status == 2 and "expressions in own.json" in said and lines_of(said) == 1
 
 
 def test_files_of_llava_and_of_internvl(data: Path, capsys):
@@ -162,7 +163,7 @@ def test_names_and_numbers_that_no_table_holds_are_one_line(data: Path, capsys):
     for key, value in (("mode", "x" * 5000), ("prune", "x" * 5000), ("padding", 10 ** 400),
                        ("keep", 10 ** 400), ("decode_ms", float("inf")), ("padding", float("nan"))):
         status, said = score(capsys, data, six(SAID["llava"], **{key: value}), "--json")
-        assert status == 2 and said.count("\n") == 1 and f"{key} is " in said and len(said) < 400
+        assert status == 2 and lines_of(said) == 1 and f"{key} is " in said and len(said) < 400
     status, said = score(capsys, data, six("[" + "9" * 400 + ", 1, 2, 3]"), "--json")
     assert "NaN" not in said and "Infinity" not in said
 

@@ -17,6 +17,7 @@ from nanogap import NanogapError
 from nanogap.checks.command import answer_for
 from nanogap.train import scenes
 from nanogap.train.scenes import COLOURS, KINDS, Thing, caption, draw_scene, scene
+from tests.tiny import lines_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -315,5 +316,5 @@ def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path, monkeyp
     (tmp_path / "full.jpg").symlink_to("/dev/full")
     assert answer_for("nanogap.train.scenes", scenes.command, words) == 2
     out, err = capsys.readouterr()
-    assert out == "" and message in err and err.count("\n") == 1
+    assert out == "" and message in err and lines_of(err) == 1
     assert not (tmp_path / "out.jpg").exists()
