@@ -15,6 +15,7 @@ where a margin makes it clear.  The same Random draws the same scene, to the byt
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import hypot, log
 from pathlib import Path
@@ -480,7 +481,9 @@ NOTE, DESCRIPTION = "nanogap scene {} {}", 0x010E     # in the EXIF of a picture
 def scene_of(path: str | Path) -> Scene | None:
     """The scene that a picture shows, where it notes one; no photograph does."""
     with Image.open(path) as image:
-        size, note = image.size, str(image.getexif().get(DESCRIPTION))
+        size, note = image.size, ""
+        with suppress(Exception):                       # broken EXIF notes nothing
+            note = str(image.getexif().get(DESCRIPTION))
     said = re.fullmatch(NOTE.format("([!-~]+)", "([0-9]{1,9})"), note)
     if said is None or not MIN_SIZE <= max(size) <= MAX_SIZE:
         return None

@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageStat
 from nanogap import NanogapError
 from nanogap.checks.command import answer_for
 from nanogap.train import scenes
-from nanogap.train.scenes import COLOURS, KINDS, Thing, caption, draw_scene, scene
+from nanogap.train.scenes import COLOURS, KINDS, Thing, caption, draw_scene, scene, scene_of
 from tests.tiny import lines_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,3 +318,12 @@ def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path, monkeyp
     out, err = capsys.readouterr()
     assert out == "" and message in err and lines_of(err) == 1
     assert not (tmp_path / "out.jpg").exists()
+
+
+def test_a_picture_notes_which_scene_it_is_unless_its_exif_is_broken(tmp_path):
+    noted, broken = tmp_path / "noted.png", tmp_path / "broken.png"
+    scenes.command(["val", "3", str(noted)])
+    drawn = scene_of(noted)
+    assert drawn is not None and drawn.expressions == scene("val", 3).expressions
+    Image.new("RGB", (672, 504)).save(broken, exif=b"Exif\0\0no TIFF at all")
+    assert scene_of(broken) is None
