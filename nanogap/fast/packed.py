@@ -7,8 +7,9 @@ that is little; with the few of a decoder's pass it takes longer than the produc
 once, and the plain matrix is given back: there is one copy.  Whoever looks at the parameters of a
 layer, to write, train, move, convert or change them, gets them plain, bit for bit, and the layer
 multiplies by these from there on: what is packed can never be stale.  Small matrices stay as they
-are; with many rows in float32 they are multiplied by the same library, twice as fast.
-Sums are taken in another order, so logits differ in their last digits.
+are; the decoder's are multiplied by the same library where there are many rows, twice as fast.
+Sums are taken in another order, so logits differ in their last digits.  A small tower's matrices
+are left to torch, for VisPruner chooses by the last digit of what it sees.
 `python -m nanogap.bench` measures what it brings, and `--no-pack` turns it off.
 """
 
@@ -105,11 +106,13 @@ def pack(model: nn.Module) -> nn.Module:
     """Pack every large matrix of a model where that is faster, one by one; returns the model."""
     shared = Counter(id(p) for module in model.modules()
                      for p in module.__dict__["_parameters"].values())
+    decoder = set(getattr(model, "language_model", model).modules())
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, QuickLinear):
+        if type(module) not in (nn.Linear, QuickLinear):
             continue
         weight = module.weight
-        module.__class__ = QuickLinear
+        if module in decoder:
+            module.__class__ = QuickLinear
         alone = shared[id(weight)] == 1 and not weight.requires_grad
         if alone and weight.nbytes >= LARGE and can_pack(weight):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
