@@ -108,7 +108,7 @@ def pack(model: nn.Module) -> nn.Module:
                      for p in module.__dict__["_parameters"].values())
     decoder = set(getattr(model, "language_model", model).modules())
     for module in model.modules():
-        if type(module) not in (nn.Linear, QuickLinear):
+        if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, QuickLinear):
             continue
         weight = module.weight
         if module in decoder:
