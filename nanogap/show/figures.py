@@ -25,7 +25,7 @@ from nanogap.errors import NanogapError
 from nanogap.image import open_image
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES
+from nanogap.prune import STRATEGIES, ranked
 from nanogap.show.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
 from nanogap.show.sweep import EXPRESSION, GREY, Sweep
 from nanogap.train.scenes import scene_of
@@ -186,11 +186,29 @@ def strategies(model: VLM) -> Image.Image:
     return sheet(panels, 4)
 
 
+# ----- appendix D ---------------------------------------------------------------------------------
+
+
+def axes(model: VLM) -> Image.Image:
+    """The patches of image.jpg that ivc keeps as axes of RoPE, and all that it keeps."""
+    square = Square(model)
+    N = square.rows * square.columns
+    P = model.prompt(EXPRESSION).tolist().index(model.config.image_token)
+    cos, sin = model.language_model.model.angles(torch.arange(P, P + N)[None], torch.float32)
+    chosen = {f"{words}, {round(0.05 * N)}": ranked(turn.flatten(0, -2).mean(-1), round(0.05 * N))
+              for words, turn in (("RoPE turns least", cos), ("by a quarter", sin))}
+    kept = model.ground(square.encoded, EXPRESSION, "ivc", None, "gap", max_new_tokens=1).keep
+    chosen[f"all that ivc keeps, {len(kept)}"] = kept
+    return sheet([(dim_dropped(square.picture, indices.tolist(), square.cells()), label)
+                  for label, indices in chosen.items()], 3, 324)
+
+
 # ----- the command --------------------------------------------------------------------------------
 
 
 FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
-    "answer": answer, "patches": patches, "line": line, "places": places, "strategies": strategies}
+    "answer": answer, "patches": patches, "line": line, "places": places, "strategies": strategies,
+    "axes": axes}
 MOVING = "sweep"
 
 
