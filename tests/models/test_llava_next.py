@@ -29,7 +29,14 @@ from nanogap.llama import LlamaConfig
 from nanogap.llava import VICUNA
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.frames import Tiles
-from nanogap.models.llava_next import TEMPLATES, LlavaNext, close_rows, number, shared_out
+from nanogap.models.llava_next import (
+    TEMPLATES,
+    LlavaNext,
+    close_rows,
+    number,
+    shared_equally,
+    shared_out,
+)
 from nanogap.prompt import encode
 from nanogap.prune import STRATEGIES, Kept, needs_of
 from nanogap.show.draw import dim_dropped
@@ -288,6 +295,13 @@ def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(mode
         scores = part.fields["cls_attention"].mean(0)
         best = part.index[scores.argsort(descending=True)[:len(keep & set(part.index.tolist()))]]
         assert set(best.tolist()) <= keep
+
+
+def test_views_may_share_equally_as_published_codes_have_it(model, picture):
+    assert shared_equally(12, [16, 8, 1]) == [6, 5, 1]            # what one cannot hold goes round
+    image = model.encode_image(picture)
+    keep = set(model.ground(image, "the man", "cls_attention(crops=equal)", 15).keep.tolist())
+    assert [len(keep & set(part.index.tolist())) for part in image.parts] == [3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("budget, kept", [("100%", 52), ("25%", None), (48, 52), (1, 1)])
