@@ -108,7 +108,7 @@ def pack(model: nn.Module) -> nn.Module:
                      for p in module.__dict__["_parameters"].values())
     decoder = set(getattr(model, "language_model", model).modules())
     for small in (p for p in model.parameters() if p.is_cpu and p.nbytes < LARGE):
-        small.data = small.data.clone()          # it is mapped, with what stands near it in the file
+        small.data = small.data.clone()    # mapped, it would hold its neighbours in the file too
     for module in model.modules():
         if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, QuickLinear):
             continue

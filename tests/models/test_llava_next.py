@@ -30,6 +30,7 @@ from nanogap.llava import VICUNA
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.frames import Tiles
 from nanogap.models.llava_next import (
+    GRIDS,
     TEMPLATES,
     LlavaNext,
     close_rows,
@@ -302,6 +303,18 @@ def test_views_may_share_equally_as_published_codes_have_it(model, picture):
     image = model.encode_image(picture)
     keep = set(model.ground(image, "the man", "cls_attention(crops=equal)", 15).keep.tolist())
     assert [len(keep & set(part.index.tolist())) for part in image.parts] == [3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("size, of_160, of_320", [
+    ((640, 300), 12, 6), ((640, 480), 18, 10), ((300, 1000), 28, 18)])
+def test_what_newlines_cost_in_the_real_model(size: tuple[int, int], of_160: int, of_320: int):
+    real = Tiles(pinpoints=tuple((336 * rows, 336 * columns) for rows, columns in GRIDS))
+    _, row_end = number(real, *size, grid=24, size=336)
+    patches = (row_end != torch.arange(len(row_end))).nonzero()[:, 0]
+    for budget, percent in ((160, of_160), (320, of_320)):
+        chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:budget]
+        newlines = len(set(row_end[patches[chosen]].tolist()) - {-1})
+        assert round(100 * newlines / (budget + newlines)) == percent
 
 
 @pytest.mark.parametrize("budget, kept", [("100%", 52), ("25%", None), (48, 52), (1, 1)])
