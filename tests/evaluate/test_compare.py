@@ -289,3 +289,10 @@ def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
     assert picture.getpixel((int(panel.x(0.9)), int(panel.y(0)))) == colour_of("full")
     assert picture.height == compare.draw_models([outcome("a", full=0.9, gap=0.5)]).height
     assert compare.draw_models([whole]).width == plot.WIDTH
+
+
+def test_a_refusal_names_its_model(folder, tmp_path, capsys):
+    assert run("--weights", MINI, folder, "--limit", 1, "--prune", "random", "--keep", 100,
+               "--mode", "gap") == 2
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert f"{folder}: random cannot keep 100 of" in said
