@@ -4,8 +4,7 @@ In:  a seed.  Out: a batch of scenes, ready for the model, and what is said of t
 """
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -78,14 +77,6 @@ class Scenes(torch.utils.data.Dataset):
 
 
 # ----- captions -----------------------------------------------------------------------------------
-
-
-def contents(things: Iterable[Thing]) -> Counter:
-    """How many there are of each kind and colour.
-
-    A caption is true of an image that holds at least what the caption names.
-    """
-    return Counter((thing.kind, thing.colour) for thing in things)
 
 
 SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]

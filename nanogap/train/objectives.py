@@ -17,8 +17,9 @@ from torch import Tensor
 from nanogap.models import VLM
 from nanogap.prune import Kept
 from nanogap.train import reading
-from nanogap.train.batches import SINGLES, Batch, contents
+from nanogap.train.batches import SINGLES, Batch
 from nanogap.train.clip import CLIP
+from nanogap.train.scenes import contents
 
 
 def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.device) -> Tensor:
