@@ -13,7 +13,7 @@ import torch
 import nanogap
 from nanogap import NanogapError
 from nanogap.bench import __main__ as bench
-from nanogap.bench import sizes
+from nanogap.bench import measure, sizes
 from nanogap.bench.sizes import random_model, save_random
 from nanogap.checks.command import answer_for
 from nanogap.fast.decoder import Cache, feed
@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine's takes seconds, and says nothing about this code."""
-    monkeypatch.setattr(bench, "limits", lambda *_: {"copy_gb_s": 20.0, "matmul_tflop_s": 0.2})
+    monkeypatch.setattr(measure, "limits", lambda *_: {"copy_gb_s": 20.0, "matmul_tflop_s": 0.2})
 
 
 def document(capsys: pytest.CaptureFixture, *argv: str) -> tuple[dict, str]:
@@ -78,8 +78,8 @@ def test_ratios_are_quotients_of_the_medians_beside_them(capsys, tiny):
     said, _ = document(capsys, "--weights", str(tiny), "--json")
     full = said["runs"][0]
     for run in said["runs"]:
-        assert run["full_over_this"] == {key: full[key] / run[key] for key in bench.BOUGHT}
-        flop = bench.prefill_flop(nanogap.load(tiny).config.text, run["prompt_tokens"])
+        assert run["full_over_this"] == {key: full[key] / run[key] for key in measure.BOUGHT}
+        flop = measure.prefill_flop(nanogap.load(tiny).config.text, run["prompt_tokens"])
         assert run["prefill_tflop_s"] == pytest.approx(flop / (run["prefill_ms"] / 1e3) / 1e12)
         share = run["prefill_tflop_s"] / said["matmul_tflop_s"]
         assert run["prefill_share"] == pytest.approx(share)
@@ -102,14 +102,14 @@ def test_the_work_of_a_prefill_by_hand():
     each 2 * 2 * 8.
     """
     config = LlamaConfig(8, 16, 2, 2, 1, head_dim=4, vocab_size=10)
-    assert bench.prefill_flop(config, 3) == 2 * (64 * 6 + 512 * 4 + 80) + 32 * 9
+    assert measure.prefill_flop(config, 3) == 2 * (64 * 6 + 512 * 4 + 80) + 32 * 9
 
 
 def test_a_pass_reads_all_weights_but_the_embeddings():
     """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; a norm; the head 640 x 64."""
     model = random_model("tiny", CPU, torch.bfloat16)
     parameters = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
-    assert bench.decoder_bytes(model.config.text, model.dtype) == 2 * parameters
+    assert measure.decoder_bytes(model.config.text, model.dtype) == 2 * parameters
     read = [p.nbytes for name, p in model.language_model.named_parameters()
             if "embed_tokens" not in name]
     assert sum(read) == 2 * parameters
@@ -207,7 +207,7 @@ def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
 
 def test_signals_neither_explode_nor_vanish_in_random_weights():
     model = random_model("tiny", CPU, torch.float32)
-    logits = model(model.prompt("the man"), model.prepare_image(bench.IMAGE))
+    logits = model(model.prompt("the man"), model.prepare_image(measure.IMAGE))
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(-1).unique()) > 20
 
@@ -241,11 +241,11 @@ def test_a_graphed_pass_gives_the_logits_of_the_model():
 def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
     """On a CPU the same code runs unrecorded: a cache of a fixed number of rows, and a mask."""
     model = nanogap.load(MINI, device, "float32")
-    image = model.encode_image(bench.IMAGE)
+    image = model.encode_image(measure.IMAGE)
     questions = [("full", None, 25), ("gap", 36, 25), ("full", None, 9)]
 
     def said(drafts: bool) -> list:
-        return [model.ground(image, bench.EXPRESSION, "random", keep, mode, max_new_tokens=most,
+        return [model.ground(image, measure.EXPRESSION, "random", keep, mode, max_new_tokens=most,
                              drafts=drafts) for mode, keep, most in questions]
 
     plain = said(False) + said(True)
