@@ -156,18 +156,15 @@ def optimizers(model: nn.Module, stage: TrainingStage) -> list[torch.optim.Optim
     Embeddings and the head stay with AdamW.  Muon takes a step of one size in every direction of a
     matrix (kellerjordan.github.io/posts/muon).
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         inner = p.dim() == 2 and "embed" not in name and "lm_head" not in name
-        if stage.muon_rate and inner:
-            matrices.append(p)
-        else:
-            others.append(p)
+        if p.requires_grad:
+            (matrices if stage.muon_rate and inner else others).append(p)
     steppers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
         others, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
-    if stage.muon_rate and matrices:
+    if matrices:
         steppers.append(torch.optim.Muon(matrices, lr=stage.muon_rate, weight_decay=0.01))
     return steppers
 
