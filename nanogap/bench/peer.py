@@ -59,9 +59,7 @@ def load_peer(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
 
 
 def prompt(model: VLM, expression: str, n_visual: int) -> Tensor:
-    """input_ids (1, P + N + A): our prompt, with an image token for every visual token.
-
-    That is how transformers wants it.
+    """input_ids (1, P + N + A): our prompt as transformers wants it, an image token for each of N.
     """
     ids = model.prompt(expression)                                            # (P + 1 + A,)
     repeats = torch.where(ids == model.config.image_token, n_visual, 1)

@@ -77,12 +77,11 @@ class Progress:
 
     def restore(self, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Give a model and its optimizers what was saved in this stage, if there is anything."""
-        if not self.state:
-            return
-        model.load_state_dict(self.state["model"])
-        # no optimizers at the beginning of a stage
-        for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
-            stepper.load_state_dict(state)
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            # no optimizers at the beginning of a stage
+            for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
+                stepper.load_state_dict(state)
 
     def keep(self, step: int, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Save the state within a stage."""

@@ -25,7 +25,6 @@ from tests.tiny import lines_of
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
-MINI_NEXT = MINI.parent / "mini-next"
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +117,16 @@ def test_a_pass_reads_all_weights_but_the_embeddings():
 # ----- against transformers -----------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
+@pytest.fixture(params=["tiny", "mini-next"])
+def folder(request: pytest.FixtureRequest, tiny: Path) -> Path:
+    """Of a peer; that of LLaVA-1.6 sees tiles, and is told how large the picture is."""
     pytest.importorskip("transformers")
-    said, before = document(capsys, "--weights", str(tiny), "--against", "transformers")
+    return tiny if request.param == "tiny" else MINI.parent / "mini-next"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_takes_turns_and_says_the_same(capsys, folder: Path):
+    said, before = document(capsys, "--weights", str(folder), "--against", "transformers")
     assert said["theirs"]["same_tokens"] and said["theirs"]["library"].startswith("transformers ")
     for run in said["runs"]:
         assert run["theirs_over_this"]["pass_ms"] == said["theirs"]["pass_ms"] / run["pass_ms"]
@@ -131,17 +136,7 @@ def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_peer_that_sees_tiles_is_told_how_large_the_picture_is(capsys):
-    pytest.importorskip("transformers")
-    said, _ = document(capsys, "--weights", str(MINI_NEXT), "--against", "transformers")
-    assert said["theirs"]["same_tokens"] and said["theirs"]["box_ms"] > 0
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["tiny", "mini-next"])
-def test_agreement_one_after_the_other(capsys, tiny, name: str):
-    pytest.importorskip("transformers")
-    folder = tiny if name == "tiny" else MINI_NEXT
+def test_agreement_one_after_the_other(capsys, folder: Path):
     said, _ = document(capsys, "--weights", str(folder), "--agree")
     assert said["same_argmax"] == said["logits"] > 16 and said["same_tokens"]
     assert said["largest_difference"] <= 2e-5 * said["largest_logit"]
