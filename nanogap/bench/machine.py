@@ -8,7 +8,7 @@ Limits are measured, not looked up: a large copy, and a large matrix product, ea
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,12 +26,6 @@ def processor() -> str:
     told = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", told.read_text()) if told.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def weights_of(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights that are plain: to look at a packed one would unpack it (fast/packed.py)."""
-    for module in model.modules():
-        yield from (p for p in module.__dict__["_parameters"].values() if p is not None)
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
@@ -85,8 +79,10 @@ def first_use(get: Callable[[], tuple[Model, int]], use: Callable[[Model], objec
     in_use, _ = memory(device, forget_peak=True)
     start = clock_ms(device)
     model, size = get()
-    for parameter in weights_of(model):
-        parameter.view(-1)[::1024].sum()   # where it is memory-mapped, this reads it
+    for module in model.modules():
+        # without attributes, for to look at a packed weight would unpack it (fast/packed.py)
+        for parameter in filter(torch.is_tensor, module.__dict__["_parameters"].values()):
+            parameter.view(-1)[::1024].sum()   # where it is memory-mapped, this reads it
     load_s = (clock_ms(device) - start) / 1000
     use(model)
     peak = memory(device)[1] - in_use

@@ -49,18 +49,17 @@ def their_class(folder: Path) -> str:
     return CLASSES[found]
 
 
-def load_peer(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' model, with the fastest attention that it has."""
+def load_peer(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, int]:
+    """transformers' model, with the fastest attention that it has; its weights' bytes."""
     found = getattr(their_library(), their_class(folder))
     peer = found.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     peer.generation_config.eos_token_id = None   # as many tokens as are asked for
-    return peer.to(device).eval()
+    peer = peer.to(device).eval()
+    return peer, sum(p.nbytes for p in peer.parameters())
 
 
 def prompt(model: VLM, expression: str, n_visual: int) -> Tensor:
-    """input_ids (1, P + N + A): our prompt, with an image token for every visual token.
-
-    That is how transformers wants it.
+    """input_ids (1, P + N + A): our prompt as transformers wants it, an image token for each of N.
     """
     ids = model.prompt(expression)                                            # (P + 1 + A,)
     repeats = torch.where(ids == model.config.image_token, n_visual, 1)
@@ -126,7 +125,7 @@ def agree(folder: Path, device: torch.device, dtype_name: str | None, image: Ima
     ours = model(model.prompt(expression), model.prepare_image(image), size=image.size)   # (T, V)
     said = model.ground(image, expression, mode="full", max_new_tokens=new).tokens
     del model
-    peer = load_peer(folder, device, dtype)
+    peer, _ = load_peer(folder, device, dtype)
     theirs = peer(input_ids=ids, **picture).logits[0].float()                 # (T, V)
     our_choice = ours.argmax(-1)                                              # (T,)
     their_choice = theirs.argmax(-1)

@@ -46,14 +46,11 @@ def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
     stages = recipe.stages
     settings = {"seed": seed, "model": recipe.family, "size": recipe.vision.image_size,
                 "stages": [stage.name for stage in stages]}
-    shares = None
-    if minutes is not None:
-        planned = sum(stage.minutes for stage in stages)
-        shares = [minutes * stage.minutes / planned for stage in stages]
+    planned = sum(stage.minutes for stage in stages)
+    shares = [minutes * stage.minutes / planned for stage in stages] if minutes else None
     progress = Progress(out / "training.pt", settings, [stage.steps for stage in stages], shares)
     progress.load()
-    if steps:
-        progress.steps = steps                                                # not those saved
+    progress.steps = steps or progress.steps                                  # not those saved
     return progress
 
 
@@ -86,9 +83,9 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
         done = progress()
         model, clip, words = train_stages(recipe, device, seed, done, workers, start)
         with whole_checkpoint("--out", out) as folder:
-            if clip is not None and words is not None and model.Tower is CLIPVisionTower:
+            if clip and words and model.Tower is CLIPVisionTower:
                 save_clip(folder / "clip_text", clip, words)
-            elif start is not None and (start / "clip_text").exists():
+            elif start and (start / "clip_text").exists():
                 shutil.copytree(start / "clip_text", folder / "clip_text")
             save(folder, model)
         done.path.unlink(missing_ok=True)
@@ -148,24 +145,24 @@ def command(argv: Sequence[str] | None) -> None:
     """Check the arguments, join the other processes under torchrun, and train."""
     parser = Parser(prog="python -m nanogap.train",
                     description="Train the mini model from nothing.")
-    parser.add_argument("--out", type=path_argument, required=True,
-                        help="folder to write; it goes on with a training that was interrupted")
+    add = parser.add_argument
+    add("--out", type=path_argument, required=True,
+        help="folder to write; it goes on with a training that was interrupted")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
     length.add_argument("--steps", type=whole_number, nargs="+",
                         help="exactly so many steps of each stage")
     names = [stage.name for stage in CPU.stages]
-    parser.add_argument("--stages", nargs="+", choices=names, metavar="STAGE",
-                        help=f"of {' '.join(names)} (default: all, or with --start all but CLIP)")
-    parser.add_argument("--start", type=path_argument, metavar="DIR",
-                        help="weights to go on with (default: none, from nothing)")
-    parser.add_argument("--model", choices=MODELS, default="llava", help="default: %(default)s")
-    parser.add_argument("--recipe", choices=RECIPES,
-                        help="default: gpu where there is one, else cpu")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--seed", type=whole_number, default=0)
-    parser.add_argument("--workers", type=whole_number, default=0,
-                        help="processes that draw scenes beside this one (default: none)")
+    add("--stages", nargs="+", choices=names, metavar="STAGE",
+        help=f"of {' '.join(names)} (default: all, or with --start all but CLIP)")
+    add("--start", type=path_argument, metavar="DIR",
+        help="weights to go on with (default: none, from nothing)")
+    add("--model", choices=MODELS, default="llava", help="default: %(default)s")
+    add("--recipe", choices=RECIPES, help="default: gpu where there is one, else cpu")
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--seed", type=whole_number, default=0)
+    add("--workers", type=whole_number, default=0,
+        help="processes that draw scenes beside this one (default: none)")
     args = parser.parse_args(argv)
     if args.minutes is not None and not 0 < args.minutes < 1e6:
         raise NanogapError(f"--minutes {args.minutes} is no time to train in; "
@@ -176,8 +173,8 @@ def command(argv: Sequence[str] | None) -> None:
         torch.set_num_threads(1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                            # products in TF32
-    recipe = RECIPES[args.recipe or ("gpu" if device.type == "cuda" else "cpu")]
-    recipe = recipe_for(args.model, recipe)
+    kind = args.recipe or ("gpu" if device.type == "cuda" else "cpu")
+    recipe = recipe_for(args.model, RECIPES[kind])
     chosen = args.stages or names[args.start is not None:]
     if ("CLIP" in chosen) == (args.start is not None) or len(set(chosen)) < len(chosen):
         raise NanogapError(f"--stages {' '.join(chosen)}: from nothing CLIP is the first, and with "

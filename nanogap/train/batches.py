@@ -4,9 +4,8 @@ In:  a seed.  Out: a batch of scenes, ready for the model, and what is said of t
 """
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def draw_alike(rng: random.Random, size: int) -> Scene:
     else:
         colours = colours[:1] * count
     drawn = draw_scene(rng, size, list(zip(kinds, colours, strict=True)))
-    names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
+    names = (f"the {named(thing.kind, thing.colour)}" for thing in drawn.things)
     return replace(drawn, expressions=tuple((name, i) for i, name in enumerate(names)))
 
 
@@ -48,6 +47,7 @@ def draw_often_alike(rng: random.Random, size: int) -> Scene:
     return draw_alike(rng, size) if rng.random() < 2 / 3 else draw_scene(rng, size)
 
 
+@dataclass
 class Scenes(torch.utils.data.Dataset):
     """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
 
@@ -55,14 +55,12 @@ class Scenes(torch.utils.data.Dataset):
     split's.
     """
 
-    def __init__(self, seed: str, images: int, image_size: int, prepare: Prepare, ask: Ask,
-                 draw: Draw = draw_scene) -> None:
-        self.seed = seed
-        self.images = images
-        self.image_size = image_size
-        self.prepare = prepare        # a model's pixel_values, on the CPU
-        self.ask = ask                # what is said of the scenes: captions or conversations
-        self.draw = draw
+    seed: str
+    images: int                   # of a batch
+    image_size: int               # long side of the smaller ones, pixels
+    prepare: Prepare              # a model's pixel_values, on the CPU
+    ask: Ask                      # what is said of the scenes: captions or conversations
+    draw: Draw = draw_scene
 
     def __getitem__(self, index: int) -> Batch:
         rng = random.Random(f"train {self.seed} {index}")
@@ -75,17 +73,6 @@ class Scenes(torch.utils.data.Dataset):
             # from here on only the size of a picture is needed: workers need not send it
             scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
         return pixels, scenes, self.ask(scenes, rng)
-
-
-# ----- captions -----------------------------------------------------------------------------------
-
-
-def contents(things: Iterable[Thing]) -> Counter:
-    """How many there are of each kind and colour.
-
-    A caption is true of an image that holds at least what the caption names.
-    """
-    return Counter((thing.kind, thing.colour) for thing in things)
 
 
 SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]

@@ -77,12 +77,11 @@ class Progress:
 
     def restore(self, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Give a model and its optimizers what was saved in this stage, if there is anything."""
-        if not self.state:
-            return
-        model.load_state_dict(self.state["model"])
-        # no optimizers at the beginning of a stage
-        for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
-            stepper.load_state_dict(state)
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            # no optimizers at the beginning of a stage
+            for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
+                stepper.load_state_dict(state)
 
     def keep(self, step: int, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
         """Save the state within a stage."""
@@ -156,18 +155,15 @@ def optimizers(model: nn.Module, stage: TrainingStage) -> list[torch.optim.Optim
     Embeddings and the head stay with AdamW.  Muon takes a step of one size in every direction of a
     matrix (kellerjordan.github.io/posts/muon).
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         inner = p.dim() == 2 and "embed" not in name and "lm_head" not in name
-        if stage.muon_rate and inner:
-            matrices.append(p)
-        else:
-            others.append(p)
+        if p.requires_grad:
+            (matrices if stage.muon_rate and inner else others).append(p)
     steppers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
         others, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
-    if stage.muon_rate and matrices:
+    if matrices:
         steppers.append(torch.optim.Muon(matrices, lr=stage.muon_rate, weight_decay=0.01))
     return steppers
 

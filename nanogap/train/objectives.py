@@ -17,8 +17,9 @@ from torch import Tensor
 from nanogap.models import VLM
 from nanogap.prune import Kept
 from nanogap.train import reading
-from nanogap.train.batches import SINGLES, Batch, contents
+from nanogap.train.batches import SINGLES, Batch
 from nanogap.train.clip import CLIP
+from nanogap.train.scenes import contents
 
 
 def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.device) -> Tensor:
@@ -32,8 +33,9 @@ def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.devi
     claims = held + [contents([thing]) for thing in SINGLES]
     truth = torch.tensor([[float(claim <= have) for claim in claims] for have in held])
     truth = truth.to(device)                                                  # (B, C)
-    texts = torch.cat([text_features(clip, tokenizer, said, device)
-                       for said in (wholes, singles)])                        # (C, E)
+    # each list is padded to its own longest
+    ids = [[encoded.ids for encoded in tokenizer.encode_batch(said)] for said in (wholes, singles)]
+    texts = torch.cat([clip.text_features(torch.tensor(rows, device=device)) for rows in ids])
     first_views = torch.cat([views[:1] for views in pixels])                  # (B, 3, S, S)
     images = clip.image_features(first_views.to(device))                      # (B, E)
     logits = clip.logit_scale.exp() * images @ texts.T                        # (B, C)
@@ -41,13 +43,6 @@ def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.devi
     true = truth.sum(0) > 0                                                   # (C,) of any image
     by_text = F.cross_entropy(logits.T[true], (truth / truth.sum(0)).T[true])
     return (by_image + by_text) / 2
-
-
-def text_features(clip: CLIP, tokenizer: Tokenizer, texts: list[str],
-                  device: torch.device) -> Tensor:
-    """Texts, padded to the longest, in CLIP's space of images and texts (len(texts), E)."""
-    ids = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
-    return clip.text_features(torch.tensor(ids, device=device))
 
 
 def llava_loss(model: VLM, batch: Batch, device: torch.device) -> Tensor:

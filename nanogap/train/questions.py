@@ -34,9 +34,9 @@ class Mixture:
 
     def share(self, processes: int) -> "Mixture":
         """What each of several processes asks of it."""
-        boxes, finds, words, descriptions = (math.ceil(count / processes) for count in (
-            self.boxes, self.finds, self.words, self.descriptions))
-        return replace(self, boxes=boxes, finds=finds, words=words, descriptions=descriptions)
+        counts = ("boxes", "finds", "words", "descriptions")
+        return replace(self, **{name: math.ceil(getattr(self, name) / processes)
+                                for name in counts})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ In:  conversations, and the visual tokens of their images.
 Out: of the tokens of all answers, the logits (M, V), which tokens they should be (M,), and what
      they weigh (M,).
 Letters: N visual tokens of an image, P tokens before them, Q conversations, T tokens, V vocabulary,
-M tokens of all answers, B images.
+M tokens of all answers, B images or other sequences, G key-value heads, R rows, D head dim,
+C channels.
 """
 
 import os
@@ -14,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nanogap.llama import LlamaModel
 from nanogap.models import VLM
 from nanogap.train.questions import Conversation
-from nanogap.train.shared_past import SharedPast, run
 
 Read = tuple[Tensor, Tensor, Tensor]
 
@@ -55,6 +56,47 @@ def answers(model: VLM, hidden: Tensor, tokens: Tensor, weights: Tensor) -> Read
 
 
 # ----- the same, faster on a CPU ------------------------------------------------------------------
+
+
+class SharedPast:
+    """A cache for training: keys and values of new tokens, behind those of what they continue.
+
+    Several sequences may continue one, and gradients flow into it from all of them.
+    past:    what they continue; None: nothing
+    parents: (B,) which sequence of `past` each of them continues
+    """
+
+    def __init__(self, past: "SharedPast | None" = None, parents: Tensor | None = None) -> None:
+        self.past = past
+        self.parents = parents
+        self.rows: list[tuple[Tensor, Tensor]] = []   # (B, G, R, D) each, per layer
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put k and v (B, G, T, D) behind the rows of the past; return all rows (B, G, R, D)."""
+        if self.past is not None:
+            old_k, old_v = self.past.rows[layer]
+            k = torch.cat([old_k[self.parents], k], dim=2)                    # (B, G, R, D)
+            v = torch.cat([old_v[self.parents], v], dim=2)
+        self.rows.append((k, v))
+        return k, v
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and R, once its tokens were run."""
+        keys, _ = self.rows[0]
+        return keys.shape[0], keys.shape[2]
+
+
+def run(decoder: LlamaModel, x: Tensor, cache: SharedPast) -> Tensor:
+    """Tokens (B, T, C) behind those that they continue -> hidden states (B, T, C).
+
+    Nothing is pruned in training, so that the position ID of a token is its row.
+    """
+    _, before = cache.past.shape if cache.past is not None else (0, 0)
+    rows = torch.arange(before + x.shape[1], device=x.device)                 # (R,)
+    new = rows[before:]                                                       # (T,)
+    mask = rows <= new[:, None]                                               # (T, R)
+    return decoder(x, new, cache, mask)                               # type: ignore[arg-type]
 
 
 def can_share(model: VLM, said: Sequence[Conversation]) -> bool:

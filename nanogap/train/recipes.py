@@ -20,7 +20,7 @@ class TrainingStage:
     images: int               # of a step
     rate: float               # AdamW's
     asked: Mixture | None = None
-    muon_rate: float | None = None
+    muon_rate: float = 0.0    # 0: AdamW alone
     rate_left: float = 0.0    # the share of the rates that is left at the end
     draw: Draw = draw_scene
 

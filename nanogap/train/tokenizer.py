@@ -8,14 +8,7 @@ Out: a LLaMA tokenizer (BPE with "▁" for a space, single digits, bytes for wha
 import json
 from collections.abc import Iterable
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 

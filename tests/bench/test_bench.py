@@ -13,7 +13,7 @@ import torch
 import nanogap
 from nanogap import NanogapError
 from nanogap.bench import __main__ as bench
-from nanogap.bench import sizes
+from nanogap.bench import measure, sizes
 from nanogap.bench.sizes import random_model, save_random
 from nanogap.checks.command import answer_for
 from nanogap.fast.decoder import Cache, feed
@@ -25,7 +25,6 @@ from tests.tiny import lines_of
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
-MINI_NEXT = MINI.parent / "mini-next"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine's takes seconds, and says nothing about this code."""
-    monkeypatch.setattr(bench, "limits", lambda *_: {"copy_gb_s": 20.0, "matmul_tflop_s": 0.2})
+    monkeypatch.setattr(measure, "limits", lambda *_: {"copy_gb_s": 20.0, "matmul_tflop_s": 0.2})
 
 
 def document(capsys: pytest.CaptureFixture, *argv: str) -> tuple[dict, str]:
@@ -78,8 +77,8 @@ def test_ratios_are_quotients_of_the_medians_beside_them(capsys, tiny):
     said, _ = document(capsys, "--weights", str(tiny), "--json")
     full = said["runs"][0]
     for run in said["runs"]:
-        assert run["full_over_this"] == {key: full[key] / run[key] for key in bench.BOUGHT}
-        flop = bench.prefill_flop(nanogap.load(tiny).config.text, run["prompt_tokens"])
+        assert run["full_over_this"] == {key: full[key] / run[key] for key in measure.BOUGHT}
+        flop = measure.prefill_flop(nanogap.load(tiny).config.text, run["prompt_tokens"])
         assert run["prefill_tflop_s"] == pytest.approx(flop / (run["prefill_ms"] / 1e3) / 1e12)
         share = run["prefill_tflop_s"] / said["matmul_tflop_s"]
         assert run["prefill_share"] == pytest.approx(share)
@@ -102,14 +101,14 @@ def test_the_work_of_a_prefill_by_hand():
     each 2 * 2 * 8.
     """
     config = LlamaConfig(8, 16, 2, 2, 1, head_dim=4, vocab_size=10)
-    assert bench.prefill_flop(config, 3) == 2 * (64 * 6 + 512 * 4 + 80) + 32 * 9
+    assert measure.prefill_flop(config, 3) == 2 * (64 * 6 + 512 * 4 + 80) + 32 * 9
 
 
 def test_a_pass_reads_all_weights_but_the_embeddings():
     """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; a norm; the head 640 x 64."""
     model = random_model("tiny", CPU, torch.bfloat16)
     parameters = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
-    assert bench.decoder_bytes(model.config.text, model.dtype) == 2 * parameters
+    assert measure.decoder_bytes(model.config.text, model.dtype) == 2 * parameters
     read = [p.nbytes for name, p in model.language_model.named_parameters()
             if "embed_tokens" not in name]
     assert sum(read) == 2 * parameters
@@ -118,10 +117,16 @@ def test_a_pass_reads_all_weights_but_the_embeddings():
 # ----- against transformers -----------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
+@pytest.fixture(params=["tiny", "mini-next"])
+def folder(request: pytest.FixtureRequest, tiny: Path) -> Path:
+    """Of a peer; that of LLaVA-1.6 sees tiles, and is told how large the picture is."""
     pytest.importorskip("transformers")
-    said, before = document(capsys, "--weights", str(tiny), "--against", "transformers")
+    return tiny if request.param == "tiny" else MINI.parent / "mini-next"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_takes_turns_and_says_the_same(capsys, folder: Path):
+    said, before = document(capsys, "--weights", str(folder), "--against", "transformers")
     assert said["theirs"]["same_tokens"] and said["theirs"]["library"].startswith("transformers ")
     for run in said["runs"]:
         assert run["theirs_over_this"]["pass_ms"] == said["theirs"]["pass_ms"] / run["pass_ms"]
@@ -131,17 +136,7 @@ def test_the_peer_takes_turns_and_says_the_same(capsys, tiny):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_peer_that_sees_tiles_is_told_how_large_the_picture_is(capsys):
-    pytest.importorskip("transformers")
-    said, _ = document(capsys, "--weights", str(MINI_NEXT), "--against", "transformers")
-    assert said["theirs"]["same_tokens"] and said["theirs"]["box_ms"] > 0
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["tiny", "mini-next"])
-def test_agreement_one_after_the_other(capsys, tiny, name: str):
-    pytest.importorskip("transformers")
-    folder = tiny if name == "tiny" else MINI_NEXT
+def test_agreement_one_after_the_other(capsys, folder: Path):
     said, _ = document(capsys, "--weights", str(folder), "--agree")
     assert said["same_argmax"] == said["logits"] > 16 and said["same_tokens"]
     assert said["largest_difference"] <= 2e-5 * said["largest_logit"]
@@ -207,7 +202,7 @@ def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
 
 def test_signals_neither_explode_nor_vanish_in_random_weights():
     model = random_model("tiny", CPU, torch.float32)
-    logits = model(model.prompt("the man"), model.prepare_image(bench.IMAGE))
+    logits = model(model.prompt("the man"), model.prepare_image(measure.IMAGE))
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(-1).unique()) > 20
 
@@ -241,11 +236,11 @@ def test_a_graphed_pass_gives_the_logits_of_the_model():
 def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
     """On a CPU the same code runs unrecorded: a cache of a fixed number of rows, and a mask."""
     model = nanogap.load(MINI, device, "float32")
-    image = model.encode_image(bench.IMAGE)
+    image = model.encode_image(measure.IMAGE)
     questions = [("full", None, 25), ("gap", 36, 25), ("full", None, 9)]
 
     def said(drafts: bool) -> list:
-        return [model.ground(image, bench.EXPRESSION, "random", keep, mode, max_new_tokens=most,
+        return [model.ground(image, measure.EXPRESSION, "random", keep, mode, max_new_tokens=most,
                              drafts=drafts) for mode, keep, most in questions]
 
     plain = said(False) + said(True)

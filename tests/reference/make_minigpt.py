@@ -10,6 +10,7 @@ Out: samples of features and logits with 8 significant digits, and the greedy wo
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from nanogap.models.minigpt import MiniGPT, MiniGPTConfig
 from nanogap.models.saving import our_name
 from tests.reference.make_reference import (
     answer_of_parts,
+    noise,
     part,
     rounded,
     summary,
@@ -36,6 +38,7 @@ IMAGE = 640                                              # behind the last embed
 PROMPT = [1, 1, 319, 400, IMAGE, 35, 36, 500, 9]         # P = 4, A = 4
 POSITIONS = [3, 4, 19, 23]       # of 4 + 16 + 4 tokens: text, first and last visual, last word
 NEW_TOKENS = 8
+pixel_values = partial(noise, 112)                       # (1, 3, 112, 112)
 
 # The 4 kept tokens of 8 x 2, the most important first; for each mode the order in which they are
 # fed, and the position IDs, by hand: unpruned, the text before the image has 0 to 3, its tokens 4
@@ -69,11 +72,6 @@ def tensors(table: int = 8, seed: int = 0) -> dict[str, Tensor]:
         drawn[our_name(name, MiniGPT.on_disk)] = value
     drawn["ln_vision.weight"] = draw("norm.weight", torch.Size([32]), seed)
     return drawn
-
-
-def pixel_values() -> Tensor:
-    """An image (1, 3, 112, 112) of noise, in the range of CLIP's normalised pixels."""
-    return torch.rand(1, 3, 112, 112, generator=torch.Generator().manual_seed(1)) * 4 - 2
 
 
 # ----- their parts --------------------------------------------------------------------------------

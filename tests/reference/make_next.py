@@ -76,17 +76,13 @@ def their_picture(image: Image.Image, size: int = S) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def their_count(theirs: torch.nn.Module, picture: dict[str, Tensor]) -> int:
-    """N: how many visual tokens a picture has, newlines among them."""
-    return len(theirs.model.get_image_features(**picture).pooler_output[0])
-
-
 def asked(theirs: torch.nn.Module, image: Image.Image, prompt: Sequence[int] = PROMPT,
           image_token: int = IMAGE_TOKEN,
           new_tokens: int = NEW_TOKENS) -> tuple[int, dict[str, Tensor], Tensor, list[int]]:
-    """N, the picture as the processor has it, and what `their_answer` returns."""
+    """N, newlines among them; the picture as the processor has it; and what `their_answer` returns.
+    """
     picture = their_picture(image, theirs.config.vision_config.image_size)
-    N = their_count(theirs, picture)
+    N = len(theirs.model.get_image_features(**picture).pooler_output[0])
     logits, words = their_answer(theirs, expand(prompt, image_token, N), picture["pixel_values"],
                                  new_tokens, image_sizes=picture["image_sizes"])
     return N, picture, logits, words

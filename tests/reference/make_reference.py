@@ -11,6 +11,7 @@ uses the functions below on other checkpoints where transformers is.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,9 +51,12 @@ PRUNED = {
 }
 
 
-def pixel_values() -> Tensor:
-    """An image (1, 3, 56, 56) of noise, in the range of CLIP's normalised pixels."""
-    return torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(1)) * 4 - 2
+def noise(size: int) -> Tensor:
+    """An image (1, 3, size, size) of noise, in the range of CLIP's normalised pixels."""
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1)) * 4 - 2
+
+
+pixel_values = partial(noise, 56)                         # (1, 3, 56, 56)
 
 
 def load_theirs(folder: Path) -> torch.nn.Module:

@@ -21,19 +21,11 @@ from nanogap.image import Pad, to_pixel_values
 from nanogap.models import MODELS, VLM
 from nanogap.train import __main__ as train
 from nanogap.train import fit, objectives, reading, recipes
-from nanogap.train.batches import (
-    SINGLES,
-    Batch,
-    Scenes,
-    captions,
-    contents,
-    draw_alike,
-    draw_often_alike,
-)
+from nanogap.train.batches import SINGLES, Batch, Scenes, captions, draw_alike, draw_often_alike
 from nanogap.train.fit import Progress, Report
 from nanogap.train.objectives import llava_loss
 from nanogap.train.questions import Mixture, conversations, decimal_places, short_questions
-from nanogap.train.scenes import Scene, Thing, draw_scene, named, scene
+from nanogap.train.scenes import Scene, Thing, contents, draw_scene, named, scene
 from nanogap.train.untrained import new_clip, new_model, started
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,

@@ -1,0 +1,197 @@
+"""What is measured of a model, and what follows from it: the bench's JSON document.
+
+In:  the arguments of the command, and a folder of weights or none.
+Out: times, rates and bytes.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from nanogap.bench.machine import first_use, limits, processor, read_files
+from nanogap.bench.peer import generate, load_peer, peer_times, prompt, seen
+from nanogap.bench.sizes import count_parameters, random_model
+from nanogap.checks.loading import load
+from nanogap.fast.graph import GraphedDecoder
+from nanogap.fast.packed import pack
+from nanogap.llama import LlamaConfig
+from nanogap.llava import clock_ms
+from nanogap.methods.in_decoder import prunes_there
+from nanogap.models import VLM
+from nanogap.prune import budget_of
+from nanogap.train.scenes import scene
+from nanogap.weights import DTYPES
+
+SCENE = scene("bench", 0)
+IMAGE = SCENE.image
+EXPRESSION = SCENE.expressions[0][0]
+QUESTIONS = [scene("bench", number).expressions[0][0] for number in range(7)]   # as in RefCOCO
+Run = tuple[str, int | None, str]   # strategy, budget, mode
+WHOLE: Run = ("random", None, "full")
+BOUGHT = ("vision_ms", "prefill_ms", "first_token_ms", "pass_ms", "box_ms", "kv_bytes")
+COMPARED = ("vision_ms", "first_token_ms", "pass_ms", "box_ms", "drafted_box_ms")
+
+
+# ----- what a model must do -----------------------------------------------------------------------
+
+
+def layer_weights(c: LlamaConfig) -> tuple[int, int]:
+    """How many weights the matrices of a layer have: for keys and values, and for all else."""
+    kv = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    q_and_o = 2 * c.hidden_size * c.num_attention_heads * c.head_dim
+    return kv, q_and_o + 3 * c.hidden_size * c.intermediate_size
+
+
+def prefill_flop(c: LlamaConfig, T: int) -> int:
+    """Additions and multiplications that it takes to read T tokens and give the last one's logits.
+
+    In the last layer the other tokens need only keys and values.  Under the causal mask T tokens
+    look at T (T + 1) / 2 rows; each look is two products of D numbers in each head.
+    """
+    layers = c.num_hidden_layers
+    kv, others = layer_weights(c)
+    products = kv * T * layers + others * (T * (layers - 1) + 1) + c.hidden_size * c.vocab_size
+    looks = T * (T + 1) // 2 * (layers - 1) + T
+    return 2 * products + 4 * c.num_attention_heads * c.head_dim * looks
+
+
+def decoder_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights that a pass over one token reads: all but the embeddings."""
+    matrices = sum(layer_weights(c)) * c.num_hidden_layers + c.hidden_size * c.vocab_size
+    return dtype.itemsize * (matrices + (2 * c.num_hidden_layers + 1) * c.hidden_size)
+
+
+# ----- measuring ----------------------------------------------------------------------------------
+
+
+def our_times(model: VLM, run: Run, new: int) -> dict:
+    """One question without drafts and once more with them: milliseconds, tokens and bytes."""
+    prune, keep, mode = run
+    start = clock_ms(model.device)
+    result = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new, drafts=False)
+    between = clock_ms(model.device)
+    drafted = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new)
+    end = clock_ms(model.device)
+    took = result.timings
+    return {"vision_ms": took["vision_ms"], "prefill_ms": took["prefill_ms"],
+            "first_token_ms": took["vision_ms"] + took["prefill_ms"],
+            "pass_ms": took["decode_ms"] / took["passes"], "box_ms": between - start,
+            "drafted_box_ms": end - between, "drafted_passes": drafted.timings["passes"],
+            "visual_tokens": result.visual_tokens, "kv_bytes": result.kv_bytes}
+
+
+def many_times(model: VLM, run: Run, new: int) -> dict:
+    """Several questions about one picture, which is encoded before: answers a second."""
+    prune, keep, mode = run
+    image = model.encode_image(IMAGE)
+    start = clock_ms(model.device)
+    for expression in QUESTIONS:
+        model.ground(image, expression, prune, keep, mode, max_new_tokens=new)
+    between = clock_ms(model.device)
+    model.ground_all(image, QUESTIONS, prune, keep, mode, max_new_tokens=new)
+    end = clock_ms(model.device)
+    return {"one_by_one_per_s": 1000 * len(QUESTIONS) / (between - start),
+            "ground_all_per_s": 1000 * len(QUESTIONS) / (end - between)}
+
+
+def rounds(todo: Sequence[Callable[[], dict]], number: int) -> list[dict]:
+    """Do each of a list in turns; the medians of what each returns."""
+    took = [[one() for one in todo] for _ in range(number)]
+    return [{key: median(row[key] for row in rows) for key in rows[0]}
+            for rows in zip(*took, strict=True)]
+
+
+def derive(row: dict, full: dict, theirs: dict | None, model: VLM, rates: dict) -> dict:
+    """A run's medians and what follows from them; above a ratio of 1 this run is the faster."""
+    T = round(len(model.prompt(EXPRESSION)) - 1 + row["visual_tokens"])
+    tflop_s = prefill_flop(model.config.text, T) / row["prefill_ms"] / 1e9
+    read = decoder_bytes(model.config.text, model.dtype) + row["kv_bytes"]
+    gb_s = read / row["pass_ms"] / 1e6
+    row = row | {"prompt_tokens": T, "prefill_tflop_s": tflop_s, "decode_gb_s": gb_s,
+                 "prefill_share": tflop_s / rates["matmul_tflop_s"],
+                 "decode_share": gb_s / rates["copy_gb_s"],
+                 "full_over_this": {key: full[key] / row[key] for key in BOUGHT}}
+    if theirs:
+        row["theirs_over_this"] = {key: theirs[key.removeprefix("drafted_")] / row[key]
+                                   for key in COMPARED}
+    return row
+
+
+def get_model(args: argparse.Namespace, folder: Path | None, device: torch.device,
+              dtype_name: str | None) -> tuple[VLM, int]:
+    """The model that was asked for, with an end token that it never says; its weights' bytes."""
+    if folder:
+        model = load(folder, device, dtype_name, pack=False)
+    else:
+        small = device.type == "cpu" and count_parameters(args.random) <= 2e9
+        dtype = DTYPES[dtype_name or ("float32" if small else "bfloat16")]
+        model = random_model(args.random, device, dtype)
+    size = sum(p.nbytes for p in model.parameters())
+    if not args.no_pack:
+        pack(model)
+    model.config = replace(model.config, eos_token=-1, other_ends=())
+    if args.graph:
+        model.next_pass = GraphedDecoder(model.language_model)
+    return model, size
+
+
+def runs_asked(args: argparse.Namespace, model: VLM) -> list[Run]:
+    """A run with all tokens first, then one for each budget."""
+    image = model.encode_image(IMAGE)
+    most = image.n_visual if prunes_there(args.prune) else image.n_patches
+    return [WHOLE, *((args.prune, budget_of(keep, most, args.prune), "gap") for keep in args.keep)]
+
+
+def get_peer(args: argparse.Namespace, folder: Path, model: VLM) -> tuple[Any, dict]:
+    """transformers' model of the same weights, and the facts of its first use."""
+    peer, facts = first_use(
+        partial(load_peer, folder, model.device, model.dtype),
+        lambda peer: peer_times(peer, model, IMAGE, EXPRESSION, args.new), model.device)
+    said = model.ground(IMAGE, EXPRESSION, mode="full", max_new_tokens=args.new).tokens
+    ids = prompt(model, EXPRESSION, model.encode_image(IMAGE).n_visual)
+    theirs = generate(peer, ids, seen(model, IMAGE), args.new)
+    return peer, facts | {"library": f"transformers {version('transformers')}",
+                          "same_tokens": said == theirs}
+
+
+def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
+            dtype_name: str | None) -> dict:
+    """The JSON document."""
+    our_times(random_model("tiny", device, torch.float32), WHOLE, 2)   # libraries start up
+    read_s = read_files(folder) if folder else None
+    model, ours = first_use(
+        lambda: get_model(args, folder, device, dtype_name),
+        lambda model: [our_times(model, run, args.new) for run in runs_asked(args, model)], device)
+    runs = runs_asked(args, model)
+    todo = [partial(our_times, model, run, args.new) for run in runs]
+    todo.append(partial(many_times, model, runs[-1], args.new))
+    theirs = None
+    if args.against and folder:
+        peer, theirs = get_peer(args, folder, model)
+        todo.append(partial(peer_times, peer, model, IMAGE, EXPRESSION, args.new))
+    medians = rounds(todo, args.rounds)
+    rates = limits(device, model.dtype)
+    if theirs:
+        theirs |= medians[-1]
+    for facts in filter(None, (ours, theirs)):
+        facts["load_over_read"] = facts["load_s"] / read_s if read_s else None
+    rows = [{"prune": "none" if mode == "full" else prune}
+            | derive(row, medians[0], theirs, model, rates)
+            for (prune, _, mode), row in zip(runs, medians, strict=False)]
+    prune, keep, _ = runs[-1]
+    questions = {"number": len(QUESTIONS), "prune": prune, "keep": keep, **medians[len(runs)]}
+    return {"weights": str(folder or f"random {args.random}"), "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+            "parameters": ours["weight_bytes"] // model.dtype.itemsize, "new_tokens": args.new,
+            "rounds": args.rounds, "graph": args.graph, "packed": not args.no_pack,
+            "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, **rates,
+            "processor": processor(), "read_s": read_s, "ours": ours, "theirs": theirs,
+            "runs": rows, "questions": questions}
