@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -198,6 +199,20 @@ def test_a_box_is_tight_around_what_is_drawn(kind, box):
         signs = (1, 1, -1, -1)
         inwards = [(new - old) * sign for new, old, sign in zip(changed, box, signs, strict=True)]
         assert set(inwards) <= {0, 1}
+
+
+def fingerprint(s: scenes.Scene) -> str:
+    return hashlib.sha256(s.image.tobytes() + repr((s.things, s.expressions)).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_a_seed_draws_the_same_scene_in_every_process(seed: str):
+    """A string seeds Random through SHA-512; the order of a set of strings would differ."""
+    code = ("from tests.train.test_scenes import fingerprint, scene\n"
+            "print(*(fingerprint(scene('test', i, 168)) for i in range(20)))")
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
+                          env={**os.environ, "PYTHONHASHSEED": seed}, text=True).stdout
+    assert told.split() == [fingerprint(scene("test", i, 168)) for i in range(20)]
 
 
 def test_things_and_expressions_stay_what_they_were(drawn):
