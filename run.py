@@ -5,11 +5,14 @@
 In:  an image and a referring expression.  Out: a table, and one picture of all the boxes.
 """
 
+import gc
 import os
 import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback while this is imported
+if __name__ == "__main__":
+    gc.disable()                             # until all is imported: see answer_for
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback from an import
 
 import argparse
 import json

@@ -5,6 +5,7 @@ In:  the words of a command line.  Out: arguments that are checked, and an exit 
 
 import argparse
 import errno
+import gc
 import os
 import re
 import signal
@@ -193,6 +194,9 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
     Parser.flags.clear()
     try:
         on_interrupt(signal.default_int_handler, argv is None)
+        if argv is None:
+            gc.freeze()     # what was imported stays; to look for garbage among all that torch
+            gc.enable()     # has takes 0.1 s each time, at the end as well
         ready_streams()
         try:
             command(argv)
