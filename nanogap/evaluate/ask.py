@@ -3,8 +3,8 @@
 In:  a model, examples, and what was asked for on the command line.
 Out: a record for each answer, as it comes.
 
-An image is encoded once for all that is asked about it, and what is asked under one pruning is
-asked at once (nanogap/fast/ground_all.py); of the times each answer has an equal share.
+An image is encoded once for all that is asked about it, which is asked at once, under all
+prunings (nanogap/fast/ground_all.py); of the times each answer has its share.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
 from nanogap.evaluate.data import TELL_EVERY, Data, Example
 from nanogap.evaluate.score import TIMES, Run, score
+from nanogap.fast.answered import Answered
+from nanogap.fast.ground_all import Asked
 from nanogap.fast.packed import pack
 from nanogap.ground import Result
 from nanogap.image import Box
@@ -68,32 +70,36 @@ def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True
 # ----- asking -------------------------------------------------------------------------------------
 
 
-def ground_all(model: VLM, image: EncodedImage, expressions: Sequence[str], run: Run, seed: int,
-               max_new_tokens: int) -> Sequence[Result]:
-    """Ask in one of the modes."""
-    name, keep, mode = run
-    if mode == "full":
-        return model.ground_all(image, expressions, mode=mode, max_new_tokens=max_new_tokens)
-    return model.ground_all(image, expressions, name, keep, mode, seed,
-                            max_new_tokens=max_new_tokens)
+def ground_runs(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]],
+                seed: int, max_new_tokens: int) -> list[list[Answered]]:
+    """Ask the expressions of each run, all at once; mode full needs no strategy."""
+    runs = [Asked(expressions, mode=mode) if mode == "full"
+            else Asked(expressions, name, keep, mode) for (name, keep, mode), expressions in asked]
+    return model.ground_runs(image, runs, seed, max_new_tokens)
 
 
-def ask(model: VLM, image: EncodedImage, expressions: Sequence[str], run: Run, seed: int,
-        max_new_tokens: int) -> list[dict]:
-    """What the model says, and what it took."""
-    if run[2] in ablate.WHOLE:
-        return [ask_whole(model, image, expression, run[2], seed, max_new_tokens)
-                for expression in expressions]
-    said, padding = [], {}                         # questions of one run often share what is kept
-    for result in ground_all(model, image, expressions, run, seed, max_new_tokens):
+def ask(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]], seed: int,
+        max_new_tokens: int) -> list[list[dict]]:
+    """What the model says in each run, and what it took."""
+    pruned = [each for each in asked if each[0][2] not in ablate.WHOLE]
+    results = iter(ground_runs(model, image, pruned, seed, max_new_tokens))
+    return [[ask_whole(model, image, expression, run[2], seed, max_new_tokens)
+             for expression in expressions] if run[2] in ablate.WHOLE
+            else said(model, image, next(results)) for run, expressions in asked]
+
+
+def said(model: VLM, image: EncodedImage, results: Sequence[Result]) -> list[dict]:
+    """What a record says of each answer of a run."""
+    records, padding = [], {}                      # questions of one run often share what is kept
+    for result in results:
         kept = result.keep.tolist()
         if tuple(kept) not in padding:
             padding[tuple(kept)] = model.padding(image, result.keep)
-        said.append({"text": result.text, "box": result.box, "cut_off": result.cut_off,
-                     "visual_tokens": result.visual_tokens, "kept": kept,
-                     "padding": padding[tuple(kept)],
-                     **{key: result.timings[key] for key in TIMES}})
-    return said
+        records.append({"text": result.text, "box": result.box, "cut_off": result.cut_off,
+                        "visual_tokens": result.visual_tokens, "kept": kept,
+                        "padding": padding[tuple(kept)],
+                        **{key: result.timings[key] for key in TIMES}})
+    return records
 
 
 def ask_whole(model: VLM, image: EncodedImage, expression: str, case: str, seed: int,
@@ -105,19 +111,19 @@ def ask_whole(model: VLM, image: EncodedImage, expression: str, case: str, seed:
             "kept": kept.tolist(), "padding": model.padding(image, kept), **dict.fromkeys(TIMES)}
 
 
-def ask_what_can_be(model: VLM, image: EncodedImage, expressions: Sequence[str],
-                    *how: Any) -> list[dict | ItemError]:
-    """The same, and in the place of an answer why one cannot be asked; then the others are alone.
+def ask_what_can_be(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]],
+                    *how: Any) -> list[list[dict | ItemError]]:
+    """The same, and in the place of an answer why one cannot be asked; then all go alone.
 
     how: the other arguments of `ask`
     """
     try:
-        return [*ask(model, image, expressions, *how)]
+        return [[*each] for each in ask(model, image, asked, *how)]
     except ItemError as error:
-        if len(expressions) == 1:
-            return [error]
-    return [said for expression in expressions
-            for said in ask_what_can_be(model, image, [expression], *how)]
+        if len(asked) == 1 and len(asked[0][1]) == 1:
+            return [[error]]
+    return [[ask_what_can_be(model, image, [(run, [expression])], *how)[0][0]
+             for expression in expressions] for run, expressions in asked]
 
 
 def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
@@ -134,7 +140,7 @@ def rehearse(model: VLM, image: EncodedImage, runs: Iterable[Run], seed: int) ->
     """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
     for run in runs:
         if run[2] not in ablate.WHOLE:
-            ground_all(model, image, ["thing"], run, seed, max_new_tokens=1)
+            ground_runs(model, image, [(run, ["thing"])], seed, max_new_tokens=1)
 
 
 def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
@@ -143,32 +149,30 @@ def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
 
     left_out: takes the expressions that cannot be asked, by their IDs, and why
     """
-    encoded = None
-    image: EncodedImage | str = ""                          # or why it cannot be opened
-    for (_, run), group in groupby(todo, lambda each: (each[0].number, each[1])):
-        asked = [*group]
-        example = asked[0][0]
-        if example is not encoded:
-            encoded = example
-            try:
-                image = model.encode_image(example.image())
-            except ItemError as error:
-                image = str(error)
-        if isinstance(image, str):
-            left_out |= {id_: image for _, _, (id_, *_) in asked}
+    for _, group in groupby(todo, lambda each: each[0].number):
+        of_picture = [*group]
+        example = of_picture[0][0]
+        try:
+            image = model.encode_image(example.image())
+        except ItemError as error:
+            left_out |= {id_: str(error) for _, _, (id_, *_) in of_picture}
             continue
-        expressions = [expression for _, _, (_, expression, _) in asked]
-        answered = ask_what_can_be(model, image, expressions, run, args.seed + example.number,
+        by_run = [(run, [question for *_, question in each])
+                  for run, each in groupby(of_picture, lambda each: each[1])]
+        asked = [(run, [expression for _, expression, _ in questions])
+                 for run, questions in by_run]
+        answered = ask_what_can_be(model, image, asked, args.seed + example.number,
                                    args.max_new_tokens)
-        for (_, _, (id_, expression, truth)), said in zip(asked, answered, strict=True):
-            if isinstance(said, ItemError):
-                left_out[id_] = f"{expression:.40}: {said}"
-                continue
-            box, iou = score(args.protocol, said["text"], said["box"], truth, image.width,
-                             image.height)
-            yield {"id": id_, "image": example.name, "expression": expression, "mode": run[2],
-                   "prune": run[0], "keep": run[1], **said, "box": box, "truth": truth,
-                   "iou": iou}
+        for (run, questions), of_run in zip(by_run, answered, strict=True):
+            for (id_, expression, truth), said in zip(questions, of_run, strict=True):
+                if isinstance(said, ItemError):
+                    left_out[id_] = f"{expression:.40}: {said}"
+                    continue
+                box, iou = score(args.protocol, said["text"], said["box"], truth, image.width,
+                                 image.height)
+                yield {"id": id_, "image": example.name, "expression": expression, "mode": run[2],
+                       "prune": run[0], "keep": run[1], **said, "box": box, "truth": truth,
+                       "iou": iou}
 
 
 def with_progress(records: Iterator[dict], total: int, rank: int, world: int,

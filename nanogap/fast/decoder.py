@@ -10,6 +10,8 @@ Letters: B batch, T new tokens, M of them with a mask, R rows in the cache, C ch
 vocabulary, H heads, G key-value heads, D head dim.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,16 +88,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 # ----- a pass -------------------------------------------------------------------------------------
 
 
-def through(layer: LlamaDecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache,
-            mask: Tensor | None, last: int) -> Tensor:
+# the number of a layer, q (B, H, T, D), k and v (B, G, T, D) -> what its tokens found (B, H, T, D)
+Look = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def look_into(cache: KVCache, mask: Tensor | None) -> Look:
+    """The tokens stand in the next rows of a cache, and look at all of its rows, or as masked."""
+    return lambda layer, q, k, v: attend(q, *cache.append(layer, k, v), mask)
+
+
+def through(layer: LlamaDecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, look: Look,
+            last: int) -> Tensor:
     """Tokens (B, T, C) through a layer, where only the `last` of them look: (B, last, C)."""
     attention, y = layer.self_attn, layer.input_layernorm(x)
     q = attention.split(attention.q_proj(y[:, -last:]))                       # (B, H, last, D)
     q = rotate(q, cos[..., -last:, :], sin[..., -last:, :])
     k = rotate(attention.split(attention.k_proj(y)), cos, sin)                # (B, G, T, D)
     v = attention.split(attention.v_proj(y))                                  # (B, G, T, D)
-    k, v = cache.append(attention.layer, k, v)                                # (B, G, R, D)
-    y = attend(q, k, v, mask)                                                 # (B, H, last, D)
+    y = look(attention.layer, q, k, v)                                        # (B, H, last, D)
     x = x[:, -last:] + attention.o_proj(y.transpose(1, 2).flatten(2))         # (B, last, C)
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
@@ -108,15 +118,23 @@ def run(model: LlamaModel, x: Tensor, position_ids: Tensor, cache: KVCache, alte
     mask:         (T, R), where the new rows are not the next of the cache; None: made here
     last:         so many tokens look in the last layer, and come back; None: all of them
     """
-    T, layers = x.shape[1], list(model.layers)                                # not a new ModuleList
+    T = x.shape[1]
     R, last = cache.lengths[0] + T, last or T
+    look = look_into(cache, causal_mask(T, R, alternatives, x) if mask is None else mask)
+    if mask is not None or last == T:
+        return run_layers(model, x, position_ids, look, last, look)
+    last_look = look_into(cache, causal_mask(last, R, alternatives, x))
+    return run_layers(model, x, position_ids, look, last, last_look)
+
+
+def run_layers(model: LlamaModel, x: Tensor, position_ids: Tensor, look: Look, last: int,
+               last_look: Look) -> Tensor:
+    """The same, for any way to look; that of the last layer is given for its `last` tokens."""
+    layers = list(model.layers)                                               # not a new ModuleList
     cos, sin = model.angles(position_ids, x.dtype)
-    wide = causal_mask(T, R, alternatives, x) if mask is None else mask
     for layer in layers[:-1]:
-        x = through(layer, x, cos, sin, cache, wide, T)                       # (B, T, C)
-    if mask is None and last < T:
-        wide = causal_mask(last, R, alternatives, x)
-    return model.norm(through(layers[-1], x, cos, sin, cache, wide, last))
+        x = through(layer, x, cos, sin, look, x.shape[1])                     # (B, T, C)
+    return model.norm(through(layers[-1], x, cos, sin, last_look, last))
 
 
 def feed(model: LlamaForCausalLM, x: Tensor, position_ids: Tensor, cache: KVCache,

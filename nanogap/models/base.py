@@ -24,7 +24,7 @@ from torch import Tensor
 from nanogap.clip import CLIPVisionTower
 from nanogap.errors import ItemError, NanogapError
 from nanogap.fast.ground import describe, ground
-from nanogap.fast.ground_all import ground_all
+from nanogap.fast.ground_all import ground_all, ground_runs
 from nanogap.gap import lay_out
 from nanogap.image import Box, open_image
 from nanogap.llava import EncodedImage, Llava, LlavaConfig
@@ -68,6 +68,7 @@ class VLM(Llava):
 
     ground = ground                            # as model.ground(image, expression, ...)
     ground_all = ground_all                    # many expressions at once
+    ground_runs = ground_runs                  # and under several prunings
     describe = describe
 
     def __init__(self, config: LlavaConfig) -> None:

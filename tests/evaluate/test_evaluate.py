@@ -155,24 +155,24 @@ def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
     assert all(set(line) == journal.KEYS for line in lines)
 
 
-def test_each_image_is_looked_at_once_and_asked_at_once_in_each_run(folder, tmp_path, monkeypatch):
+def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_path, monkeypatch):
     """Seven expressions about one scene, and two about the next, after a rehearsal."""
     encoded, asked = [], []
-    encode_pixels, ground_all = VLM.encode_pixels, VLM.ground_all
+    encode_pixels, ground_runs = VLM.encode_pixels, VLM.ground_runs
 
     def encode(self, *args):
         encoded.append(args)
         return encode_pixels(self, *args)
 
-    def ask(self, image, expressions, *args, **more):
-        asked.append(len(expressions))
-        return ground_all(self, image, expressions, *args, **more)
+    def ask(self, image, runs, *args, **more):
+        asked.append([len(run.expressions) for run in runs])
+        return ground_runs(self, image, runs, *args, **more)
 
     monkeypatch.setattr(VLM, "encode_pixels", encode)
-    monkeypatch.setattr(VLM, "ground_all", ask)
+    monkeypatch.setattr(VLM, "ground_runs", ask)
     assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
     assert len(encoded) == 1 + 2
-    assert asked == [1, 1, 1] + [7, 7, 7] + [2, 2, 2]
+    assert asked == [[1], [1], [1], [7, 7, 7], [2, 2, 2]]
 
 
 def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, tmp_path, capsys):
@@ -194,8 +194,8 @@ def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, t
 
 def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
     seeds = []
-    monkeypatch.setattr(ask, "ask", lambda model, image, expressions, run, seed, *more:
-                        seeds.append(seed) or [{"text": "", "box": None}])
+    monkeypatch.setattr(ask, "ask", lambda model, image, asked, seed, *more:
+                        seeds.append(seed) or [[{"text": "", "box": None}]])
 
     class Model:
         encode_image = staticmethod(lambda image: Image.new("RGB", (9, 9)))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.fast.decoder import run
-from nanogap.fast.ground_all import ALL, TOGETHER, begin_alike, mask_of_lanes
+from nanogap.fast import lanes
+from nanogap.fast.ground_all import Asked, begin_alike
+from nanogap.fast.lanes import ALL, ROWS, TOGETHER, Lane, mask_of_lane
 from nanogap.gap import MODES
 from nanogap.ground import Result
 from nanogap.methods.in_decoder import prunes_there
@@ -51,17 +52,19 @@ def one_by_one(model: VLM, image: object, expressions: list[str], *args, **more)
 
 @contextmanager
 def passes_of() -> Iterator[list[dict]]:
-    """What each pass of the decoder is fed from here on, behind what all share."""
+    """What each pass of the decoder is fed from here on of each lane, behind what it shares."""
     seen: list[dict] = []
+    feed = Lane.feed
 
-    def look(model, x, position_ids, cache, mask=None, last=None):
-        if mask is not None:
-            seen.append({"tokens": x.shape[1], "ids": position_ids.tolist(), "mask": mask,
-                         "rows": cache.lengths[0], "room": cache.keys.shape[3]})
-        return run(model, x, position_ids, cache, mask=mask, last=last)
+    def look(lane):
+        rows = lane.cache.lengths[0]
+        fed = feed(lane)
+        seen.append({"tokens": len(fed), "ids": fed[:, 3].tolist(), "mask": lane.mask,
+                     "rows": rows, "room": lane.cache.keys.shape[3]})
+        return fed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "run", look)
+        patch.setattr(Lane, "feed", look)
         yield seen
 
 
@@ -122,7 +125,7 @@ def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model, picture, mo
     said = [result.tokens for result in plain]
     every = [tuple(sorted(set(column))) for column in zip(*said, strict=True)]
     some = [tuple({said[i % 5][i], said[(i + 1) % 5][i]}) for i in range(12)]
-    monkeypatch.setitem(MODULE.ROWS, "cpu", rows)
+    monkeypatch.setitem(ROWS, "cpu", rows)
     passes = []
     for form in (every, some, every[:5] + some, [(token,) for token in said[2]], []):
         monkeypatch.setattr(MODULE, "foretell", lambda *_, form=form: form)
@@ -136,6 +139,22 @@ def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model, picture, mo
     assert (max(passes[0]) < 8) == bool(rows)
 
 
+def test_several_prunings_at_once_say_what_each_says_by_itself(mini: VLM):
+    """More lanes than share a pass; one strategy goes one by one."""
+    drawn = scene("ground_all", 0)
+    expressions = [expression for expression, _ in drawn.expressions][:5]
+    runs = [Asked(expressions[:n], prune, keep, mode) for n, prune, keep, mode in (
+        (5, "spatial", 50, "gap"), (3, "random", "30%", "permuted"), (5, "spatial", 50, "full"),
+        (0, "random", 9, "gap"), (2, "fastv", 50, "shifted"), (5, "random", [9, 2, 14], "gap"))]
+    image = mini.encode_image(drawn.image)
+    alone = [one_by_one(mini, image, expressions, *more, seed=3) for expressions, *more in runs]
+    for together in (mini.ground_runs(image, runs, 3), mini.ground_runs(image, runs * 5, 3)[-6:]):
+        assert [len(answers) for answers in together] == [5, 3, 5, 0, 2, 5]
+        for answers, expected in zip(together, alone, strict=True):
+            for a, b in zip(answers, expected, strict=True):
+                assert differences(a, b, ("kv_bytes",)) == []
+
+
 # ----- where everything stands --------------------------------------------------------------------
 
 
@@ -143,7 +162,7 @@ def test_a_mask_by_hand_for_two_questions_behind_two_shared_rows():
     """Question 0 has one token, then a choice of two; question 1 has two tokens."""
     owner = torch.tensor([ALL, ALL, 0, 0, 0, 1, 1])
     place = torch.tensor([0, 0, 0, 1, 1, 0, 1])
-    sees = mask_of_lanes(owner, place, 5)
+    sees = mask_of_lane(owner, place, 5)
     assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0, 0],
                                    [1, 1, 1, 1, 0, 0, 0],
                                    [1, 1, 1, 0, 1, 0, 0],
@@ -230,7 +249,7 @@ def test_where_what_is_kept_depends_on_the_question_it_goes_one_by_one(model, pi
     reads.needs = frozenset({"text"})
     monkeypatch.setitem(STRATEGIES, "reads", reads)
     monkeypatch.setattr(type(model), "guide", lambda self: Guide())
-    monkeypatch.setattr(MODULE, "together", None)
+    monkeypatch.setattr(lanes, "step", None)
     alone = one_by_one(model, picture, THINGS[:2], name, 13, max_new_tokens=4)
     together = model.ground_all(picture, THINGS[:2], name, 13, max_new_tokens=4)
     assert [differences(a, b) for a, b in zip(alone, together, strict=True)] == [[]] * 2
@@ -262,14 +281,17 @@ def test_one_expression_and_the_same_one_twice(model, picture):
 
 
 def test_the_times_are_shares_of_what_all_took(model, picture, monkeypatch):
-    """By a clock that counts how often it is asked."""
+    """By a clock that counts how often it is asked: twice for each thing that takes a while."""
     ticks = iter(range(1000))
     image = model.encode_image(picture)
-    monkeypatch.setattr(MODULE, "clock_ms", lambda device: float(next(ticks)))
-    results = model.ground_all(image, THINGS, max_new_tokens=4)
-    spent = [r.timings["prefill_ms"] + r.timings["decode_ms"] for r in results]
-    assert sum(spent) == next(ticks) - 1 and len(set(spent)) == 1
-    assert {tuple(r.timings) for r in results} == {tuple(model.ground(image, "it").timings)}
+    for module in (MODULE, lanes):
+        monkeypatch.setattr(module, "clock_ms", lambda device: float(next(ticks)))
+    runs = model.ground_runs(image, [Asked(THINGS, mode="full"), Asked(THINGS, "random", 4)],
+                             max_new_tokens=4)
+    spent = [[r.timings["prefill_ms"] + r.timings["decode_ms"] for r in run] for run in runs]
+    assert sum(map(sum, spent)) == pytest.approx(next(ticks) / 2)
+    assert [len(set(of_run)) for of_run in spent] == [1, 1] and spent[0][0] > spent[1][0]
+    assert {tuple(r.timings) for r in runs[0]} == {tuple(model.ground(image, "it").timings)}
 
 
 # ----- mistakes -----------------------------------------------------------------------------------
