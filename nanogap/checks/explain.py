@@ -28,7 +28,7 @@ from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 from nanogap.models.saving import our_name
 
-DOWNLOAD = MODELS["llava"].download
+DOWNLOAD, CLIP_DOWNLOAD = MODELS["llava"].download, MODELS["llava"].clip_download
 OWN_LAYOUT = ("is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
               "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`")
 DELTA = ("is Shikra as it is published, a difference to LLaMA-7B; add them with `python -m "
@@ -107,11 +107,11 @@ def look_at(folder: Path) -> None:
     refuse_quantised(folder, config, config.get("text_config"))
 
 
-def look_at_clip(folder: Path) -> None:
-    """The same for a CLIP."""
+def look_at_clip(folder: Path, download: str = CLIP_DOWNLOAD) -> None:
+    """The same for a CLIP; download: what gets it."""
     if not (folder / "config.json").exists():
         raise NanogapError(other_form(folder) or f"{folder} has no config.json, so it is no CLIP; "
-                           f"get it with {MODELS['llava'].clip_download}")
+                           f"get it with {download}")
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
@@ -186,7 +186,7 @@ def weight_files(folder: Path, download: str | None = None) -> list[Path]:
     """The files of a checkpoint's tensors, each of them there; download: what gets them."""
     if download is None:
         family = MODELS.get(read_json(folder / "config.json")["model_type"])
-        download = family.download if family else MODELS["llava"].clip_download
+        download = family.download if family else CLIP_DOWNLOAD
     name = next((name for name in WEIGHTS if (folder / name).exists()
                  or (folder / name).is_symlink()), None)
     if name is None:

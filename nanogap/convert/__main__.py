@@ -27,8 +27,10 @@ from nanogap.checks.explain import fits
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
 from nanogap.checks.reading import printable, write_json
 from nanogap.checks.silent import silent
-from nanogap.convert.recipes import RECIPES, Recipe
+from nanogap.convert.minigpt import minigpt_v2
+from nanogap.convert.recipes import Recipe, llava
 from nanogap.convert.shards import check_room, write_parts
+from nanogap.convert.shikra import shikra
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import our_name
@@ -41,6 +43,7 @@ HELP = {
     "--vision": "eva_vit_g.pth",
     "--checkpoint": "minigptv2_checkpoint.pth",
     "--out": "folder to write; it must not exist, or be empty"}
+RECIPES = {"llava": llava, "shikra": shikra, "minigpt-v2": minigpt_v2}
 FLAGS = {"llava": ("--base", "--clip"), "shikra": ("--base", "--delta", "--clip"),
          "minigpt-v2": ("--base", "--vision", "--checkpoint")}
 OPTIONAL = ("llava", "--clip")             # where the tower is inside

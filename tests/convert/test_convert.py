@@ -22,8 +22,9 @@ from nanogap.checks.command import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert import __main__ as convert
 from nanogap.convert import shards
+from nanogap.convert.minigpt import merged
 from nanogap.convert.pieces import Part, Piece
-from nanogap.convert.recipes import LLAVA_NAMES, merged, pinpoints, with_rows
+from nanogap.convert.recipes import LLAVA_NAMES, pinpoints, with_rows
 from nanogap.convert.sentencepiece import merges_of, read_llama_tokenizer, read_varint
 from nanogap.convert.shards import divide, write_parts
 from nanogap.models import MODELS
