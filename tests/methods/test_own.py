@@ -152,7 +152,8 @@ def test_settings_have_one_way_to_be_written(spec: str, key: str):
 
 @pytest.mark.parametrize("spec, message", [
     ("fastv(depth=2)", "fastv.*depth"), ("random(layer=2)", "random"), ("fastv(layer=x)", "layer"),
-    ("vispruner(ratio=2)", "ratio"), ("sparsevlm(label=65)", "label")])
+    ("vispruner(ratio=2)", "ratio"), ("sparsevlm(label=65)", "label"),
+    ("sparsevlm(layers=[])", "layers is not a list of whole numbers")])
 def test_a_setting_that_there_is_not_is_one_line(spec: str, message: str, model, picture):
     with pytest.raises(NanogapError, match=message):
         model.ground(picture, "the man", spec, "50%", max_new_tokens=1)
