@@ -53,7 +53,6 @@ class VLM(Llava):
     on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
         (r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
-    frame: Any = Padded()                      # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
     clip_download: ClassVar[str] = CLIP_DOWNLOAD
@@ -142,8 +141,7 @@ class VLM(Llava):
         """A picture with what a strategy needs to see of it, the whole question among it."""
         seen = super().see(image, set(needs) - {"question"}, expression)
         if "question" in needs:
-            seen.fields["question"] = embed_question(self.guide(),
-                                                     self.template.question(expression))
+            seen.fields["question"] = embed_question(self.guide(), self.question(expression))
         return seen
 
     # ----- where its tokens lie -------------------------------------------------------------------

@@ -70,7 +70,6 @@ SHIKRA = InSentence(
 
 
 class Shikra(VLM):
-    frame = WHITE
     template = SHIKRA
     box_format = THREE_DECIMALS
     download = DOWNLOAD
