@@ -53,6 +53,7 @@ class VLM(Llava):
     on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
         (r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
+    frame: Any = Padded()                      # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
     download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
     clip_download: ClassVar[str] = CLIP_DOWNLOAD

@@ -70,6 +70,7 @@ SHIKRA = InSentence(
 
 
 class Shikra(VLM):
+    frame = WHITE
     template = SHIKRA
     box_format = THREE_DECIMALS
     download = DOWNLOAD
