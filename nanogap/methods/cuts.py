@@ -121,24 +121,21 @@ def counts(name: str, N: int, cuts: Sequence[tuple[int, int | None]]) -> Planned
     found: Planned = []
     n = N
     for layer, kept in cuts:
-        if kept is not None:
-            dropped = max(0, n - kept)
-            n -= dropped
-            if method_of(name).recycles and dropped > 0:
-                n += (int(0.3 * dropped) + 1) // 10 + 1
+        dropped = 0 if kept is None else max(0, n - kept)
+        n -= dropped
+        if method_of(name).recycles and dropped > 0:
+            n += (int(0.3 * dropped) + 1) // 10 + 1
         found.append((layer, None if kept is None else n))
     return found
 
 
 def mean_tokens(name: str, N: int, cuts: Sequence[tuple[int, int]], layers: int) -> float:
     """Visual tokens in the mean over the caches of all layers: see `counts`."""
-    total, start, n = 0, 0, N
+    held = [N] * layers
     for layer, left in counts(name, N, cuts):
-        layer = 1 if method_of(name).caches else layer
-        total += (layer - start) * n
-        start = layer
-        n = cast(int, left)                           # since each of `cuts` is one
-    return (total + (layers - start) * n) / layers
+        first = 1 if method_of(name).caches else layer
+        held[first:] = [cast(int, left)] * (layers - first)       # since each of `cuts` is one
+    return sum(held) / layers
 
 
 def scaled(published: Sequence[int], layers: int) -> list[int]:
@@ -157,10 +154,13 @@ def where(name: str, layers: int) -> list[int]:
     if layers < 2:
         raise NanogapError(f"{name} prunes between two layers of the decoder, and this one has "
                            f"{layers}: choose a strategy that prunes before it")
-    settings, method = settings_of(name), method_of(name)
-    at = settings.get("layers") or [settings["layer"]] if settings.keys() & {"layer", "layers"} \
-        else list(method.layers) if "label" in settings else scaled(method.layers, layers)
-    last = 0
+    settings, at, last = settings_of(name), list(method_of(name).layers), 0
+    if "layers" in settings:
+        at = settings["layers"]
+    elif "layer" in settings:
+        at = [settings["layer"]]
+    elif "label" not in settings:
+        at = scaled(at, layers)
     for layer in at:
         if not last < layer < layers:
             raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: choose one "

@@ -14,23 +14,20 @@ after the image; H heads, T tokens in the sequence, Q that look at the others.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
 from nanogap import ground as lesson
-from nanogap.errors import NanogapError
 from nanogap.gap import Layout, lay_out
-from nanogap.ground import MAX_NEW_TOKENS, NOT_FINITE, Answer, Keep, Result
+from nanogap.ground import MAX_NEW_TOKENS, Answer, Keep, Result
 from nanogap.llama import KVCache, LlamaModel, rotate
-from nanogap.llava import EncodedImage, Llava, clock_ms
-from nanogap.methods.cuts import counts, cuts_in_words, method_of, plan, prunes_there
+from nanogap.llava import EncodedImage, Llava
+from nanogap.methods.cuts import Planned, counts, cuts_in_words, method_of, plan, prunes_there
 from nanogap.prune import STRATEGIES, Kept, VisualTokens, budget_of, needs_of
-
-if TYPE_CHECKING:
-    from nanogap.methods.cuts import Planned
 
 __all__ = ["Pruned", "counts", "cuts_in_words", "ground", "plan", "prunes_there"]
 
@@ -53,14 +50,17 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
         return lesson.ground(model, image, expression, prune, keep, mode, seed,
                              max_new_tokens=max_new_tokens, question=question)
     encoded = model.encode_image(image)
-    N, layers = encoded.n_visual, model.config.text.num_hidden_layers
-    cuts = plan(prune, N, budget_of(keep, N, prune), layers)
+    N, decoder = encoded.n_visual, model.language_model.model
+    cuts = plan(prune, N, budget_of(keep, N, prune), len(decoder.layers))
     input_ids = model.encode_question(question or model.template.question(expression))
     P, A = model.around_image(input_ids)
-    reader = Reader(model.language_model.model, prune, mode, seed, P, N, A)
+    reader = Reader(decoder, prune, mode, seed, cuts, P, N, A)
 
     def decode(model: Llava, x: Tensor, layout: Layout, max_new_tokens: int) -> Answer:
-        return answer(model, reader, x, layout, cuts, max_new_tokens)
+        # as the lesson does, with the reader in the place of the decoder
+        parts: Any = SimpleNamespace(end_tokens=model.end_tokens, language_model=SimpleNamespace(
+            model=reader, logits=model.language_model.logits))
+        return lesson.greedy(parts, x, layout, max_new_tokens)
 
     result = lesson.ground(model, encoded, expression, prune, torch.arange(N), mode, seed,
                            max_new_tokens=max_new_tokens, question=question, decode=decode)
@@ -69,32 +69,6 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
         "keep": last.kept, "position_ids": last.position_ids,
         "next_position": last.next_position, "visual_tokens": reader.visual_tokens,
         "cuts": [(stage.start, stage.n) for stage in reader.stages[1:]]})
-
-
-def answer(model: Llava, reader: "Reader", x: Tensor, layout: Layout, cuts: "Planned",
-           max_new_tokens: int) -> Answer:
-    """Greedy decoding as in nanogap/ground.py, where each stage has a `next_position` of its own.
-
-    x: (1, T, C) embeddings of the prompt, laid out without a cut
-    """
-    language_model, start = model.language_model, clock_ms(x.device)
-    cache = KVCache(language_model.model.config, x.shape[1] + max_new_tokens, x)
-    hidden = reader.read(x, layout, cuts, cache)                              # (1, T', C)
-    tokens: list[int] = []
-    while True:
-        logits = language_model.logits(hidden[0, -1])                         # (V,)
-        if not bool(logits.isfinite().all()):
-            raise NanogapError(NOT_FINITE)
-        tokens.append(int(logits.argmax()))
-        if len(tokens) == 1:
-            prefill_ms = clock_ms(x.device) - start
-        if tokens[-1] in model.end_tokens or len(tokens) >= max_new_tokens:
-            return Answer(tokens, prefill_ms, len(tokens) - 1, cache.bytes_in_use())
-        token = torch.tensor([tokens[-1:]], device=x.device)
-        hidden = reader.feed(language_model.model.embed_tokens(token), len(tokens) - 1, cache)
-
-
-# ----- reading the prompt -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,21 +81,38 @@ class Stage:
 
 
 class Reader:
-    """Reads one prompt through the layers, and drops visual tokens before the layer of each cut."""
+    """A decoder that drops visual tokens of the prompt before the layer of each cut.
 
-    def __init__(self, decoder: LlamaModel, prune: str, mode: str, seed: int,
+    It is called as the decoder is that it reads with: with the prompt, and then token by token.
+    """
+
+    def __init__(self, decoder: LlamaModel, prune: str, mode: str, seed: int, cuts: Planned,
                  P: int, N: int, A: int) -> None:
         self.decoder, self.prune, self.mode, self.seed = decoder, prune, mode, seed
-        self.P, self.N, self.A = P, N, A
+        self.config, self.embed_tokens = decoder.config, decoder.embed_tokens
+        self.cuts, self.P, self.N, self.A = cuts, P, N, A
         self.method, self.needs = method_of(prune), needs_of(prune)
-        self.stages: list[Stage] = []
+        self.stages = [Stage(0, lay_out(torch.arange(N), P, N, A, mode), N)]
         self.visual_tokens = float(N)        # in the mean over the caches of all layers
 
-    def read(self, x: Tensor, layout: Layout, cuts: "Planned", cache: KVCache) -> Tensor:
+    def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states (1, T', C) of the prompt (1, T, C), or of a token of the answer (1, 1, C).
+
+        position_ids: (T,) or (1,) as they are without a cut
+        """
+        if cache.lengths[0] == 0:
+            return self.read(x, cache)
+        # token t of the answer goes on behind the prompt's IDs, which each stage has of its own
+        t = position_ids - self.stages[0].layout.next_position                # (1,)
+        ends = [stage.start for stage in self.stages[1:]] + [len(cache.lengths)]
+        for stage, end in zip(self.stages, ends, strict=True):
+            x = self.run(x, stage.layout.next_position + t, cache, stage.start, end)
+        return self.decoder.norm(x)
+
+    def read(self, x: Tensor, cache: KVCache) -> Tensor:
         """A prompt (1, T, C) -> what its last layers make of what is left of it (1, T', C)."""
-        self.stages = [Stage(0, layout, self.N)]
         raters = raters_of(x, self.P, self.N) if self.method.raters else None
-        for layer, budget in cuts:
+        for layer, budget in self.cuts:
             before, n = self.stages[-1], self.stages[-1].n
             shown_at = layer if self.method.ahead else layer - 1
             ids = before.layout.position_ids.to(x.device)                     # (T,)
@@ -132,20 +123,12 @@ class Reader:
             kept = STRATEGIES[self.prune](seen, budget and min(budget, n),
                                           Generator().manual_seed(self.seed))
             x = self.cut(x, layer, kept, cache)                               # (1, T', C)
-        rows = [length - self.P - self.A for length in cache.lengths[:self.stages[-1].start]]
-        rows += [self.stages[-1].n] * (len(cache.lengths) - len(rows))
-        self.visual_tokens = sum(rows) / len(rows)
         last = self.stages[-1]
+        rows = [length - self.P - self.A for length in cache.lengths[:last.start]]
+        rows += [last.n] * (len(cache.lengths) - len(rows))
+        self.visual_tokens = sum(rows) / len(rows)
         ids = last.layout.position_ids.to(x.device)
         return self.decoder.norm(self.run(x, ids, cache, last.start, len(rows)))
-
-    def feed(self, x: Tensor, t: int, cache: KVCache) -> Tensor:
-        """Token t of the answer (1, 1, C): in each stage it goes on behind the prompt's IDs."""
-        ends = [stage.start for stage in self.stages[1:]] + [len(cache.lengths)]
-        for stage, end in zip(self.stages, ends, strict=True):
-            position = torch.tensor([stage.layout.next_position + t], device=x.device)
-            x = self.run(x, position, cache, stage.start, end)
-        return self.decoder.norm(x)
 
     def run(self, x: Tensor, ids: Tensor, cache: KVCache, start: int, stop: int) -> Tensor:
         """Tokens (1, T, C) at position IDs (T,) through the layers from `start` up to `stop`."""
@@ -191,8 +174,7 @@ class Reader:
             attention = self.attention(layer, x, ids, T + looking)            # (H, T)
             fields["attention"] = attention[:, self.P:self.P + n]             # (H, n)
         if "value_attention" in self.needs:
-            weights = self.value_attention(layer, x, n)
-            fields["value_attention"] = weights
+            fields["value_attention"] = self.value_attention(layer, x, n)
         if "axes" in self.needs:
             cos, sin = self.decoder.angles(ids[self.P:self.P + n], torch.float32)   # (1, n, D)
             fields["axes"] = torch.cat([cos, sin]).mean(-1)                   # (2, n)

@@ -143,7 +143,7 @@ def convert(value: Any, kind: Any) -> Any:
     if origin in (Union, UnionType):
         found = [convert(value, one) for one in inner]
         return next((one for one in found if one is not None), None)
-    if origin is list and isinstance(value, list):
+    if origin is list and isinstance(value, list) and value:
         items = [convert(item, inner[0]) for item in value]
         return None if None in items else items
     if kind in (float, Share) and type(value) in (int, float):

@@ -142,8 +142,7 @@ class VLM(Llava):
         """A picture with what a strategy needs to see of it, the whole question among it."""
         seen = super().see(image, set(needs) - {"question"}, expression)
         if "question" in needs:
-            seen.fields["question"] = embed_question(self.guide(),
-                                                     self.template.question(expression))
+            seen.fields["question"] = embed_question(self.guide(), self.question(expression))
         return seen
 
     # ----- where its tokens lie -------------------------------------------------------------------

@@ -137,18 +137,17 @@ def close_rows(kept: Kept, row_end: Tensor) -> Kept:
     """
     ends = row_end[kept.ranked].tolist()
     last = {end: i for i, end in enumerate(ends) if end >= 0}                 # of each row
-    ranked = []
-    rows = []                                         # of the features; -1 for zeros: a newline
+    tokens = []                       # (visual token, row of its features; -1: zeros, a newline)
     for i, (index, end) in enumerate(zip(kept.ranked.tolist(), ends, strict=True)):
-        ranked.append(index)
-        rows.append(i)
+        tokens.append((index, i))
         if last.get(end) == i:
-            ranked.append(end)
-            rows.append(-1)
+            tokens.append((end, -1))
+    ranked, rows = torch.tensor(tokens).T
     features = kept.features
     if features is not None:
-        features = torch.cat([features, torch.zeros_like(features[:1])])[rows]   # (K, C)
-    return Kept(torch.tensor(ranked), features, kept.added)
+        features = torch.cat([features, torch.zeros_like(features[:1])])      # (K + 1, C)
+        features = features[rows.to(features.device)]
+    return Kept(ranked, features, kept.added)
 
 
 # ----- the model ----------------------------------------------------------------------------------
@@ -226,21 +225,15 @@ class LlavaNext(VLM):
         CLS is the square's own, and what it gives to patches of padding is missing.
         """
         before, after, patches = image.hidden                                 # (1 + n, C), (k,)
-        fields = self.vision_tower.fields(before, after, needs)
         with_cls = torch.cat([patches.new_zeros(1), 1 + patches])             # (1 + k,)
-        for name, value in fields.items():
-            if name == "cls_attention":
-                fields[name] = value[:, patches]                              # (H, k)
-            elif name == "keys":
-                fields[name] = value[patches]                                 # (k, D)
-            elif name in ("last_queries", "last_keys"):
-                fields[name] = value[with_cls]                                # (1 + k, C)
-        return fields
+        stays = {"cls_attention": (slice(None), patches), "keys": patches,    # (H, k), (k, D)
+                 "last_queries": with_cls, "last_keys": with_cls}             # (1 + k, C)
+        fields = self.vision_tower.fields(before, after, needs)
+        return {name: value[stays.get(name, ...)] for name, value in fields.items()}
 
     def select(self, image: EncodedImage, expression: str, prune: str, budget: int | None,
                seed: int) -> Kept:
-        """Which patches a strategy keeps of each part, with its share of the budget; and newlines.
-        """
+        """Which patches a strategy keeps of each part, by its share of the budget; and newlines."""
         assert isinstance(image, EncodedTiles)
         sizes = [len(part.index) for part in image.parts]
         share_out = shared_equally if settings_of(prune).get("crops") == "equal" else shared_out

@@ -6,6 +6,7 @@ attention written out and IDs counted in plain Python.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,8 @@ import nanogap
 from nanogap import NanogapError
 from nanogap.gap import MODES, lay_out
 from nanogap.llama import rope_angles, rotate
-from nanogap.llava import EncodedImage
 from nanogap.methods import find
-from nanogap.methods.cuts import mean_tokens, where
+from nanogap.methods.cuts import LABELS, mean_tokens, where
 from nanogap.methods.in_decoder import counts, cuts_in_words, plan, raters_of
 from nanogap.methods.inside import clusters
 from nanogap.models import VLM
@@ -34,27 +34,16 @@ SPARSE = ["sparsevlm", "sparsevlm_plus"]
 LOTS = torch.Generator()
 
 
-
 @pytest.fixture(scope="module")
-def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deep(tmp_path_factory: pytest.TempPathFactory) -> VLM:
     """Five layers, in which two heads each share keys and values."""
     config = tiny_config(num_hidden_layers=5, num_key_value_heads=2)
-    return write_checkpoint(tmp_path_factory.mktemp("deep"), config)
-
-
-@pytest.fixture(scope="module")
-def deep(deep_folder: Path) -> VLM:
-    return nanogap.load(deep_folder, device="cpu")
+    return nanogap.load(write_checkpoint(tmp_path_factory.mktemp("deep"), config), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def mini() -> VLM:
     return nanogap.load(ROOT / "weights/mini", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def shown(mini: VLM) -> EncodedImage:
-    return mini.encode_image(ROOT / "image.jpg")
 
 
 def whole(model: VLM, mode: str = "full") -> tuple[Tensor, Tensor, int, int, int]:
@@ -158,10 +147,6 @@ def best(scores: Tensor, count: int) -> list[int]:
     return sorted(range(len(known)), key=lambda i: (-known[i], i))[:count]
 
 
-def nothing(like: Tensor) -> Tensor:
-    return like[:0]
-
-
 def means_of_clusters(x: Tensor, count: int) -> Tensor:
     """SparseVLM's clustering as its published code does it, in loops.
 
@@ -211,27 +196,21 @@ def raters_by_hand(x: Tensor, P: int, n: int) -> list[int]:
 # ----- one cut ------------------------------------------------------------------------------------
 
 
-# three layers cut before the third: 12 of 16 in the mean are (16 + 16 + 4) / 3, so 4 stay
-FOUR = {"prune": "fastv(layer=2)", "keep": 12}
+@pytest.mark.parametrize("spec, keep, layer", [
+    ("fastv(layer=2)", 12, 2), ("fastv(layer=1)", 8, 1), ("fastv", 8, 1)])
+def test_before_the_layer_of_the_cut_what_the_last_token_looks_at_most_stays(
+        model: VLM, spec: str, keep: int, layer: int):
+    """Papers call the layer K.  Of 16 patches 4 stay: before layer 2 of 3 the mean is 12.
 
-
-def test_what_stays_is_what_the_last_token_looks_at_most(model: VLM):
-    x, ids, P, _, _ = whole(model)
-    _, weights = layers_by_hand(model, x, ids, 0, 2)
-    looked_at = weights[:, -1, P:P + 16].mean(0)
-    result = model.ground(ROOT / "image.jpg", WORDS, mode="permuted", max_new_tokens=1,
-                          **FOUR)
-    assert result.keep.tolist() == looked_at.argsort(descending=True)[:4].tolist()
-
-
-def test_of_three_layers_the_first_alone_sees_all_where_no_layer_is_given(model: VLM):
-    """It is before layer 2 of 32 in the paper, which is none of 3, but one must see the patches."""
-    x, ids, P, _, _ = whole(model)
-    _, weights = layers_by_hand(model, x, ids, 0, 1)
-    looked_at = weights[:, -1, P:P + 16].mean(0)
-    result = model.ground(ROOT / "image.jpg", WORDS, "fastv", 8, "permuted", max_new_tokens=1)
-    assert result.keep.tolist() == looked_at.argsort(descending=True)[:4].tolist()
-    assert result.cuts == [(1, 4)] and result.visual_tokens == 8
+    Where no layer is given it is the paper's 2 of 32, which is none of 3, but one must see all.
+    """
+    x, ids, P, _, A = whole(model)
+    _, weights = layers_by_hand(model, x, ids, 0, layer)
+    result = model.ground(ROOT / "image.jpg", WORDS, spec, keep, "permuted", max_new_tokens=1)
+    assert result.keep.tolist() == best(weights[:, -1, P:P + 16].mean(0), 4)
+    assert result.cuts == [(layer, 4)] and result.visual_tokens == keep
+    rows = layer * (P + 16 + A) + (3 - layer) * (P + 4 + A)
+    assert result.kv_bytes == rows * 2 * 64 * 4
 
 
 @pytest.mark.parametrize("mode", [*RASTER, "full"])
@@ -254,17 +233,6 @@ def test_the_ids_after_the_cut_are_those_of_the_mode(model: VLM):
     shifted = model.ground(image, WORDS, "fastv(layer=2)", 12, "shifted", max_new_tokens=1)
     assert shifted.position_ids.tolist() == list(range(P + 4 + A))
     assert shifted.next_position == P + 4 + A
-
-
-@pytest.mark.parametrize("layer, keep", [(1, 8), (2, 12)])
-def test_the_layer_of_the_cut_can_be_chosen(model: VLM, layer: int, keep: int):
-    """Papers call it K.  Cut before layer 1 of three, two layers hold the few rows."""
-    P, A = model.around_image(model.prompt(WORDS))
-    result = model.ground(ROOT / "image.jpg", WORDS, f"fastv(layer={layer})", keep, "shifted",
-                          max_new_tokens=1)
-    rows = layer * (P + 16 + A) + (3 - layer) * (P + 4 + A)
-    assert result.kv_bytes == rows * 2 * 64 * 4
-    assert result.visual_tokens == (16 * layer + 4 * (3 - layer)) / 3 == keep
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 3])
@@ -316,13 +284,6 @@ def test_clusters_are_those_of_the_published_code(m: int, count: int):
     assert torch.allclose(clusters(x, count), means_of_clusters(x, count), atol=1e-5)
 
 
-def test_one_cluster_is_the_mean_and_as_many_as_tokens_are_the_tokens():
-    x = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(clusters(x, 1), x.mean(0, keepdim=True), atol=1e-6)
-    order = [int((x - one).abs().sum(1).argmin()) for one in clusters(x, 12)]
-    assert sorted(order) == list(range(12))
-
-
 CORNERS = torch.tensor([[0.0, 0, 0, 0], [4, 0, 0, 0], [0, 4, 0, 0], [4, 4, 0, 0]])
 
 
@@ -364,16 +325,12 @@ def seen(attention: Tensor, C: int = 6) -> VisualTokens:
     return VisualTokens(features, 1, n, {"attention": attention})
 
 
-def drawn(heads: int, n: int, seed: int = 0) -> Tensor:
-    return torch.rand(heads, n, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("n, budget, recycled, made", [
     (40, 4, 11, 2),           # int(0.3 * 36) + 1, int(11 / 10) + 1
     (34, 4, 10, 2), (33, 4, 9, 1), (10, 9, 1, 1), (10, 7, 1, 1), (11, 7, 2, 1),
     (576, 300, 83, 9)])
 def test_sparsevlm_recycles_the_best_of_the_dropped(n: int, budget: int, recycled: int, made: int):
-    given = seen(drawn(3, n))
+    given = seen(torch.rand(3, n, generator=torch.Generator().manual_seed(0)))
     kept = STRATEGIES["sparsevlm"](given, budget, LOTS)
     order = best(given.attention.mean(0), n)
     assert kept.ranked.tolist() == sorted(order[:budget])
@@ -398,54 +355,35 @@ def test_sparsevlm_plus_asks_the_heads_that_look_at_the_image_most(heads: int, c
     assert kept.added is None and kept.features is None
 
 
-def fastv_pick(P: int, count: int) -> Pick:
-    def pick(own: Tensor, before: Tensor, behind: Tensor, ids: list[int]):
-        return best(before[:, -1, P:P + len(own)].mean(0), count), nothing(own)
-    return pick
-
-
-def pyramiddrop_pick(P: int, count: int) -> Pick:
-    """By the layer that comes next."""
-    def pick(own: Tensor, before: Tensor, behind: Tensor, ids: list[int]):
-        return sorted(best(behind[:, -1, P:P + len(own)].mean(0), count)), nothing(own)
-    return pick
-
-
-def sparsevlm_pick(P: int, count: int, raters: list[int]) -> Pick:
-    """`raters` counted from the end, since what stands before them gets shorter."""
-    def pick(own: Tensor, before: Tensor, behind: Tensor, ids: list[int]):
-        scores = before[:, raters, P:P + len(own)].mean((0, 1))
-        keep = sorted(best(scores, count))
-        dropped = [i for i in range(len(own)) if i not in keep]
-        if not dropped:
-            return keep, nothing(own)
-        again = [dropped[i] for i in best(scores[dropped], int(0.3 * len(dropped)) + 1)]
-        return keep, means_of_clusters(own[again], len(again) // 10 + 1)
-    return pick
-
-
-def sparsevlm_plus_pick(P: int, count: int, raters: list[int], theta: float) -> Pick:
-    def pick(own: Tensor, before: Tensor, behind: Tensor, ids: list[int]):
-        head_dim, heads = 128 // 8, len(before)
-        ones = torch.tensor([[turned_ones(ids[query] - ids[P + i], head_dim, theta)
-                              for i in range(len(own))] for query in raters])
-        weights = before[:, raters, P:P + len(own)] / ones
-        chosen = best(weights.sum((1, 2)), max(1, round(heads * 14 / 32)))
-        return sorted(best(weights[chosen].mean((0, 1)), count)), nothing(own)
-    return pick
-
-
 def picks(name: str, model: VLM, budget: int | None) -> list[tuple[int, Pick]]:
     """What a method does at its cuts, by hand; how many it keeps at each is tested below."""
     x, _, P, N, _ = whole(model)
-    raters = [place - x.shape[1] for place in raters_by_hand(x, P, N)]
-    layers, theta = model.config.text.num_hidden_layers, model.config.text.rope_theta
-    make = {"fastv": lambda count: fastv_pick(P, count),
-            "pyramiddrop": lambda count: pyramiddrop_pick(P, count),
-            "sparsevlm": lambda count: sparsevlm_pick(P, count, raters),
-            "sparsevlm_plus": lambda count: sparsevlm_plus_pick(P, count, raters, theta)}
-    return [(layer, make[name](count))
-            for layer, count in plan(name, N, budget, layers)]
+    c = model.config.text
+    looking = [-1]                # counted from the end, since what stands before gets shorter
+    if name in SPARSE:
+        looking = [place - x.shape[1] for place in raters_by_hand(x, P, N)]
+
+    def pick(count: int, own: Tensor, before: Tensor, behind: Tensor, ids: list[int]):
+        weights = behind if name == "pyramiddrop" else before
+        weights = weights[:, looking, P:P + len(own)]                         # (H, Q, n)
+        if name == "sparsevlm_plus":
+            weights = weights / torch.tensor([
+                [turned_ones(ids[query] - ids[P + i], c.head_dim, c.rope_theta)
+                 for i in range(len(own))] for query in looking])
+            heads = best(weights.sum((1, 2)), max(1, round(len(weights) * 14 / 32)))
+            weights = weights[heads]
+        scores = weights.mean((0, 1))
+        keep = best(scores, count)
+        dropped = [i for i in range(len(own)) if i not in keep]
+        if name != "fastv":
+            keep.sort()
+        if name != "sparsevlm" or not dropped:
+            return keep, own[:0]
+        again = [dropped[i] for i in best(scores[dropped], int(0.3 * len(dropped)) + 1)]
+        return keep, means_of_clusters(own[again], len(again) // 10 + 1)
+
+    return [(layer, partial(pick, count))
+            for layer, count in plan(name, N, budget, c.num_hidden_layers)]
 
 
 def same_as_by_hand(model: VLM, name: str, budget: int | None, mode: str, most: int) -> Whole:
@@ -488,41 +426,20 @@ def test_tokens_that_sparsevlm_added_stay_or_go_at_the_next_cut(mini: VLM, budge
 # ----- where, and how many ------------------------------------------------------------------------
 
 
-PUBLISHED = {                # of 576 tokens: how many its code keeps at each cut, none added
-    "sparsevlm": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
-    "sparsevlm_plus": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28),
-                       64: (66, 34, 20)},
-}
-
-
-MEANS = {"sparsevlm": {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2},
-         "sparsevlm_plus": {192: 206.75, 128: 144.125, 96: 113.9375, 64: 81.8125}}
-
-
-@pytest.mark.parametrize("name", SPARSE)
-@pytest.mark.parametrize("budget", [192, 128, 96, 64])
-def test_a_published_label_is_the_published_list(name: str, budget: int):
+@pytest.mark.parametrize("name, label, mean, of_40", [
+    ("sparsevlm", 192, 206.5, 187.8), ("sparsevlm", 128, 145.4, 124.1),
+    ("sparsevlm", 96, 114.1, 96.7), ("sparsevlm", 64, 82.2, 69.4),
+    ("sparsevlm_plus", 192, 206.75, 189.0), ("sparsevlm_plus", 128, 144.125, 127.3),
+    ("sparsevlm_plus", 96, 113.9375, 96.75), ("sparsevlm_plus", 64, 81.8125, 69.45)])
+def test_a_label_is_the_published_list_at_its_own_layers_whatever_the_depth(
+        name: str, label: int, mean: float, of_40: float):
     """SparseVLM counts what layers give out: 192.0, 128.6, 96.9, 64.8.  What they are fed is more.
     """
-    key = find(f"{name}(label={budget})")
-    cuts = plan(key, 576, None, 32)
-    assert cuts == list(zip((3, 7, 16), PUBLISHED[name][budget], strict=True))
-    mean = mean_tokens(key, 576, cuts, 32)
-    assert mean == pytest.approx(MEANS[name][budget], abs=0.05)
-
-
-@pytest.mark.parametrize("label, mean", [(192, 187.8), (128, 124.1), (96, 96.7), (64, 69.4)])
-def test_a_label_cuts_at_its_own_layers_whatever_the_depth(label: int, mean: float):
-    key = find(f"sparsevlm(label={label})")
-    cuts = plan(key, 576, None, 40)
-    assert [layer for layer, _ in cuts] == [3, 7, 16]
-    assert mean_tokens(key, 576, cuts, 40) == pytest.approx(mean, abs=0.05)
-
-
-@pytest.mark.parametrize("budget", range(60, 70))
-def test_a_budget_is_a_mean_also_where_a_label_has_the_same_number(budget: int):
-    cuts = plan("sparsevlm", 576, budget, 32)
-    assert budget - 1.3 < mean_tokens("sparsevlm", 576, cuts, 32) <= budget
+    key = find(f"{name}(label={label})")
+    for layers, expected in ((32, mean), (40, of_40)):
+        cuts = plan(key, 576, None, layers)
+        assert cuts == list(zip((3, 7, 16), LABELS[name][label], strict=True))
+        assert mean_tokens(key, 576, cuts, layers) == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize("spec, N, layers, cuts", [
@@ -532,12 +449,18 @@ def test_a_budget_is_a_mean_also_where_a_label_has_the_same_number(budget: int):
     ("pyramiddrop(layers=[8,16,24],ratios=[0.5,0.25,0.125])", 576, 32,
      [(8, 288), (16, 144), (24, 72)]),
     ("pyramiddrop(ratios=[0.5,0.25,0.1])", 100, 40, [(10, 50), (20, 25), (30, 10)]),
-    ("sparsevlm_plus(layers=[4,8],ratios=[0.29,0.1])", 100, 32, [(4, 29), (8, 10)])])
+    ("sparsevlm_plus(layers=[4,8],ratios=[0.29,0.1])", 100, 32, [(4, 29), (8, 10)]),
+    # without settings it halves at a quarter, a half and three quarters, and leaves one at least
+    ("pyramiddrop", 576, 32, [(8, 288), (16, 144), (24, 72)]),
+    ("pyramiddrop", 31, 4, [(1, 15), (2, 7), (3, 3)]),                        # int(31 / 8)
+    ("pyramiddrop", 577, 40, [(10, 288), (20, 144), (30, 72)]),
+    ("pyramiddrop", 5, 4, [(1, 2), (2, 1), (3, 1)])])
 def test_settings_say_where_and_how_many(spec: str, N: int, layers: int, cuts: list):
     key = find(spec)
     assert plan(key, N, None, layers) == cuts
-    with pytest.raises(NanogapError, match="says itself how many tokens stay: keep is auto for it"):
-        plan(key, N, 50, layers)
+    if "(" in spec:
+        with pytest.raises(NanogapError, match="says itself how many tokens stay: keep is auto "):
+            plan(key, N, 50, layers)
 
 
 def test_published_fastv_costs_as_much_as_papers_say():
@@ -554,14 +477,6 @@ def test_with_what_it_adds_sparsevlm_feeds_so_many():
     assert counts("sparsevlm", 576, cuts) == [(3, 309), (7, 204), (16, 113)]
     assert counts("sparsevlm_plus", 576, cuts) == cuts
     assert counts("fastv", 576, [(2, None)]) == [(2, None)]
-
-
-def test_pyramiddrop_halves_at_a_quarter_a_half_and_three_quarters():
-    assert plan("pyramiddrop", 576, None, 32) == [(8, 288), (16, 144), (24, 72)]
-    assert plan("pyramiddrop", 31, None, 4) == [(1, 15), (2, 7), (3, 3)]      # int(31 / 8)
-    assert plan("pyramiddrop", 577, None, 40) == [(10, 288), (20, 144), (30, 72)]
-    assert plan("pyramiddrop", 5, None, 4) == [(1, 2), (2, 1), (3, 1)]        # and never none
-
 
 @pytest.mark.parametrize("layers, fastv, pyramiddrop, sparsevlm", [
     (32, [2], [8, 16, 24], [3, 7, 16]),
@@ -595,14 +510,13 @@ def simulated_mean(N: int, cuts: Sequence[tuple[int, int]], layers: int, recycle
 def every_plan(name: str, N: int, layers: int, budget: int) -> list[list[tuple[int, int]]]:
     """All lists of a method's own proportions: between any two sizes at which a number changes."""
     at = where(name, layers)
-    powers, factors = [1.0] * len(at), [1.0] * len(at)
-    if name == "pyramiddrop":
-        powers = [1.0, 2.0, 3.0][:len(at)]
+    powers = [1, 2, 3] if name == "pyramiddrop" else [1, 1, 1]
+    factors = [1.0, 1.0, 1.0]
     if name in SPARSE:
-        nearest = min(PUBLISHED[name], key=lambda own: abs(own / 576 - budget / N))
-        factors = [kept / 576 for kept in PUBLISHED[name][nearest]]
+        nearest = min(LABELS[name], key=lambda own: abs(own / 576 - budget / N))
+        factors = [kept / 576 for kept in LABELS[name][nearest]]
     sizes = sorted({((k + 0.5) / N / factor) ** (1 / power) for k in range(N)
-                    for factor, power in zip(factors, powers, strict=False)})
+                    for _, factor, power in zip(at, factors, powers, strict=False)})
     sizes = [0.0, *((a + b) / 2 for a, b in zip(sizes, sizes[1:], strict=False)), 2 * sizes[-1]]
     return [[(layer, max(1, min(N, round(N * factor * size ** power))))
              for layer, factor, power in zip(at, factors, powers, strict=False)] for size in sizes]
@@ -652,5 +566,4 @@ def test_cuts_in_words_name_layers_and_numbers():
     assert cuts_in_words("sparsevlm", [(1, 71), (2, 47)], 4) == (
         "sparsevlm in 4 layers, counted from 0: visual tokens cut to 71 from layer 1 on, "
         "47 from layer 2 on")
-    assert cuts_in_words("fastv", plan("pyramiddrop", 8, None, 2), 2).endswith("cut to 4 from "
-                                                                              "layer 1 on")
+    assert cuts_in_words("fastv", [(1, None)], 2).endswith("cut to what it finds from layer 1 on")

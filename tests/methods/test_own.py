@@ -7,7 +7,6 @@ import torch
 
 from nanogap import NanogapError, methods
 from nanogap.methods import find
-from nanogap.methods.in_decoder import plan
 from nanogap.prune import STRATEGIES, Kept, needs_of
 
 PLAIN = """
@@ -152,15 +151,11 @@ def test_settings_have_one_way_to_be_written(spec: str, key: str):
 
 @pytest.mark.parametrize("spec, message", [
     ("fastv(depth=2)", "fastv.*depth"), ("random(layer=2)", "random"), ("fastv(layer=x)", "layer"),
-    ("vispruner(ratio=2)", "ratio"), ("sparsevlm(label=65)", "label")])
+    ("vispruner(ratio=2)", "ratio"), ("sparsevlm(label=65)", "label"),
+    ("sparsevlm(layers=[])", "layers is not a list of whole numbers")])
 def test_a_setting_that_there_is_not_is_one_line(spec: str, message: str, model, picture):
     with pytest.raises(NanogapError, match=message):
         model.ground(picture, "the man", spec, "50%", max_new_tokens=1)
-
-
-def test_published_fastv_is_a_layer_and_a_share_dropped():
-    name = find("fastv(layer=2,drop=0.5)")
-    assert plan(name, 576, None, 32) == [(2, 288)]
 
 
 def test_settings_leave_the_list_of_strategies_alone():
