@@ -4,13 +4,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-import nanogap
 from nanogap import NanogapError
 from nanogap.fast import lanes
 from nanogap.fast.ground_all import Asked, begin_alike
@@ -19,11 +18,10 @@ from nanogap.gap import MODES
 from nanogap.ground import Result
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import MODELS, VLM
-from nanogap.prune import STRATEGIES, needs_of
-from nanogap.train.scenes import scene
+from nanogap.prune import STRATEGIES, needs_of, strategy
+from nanogap.train.scenes import Scene, scene
 from tests.tiny import tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
 THINGS = ["the man", "a red car behind the tall tree", "woman with a blue umbrella", "the dog",
           "the second cup from the right"]
 BEFORE = [name for name in STRATEGIES
@@ -31,23 +29,29 @@ BEFORE = [name for name in STRATEGIES
 MODULE = sys.modules["nanogap.fast.ground_all"]
 
 
-@pytest.fixture(scope="module")
-def mini() -> VLM:
-    return nanogap.load(ROOT / "weights/mini", device="cpu", dtype="float32")
-
-
-def differences(a: Result, b: Result, without: tuple[str, ...] = ()) -> list[str]:
-    """In which fields two results differ, times left out."""
+def differences(a: list[Result], b: list[Result], *without: str) -> set[str]:
+    """In which fields any two results differ, times left out."""
     def told(result: Result, name: str) -> object:
         value = getattr(result, name)
         return value.tolist() if isinstance(value, Tensor) else value
 
-    names = [f.name for f in fields(Result) if f.name not in ("timings", *without)]
-    return [name for name in names if told(a, name) != told(b, name)]
+    names = {field.name for field in fields(Result)} - {"timings", *without}
+    return {name for one, other in zip(a, b, strict=True) for name in names
+            if told(one, name) != told(other, name)}
 
 
 def one_by_one(model: VLM, image: object, expressions: list[str], *args, **more) -> list[Result]:
     return [model.ground(image, expression, *args, **more) for expression in expressions]
+
+
+def both(model: VLM, image: object, expressions: list[str], *args, **more) -> list[list[Result]]:
+    """The answers one by one, and together."""
+    return [one_by_one(model, image, expressions, *args, **more),
+            model.ground_all(image, expressions, *args, **more)]
+
+
+def five_of(drawn: Scene) -> list[str]:
+    return [expression for expression, _ in drawn.expressions][:5]
 
 
 @contextmanager
@@ -77,14 +81,12 @@ def test_every_mode_says_what_it_says_one_by_one(mini: VLM, mode: str):
     texts = set()
     for number in range(3):
         drawn = scene("ground_all", number)
-        image = mini.encode_image(drawn.image)
-        expressions = [expression for expression, _ in drawn.expressions][:5]
+        image, expressions = mini.encode_image(drawn.image), five_of(drawn)
         alone = one_by_one(mini, image, expressions, "spatial", 50, mode)
         texts |= {result.text for result in alone}
         for drafts in (True, False):
             together = mini.ground_all(image, expressions, "spatial", 50, mode, drafts=drafts)
-            for a, b in zip(alone, together, strict=True):
-                assert differences(a, b, ("kv_bytes",)) == []
+            assert differences(alone, together, "kv_bytes") == set()
     assert len(texts) > 2
 
 
@@ -92,12 +94,10 @@ def test_every_mode_says_what_it_says_one_by_one(mini: VLM, mode: str):
 def test_every_strategy_that_reads_no_question_keeps_what_it_keeps(model, picture, name: str):
     """And with the same passes, a cache that holds as much."""
     for mode in ("gap", "permuted"):
-        alone = one_by_one(model, picture, THINGS, name, 6, mode, seed=3, max_new_tokens=9,
-                           drafts=False)
-        together = model.ground_all(picture, THINGS, name, 6, mode, 3, max_new_tokens=9,
-                                    drafts=False)
+        alone, together = both(model, picture, THINGS, name, 6, mode, 3, max_new_tokens=9,
+                               drafts=False)
         assert len({tuple(result.tokens) for result in alone}) > 2
-        assert [differences(a, b) for a, b in zip(alone, together, strict=True)] == [[]] * 5
+        assert differences(alone, together) == set()
         assert [r.timings["passes"] for r in together] == [r.timings["passes"] for r in alone]
 
 
@@ -105,14 +105,12 @@ def test_every_strategy_that_reads_no_question_keeps_what_it_keeps(model, pictur
 def test_every_family_says_what_it_says_one_by_one(family: str, picture):
     """Shikra's question stands before its image, so its questions share no image."""
     model = tiny_model(family)
-    keep = torch.tensor([9, 2, 14, 5])
-    for drafts in (True, False):
-        for args in (("cls_attention", "50%", "gap"), ("random", None, "full"),
-                     ("random", keep, "shifted")):
-            alone = one_by_one(model, picture, THINGS, *args, max_new_tokens=9, drafts=drafts)
-            together = model.ground_all(picture, THINGS, *args, max_new_tokens=9, drafts=drafts)
-            for a, b in zip(alone, together, strict=True):
-                assert differences(a, b, ("kv_bytes",) if drafts else ()) == []
+    for args in (("cls_attention", "50%", "gap"), ("random", None, "full"),
+                 ("random", torch.tensor([9, 2, 14, 5]), "shifted")):
+        alone, together = both(model, picture, THINGS, *args, max_new_tokens=9, drafts=False)
+        assert differences(alone, together) == set()
+        alone, together = both(model, picture, THINGS, *args, max_new_tokens=9)
+        assert differences(alone, together, "kv_bytes") == set()
 
 
 @pytest.mark.parametrize("rows", [0, 1000])
@@ -142,17 +140,14 @@ def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model, picture, mo
 def test_several_prunings_at_once_say_what_each_says_by_itself(mini: VLM):
     """More lanes than share a pass; one strategy goes one by one."""
     drawn = scene("ground_all", 0)
-    expressions = [expression for expression, _ in drawn.expressions][:5]
+    image, expressions = mini.encode_image(drawn.image), five_of(drawn)
     runs = [Asked(expressions[:n], prune, keep, mode) for n, prune, keep, mode in (
         (5, "spatial", 50, "gap"), (3, "random", "30%", "permuted"), (5, "spatial", 50, "full"),
         (0, "random", 9, "gap"), (2, "fastv", 50, "shifted"), (5, "random", [9, 2, 14], "gap"))]
-    image = mini.encode_image(drawn.image)
     alone = [one_by_one(mini, image, expressions, *more, seed=3) for expressions, *more in runs]
     for together in (mini.ground_runs(image, runs, 3), mini.ground_runs(image, runs * 5, 3)[-6:]):
         assert [len(answers) for answers in together] == [5, 3, 5, 0, 2, 5]
-        for answers, expected in zip(together, alone, strict=True):
-            for a, b in zip(answers, expected, strict=True):
-                assert differences(a, b, ("kv_bytes",)) == []
+        assert differences(sum(together, []), sum(alone, []), "kv_bytes") == set()
 
 
 # ----- where everything stands --------------------------------------------------------------------
@@ -209,10 +204,9 @@ def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, mo
     said = one_by_one(model, picture, THINGS, max_new_tokens=8)
     end = said[1].tokens[2]
     monkeypatch.setattr(type(model), "end_tokens", (end,))
-    alone = one_by_one(model, picture, THINGS, max_new_tokens=8, drafts=False)
     with passes_of() as passes:
-        together = model.ground_all(picture, THINGS, max_new_tokens=8, drafts=False)
-    assert [differences(a, b) for a, b in zip(alone, together, strict=True)] == [[]] * 5
+        alone, together = both(model, picture, THINGS, max_new_tokens=8, drafts=False)
+    assert differences(alone, together) == set()
     lengths = [len(result.tokens) for result in together]
     assert min(lengths) < max(lengths) == 8 and not together[1].cut_off
     assert [p["tokens"] for p in passes[1:]] == [
@@ -243,21 +237,14 @@ def test_a_hundred_questions_need_no_more_rows_than_a_few(model: VLM, picture, m
 @pytest.mark.parametrize("name", ["fastv", "ivc(layer=1)", "reads"])
 def test_where_what_is_kept_depends_on_the_question_it_goes_one_by_one(model, picture, monkeypatch,
                                                                        name: str):
+    @strategy(needs={"text"})
     def reads(seen, budget, generator):
         return STRATEGIES["random"](seen, budget, generator)
 
-    reads.needs = frozenset({"text"})
-    monkeypatch.setitem(STRATEGIES, "reads", reads)
-    monkeypatch.setattr(type(model), "guide", lambda self: Guide())
+    guide = SimpleNamespace(embed=lambda text: torch.ones(3))
+    monkeypatch.setattr(type(model), "guide", lambda self: guide)
     monkeypatch.setattr(lanes, "step", None)
-    alone = one_by_one(model, picture, THINGS[:2], name, 13, max_new_tokens=4)
-    together = model.ground_all(picture, THINGS[:2], name, 13, max_new_tokens=4)
-    assert [differences(a, b) for a, b in zip(alone, together, strict=True)] == [[]] * 2
-
-
-class Guide:
-    def embed(self, text: str) -> Tensor:
-        return torch.ones(3)
+    assert differences(*both(model, picture, THINGS[:2], name, 13, max_new_tokens=4)) == set()
 
 
 def test_in_mode_full_and_with_indices_no_strategy_is_asked(model, picture, monkeypatch):
@@ -272,8 +259,7 @@ def test_one_expression_and_the_same_one_twice(model, picture):
     alone = model.ground(picture, THINGS[0], max_new_tokens=5)
     once = model.ground_all(picture, iter(THINGS[:1]), max_new_tokens=5)
     twice = model.ground_all(picture, THINGS[:1] * 2, max_new_tokens=5)
-    for result in once + twice:
-        assert differences(alone, result, ("kv_bytes",)) == []
+    assert differences([alone] * 3, once + twice, "kv_bytes") == set()
     assert model.ground_all(picture, []) == []
 
 
