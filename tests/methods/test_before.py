@@ -46,9 +46,10 @@ def each(image: VisualTokens, change: Callable[[Tensor], Tensor]) -> VisualToken
     return VisualTokens(change(image.features), image.rows, image.columns, fields)
 
 
-def same(a: Kept, b: Kept) -> bool:
-    return all((x is None) == (y is None) and (x is None or torch.equal(x, y))
-               for x, y in [(a.ranked, b.ranked), (a.features, b.features), (a.added, b.added)])
+def told(result: Kept) -> list:
+    """All that a strategy returned, as numbers."""
+    parts = (result.ranked, result.features, result.added)
+    return [None if part is None else part.tolist() for part in parts]
 
 
 # ----- every strategy -----------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def same(a: Kept, b: Kept) -> bool:
     (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (1, 7), (7, 1), (4, 4), (6, 6)])
 def test_every_budget_is_kept_in_different_patches_and_finite_numbers(
         name: str, rows: int, columns: int):
-    """Also of pictures that are all alike.
+    """Also of pictures that are all alike, and nothing in a picture is changed.
 
     VisionZip counts CLS, which it adds, as one of the budget, unless it may keep one token only.
     HoloV keeps fewer where a strip is smaller than its share.
@@ -68,6 +69,7 @@ def test_every_budget_is_kept_in_different_patches_and_finite_numbers(
     images = [seen(n, seed, rows) for seed in range(5)]
     images += [each(images[0], torch.zeros_like), each(images[0], torch.ones_like)]
     for image in images:
+        before = each(image, Tensor.clone)
         for budget in budgets(name, *range(1, n + 1)):
             result = select(name, image, budget)
             keep, K = result.ranked, len(result.ranked)
@@ -77,14 +79,7 @@ def test_every_budget_is_kept_in_different_patches_and_finite_numbers(
             assert len(keep.unique()) == K and 0 <= int(keep.min()) and int(keep.max()) < n
             for numbers, shape in ((result.features, (K, 8)), (result.added, (1, 8))):
                 assert numbers is None or numbers.shape == shape and numbers.isfinite().all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_strategies_are_pure(name: str):
-    given, copy = seen(), seen()
-    for budget in budgets(name, 5):
-        assert same(select(name, given, budget, seed=3), select(name, given, budget, seed=3))
-    assert all(torch.equal(value, tensors(copy)[name]) for name, value in tensors(given).items())
+        assert all(map(torch.equal, tensors(image).values(), tensors(before).values()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +92,7 @@ def test_half_precision_is_scored_in_float32_and_given_back(name: str, dtype: to
     for budget in budgets(name, 13, 36, 100, 130):
         a, b = select(name, half, budget), select(name, full, budget)
         rounded = [None if t is None else t.to(dtype) for t in (b.features, b.added)]
-        assert same(a, Kept(b.ranked, *rounded))
+        assert told(a) == told(Kept(b.ranked, *rounded))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("random", "spatial")])
@@ -113,13 +108,13 @@ def test_tensors_are_made_on_the_device_of_the_image(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_asks_for_the_fields_that_it_reads_and_for_no_others(name: str):
-    """It works with these alone, and misses each of them that is not there."""
+    """It gives the same with these alone, and misses each of them that is not there."""
     image, needs = seen(), needs_of(name)
     assert needs <= set(FIELDS)
     for budget in budgets(name, 13):
         only = {field: image.fields[field] for field in needs}
-        result = select(name, VisualTokens(image.features, 4, 4, only), budget)
-        assert same(result, select(name, image, budget))
+        result = select(name, VisualTokens(image.features, 4, 4, only), budget, seed=3)
+        assert told(result) == told(select(name, image, budget, seed=3))
         for field in needs:
             others = {other: value for other, value in only.items() if other != field}
             with pytest.raises(AttributeError, match=f"`{field}` is not there"):
