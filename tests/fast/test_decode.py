@@ -166,13 +166,6 @@ def test_drafting_says_what_the_lesson_says_in_every_mode_and_strategy(
             assert ground(mini, *question).tokens == drafted.tokens
 
 
-def test_a_box_takes_four_passes_where_one_token_each_takes_24(mini: VLM, shown: EncodedImage):
-    drafted = mini.ground(shown, "the man on the left", "random", 72)
-    assert drafted.timings["new_tokens"] == 25 and drafted.timings["passes"] == 4
-    plain = mini.ground(shown, "the man on the left", mode="full", drafts=False)
-    assert plain.timings["passes"] == 24
-
-
 def test_drafts_never_say_more_than_was_asked_for(mini: VLM, shown: EncodedImage):
     """And the cache has room for them, wherever the answer is cut off."""
     whole = mini.ground(shown, "the man on the left", mode="full").tokens
@@ -233,10 +226,10 @@ def test_token_t_is_fed_at_next_position_plus_t(mini: VLM, shown: EncodedImage, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_drafted_tokens_are_fed_at_their_own_places_too(mini: VLM, shown: EncodedImage, fed: Fed,
-                                                        mode: str):
+def test_drafted_tokens_are_fed_at_their_own_places_in_four_passes(
+        mini: VLM, shown: EncodedImage, fed: Fed, mode: str):
     """One place behind the other, and all alternatives at the last; rows stay dense."""
-    mini.ground(shown, "the man on the left", "random", 36, mode)
+    result = mini.ground(shown, "the man on the left", "random", 36, mode)
     rows, first = rows_and_first(mini, mode, 144 if mode == "full" else 36)
     starts = []
     for row, position_ids, alternatives in fed:
@@ -245,4 +238,5 @@ def test_drafted_tokens_are_fed_at_their_own_places_too(mini: VLM, shown: Encode
         assert chain == list(range(row - rows, row - rows + len(chain)))
         assert places[len(chain) - 1:] == [chain[-1]] * alternatives
         starts.append(chain[0])
-    assert len(starts) == 4 and starts == sorted(set(starts))
+    assert len(starts) == result.timings["passes"] == 4 and starts == sorted(set(starts))
+    assert result.timings["new_tokens"] == len(result.tokens) == 25
