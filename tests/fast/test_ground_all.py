@@ -1,8 +1,6 @@
 """Many questions in one cache: the words stay those of one by one, and so does every number."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -54,9 +52,9 @@ def five_of(drawn: Scene) -> list[str]:
     return [expression for expression, _ in drawn.expressions][:5]
 
 
-@contextmanager
-def passes_of() -> Iterator[list[dict]]:
-    """What each pass of the decoder is fed from here on of each lane, behind what it shares."""
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What each pass of the decoder is fed of each lane, behind what it shares."""
     seen: list[dict] = []
     feed = Lane.feed
 
@@ -67,9 +65,8 @@ def passes_of() -> Iterator[list[dict]]:
                      "rows": rows, "room": lane.cache.keys.shape[3]})
         return fed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "feed", look)
-        yield seen
+    monkeypatch.setattr(Lane, "feed", look)
+    return seen
 
 
 # ----- the same words -----------------------------------------------------------------------------
@@ -166,11 +163,9 @@ def test_a_mask_by_hand_for_two_questions_behind_two_shared_rows():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_token_stands_where_it_stands_alone(model: VLM, picture, mode: str):
+def test_each_token_stands_where_it_stands_alone(model: VLM, picture, passes, mode: str):
     """The rest of each prompt, and then a token of each answer to a pass; rows are dense."""
-    with passes_of() as passes:
-        results = model.ground_all(picture, THINGS, "random", 5, mode, max_new_tokens=4,
-                                   drafts=False)
+    results = model.ground_all(picture, THINGS, "random", 5, mode, max_new_tokens=4, drafts=False)
     alike = begin_alike([model.prompt(thing) for thing in THINGS])
     expected: list[list[int]] = [[], [], [], []]
     for thing, result in zip(THINGS, results, strict=True):
@@ -187,25 +182,22 @@ def test_each_token_stands_where_it_stands_alone(model: VLM, picture, mode: str)
         assert fed["mask"].shape == (fed["tokens"], rows)
 
 
-def test_rows_of_what_was_drafted_in_vain_are_given_up(model: VLM, picture, monkeypatch):
+def test_rows_of_what_was_drafted_in_vain_are_given_up(model: VLM, picture, passes, monkeypatch):
     """A chain that nobody says: each pass begins with the rows of what was said, and no more."""
-    wrong = [(5,), (6,), (7,)]
-    monkeypatch.setattr(MODULE, "foretell", lambda *_: wrong)
-    with passes_of() as drafted:
-        model.ground_all(picture, THINGS, max_new_tokens=4)
-    with passes_of() as plain:
-        model.ground_all(picture, THINGS, max_new_tokens=4, drafts=False)
+    monkeypatch.setattr(MODULE, "foretell", lambda *_: [(5,), (6,), (7,)])
+    for drafts in (True, False):
+        model.ground_all(picture, THINGS, max_new_tokens=4, drafts=drafts)
+    drafted, plain = passes[:len(passes) // 2], passes[len(passes) // 2:]
     assert drafted[0]["tokens"] == plain[0]["tokens"] + 5 * 3
     assert [p["rows"] for p in drafted] == [p["rows"] for p in plain]
 
 
-def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, monkeypatch):
+def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, passes, monkeypatch):
     """With the third token of the second answer as the end of all answers."""
     said = one_by_one(model, picture, THINGS, max_new_tokens=8)
     end = said[1].tokens[2]
     monkeypatch.setattr(type(model), "end_tokens", (end,))
-    with passes_of() as passes:
-        alone, together = both(model, picture, THINGS, max_new_tokens=8, drafts=False)
+    alone, together = both(model, picture, THINGS, max_new_tokens=8, drafts=False)
     assert differences(alone, together) == set()
     lengths = [len(result.tokens) for result in together]
     assert min(lengths) < max(lengths) == 8 and not together[1].cut_off
@@ -216,11 +208,10 @@ def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, mo
     assert [result.tokens for result in drafted] == [result.tokens for result in alone]
 
 
-def test_a_hundred_questions_need_no_more_rows_than_a_few(model: VLM, picture, monkeypatch):
+def test_a_hundred_questions_need_no_more_rows_than_a_few(model: VLM, picture, passes):
     """They are asked in groups, one after the other in the same rows."""
     many = [f"the {thing} {i}" for i in range(25) for thing in ("man", "car", "dog", "cup")]
-    with passes_of() as passes:
-        together = model.ground_all(picture, many, max_new_tokens=2, drafts=False)
+    together = model.ground_all(picture, many, max_new_tokens=2, drafts=False)
     assert len(passes) == 2 * 4 and len({fed["room"] for fed in passes}) == 1
     prompts = [model.prompt(thing) for thing in many]
     shared = begin_alike(prompts)
@@ -292,7 +283,8 @@ def test_the_times_are_shares_of_what_all_took(model, picture, monkeypatch):
     (["the man"], {"keep": 17}, "cannot keep 17 of 16 visual tokens"),
     (["the man"], {"max_new_tokens": 0}, "max_new_tokens is 0 here: give a whole number from 1"),
 ])
-def test_a_mistake_is_told_before_anything_is_asked(model, picture, expressions, more, message):
-    with passes_of() as passes, pytest.raises(NanogapError, match=message):
+def test_a_mistake_is_told_before_anything_is_asked(model, picture, passes, expressions, more,
+                                                    message):
+    with pytest.raises(NanogapError, match=message):
         model.ground_all(picture, expressions, **more)
     assert passes == []
