@@ -13,6 +13,8 @@ from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
 from tests.tiny import tiny_config, write_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(autouse=True)
 def strategies_as_they_were() -> Iterator[None]:
@@ -29,6 +31,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> VLM:
     folder = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder, tiny_config())
     return nanogap.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def mini() -> VLM:
+    """The small trained model."""
+    return nanogap.load(ROOT / "weights/mini", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

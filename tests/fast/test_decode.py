@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,10 @@ from torch import Tensor
 import nanogap
 from nanogap.errors import NanogapError
 from nanogap.fast import decode as decoding
-from nanogap.fast.decode import decode
 from nanogap.fast.decoder import attend, feed, mask_of
 from nanogap.fast.draft import Draft, Form, draft, foretell
 from nanogap.gap import MODES
-from nanogap.ground import Answer, ground
+from nanogap.ground import Result, ground
 from nanogap.llava import EncodedImage, Llava
 from nanogap.models import VLM
 from nanogap.prompt import TWO_DECIMALS, encode
@@ -28,11 +26,6 @@ from nanogap.prune import STRATEGIES
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def mini() -> VLM:
-    return nanogap.load(ROOT / "weights/mini", device="cpu")
 
 
 # ----- what the format foretells ------------------------------------------------------------------
@@ -60,26 +53,23 @@ def test_of_a_tokenizer_that_does_not_split_digits_nothing_is_foretold(pieces: s
 FORM = [(7,), (8,), (1, 2, 3), (1, 2, 3), (9,), (7,), (1, 2, 3), (5,)]
 
 
-def test_a_draft_reaches_to_the_next_choice_and_holds_all_of_it():
-    assert draft(FORM, [], 10) == Draft(chain=(7, 8), choice=(1, 2, 3))
-    assert draft(FORM, [7, 8, 1], 10) == Draft((), (1, 2, 3))            # a second digit comes next
-    assert draft(FORM, [7, 8, 1, 2], 10) == Draft((9, 7), (1, 2, 3))
-    assert draft(FORM, [7, 8, 1, 2, 9, 7, 3], 10) == Draft((5,))
-    assert draft(FORM, [7, 8, 1, 2, 9, 7, 3, 5], 10) == Draft()          # nothing is behind the end
-
-
-def test_a_number_may_have_a_digit_fewer_or_more_than_the_form():
-    assert draft(FORM, [7, 8, 1, 9], 10) == Draft((7,), (1, 2, 3))
-    assert draft(FORM, [7, 8, 1, 2, 3], 10) == Draft((9, 7), (1, 2, 3))
-
-
-def test_a_draft_takes_no_more_places_than_it_may():
-    drafts = [draft(FORM, [7, 8, 1, 2], most) for most in range(4)]
-    assert drafts == [Draft(), Draft((9,)), Draft((9, 7)), Draft((9, 7), (1, 2, 3))]
-
-
-def test_nothing_is_drafted_once_the_answer_is_no_box():
-    assert draft(FORM, [7, 5, 1], 10) == draft(FORM, [7, 8, 4], 10) == Draft()
+@pytest.mark.parametrize("said, most, expected", [
+    ([], 10, Draft(chain=(7, 8), choice=(1, 2, 3))),
+    ([7, 8, 1], 10, Draft((), (1, 2, 3))),                    # a second digit comes next
+    ([7, 8, 1, 2], 10, Draft((9, 7), (1, 2, 3))),
+    ([7, 8, 1, 2, 9, 7, 3], 10, Draft((5,))),
+    ([7, 8, 1, 2, 9, 7, 3, 5], 10, Draft()),                  # nothing is behind the end
+    # a number may have a digit fewer or more than the form
+    ([7, 8, 1, 9], 10, Draft((7,), (1, 2, 3))),
+    ([7, 8, 1, 2, 3], 10, Draft((9, 7), (1, 2, 3))),
+    # a draft takes no more places than it may
+    ([7, 8, 1, 2], 0, Draft()), ([7, 8, 1, 2], 1, Draft((9,))), ([7, 8, 1, 2], 2, Draft((9, 7))),
+    ([7, 8, 1, 2], 3, Draft((9, 7), (1, 2, 3))),
+    # nothing is drafted once the answer is no box
+    ([7, 5, 1], 10, Draft()), ([7, 8, 4], 10, Draft())])
+def test_a_draft_reaches_to_the_next_choice_and_holds_all_of_it(said: list, most: int,
+                                                               expected: Draft):
+    assert draft(FORM, said, most) == expected
 
 
 def test_the_tokens_of_a_choice_stand_at_one_place():
@@ -120,44 +110,36 @@ def test_one_query_in_half_precision_is_attended_to_in_float32():
 # ----- the words stay the same --------------------------------------------------------------------
 
 
-def say(model: VLM, image: EncodedImage, form: Form, most: int) -> Answer:
+def say(model: VLM, image: EncodedImage, form: Form) -> Result:
     """An answer of which this form is foretold."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "foretell", lambda *_: form)
-        answers: list[Answer] = []
-
-        def kept(*args):
-            answers.append(decode(*args))
-            return answers[0]
-
-        ground(model, image, "the man", keep=torch.tensor([9, 2, 14]), max_new_tokens=most,
-               decode=kept)
-    return answers[0]
+        return model.ground(image, "the man", keep=torch.tensor([9, 2, 14]), max_new_tokens=20)
 
 
 def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model: VLM):
     """Forms made of the true answer: with choices that hold it or not, and with wrong tokens."""
     image, rng = model.encode_image(ROOT / "image.jpg"), random.Random(0)
-    plain = say(model, image, [], 20)
+    plain = say(model, image, [])
     row = plain.kv_bytes // (len(model.prompt("the man")) - 1 + 3 + 19)
-    assert plain.passes == 19
+    assert plain.timings["passes"] == 19
 
     def allowed(token: int, right: float) -> tuple[int, ...]:
         others = rng.choices(plain.tokens, k=rng.choice([0, 0, 3, 5]))    # some are said elsewhere
         return tuple({*others, token if rng.random() < right else rng.choice(plain.tokens)})
 
-    fewest = 20
+    passes = []
     for _ in range(100):
         right = max(rng.random(), rng.random())
         form = [allowed(token, right) for token in plain.tokens[:rng.randrange(21)]]
-        said = say(model, image, form, 20)
-        assert said.tokens == plain.tokens and said.passes <= 19
+        said = say(model, image, form)
+        assert said.tokens == plain.tokens
         # the last token has no row, and a chosen one before it has none yet
         assert plain.kv_bytes - said.kv_bytes in (0, row)
-        fewest = min(fewest, said.passes)
-    assert fewest < 8                                             # and some drafts were believed
-    whole_chain = say(model, image, [(token,) for token in plain.tokens[:19]], 20)
-    assert (whole_chain.tokens, whole_chain.passes) == (plain.tokens, 0)   # read with the prompt
+        passes.append(said.timings["passes"])
+    assert max(passes) <= 19 and min(passes) < 8                   # and some drafts were believed
+    whole_chain = say(model, image, [(token,) for token in plain.tokens[:19]])
+    assert whole_chain.tokens == plain.tokens and whole_chain.timings["passes"] == 0    # none left
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +150,9 @@ def shown(mini: VLM) -> EncodedImage:
 IN_ALL_MODES = ("random", "prumerge", "fastv")   # one adds a token, one cuts in the decoder
 
 
-def asked(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Strategies in mode gap, and a few of them in every mode."""
-    return [(name, mode) for name in names for mode in MODES
-            if mode == "gap" or name in IN_ALL_MODES]
-
-
-@pytest.mark.parametrize("prune, mode", asked(STRATEGIES))
+@pytest.mark.parametrize("prune, mode", [
+    (prune, mode) for prune in STRATEGIES for mode in MODES
+    if mode == "gap" or prune in IN_ALL_MODES])
 def test_drafting_says_what_the_lesson_says_in_every_mode_and_strategy(
         mini: VLM, shown: EncodedImage, prune: str, mode: str):
     for keep in ("35%", "60%"):
@@ -188,13 +166,6 @@ def test_drafting_says_what_the_lesson_says_in_every_mode_and_strategy(
             assert ground(mini, *question).tokens == drafted.tokens
 
 
-def test_a_box_takes_four_passes_where_one_token_each_takes_24(mini: VLM, shown: EncodedImage):
-    drafted = mini.ground(shown, "the man on the left", "random", 72)
-    assert drafted.timings["new_tokens"] == 25 and drafted.timings["passes"] == 4
-    plain = mini.ground(shown, "the man on the left", mode="full", drafts=False)
-    assert plain.timings["passes"] == 24
-
-
 def test_drafts_never_say_more_than_was_asked_for(mini: VLM, shown: EncodedImage):
     """And the cache has room for them, wherever the answer is cut off."""
     whole = mini.ground(shown, "the man on the left", mode="full").tokens
@@ -203,19 +174,12 @@ def test_drafts_never_say_more_than_was_asked_for(mini: VLM, shown: EncodedImage
         assert said.tokens == whole[:most] and said.cut_off == (most < 25)
 
 
-def test_numbers_that_are_not_finite_are_no_answer(model: VLM, picture, monkeypatch):
+def test_what_leaves_no_answer_is_refused(model: VLM, picture, monkeypatch):
+    with pytest.raises(NanogapError, match="max_new_tokens is 0 here: give a whole number from 1"):
+        model.ground(picture, "the man", max_new_tokens=0)
     monkeypatch.setattr(model.language_model, "logits", lambda hidden: hidden * torch.nan)
     with pytest.raises(NanogapError, match="numbers that are not finite"):
         model.ground(picture, "the man")
-
-
-@pytest.mark.parametrize("more, message", [
-    ({"expression": "the man " * 400}, "the expression is too long"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0 here: give a whole number from 1"),
-])
-def test_what_leaves_no_answer_is_refused(model: VLM, picture, more: dict, message: str):
-    with pytest.raises(NanogapError, match=message):
-        model.ground(picture, **{"expression": "the man"} | more)
 
 
 def test_a_picture_can_be_described(mini: VLM):
@@ -262,10 +226,10 @@ def test_token_t_is_fed_at_next_position_plus_t(mini: VLM, shown: EncodedImage, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_drafted_tokens_are_fed_at_their_own_places_too(mini: VLM, shown: EncodedImage, fed: Fed,
-                                                        mode: str):
+def test_drafted_tokens_are_fed_at_their_own_places_in_four_passes(
+        mini: VLM, shown: EncodedImage, fed: Fed, mode: str):
     """One place behind the other, and all alternatives at the last; rows stay dense."""
-    mini.ground(shown, "the man on the left", "random", 36, mode)
+    result = mini.ground(shown, "the man on the left", "random", 36, mode)
     rows, first = rows_and_first(mini, mode, 144 if mode == "full" else 36)
     starts = []
     for row, position_ids, alternatives in fed:
@@ -274,4 +238,5 @@ def test_drafted_tokens_are_fed_at_their_own_places_too(mini: VLM, shown: Encode
         assert chain == list(range(row - rows, row - rows + len(chain)))
         assert places[len(chain) - 1:] == [chain[-1]] * alternatives
         starts.append(chain[0])
-    assert len(starts) == 4 and starts == sorted(set(starts))
+    assert len(starts) == result.timings["passes"] == 4 and starts == sorted(set(starts))
+    assert result.timings["new_tokens"] == len(result.tokens) == 25

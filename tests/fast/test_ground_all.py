@@ -1,16 +1,13 @@
 """Many questions in one cache: the words stay those of one by one, and so does every number."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-import nanogap
 from nanogap import NanogapError
 from nanogap.fast import lanes
 from nanogap.fast.ground_all import Asked, begin_alike
@@ -19,11 +16,10 @@ from nanogap.gap import MODES
 from nanogap.ground import Result
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import MODELS, VLM
-from nanogap.prune import STRATEGIES, needs_of
-from nanogap.train.scenes import scene
+from nanogap.prune import STRATEGIES, needs_of, strategy
+from nanogap.train.scenes import Scene, scene
 from tests.tiny import tiny_model
 
-ROOT = Path(__file__).resolve().parents[2]
 THINGS = ["the man", "a red car behind the tall tree", "woman with a blue umbrella", "the dog",
           "the second cup from the right"]
 BEFORE = [name for name in STRATEGIES
@@ -31,28 +27,34 @@ BEFORE = [name for name in STRATEGIES
 MODULE = sys.modules["nanogap.fast.ground_all"]
 
 
-@pytest.fixture(scope="module")
-def mini() -> VLM:
-    return nanogap.load(ROOT / "weights/mini", device="cpu", dtype="float32")
-
-
-def differences(a: Result, b: Result, without: tuple[str, ...] = ()) -> list[str]:
-    """In which fields two results differ, times left out."""
+def differences(a: list[Result], b: list[Result], *without: str) -> set[str]:
+    """In which fields any two results differ, times left out."""
     def told(result: Result, name: str) -> object:
         value = getattr(result, name)
         return value.tolist() if isinstance(value, Tensor) else value
 
-    names = [f.name for f in fields(Result) if f.name not in ("timings", *without)]
-    return [name for name in names if told(a, name) != told(b, name)]
+    names = {field.name for field in fields(Result)} - {"timings", *without}
+    return {name for one, other in zip(a, b, strict=True) for name in names
+            if told(one, name) != told(other, name)}
 
 
 def one_by_one(model: VLM, image: object, expressions: list[str], *args, **more) -> list[Result]:
     return [model.ground(image, expression, *args, **more) for expression in expressions]
 
 
-@contextmanager
-def passes_of() -> Iterator[list[dict]]:
-    """What each pass of the decoder is fed from here on of each lane, behind what it shares."""
+def both(model: VLM, image: object, expressions: list[str], *args, **more) -> list[list[Result]]:
+    """The answers one by one, and together."""
+    return [one_by_one(model, image, expressions, *args, **more),
+            model.ground_all(image, expressions, *args, **more)]
+
+
+def five_of(drawn: Scene) -> list[str]:
+    return [expression for expression, _ in drawn.expressions][:5]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What each pass of the decoder is fed of each lane, behind what it shares."""
     seen: list[dict] = []
     feed = Lane.feed
 
@@ -63,9 +65,8 @@ def passes_of() -> Iterator[list[dict]]:
                      "rows": rows, "room": lane.cache.keys.shape[3]})
         return fed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "feed", look)
-        yield seen
+    monkeypatch.setattr(Lane, "feed", look)
+    return seen
 
 
 # ----- the same words -----------------------------------------------------------------------------
@@ -77,14 +78,12 @@ def test_every_mode_says_what_it_says_one_by_one(mini: VLM, mode: str):
     texts = set()
     for number in range(3):
         drawn = scene("ground_all", number)
-        image = mini.encode_image(drawn.image)
-        expressions = [expression for expression, _ in drawn.expressions][:5]
+        image, expressions = mini.encode_image(drawn.image), five_of(drawn)
         alone = one_by_one(mini, image, expressions, "spatial", 50, mode)
         texts |= {result.text for result in alone}
         for drafts in (True, False):
             together = mini.ground_all(image, expressions, "spatial", 50, mode, drafts=drafts)
-            for a, b in zip(alone, together, strict=True):
-                assert differences(a, b, ("kv_bytes",)) == []
+            assert differences(alone, together, "kv_bytes") == set()
     assert len(texts) > 2
 
 
@@ -92,12 +91,10 @@ def test_every_mode_says_what_it_says_one_by_one(mini: VLM, mode: str):
 def test_every_strategy_that_reads_no_question_keeps_what_it_keeps(model, picture, name: str):
     """And with the same passes, a cache that holds as much."""
     for mode in ("gap", "permuted"):
-        alone = one_by_one(model, picture, THINGS, name, 6, mode, seed=3, max_new_tokens=9,
-                           drafts=False)
-        together = model.ground_all(picture, THINGS, name, 6, mode, 3, max_new_tokens=9,
-                                    drafts=False)
+        alone, together = both(model, picture, THINGS, name, 6, mode, 3, max_new_tokens=9,
+                               drafts=False)
         assert len({tuple(result.tokens) for result in alone}) > 2
-        assert [differences(a, b) for a, b in zip(alone, together, strict=True)] == [[]] * 5
+        assert differences(alone, together) == set()
         assert [r.timings["passes"] for r in together] == [r.timings["passes"] for r in alone]
 
 
@@ -105,14 +102,12 @@ def test_every_strategy_that_reads_no_question_keeps_what_it_keeps(model, pictur
 def test_every_family_says_what_it_says_one_by_one(family: str, picture):
     """Shikra's question stands before its image, so its questions share no image."""
     model = tiny_model(family)
-    keep = torch.tensor([9, 2, 14, 5])
-    for drafts in (True, False):
-        for args in (("cls_attention", "50%", "gap"), ("random", None, "full"),
-                     ("random", keep, "shifted")):
-            alone = one_by_one(model, picture, THINGS, *args, max_new_tokens=9, drafts=drafts)
-            together = model.ground_all(picture, THINGS, *args, max_new_tokens=9, drafts=drafts)
-            for a, b in zip(alone, together, strict=True):
-                assert differences(a, b, ("kv_bytes",) if drafts else ()) == []
+    for args in (("cls_attention", "50%", "gap"), ("random", None, "full"),
+                 ("random", torch.tensor([9, 2, 14, 5]), "shifted")):
+        alone, together = both(model, picture, THINGS, *args, max_new_tokens=9, drafts=False)
+        assert differences(alone, together) == set()
+        alone, together = both(model, picture, THINGS, *args, max_new_tokens=9)
+        assert differences(alone, together, "kv_bytes") == set()
 
 
 @pytest.mark.parametrize("rows", [0, 1000])
@@ -142,17 +137,14 @@ def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model, picture, mo
 def test_several_prunings_at_once_say_what_each_says_by_itself(mini: VLM):
     """More lanes than share a pass; one strategy goes one by one."""
     drawn = scene("ground_all", 0)
-    expressions = [expression for expression, _ in drawn.expressions][:5]
+    image, expressions = mini.encode_image(drawn.image), five_of(drawn)
     runs = [Asked(expressions[:n], prune, keep, mode) for n, prune, keep, mode in (
         (5, "spatial", 50, "gap"), (3, "random", "30%", "permuted"), (5, "spatial", 50, "full"),
         (0, "random", 9, "gap"), (2, "fastv", 50, "shifted"), (5, "random", [9, 2, 14], "gap"))]
-    image = mini.encode_image(drawn.image)
     alone = [one_by_one(mini, image, expressions, *more, seed=3) for expressions, *more in runs]
     for together in (mini.ground_runs(image, runs, 3), mini.ground_runs(image, runs * 5, 3)[-6:]):
         assert [len(answers) for answers in together] == [5, 3, 5, 0, 2, 5]
-        for answers, expected in zip(together, alone, strict=True):
-            for a, b in zip(answers, expected, strict=True):
-                assert differences(a, b, ("kv_bytes",)) == []
+        assert differences(sum(together, []), sum(alone, []), "kv_bytes") == set()
 
 
 # ----- where everything stands --------------------------------------------------------------------
@@ -171,11 +163,9 @@ def test_a_mask_by_hand_for_two_questions_behind_two_shared_rows():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_token_stands_where_it_stands_alone(model: VLM, picture, mode: str):
+def test_each_token_stands_where_it_stands_alone(model: VLM, picture, passes, mode: str):
     """The rest of each prompt, and then a token of each answer to a pass; rows are dense."""
-    with passes_of() as passes:
-        results = model.ground_all(picture, THINGS, "random", 5, mode, max_new_tokens=4,
-                                   drafts=False)
+    results = model.ground_all(picture, THINGS, "random", 5, mode, max_new_tokens=4, drafts=False)
     alike = begin_alike([model.prompt(thing) for thing in THINGS])
     expected: list[list[int]] = [[], [], [], []]
     for thing, result in zip(THINGS, results, strict=True):
@@ -192,27 +182,23 @@ def test_each_token_stands_where_it_stands_alone(model: VLM, picture, mode: str)
         assert fed["mask"].shape == (fed["tokens"], rows)
 
 
-def test_rows_of_what_was_drafted_in_vain_are_given_up(model: VLM, picture, monkeypatch):
+def test_rows_of_what_was_drafted_in_vain_are_given_up(model: VLM, picture, passes, monkeypatch):
     """A chain that nobody says: each pass begins with the rows of what was said, and no more."""
-    wrong = [(5,), (6,), (7,)]
-    monkeypatch.setattr(MODULE, "foretell", lambda *_: wrong)
-    with passes_of() as drafted:
-        model.ground_all(picture, THINGS, max_new_tokens=4)
-    with passes_of() as plain:
-        model.ground_all(picture, THINGS, max_new_tokens=4, drafts=False)
+    monkeypatch.setattr(MODULE, "foretell", lambda *_: [(5,), (6,), (7,)])
+    for drafts in (True, False):
+        model.ground_all(picture, THINGS, max_new_tokens=4, drafts=drafts)
+    drafted, plain = passes[:len(passes) // 2], passes[len(passes) // 2:]
     assert drafted[0]["tokens"] == plain[0]["tokens"] + 5 * 3
     assert [p["rows"] for p in drafted] == [p["rows"] for p in plain]
 
 
-def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, monkeypatch):
+def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, passes, monkeypatch):
     """With the third token of the second answer as the end of all answers."""
     said = one_by_one(model, picture, THINGS, max_new_tokens=8)
     end = said[1].tokens[2]
     monkeypatch.setattr(type(model), "end_tokens", (end,))
-    alone = one_by_one(model, picture, THINGS, max_new_tokens=8, drafts=False)
-    with passes_of() as passes:
-        together = model.ground_all(picture, THINGS, max_new_tokens=8, drafts=False)
-    assert [differences(a, b) for a, b in zip(alone, together, strict=True)] == [[]] * 5
+    alone, together = both(model, picture, THINGS, max_new_tokens=8, drafts=False)
+    assert differences(alone, together) == set()
     lengths = [len(result.tokens) for result in together]
     assert min(lengths) < max(lengths) == 8 and not together[1].cut_off
     assert [p["tokens"] for p in passes[1:]] == [
@@ -222,11 +208,10 @@ def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, mo
     assert [result.tokens for result in drafted] == [result.tokens for result in alone]
 
 
-def test_a_hundred_questions_need_no_more_rows_than_a_few(model: VLM, picture, monkeypatch):
+def test_a_hundred_questions_need_no_more_rows_than_a_few(model: VLM, picture, passes):
     """They are asked in groups, one after the other in the same rows."""
     many = [f"the {thing} {i}" for i in range(25) for thing in ("man", "car", "dog", "cup")]
-    with passes_of() as passes:
-        together = model.ground_all(picture, many, max_new_tokens=2, drafts=False)
+    together = model.ground_all(picture, many, max_new_tokens=2, drafts=False)
     assert len(passes) == 2 * 4 and len({fed["room"] for fed in passes}) == 1
     prompts = [model.prompt(thing) for thing in many]
     shared = begin_alike(prompts)
@@ -243,21 +228,14 @@ def test_a_hundred_questions_need_no_more_rows_than_a_few(model: VLM, picture, m
 @pytest.mark.parametrize("name", ["fastv", "ivc(layer=1)", "reads"])
 def test_where_what_is_kept_depends_on_the_question_it_goes_one_by_one(model, picture, monkeypatch,
                                                                        name: str):
+    @strategy(needs={"text"})
     def reads(seen, budget, generator):
         return STRATEGIES["random"](seen, budget, generator)
 
-    reads.needs = frozenset({"text"})
-    monkeypatch.setitem(STRATEGIES, "reads", reads)
-    monkeypatch.setattr(type(model), "guide", lambda self: Guide())
+    guide = SimpleNamespace(embed=lambda text: torch.ones(3))
+    monkeypatch.setattr(type(model), "guide", lambda self: guide)
     monkeypatch.setattr(lanes, "step", None)
-    alone = one_by_one(model, picture, THINGS[:2], name, 13, max_new_tokens=4)
-    together = model.ground_all(picture, THINGS[:2], name, 13, max_new_tokens=4)
-    assert [differences(a, b) for a, b in zip(alone, together, strict=True)] == [[]] * 2
-
-
-class Guide:
-    def embed(self, text: str) -> Tensor:
-        return torch.ones(3)
+    assert differences(*both(model, picture, THINGS[:2], name, 13, max_new_tokens=4)) == set()
 
 
 def test_in_mode_full_and_with_indices_no_strategy_is_asked(model, picture, monkeypatch):
@@ -272,8 +250,7 @@ def test_one_expression_and_the_same_one_twice(model, picture):
     alone = model.ground(picture, THINGS[0], max_new_tokens=5)
     once = model.ground_all(picture, iter(THINGS[:1]), max_new_tokens=5)
     twice = model.ground_all(picture, THINGS[:1] * 2, max_new_tokens=5)
-    for result in once + twice:
-        assert differences(alone, result, ("kv_bytes",)) == []
+    assert differences([alone] * 3, once + twice, "kv_bytes") == set()
     assert model.ground_all(picture, []) == []
 
 
@@ -306,7 +283,8 @@ def test_the_times_are_shares_of_what_all_took(model, picture, monkeypatch):
     (["the man"], {"keep": 17}, "cannot keep 17 of 16 visual tokens"),
     (["the man"], {"max_new_tokens": 0}, "max_new_tokens is 0 here: give a whole number from 1"),
 ])
-def test_a_mistake_is_told_before_anything_is_asked(model, picture, expressions, more, message):
-    with passes_of() as passes, pytest.raises(NanogapError, match=message):
+def test_a_mistake_is_told_before_anything_is_asked(model, picture, passes, expressions, more,
+                                                    message):
+    with pytest.raises(NanogapError, match=message):
         model.ground_all(picture, expressions, **more)
     assert passes == []

@@ -55,38 +55,26 @@ def test_a_palette_is_looked_up_and_its_transparent_entry_is_padding(tmp_path: P
 
 
 Turn = Image.Transpose
-
-
-@pytest.mark.parametrize("orientation, stored", [
-    (2, Turn.FLIP_LEFT_RIGHT), (3, Turn.ROTATE_180), (4, Turn.FLIP_TOP_BOTTOM), (5, Turn.TRANSPOSE),
-    (6, Turn.ROTATE_90), (7, Turn.TRANSVERSE), (8, Turn.ROTATE_270)])
-def test_a_photograph_is_turned_upright(orientation: int, stored: Turn, tmp_path: Path):
-    upright = Image.new("RGB", (3, 2))
-    upright.putdata([(value, 0, 0) for value in (10, 20, 30, 40, 50, 60)])
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    upright.transpose(stored).save(tmp_path / "photo.png", exif=exif)
-    image = open_image(tmp_path / "photo.png")
-    assert (image.size, image.tobytes()) == ((3, 2), upright.tobytes())
-    assert open_image(image).tobytes() == upright.tobytes()    # and is not turned a second time
+STORED = [None, Turn.FLIP_LEFT_RIGHT, Turn.ROTATE_180, Turn.FLIP_TOP_BOTTOM, Turn.TRANSPOSE,
+          Turn.ROTATE_90, Turn.TRANSVERSE, Turn.ROTATE_270]     # how orientations 1 to 8 store it
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_what_is_stored_can_be_asked_for_and_is_not_turned_later(
+def test_a_photograph_is_turned_upright_unless_it_is_asked_for_as_stored(
         orientation: int, kind: str, tmp_path: Path):
-    """Annotations are about stored pixels: 24 x 16, light on the left."""
-    stored = Image.new("L", (24, 16), 0)
-    stored.paste(255, (0, 0, 12, 16))
+    """Annotations are about stored pixels.  Upright: 24 x 16, light in the corner above left."""
+    upright, turn = Image.new("L", (24, 16), 0), STORED[orientation - 1]
+    upright.paste(255, (0, 0, 8, 8))
+    stored = upright if turn is None else upright.transpose(turn)
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.convert("RGB").save(tmp_path / "photo", kind, exif=exif)
-    image = open_image(tmp_path / "photo", upright=False)
-    assert image.size == open_image(image).size == (24, 16)
-    assert open_image(image).tobytes() == image.tobytes()
-    assert image.getpixel((2, 8))[0] > 200 and image.getpixel((22, 8))[0] < 50
-    turned = open_image(tmp_path / "photo")
-    assert turned.size == ((24, 16) if orientation < 5 else (16, 24))
+    turned, as_stored = (open_image(tmp_path / "photo", upright=way) for way in (True, False))
+    for image, expected in ((turned, upright), (as_stored, stored)):
+        light = image.convert("L").point(lambda level: 255 * (level > 127))
+        assert (light.size, light.tobytes()) == (expected.size, expected.tobytes())
+        assert open_image(image).tobytes() == image.tobytes()   # and is not turned a second time
     with Image.open(tmp_path / "photo") as lazy:
         assert open_image(lazy).tobytes() == open_image(lazy).tobytes() == turned.tobytes()
 
@@ -193,22 +181,16 @@ def test_a_frame_may_have_a_colour_of_its_own():
 # ----- boxes --------------------------------------------------------------------------------------
 
 
-def test_a_box_in_a_wide_picture_loses_the_padding_above_it():
-    assert PAD.to_pixels((0.25, 0.5, 0.75, 0.625), 400, 200) == (100.0, 100.0, 300.0, 150.0)
-
-
-def test_a_box_in_a_tall_picture_loses_the_padding_to_its_left():
-    assert PAD.to_pixels((0.5, 0.25, 0.625, 0.75), 200, 400) == (100.0, 100.0, 150.0, 300.0)
-
-
-def test_a_box_is_clipped_to_the_picture():
-    assert PAD.to_pixels((0, 0, 1, 1), 400, 200) == (0.0, 0.0, 400.0, 200.0)
-    assert PAD.to_pixels((0, 0, 1, 1), 200, 400) == (0.0, 0.0, 200.0, 400.0)
-    assert PAD.to_pixels((0.0, 0.0, 0.5, 0.5), 400, 200) == (0.0, 0.0, 200.0, 100.0)
-
-
-def test_a_box_in_the_padding_has_no_area_left():
-    assert PAD.to_pixels((0.0, 0.0, 1.0, 0.2), 400, 200) == (0.0, 0.0, 400.0, 0.0)
+@pytest.mark.parametrize("size, box, pixels", [
+    ((400, 200), (0.25, 0.5, 0.75, 0.625), (100, 100, 300, 150)),    # wide: without what is above
+    ((200, 400), (0.5, 0.25, 0.625, 0.75), (100, 100, 150, 300)),    # tall: without what is left
+    ((400, 200), (0, 0, 1, 1), (0, 0, 400, 200)),
+    ((200, 400), (0, 0, 1, 1), (0, 0, 200, 400)),
+    ((400, 200), (0, 0, 0.5, 0.5), (0, 0, 200, 100)),
+    ((400, 200), (0, 0, 1, 0.2), (0, 0, 400, 0))])                   # in the padding: no area left
+def test_a_box_loses_the_padding_and_is_clipped_to_the_picture(size: tuple, box: tuple,
+                                                              pixels: tuple):
+    assert PAD.to_pixels(box, *size) == pixels
 
 
 @pytest.mark.parametrize("a, b, value", [

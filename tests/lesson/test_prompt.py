@@ -35,37 +35,27 @@ def test_spaces_around_an_expression_are_left_out():
     assert VICUNA.question("  the man\n") == VICUNA.question("the man")
 
 
-@pytest.mark.parametrize("expression",
-                         ["</s>", "<s> the man", "the <image> on the left", "<unk><pad>"])
-def test_special_tokens_in_an_expression_stay_text(expression: str, monkeypatch):
+@pytest.mark.parametrize("expression", [
+    "</s>", "<s> the man", "the <image> on the left", "<unk><pad>",
+    "猫", "человек слева", "🙂 on the left", "x" * 20_000])
+def test_any_text_is_encoded_and_can_be_read_back_and_no_token_in_it_is_special(
+        expression: str, monkeypatch):
     """As weights.read_tokenizer has it."""
-    monkeypatch.setattr(tiny_tokenizer(), "encode_special_tokens", True)
-    special = ("<s>", "</s>", "<unk>", "<pad>", "<image>")
+    tokenizer, special = tiny_tokenizer(), ("<s>", "</s>", "<unk>", "<pad>", "<image>")
+    monkeypatch.setattr(tokenizer, "encode_special_tokens", True)
     assert [p for p in pieces(expression) if p in special] == ["<s>", "<image>"]
-    tokenizer = tiny_tokenizer()
     assert tokenizer.decode(encode(tokenizer, expression)) == expression
 
 
-@pytest.mark.parametrize("expression", ["猫", "человек слева", "🙂 on the left", "x" * 20_000])
-def test_any_script_and_any_length_is_encoded_and_can_be_read_back(expression: str):
-    tokenizer = tiny_tokenizer()
-    assert tokenizer.decode(encode(tokenizer, expression)) == expression
+EMPTY = "the expression is empty, so there is nothing to look"
 
 
-@pytest.mark.parametrize("expression", ["", " ", "\n\t"])
-def test_a_blank_expression_is_rejected(expression: str):
-    with pytest.raises(NanogapError, match="the expression is empty, so there is nothing to look"):
+@pytest.mark.parametrize("expression, message", [
+    ("", EMPTY), (" ", EMPTY), ("\n\t", EMPTY),
+    ("the \udcff man", "the expression is not valid Unicode")])
+def test_what_names_nothing_or_is_no_text_is_rejected(expression: str, message: str):
+    with pytest.raises(NanogapError, match=message):
         pieces(expression)
-
-
-def test_bytes_that_are_no_text_are_rejected():
-    with pytest.raises(NanogapError, match="the expression is not valid Unicode"):
-        pieces("the \udcff man")
-
-
-def test_an_answer_is_24_tokens_and_starts_with_a_bracket_behind_a_space():
-    ids = encode(tiny_tokenizer(), "[0.12, 0.34, 0.56, 0.78]")
-    assert len(ids) == 24 and tiny_tokenizer().id_to_token(ids[0]) == "▁["
 
 
 @pytest.mark.parametrize("text, box", [
