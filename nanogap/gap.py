@@ -49,7 +49,7 @@ def lay_out(ranked: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> La
     """
     if mode not in MODES:
         raise NanogapError(f"unknown mode {mode!r:.80}: choose from {'; '.join(MODES)}")
-    named = set(ranked.flatten().tolist()) if ranked.dtype == torch.long else {-1}
+    named = set(ranked.flatten().tolist()) if ranked.dtype == torch.long else {-1}  # -1: refused
     if ranked.dim() != 1 or len(named) != len(ranked) or not named <= set(range(N)):
         raise NanogapError(f"keep must name raster indices from 0 to {N - 1}, each once")
     if mode == "full" and len(ranked) != N:

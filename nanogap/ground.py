@@ -5,7 +5,8 @@ Out: the words, the box, and every number that pruning touched on the way.
 
 `ground` is the whole path in one function:
     encode     llava.py     the picture as N visual tokens
-    select     prune.py     which of them stay
+    ask        prompt.py    the question as token IDs, one of them the image's
+    select     prune.py     which visual tokens stay
     lay out    gap.py       in which order, at which position IDs
     embed      llava.py     the prompt with these tokens in the place of its image
     decode     below        one pass over the prompt, and then one for each token of the answer

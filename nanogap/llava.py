@@ -92,12 +92,12 @@ class Llava(nn.Module):
     Config: ClassVar[type[LlavaConfig]] = LlavaConfig
     template: Template = VICUNA
     box_format: BoxFormat = TWO_DECIMALS
-    # names on disk -> ours, which are those of (b): (a) is published, (b), (c), (d) came later
+    # names on disk -> ours; transformers has written them in four ways over time
     rename: ClassVar[tuple[tuple[str, str], ...]] = (
-        (r"^model\.language_model\.", "language_model.model."),               # (c), (d)
-        (r"^lm_head\.", "language_model.lm_head."),                           # (c), (d)
-        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),          # (c), (d)
-        (r"^vision_tower\.vision_model\.", "vision_tower."))                  # (a), (c)
+        (r"^model\.language_model\.", "language_model.model."),               # since 4.52
+        (r"^lm_head\.", "language_model.lm_head."),                           # since 4.52
+        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),          # since 4.52
+        (r"^vision_tower\.vision_model\.", "vision_tower."))                  # before 5
     get_clip: ClassVar[str] = "give the folder of its CLIP by --clip"
 
     tokenizer: Tokenizer
@@ -214,7 +214,7 @@ class Llava(nn.Module):
         return self.project(features)
 
     def box_in(self, text: str, width: int, height: int) -> Box | None:
-        """The box that an answer holds, in pixels; None where it lies in the padding."""
+        """The box that an answer holds, in pixels; None if there is none outside the padding."""
         said = self.box_format.parse(text)
         box = said and self.frame.to_pixels(said, width, height)
         return box if box and box[0] < box[2] and box[1] < box[3] else None

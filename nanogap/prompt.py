@@ -69,10 +69,7 @@ class BoxFormat:
         return self.template.format(*(int(v * whole + 1e-6) if whole else v for v in box))
 
     def parse(self, text: str) -> Shares | None:
-        """The first box that an answer holds; None where that is none inside the frame.
-
-        Such an answer counts as wrong and is never mended by guessing.
-        """
+        """The first box that an answer holds; None, and no guess, if it is not inside the frame."""
         match = self.pattern.search(text)
         if match is None:
             return None
