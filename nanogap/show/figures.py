@@ -8,7 +8,6 @@ In:  weights, and image.jpg.  Out: small PNG files, and one WebP.
 Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
-import colorsys
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +123,8 @@ def line(model: VLM) -> Image.Image:
         y = 14 + row * high
         pen.text((MARGIN, y + cell / 2), mode, PAPER, font, anchor="lm")
         names = ["T"] * P + [str(index) for index in kept] + ["T"] * A
-        colours = [GREY] * P + [hue(index / N) for index in kept] + [GREY] * A
+        hues = [f"hsv({306 * index / N}, 55%, 95%)" for index in kept]        # red to violet
+        colours = [GREY] * P + hues + [GREY] * A
         for name, colour, at in zip(names, colours, layout.position_ids.tolist(), strict=True):
             x = left + at * cell
             pen.rectangle((x, y, x + cell - 4, y + cell - 4), colour)
@@ -136,12 +136,6 @@ def line(model: VLM) -> Image.Image:
     for at in range(P + N + A):
         pen.text((left + at * cell + cell / 2 - 2, y), str(at), PAPER, small, anchor="mm")
     return page
-
-
-def hue(share: float) -> str:
-    """A colour between red, at 0, and violet, at 1."""
-    levels = colorsys.hsv_to_rgb(0.85 * share, 0.55, 0.95)
-    return "#" + "".join(f"{round(255 * level):02x}" for level in levels)
 
 
 def places(model: VLM) -> Image.Image:
@@ -198,8 +192,7 @@ def axes(model: VLM) -> Image.Image:
 
 
 FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
-    "answer": answer, "patches": patches, "line": line, "places": places, "strategies": strategies,
-    "axes": axes}
+    draw.__name__: draw for draw in (answer, patches, line, places, strategies, axes)}
 MOVING = "sweep"
 
 
