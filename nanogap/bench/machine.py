@@ -19,6 +19,7 @@ from nanogap.llava import clock_ms
 from nanogap.weights import weight_files
 
 Model = TypeVar("Model", bound=nn.Module)
+Done = TypeVar("Done")
 
 
 def processor() -> str:
@@ -28,14 +29,16 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def fastest(work: Callable[[], object], device: torch.device) -> float:
+def timed(device: torch.device, work: Callable[[], Done]) -> tuple[Done, float]:
+    """What some work gives, and the milliseconds that it takes."""
+    start = clock_ms(device)
+    done = work()
+    return done, clock_ms(device) - start
+
+
+def fastest(device: torch.device, work: Callable[[], object]) -> float:
     """Seconds that some work takes: the best of five, after one more that is not counted."""
-    times = []
-    for _ in range(6):
-        start = clock_ms(device)
-        work()
-        times.append((clock_ms(device) - start) / 1000)
-    return min(times[1:])
+    return min([timed(device, work)[1] for _ in range(6)][1:]) / 1000
 
 
 def limits(device: torch.device, dtype: torch.dtype) -> dict:
@@ -46,8 +49,8 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict:
     source = torch.rand(size, device=device)
     target = torch.empty_like(source)
     matrix = torch.randn(side, side, device=device).to(dtype)
-    copying = fastest(lambda: target.copy_(source), device)
-    multiplying = fastest(lambda: matrix @ matrix, device)
+    copying = fastest(device, lambda: target.copy_(source))
+    multiplying = fastest(device, lambda: matrix @ matrix)
     return {"copy_gb_s": 2 * source.nbytes / copying / 1e9,
             "matmul_tflop_s": 2 * side ** 3 / multiplying / 1e12}
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from nanogap.bench.machine import first_use, limits, processor, read_files
+from nanogap.bench.machine import first_use, limits, processor, read_files, timed
 from nanogap.bench.peer import generate, load_peer, peer_times, prompt, seen
 from nanogap.bench.sizes import count_parameters, random_model
 from nanogap.checks.loading import load
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.fast.packed import pack
 from nanogap.llama import LlamaConfig
-from nanogap.llava import clock_ms
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import budget_of
@@ -73,32 +72,26 @@ def decoder_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
 
 def our_times(model: VLM, run: Run, new: int) -> dict:
     """One question without drafts and once more with them: milliseconds, tokens and bytes."""
-    prune, keep, mode = run
-    start = clock_ms(model.device)
-    result = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new, drafts=False)
-    between = clock_ms(model.device)
-    drafted = model.ground(IMAGE, EXPRESSION, prune, keep, mode, max_new_tokens=new)
-    end = clock_ms(model.device)
+    ask = partial(model.ground, IMAGE, EXPRESSION, *run, max_new_tokens=new)
+    result, box_ms = timed(model.device, partial(ask, drafts=False))
+    drafted, drafted_box_ms = timed(model.device, ask)
     took = result.timings
     return {"vision_ms": took["vision_ms"], "prefill_ms": took["prefill_ms"],
             "first_token_ms": took["vision_ms"] + took["prefill_ms"],
-            "pass_ms": took["decode_ms"] / took["passes"], "box_ms": between - start,
-            "drafted_box_ms": end - between, "drafted_passes": drafted.timings["passes"],
+            "pass_ms": took["decode_ms"] / took["passes"], "box_ms": box_ms,
+            "drafted_box_ms": drafted_box_ms, "drafted_passes": drafted.timings["passes"],
             "visual_tokens": result.visual_tokens, "kv_bytes": result.kv_bytes}
 
 
 def many_times(model: VLM, run: Run, new: int) -> dict:
     """Several questions about one picture, which is encoded before: answers a second."""
-    prune, keep, mode = run
     image = model.encode_image(IMAGE)
-    start = clock_ms(model.device)
-    for expression in QUESTIONS:
-        model.ground(image, expression, prune, keep, mode, max_new_tokens=new)
-    between = clock_ms(model.device)
-    model.ground_all(image, QUESTIONS, prune, keep, mode, max_new_tokens=new)
-    end = clock_ms(model.device)
-    return {"one_by_one_per_s": 1000 * len(QUESTIONS) / (between - start),
-            "ground_all_per_s": 1000 * len(QUESTIONS) / (end - between)}
+    _, one_by_one_ms = timed(model.device, lambda: [
+        model.ground(image, question, *run, max_new_tokens=new) for question in QUESTIONS])
+    _, ground_all_ms = timed(model.device, lambda: model.ground_all(
+        image, QUESTIONS, *run, max_new_tokens=new))
+    return {"one_by_one_per_s": 1000 * len(QUESTIONS) / one_by_one_ms,
+            "ground_all_per_s": 1000 * len(QUESTIONS) / ground_all_ms}
 
 
 def rounds(todo: Sequence[Callable[[], dict]], number: int) -> list[dict]:

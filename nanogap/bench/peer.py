@@ -129,8 +129,7 @@ def agree(folder: Path, device: torch.device, dtype_name: str | None, image: Ima
     theirs = peer(input_ids=ids, **picture).logits[0].float()                 # (T, V)
     our_choice = ours.argmax(-1)                                              # (T,)
     their_choice = theirs.argmax(-1)
-    at_ours = theirs.gather(1, our_choice[:, None])[:, 0]
-    far = theirs.max(-1).values - at_ours                                     # 0 where they agree
+    far = theirs.max(-1).values - theirs.gather(1, our_choice[:, None])[:, 0]   # 0: they agree
     return {"weights": str(folder), "device": str(device),
             "dtype": str(dtype).removeprefix("torch."), "logits": len(their_choice),
             "same_argmax": int((our_choice == their_choice).sum()),

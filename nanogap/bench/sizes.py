@@ -9,8 +9,9 @@ vanish.  The tokens are those of weights/mini, at the front of a vocabulary of t
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import AddedToken
@@ -25,8 +26,7 @@ from nanogap.models.saving import save
 from nanogap.weights import read_tokenizer
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What a model's configuration holds besides its tokens."""
 
     vision: CLIPVisionConfig
@@ -63,9 +63,8 @@ def empty_model(size: str, image_token: int = 0, dtype: str = "float32") -> VLM:
     """A model of a size with all shapes and no memory (meta device)."""
     entry = SIZES[size]
     family = MODELS[entry.family]
-    config = family.Config(entry.text, entry.vision, image_token, dtype=dtype)
     with torch.device("meta"):
-        return family(config)
+        return family(family.Config(entry.text, entry.vision, image_token, dtype=dtype))
 
 
 def count_parameters(size: str) -> int:
@@ -74,17 +73,16 @@ def count_parameters(size: str) -> int:
 
 
 @torch.no_grad()
-def random_model(size: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> VLM:
+def random_model(size: str, device: torch.device, dtype: torch.dtype) -> VLM:
     """A model of a size with random weights, drawn in place: no more memory than they take."""
     special = MODELS[SIZES[size].family].special_tokens
     tokenizer = read_tokenizer(MINI)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    name = str(dtype).removeprefix("torch.")
     image_token = tokenizer.token_to_id(special[0]) or 0
-    model = empty_model(size, image_token, name).to(dtype)
+    model = empty_model(size, image_token, str(dtype).removeprefix("torch.")).to(dtype)
     model.to_empty(device=device).requires_grad_(False).eval()
     model.tokenizer = tokenizer
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()

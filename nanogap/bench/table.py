@@ -43,15 +43,9 @@ def print_table(d: dict) -> None:
             print(RATIOS.format_map(row | row["theirs_over_this"]))
     for who in ("ours", "theirs"):
         if d[who]:
-            print_first_use(who, d[who])
+            longer = d[who]["load_over_read"]
+            over = f", {longer:.2f} times as long as to read the bytes" if longer else ""
+            megabytes = d[who]["weight_bytes"] / 1e6
+            print(FIRST_USE.format_map(d[who] | {"who": who, "over": over, "megabytes": megabytes}))
     fewest = min(d["runs"], key=lambda row: row["visual_tokens"])
     print(SUMMARY.format_map(fewest | fewest["full_over_this"]))
-
-
-def print_first_use(who: str, facts: dict) -> None:
-    """Print how long a model took to load, and how much memory to use."""
-    over = ""
-    if facts["load_over_read"] is not None:
-        over = f", {facts['load_over_read']:.2f} times as long as to read the bytes"
-    megabytes = facts["weight_bytes"] / 1e6
-    print(FIRST_USE.format_map(facts | {"who": who, "over": over, "megabytes": megabytes}))

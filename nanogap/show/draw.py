@@ -9,9 +9,9 @@ The widest line is drawn first: where boxes coincide, each still shows inside th
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +20,7 @@ from torch import Tensor
 from nanogap.fast.answered import Answered
 from nanogap.ground import Result
 from nanogap.image import Box, iou, open_image
+from nanogap.train.places import shared_area
 
 WIDTH, MAX_HEIGHT = 960, 1200                # of the image on the page, pixels
 MIN_WIDTH, MIN_HEIGHT, MARGIN = 640, 160, 14
@@ -48,8 +49,7 @@ MEANING = {                                       # of a mode, for who sees the 
 }
 
 
-@dataclass(frozen=True)
-class DrawnBox:
+class DrawnBox(NamedTuple):
     """What one mode answered."""
 
     mode: str                # at its box
@@ -110,13 +110,6 @@ def stroke(pen: ImageDraw.ImageDraw, lines: Sequence[tuple[Box, Style]]) -> None
 
 
 # ----- names --------------------------------------------------------------------------------------
-
-
-def shared_area(a: Box, b: Box) -> float:
-    """The area that two boxes share."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)
 
 
 def place_tag(width: float, height: float, box: Box, canvas: tuple[int, int],
@@ -198,20 +191,19 @@ def draw_answers(image: Image.Image, kept: Sequence[int], cells: Tensor,
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     width, height = max(size[0], MIN_WIDTH) + 2 * MARGIN, max(size[1], MIN_HEIGHT) + 2 * MARGIN
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
-    across, down = size[0] / image.width, size[1] / image.height
 
     def on_page(box: Box) -> Box:
         return (box[0] * scale + left, box[1] * scale + top,
                 box[2] * scale + left, box[3] * scale + top)
 
     boxes = {answer.mode: on_page(answer.box) for answer in answers if answer.box is not None}
-    lines = caption.split("\n")
     legend = [(answer.label if answer.box else f"{answer.label}, no box", STYLES[answer.mode])
               for answer in answers]
     if truth is not None:
         legend.append(("the true box", TRUTH))
+    lines = caption.split("\n")
     page = Image.new("RGB", (width, height + ROW * (len(lines) + len(legend)) + MARGIN), PAGE)
-    cells = cells.cpu() * torch.tensor([across, down, across, down])
+    cells = cells.cpu() * torch.tensor([size[0] / image.width, size[1] / image.height] * 2)
     page.paste(dim_dropped(image.resize(size, Image.Resampling.LANCZOS), kept, cells), (left, top))
     pen = ImageDraw.Draw(page)
     draw_boxes(pen, boxes, None if truth is None else on_page(truth), (width, height))
@@ -263,13 +255,12 @@ def draw_results(image: Image.Image, cells: Tensor, expression: str, prune: str,
     model:   its name
     """
     kept = min((result.keep for result in results.values()), key=len)          # (K,)
-    patches = int((cells[kept, 0] < cells[kept, 2]).sum())
-    n_patches = int((cells[:, 0] < cells[:, 2]).sum())
-    pruned = f"{prune} keeps {patches} of {n_patches} patches; the dimmed ones are dropped"
-    if set(results) == {"full"}:
-        pruned = f"all {n_patches} patches"
-    full = results.get("full")
-    answers = [DrawnBox(mode, label(mode, result, full), result.box)
+    are_patches = cells[:, 0] < cells[:, 2]                                    # (N,)
+    pruned = f"all {int(are_patches.sum())} patches"
+    if set(results) != {"full"}:
+        pruned = (f"{prune} keeps {int(are_patches[kept].sum())} of {int(are_patches.sum())} "
+                  "patches; the dimmed ones are dropped")
+    answers = [DrawnBox(mode, label(mode, result, results.get("full")), result.box)
                for mode, result in results.items()]
     asked = f"\"{' '.join(expression.split())}\"" + (f", asked of {model}" if model else "")
     return draw_answers(image, kept.tolist(), cells, answers, f"{asked}\n{pruned}", truth)

@@ -97,7 +97,11 @@ def piece(model: VLM, token: int) -> str:
 def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str, Answered]) -> None:
     """Print each stage of a query with its shapes, and each mode with its IDs."""
     input_ids = model.prompt(expression)
-    explain_image(model, image)
+    square, tower = model.walk(image)
+    print("\n1  The image becomes a square, and the square becomes patches")
+    print(*(f"   {line}" for line in square), sep="\n")
+    print(f"\n2  {tower[0]}")
+    print(*(f"   {line}" for line in tower[1:]), sep="\n")
     explain_pruning(model, image, results)
     P, A = model.around_image(input_ids)
     image_token = piece(model, model.config.image_token)
@@ -114,15 +118,6 @@ def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str,
             print(f"   and {text_ids} ones for the text after the image")
         explain_prompt(model, result, input_ids, image)
         explain_answer(model, result)
-
-
-def explain_image(model: VLM, image: EncodedImage) -> None:
-    """Print what becomes of the picture before anything is pruned."""
-    square, tower = model.walk(image)
-    print("\n1  The image becomes a square, and the square becomes patches")
-    print(*(f"   {line}" for line in square), sep="\n")
-    print(f"\n2  {tower[0]}")
-    print(*(f"   {line}" for line in tower[1:]), sep="\n")
 
 
 def explain_pruning(model: VLM, image: EncodedImage, results: dict[str, Answered]) -> None:
@@ -175,7 +170,7 @@ def explain_prompt(model: VLM, result: Answered, input_ids: Tensor, image: Encod
     parts = ids[:P], ids[P:P + K + M], ids[P + K + M:]
     print(wrapped(" | ".join(ranges(part) for part in parts)))
     names = ("token", "token ID", "keep", "ID before", "ID now", "cache row")
-    tokens = prompt_tokens(model, result, input_ids, image)
+    tokens = prompt_tokens(model, result, input_ids, image, M)
     shown: list[tuple] = []
     last = -1
     for row in ends_of_parts(P, K, M, A):
@@ -186,23 +181,18 @@ def explain_prompt(model: VLM, result: Answered, input_ids: Tensor, image: Encod
     print(across(names, shown))
 
 
-def prompt_tokens(model: VLM, result: Answered, input_ids: Tensor,
-                  image: EncodedImage) -> list[tuple]:
+def prompt_tokens(model: VLM, result: Answered, input_ids: Tensor, image: EncodedImage,
+                  n_added: int) -> list[tuple]:
     """Each token of what was fed: its name, token ID, keep, and position ID before pruning."""
-    P, A = model.around_image(input_ids)
+    P, _ = model.around_image(input_ids)
     newlines = model.newlines(image)
-    tokens: list[tuple] = []
-    for place, token in enumerate(input_ids.tolist()):
-        if place < P:
-            tokens.append((piece(model, token)[:20], token, "", place))
-        elif place > P:
-            tokens.append((piece(model, token)[:20], token, "", image.n_visual + place - 1))
-        else:
-            tokens += [("newline" if index in newlines else "patch", "", index, P + index)
-                       for index in result.keep.tolist()]
-            n_added = len(result.position_ids) - P - len(result.keep) - A
-            tokens += [("added", "", "", "") for _ in range(n_added)]
-    return tokens
+    text = [(piece(model, token)[:20], token, "") for token in input_ids.tolist()]
+    before = [(*token, place) for place, token in enumerate(text[:P])]
+    kept = [("newline" if index in newlines else "patch", "", index, P + index)
+            for index in result.keep.tolist()]
+    added = [("added", "", "", "") for _ in range(n_added)]
+    after = [(*token, place) for place, token in enumerate(text[P + 1:], P + image.n_visual)]
+    return [*before, *kept, *added, *after]
 
 
 def ends_of_parts(P: int, K: int, M: int, A: int) -> list[int]:
@@ -220,10 +210,8 @@ def explain_answer(model: VLM, result: Answered) -> None:
     rows = len(result.position_ids)
     print(f"   the answer: {len(tokens)} tokens in {result.timings['passes']} more passes "
           "of the decoder, the last never fed")
-    shown: list[tuple] = []
-    for t, token in enumerate(tokens):
-        row = rows + t if t < len(tokens) - 1 else "-"
-        shown.append((piece(model, token)[:20], token, result.next_position + t, row))
+    shown = [(piece(model, token)[:20], token, result.next_position + t,
+              rows + t if t < len(tokens) - 1 else "-") for t, token in enumerate(tokens)]
     print(across(("token", "token ID", "ID now", "cache row"), shown))
     print("   in words, in fractions of the square, in pixels of the image:")
     print(wrapped(visible(result.text)))

@@ -65,31 +65,29 @@ def explain_ids(ids_of_all: Tensor | list, ids_fed: Tensor | list, n_before: int
     whose = None if keep is None else check_keep(torch.as_tensor(keep).cpu().flatten(), K, N)
     moved = how_far(old, new, P, K, whose)
     right = old + moved                              # what is right if all are moved by that number
-    wrong = (new[:, :P] != right[:, :P]).any(0)
-    if wrong.any():
-        return f"{NOT_BEFORE} ({first_wrong(wrong, new, right)})."
+    if not torch.equal(new[:, :P], right[:, :P]):
+        return f"{NOT_BEFORE} ({first_wrong(new[:, :P], right[:, :P], 0)})."
     text, text_clause = explain_text(right[:, P:], new[:, P:], N, K, P, old)
     patches, clause = explain_patches(right[:, P:P + N], new[:, P:P + K], P, whose, bool(text))
     if patches == "other" and moved.any():
-        return f"{NOT_BEFORE} ({first_wrong(moved.any(0), new, old)})."
+        return f"{NOT_BEFORE} ({first_wrong(new[:, :P], old[:, :P], 0)})."
     reply, answer_clause = explain_answer(old, right, new, n_after, answer)
     name = patches
     if patches == "kept":
         name = text or reply or "kept"
     elif patches in ("shifted", "permuted") and n_after and not text:
         name = f"{patches}, text not moved"
-    if name == "text moved" and whose is None and not P:        # nothing tells these two apart
+    if name == "text moved" and whose is None and K and not P:  # nothing tells these two apart
         step = new[:, K:K + 1] - old[:, N:N + 1]
-        if K and n_after and told_by_ids(old[:, :N] + step, new[:, :K]) is not None:
+        if same_ids(old[:, :N] + step, new[:, :K]).any(1).all():
             name = "kept or text moved"
             text_clause += ", which is right if all IDs are moved alike"
     clauses = [clause, text_clause, answer_clause]
     if moved.any():
         behind = bool(old.min() > 0)                 # something may stand before the first of them
         name += " unless behind a cache" if behind and name == "kept" else ""
-        clauses.append(f"all IDs are moved by {say(moved[:, 0])}, which RoPE "
-                       + ("sees only where a cache stands before them" if behind else
-                          "does not see"))
+        sees = "sees only where a cache stands before them" if behind else "does not see"
+        clauses.append(f"all IDs are moved by {say(moved[:, 0])}, which RoPE {sees}")
     return f"{name}: {'; '.join(c for c in clauses if c)}."
 
 
@@ -116,26 +114,28 @@ def check_keep(keep: Tensor, K: int, N: int) -> Tensor:
 
 def how_far(old: Tensor, new: Tensor, P: int, K: int, keep: Tensor | None) -> Tensor:
     """The number by which all IDs are moved (D, 1): that of the text before the image, if any."""
-    N, none = old.shape[1] - new.shape[1] + K, torch.zeros_like(old[:, :1])
+    N = old.shape[1] - new.shape[1] + K
+    none = torch.zeros_like(old[:, :1])
     steps = new[:, :P] - old[:, :P]
     if not P:
-        own = slice(0) if keep is None else keep >= 0
-        whose = own if keep is None else keep[own]
-        patches = new[:, :K][:, own] - old[:, :N][:, whose]
+        known = torch.full((K,), -1) if keep is None else keep
+        own = known >= 0
+        patches = new[:, :K][:, own] - old[:, known[own]]
         steps = torch.cat([patches, new[:, K:] - old[:, N:]], 1)
-        if keep is not None and (keep[own].diff() != 1).any() and (steps != steps[:, :1]).any():
+        if (known[own].diff() != 1).any() and (steps != steps[:, :1]).any():
             steps = patches                          # the text alone is somewhere else
-    if not steps.shape[1] or (steps != steps[:, :1]).any():
+    if not steps.numel() or (steps != steps[:, :1]).any():
         return none
-    alone = keep is None and not P and K > 0         # then the patches must say so, and no other
-    told = [told_by_ids(old[:, :N] + by, new[:, :K]) is not None for by in (none, steps[:, :1])]
-    return none if alone and told != [False, True] else steps[:, :1]
+    if keep is None and not P and K:                 # then the patches must say so, and no other
+        stay, move = (same_ids(old[:, :N] + by, new[:, :K]).any(1).all()
+                      for by in (none, steps[:, :1]))
+        return steps[:, :1] if move and not stay else none
+    return steps[:, :1]
 
 
-def told_by_ids(right: Tensor, new: Tensor) -> Tensor | None:
-    """Which patches have these IDs; None where one is no patch's."""
-    same = (right[:, None, :] == new[:, :, None]).all(0)                      # (K, N)
-    return same.int().argmax(1) if same.any(1).all() else None
+def same_ids(right: Tensor, new: Tensor) -> Tensor:
+    """Which of the fed tokens have the ID of which patch: (K, N), from (D, N) and (D, K)."""
+    return (right[:, None, :] == new[:, :, None]).all(0)
 
 
 # ----- the patches --------------------------------------------------------------------------------
@@ -155,7 +155,9 @@ def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
     own = keep >= 0
     added = f" ({int((~own).sum())} of them added)" if not own.all() else ""
     raster = bool((keep[own].diff() > 0).all())
-    good = new[:, own] == right[:, keep[own]]                                 # (D, K)
+    expected = new.clone()                                                    # (D, K)
+    expected[:, own] = right[:, keep[own]]           # of an added token any ID is right
+    good = new == expected
     if own.any() and good.all():
         return ("kept", f"every patch keeps its ID{added}") if raster else (
             "ranked", "every patch keeps its ID, but the patches are not fed in the order of the "
@@ -169,10 +171,8 @@ def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
         dims = " and ".join(n for n, d in zip(NAMES[len(new)], good.all(1), strict=True) if not d)
         dealt = f", which are those of the first {K}" if torch.equal(new, right[:, :K]) else ""
         return f"{dims} renumbered", f"the patches keep their IDs but for {dims}{dealt}{added}"
-    place = P + int(own.nonzero()[int((~good).any(0).int().argmax())])
-    index = int(keep[place - P])
-    return "other", (f"the patches have other IDs than before pruning ({ends(new)}; first at place "
-                     f"{place}: {say(new[:, place - P])} instead of {say(right[:, index])})")
+    return "other", ("the patches have other IDs than before pruning "
+                     f"({ends(new)}; {first_wrong(new, expected, P)})")
 
 
 def by_ids_alone(right: Tensor, new: Tensor, P: int, span: str,
@@ -181,22 +181,22 @@ def by_ids_alone(right: Tensor, new: Tensor, P: int, span: str,
     K = new.shape[1]
     if torch.equal(right, new):
         return "kept", "the visual tokens have the IDs of all patches, in their order"
-    whose = told_by_ids(right, new)
-    if span and not text_moved and whose is not None:
+    same = same_ids(right, new)                                               # (K, N)
+    known = same.any(1)
+    if span and not text_moved and known.all():
         return "kept or shifted", f"{span}, as {K} patches were: give keep to tell"
     if span:
         return "shifted", f"{span} (or permuted: give keep to tell)"
-    if whose is not None and (whose.diff() >= 0).all():
+    if known.all() and (same.int().argmax(1).diff() >= 0).all():
         return "kept", ("the visual tokens have IDs of patches, in the order of the image "
                         "(whether each has its own: give keep to tell)")
-    if whose is not None:
+    if known.all():
         return "ranked", "the visual tokens have IDs of patches, not in the order of the image"
-    if len(new) == 3 and told_by_ids(right[1:], new[1:]) is not None:
+    if len(new) == 3 and same_ids(right[1:], new[1:]).any(1).all():
         return "time renumbered", "the visual tokens have height and width of patches, but not time"
-    strange = ~(right[:, None, :] == new[:, :, None]).all(0).any(1)           # (K,)
-    place = int(strange.int().argmax())
+    first = int(known.int().argmin())
     return "other", (f"some patches have IDs that no patch had ({ends(new)}; first at place "
-                     f"{P + place}: {say(new[:, place])})")
+                     f"{P + first}: {say(new[:, first])})")
 
 
 # ----- the text and the answer --------------------------------------------------------------------
@@ -216,18 +216,15 @@ def explain_text(right: Tensor, new: Tensor, N: int, K: int, P: int,
     place, begins = P + K + j, say(after[:, j])
     if j and (steps[:, :j].any() or (steps[:, j:] != steps[:, j:j + 1]).any()):
         return "text renumbered", (
-            "the IDs of the text after them do not rise together any more (first at place "
-            f"{place}: {begins} instead of {say(before[:, j] + steps[:, 0])})")
+            "the IDs of the text after them do not rise together any more "
+            f"({first_wrong(after, before + steps[:, :1], P + K)})")
     if j:
-        deltas, what = offset(old)
-        rows = {place + deltas: f"the number of tokens before it plus the unpruned prompt's {what}",
-                place: "the number of tokens before it"}
-        counted = [words for row, words in rows.items() if (after[:, j] == row).all()]
         goes_on = f"at place {place} the text goes on at {begins}"
-        if counted:
-            return "text counted from the cache", (
-                f"{goes_on}, {counted[0]}, instead of {say(before[:, j])}")
-        return "text moved", f"{goes_on} instead of {say(before[:, j])}"
+        instead = f"instead of {say(before[:, j])}"
+        for row, words in counted(place, "the number of tokens before it", old).items():
+            if (after[:, j] == row).all():
+                return "text counted from the cache", f"{goes_on}, {words}, {instead}"
+        return "text moved", f"{goes_on} {instead}"
     clause = f"the text after them begins at {begins} instead of {say(before[:, 0])}"
     if K and (after.amin(1) <= patches.amax(1)).any():
         inside = bool((after.amax(1) >= patches.amin(1)).all())
@@ -241,47 +238,44 @@ def explain_answer(old: Tensor, right: Tensor, new: Tensor, A: int,
     """Where the answer begins: a name, "" if where it did before pruning; and a clause."""
     if answer is None:
         return "", ""
-    D, rows = len(new), new.shape[1]
+    D, rows = new.shape
     begins = torch.as_tensor(answer).cpu().double().flatten()
     if len(begins) not in (1, D):
         raise ValueError(f"answer has {len(begins)} numbers, and an ID has {D}")
     begins = begins.expand(D)
+    clause = f"the answer begins at {say(begins)}"
     largest, behind = old.max() + 1 + right[:, 0] - old[:, 0], right[:, -1] + 1        # (D,) each
     if torch.equal(begins, largest):
-        return "", f"the answer begins at {say(begins)}"
-    instead = say(largest)
+        return "", clause
+    instead = f"instead of {say(largest)}"
     if not torch.equal(largest, behind):             # a prompt that ends with its image; a video
         instead += f", or {say(behind)} where programs count from the last token"
         if torch.equal(begins, behind):
-            return "", (f"the answer begins at {say(begins)}, behind the last token "
-                        f"(behind the largest ID: {say(largest)})")
+            return "", f"{clause}, behind the last token (behind the largest ID: {say(largest)})"
     if torch.equal(begins, new[:, -1] + 1):
         return "answer moved", (
-            f"the answer begins behind the last token, at {say(begins)} instead of {instead}")
-    deltas, what = offset(old)
-    told = {"where the prompt's last token stands": new[:, -1],
-            "the length of the cache": torch.full_like(begins, rows)}
-    if deltas:
-        told[f"the length of the cache plus the unpruned prompt's {what}"] = (
-            torch.full_like(begins, rows + deltas))
-    cases = [words for words, place in told.items() if torch.equal(begins, place)]
+            f"the answer begins behind the last token, at {say(begins)} {instead}")
+    cases = [words for row, words in counted(rows, "the length of the cache", old).items()
+             if (begins == row).all()]
+    if torch.equal(begins, new[:, -1]):
+        cases.insert(0, "where the prompt's last token stands")
     if cases:
         names = ["answer repeats the last ID" if "token" in words else
                  "answer counted from the cache" for words in cases]
         return " or ".join(dict.fromkeys(names)), (
-            f"the answer begins at {say(begins)}, {', which is also '.join(cases)}, "
-            f"instead of {instead}")
-    clause = f"the answer begins at {say(begins)} instead of {instead}"
+            f"{clause}, {', which is also '.join(cases)}, {instead}")
+    clause += f" {instead}"
     text = right[:, right.shape[1] - A:] if A else right[:, :1] + rows
     if D == 3 and (begins == begins[0]).all() and begins[0] < text.min():
         clause += f", as rope_deltas of {say(begins[:1] - rows)}, another prompt's, would have it"
     return "answer moved", clause
 
 
-def offset(old: Tensor) -> tuple[int, str]:
-    """By how much the next ID of the unpruned prompt is more than its length, and its name."""
-    deltas = int(old.max()) + 1 - old.shape[1]
-    return deltas, "rope_deltas" if len(old) == 3 else f"offset of {deltas}"
+def counted(row: int, words: str, old: Tensor) -> dict[int, str]:
+    """IDs that a row of the cache gets where rows are counted, and in words what is counted."""
+    deltas = int(old.max()) + 1 - old.shape[1]       # the unpruned prompt's next ID less its length
+    what = "rope_deltas" if len(old) == 3 else f"offset of {deltas}"
+    return {row + deltas: f"{words} plus the unpruned prompt's {what}", row: words}
 
 
 # ----- words --------------------------------------------------------------------------------------
@@ -295,10 +289,10 @@ def say(number: Tensor) -> str:
 
 def ends(ids: Tensor) -> str:
     """The smallest and the largest of IDs."""
-    return f"{ids.min():.10g} to {ids.max():.10g}" if ids.numel() else "nothing"
+    return f"{ids.min():.10g} to {ids.max():.10g}"
 
 
-def first_wrong(wrong: Tensor, new: Tensor, right: Tensor) -> str:
-    """The first place where IDs differ; wrong: (T,) of bool."""
-    place = int(wrong.int().argmax())
-    return f"first at place {place}: {say(new[:, place])} instead of {say(right[:, place])}"
+def first_wrong(ids: Tensor, right: Tensor, start: int) -> str:
+    """The first of some tokens whose ID is wrong; start: the place where they begin."""
+    i = int((ids != right).any(0).int().argmax())
+    return f"first at place {start + i}: {say(ids[:, i])} instead of {say(right[:, i])}"

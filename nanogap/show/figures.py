@@ -8,7 +8,6 @@ In:  weights, and image.jpg.  Out: small PNG files, and one WebP.
 Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
-import colorsys
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
 from nanogap.checks.command import Parser, answer_for, path_argument
-from nanogap.checks.loading import MINI, PACKAGE, TOP, folder_of, load
+from nanogap.checks.loading import MINI, PACKAGE, folder_of, load
 from nanogap.checks.output import check_folder, save_picture
 from nanogap.errors import NanogapError
 from nanogap.image import open_image
@@ -27,10 +26,8 @@ from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, ranked
 from nanogap.show.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
-from nanogap.show.sweep import EXPRESSION, GREY, Sweep
-from nanogap.train.scenes import scene_of
+from nanogap.show.sweep import EXPRESSION, GREY, IMAGE, Sweep, true_box
 
-IMAGE = TOP / "image.jpg"
 SIDE, LABEL, FONT_SIZE = 240, 42, 22          # of a small picture and the line below it, pixels
 PATCH = 40                                    # of a square before it is made small, pixels
 HEAT = "#ff9a00"
@@ -39,9 +36,8 @@ HEAT = "#ff9a00"
 def sheet(panels: Sequence[tuple[Image.Image, str]], columns: int, side: int = SIDE) -> Image.Image:
     """Small pictures in rows, each with a line of text below."""
     rows = math.ceil(len(panels) / columns)
-    width = columns * (side + MARGIN) + MARGIN
-    height = rows * (side + LABEL) + 2 * MARGIN
-    page = Image.new("RGB", (width, height), PAGE)
+    page = Image.new("RGB", (columns * (side + MARGIN) + MARGIN,
+                             rows * (side + LABEL) + 2 * MARGIN), PAGE)
     pen = ImageDraw.Draw(page)
     font = ImageFont.load_default(FONT_SIZE)
     for i, (picture, label) in enumerate(panels):
@@ -59,18 +55,14 @@ class Square:
     def __init__(self, model: VLM) -> None:
         self.encoded = model.encode_image(IMAGE)
         self.seen = model.see(self.encoded, {"cls_attention"}, "")
-        self.rows = self.seen.rows
-        self.columns = self.seen.columns
+        self.rows, self.columns = self.seen.rows, self.seen.columns
         self.picture = model.frame.fit(open_image(IMAGE), self.columns * PATCH)
+        self.cells = model.frame.cells(self.rows, self.columns, *self.picture.size)   # (N, 4)
 
     def cell(self, index: int) -> tuple[int, int, int, int]:
         """Where the patch with that raster index lies: x1, y1, x2, y2."""
-        row, column = divmod(index, self.columns)
-        return (column * PATCH, row * PATCH, (column + 1) * PATCH, (row + 1) * PATCH)
-
-    def cells(self) -> torch.Tensor:
-        """The same for all patches (N, 4)."""
-        return torch.tensor([self.cell(index) for index in range(self.rows * self.columns)])
+        x1, y1, x2, y2 = self.cells[index].int().tolist()
+        return x1, y1, x2, y2
 
 
 # ----- the README ---------------------------------------------------------------------------------
@@ -78,12 +70,11 @@ class Square:
 
 def answer(model: VLM) -> Image.Image:
     """What `python run.py image.jpg "the man on the left"` draws."""
-    drawn, encoded = scene_of(IMAGE), model.encode_image(IMAGE)
-    truth = drawn.things[dict(drawn.expressions)[EXPRESSION]].box if drawn else None
+    encoded = model.encode_image(IMAGE)
     results = {mode: model.ground(encoded, EXPRESSION, "random", "50%", mode)
                for mode in ("full", "shifted", "gap")}
     return draw_results(open_image(IMAGE), model.cells(encoded), EXPRESSION, "random", results,
-                        truth, "weights/mini")
+                        true_box(), "weights/mini")
 
 
 # ----- chapters 1 and 2 ---------------------------------------------------------------------------
@@ -132,7 +123,8 @@ def line(model: VLM) -> Image.Image:
         y = 14 + row * high
         pen.text((MARGIN, y + cell / 2), mode, PAPER, font, anchor="lm")
         names = ["T"] * P + [str(index) for index in kept] + ["T"] * A
-        colours = [GREY] * P + [hue(index / N) for index in kept] + [GREY] * A
+        hues = [f"hsv({306 * index / N}, 55%, 95%)" for index in kept]        # red to violet
+        colours = [GREY] * P + hues + [GREY] * A
         for name, colour, at in zip(names, colours, layout.position_ids.tolist(), strict=True):
             x = left + at * cell
             pen.rectangle((x, y, x + cell - 4, y + cell - 4), colour)
@@ -144,12 +136,6 @@ def line(model: VLM) -> Image.Image:
     for at in range(P + N + A):
         pen.text((left + at * cell + cell / 2 - 2, y), str(at), PAPER, small, anchor="mm")
     return page
-
-
-def hue(share: float) -> str:
-    """A colour between red, at 0, and violet, at 1."""
-    levels = colorsys.hsv_to_rgb(0.85 * share, 0.55, 0.95)
-    return "#" + "".join(f"{round(255 * level):02x}" for level in levels)
 
 
 def places(model: VLM) -> Image.Image:
@@ -180,9 +166,8 @@ def strategies(model: VLM) -> Image.Image:
     for name in STRATEGIES:
         budget = "50%" if prunes_there(name) else "25%"
         result = model.ground(square.encoded, EXPRESSION, name, budget, "gap", max_new_tokens=1)
-        kept = result.keep.tolist()
-        dimmed = dim_dropped(square.picture, kept, square.cells())
-        panels.append((dimmed, f"{name}, {len(kept)}"))
+        dimmed = dim_dropped(square.picture, result.keep.tolist(), square.cells)
+        panels.append((dimmed, f"{name}, {len(result.keep)}"))
     return sheet(panels, 4)
 
 
@@ -199,7 +184,7 @@ def axes(model: VLM) -> Image.Image:
               for words, turn in (("RoPE turns least", cos), ("by a quarter", sin))}
     kept = model.ground(square.encoded, EXPRESSION, "ivc", None, "gap", max_new_tokens=1).keep
     chosen[f"all that ivc keeps, {len(kept)}"] = kept
-    return sheet([(dim_dropped(square.picture, indices.tolist(), square.cells()), label)
+    return sheet([(dim_dropped(square.picture, indices.tolist(), square.cells), label)
                   for label, indices in chosen.items()], 3, 324)
 
 
@@ -207,8 +192,7 @@ def axes(model: VLM) -> Image.Image:
 
 
 FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
-    "answer": answer, "patches": patches, "line": line, "places": places, "strategies": strategies,
-    "axes": axes}
+    draw.__name__: draw for draw in (answer, patches, line, places, strategies, axes)}
 MOVING = "sweep"
 
 

@@ -11,11 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap.checks.loading import TOP
 from nanogap.ground import Result
-from nanogap.image import iou, open_image
+from nanogap.image import Box, iou, open_image
 from nanogap.models import VLM
 from nanogap.show.draw import MARGIN, PAGE, PAPER, STYLES, TRUTH, Style, dim_dropped, sides, stroke
 from nanogap.train.scenes import scene_of
 
+IMAGE = TOP / "image.jpg"
 EXPRESSION = "the man on the left"
 SHARES = [100 - 2.5 * step for step in range(37)]      # percent
 STILLS = (100, 75, 50, 25, 10)
@@ -26,16 +27,21 @@ GREY = "#5a5a5a"
 MS = 160                                               # a frame is shown so long
 
 
+def true_box() -> Box:
+    """Where the one who is asked for is in image.jpg, a drawn scene that notes which, pixels."""
+    drawn = scene_of(IMAGE)
+    assert drawn is not None
+    return drawn.things[dict(drawn.expressions)[EXPRESSION]].box
+
+
 class Sweep:
     """image.jpg, asked one question with fewer and fewer patches."""
 
     def __init__(self, model: VLM) -> None:
-        path = TOP / "image.jpg"
-        drawn, encoded = scene_of(path), model.encode_image(path)
-        assert drawn is not None, "image.jpg is a drawn scene, and notes which"
-        self.picture = open_image(path)
+        encoded = model.encode_image(IMAGE)
+        self.picture = open_image(IMAGE)
         self.cells = model.cells(encoded)                                     # (N, 4)
-        self.truth = drawn.things[dict(drawn.expressions)[EXPRESSION]].box
+        self.truth = true_box()
         self.results = {
             share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode, seed=0)
                     for mode in SIDES} for share in SHARES}

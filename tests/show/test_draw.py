@@ -9,7 +9,7 @@ A 96 x 48 picture lies over the two middle rows, a 48 x 96 one over the two midd
 """
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -43,20 +43,15 @@ def dimmed_pixels(size: tuple[int, int], keep: list[int]) -> set[tuple[int, int]
     image = Image.new("RGB", size, PINK)
     drawn = dim_dropped(image, keep, Padded().cells(4, 4, *size))
     assert drawn.size == size
-    every = ((x, y) for x in range(size[0]) for y in range(size[1]))
-    return {at for at in every if drawn.getpixel(at) != PINK}
+    return {at for at in product(*map(range, size)) if drawn.getpixel(at) != PINK}
 
 
-def test_on_a_wide_picture_the_grid_reaches_into_the_padding_above_and_below():
-    every = {(x, y) for x in range(96) for y in range(48)}
-    patch_5 = {(x, y) for x in range(24, 48) for y in range(0, 24)}
-    assert dimmed_pixels((96, 48), [5]) == every - patch_5
-
-
-def test_on_a_tall_picture_the_grid_reaches_into_the_padding_left_and_right():
-    every = {(x, y) for x in range(48) for y in range(96)}
-    patch_9 = {(x, y) for x in range(0, 24) for y in range(48, 72)}
-    assert dimmed_pixels((48, 96), [9]) == every - patch_9
+@pytest.mark.parametrize("size, kept, columns, rows", [
+    ((96, 48), 5, range(24, 48), range(0, 24)), ((48, 96), 9, range(0, 24), range(48, 72))])
+def test_the_grid_reaches_into_the_padding_of_a_wide_or_a_tall_picture(
+        size: tuple[int, int], kept: int, columns: range, rows: range):
+    every = set(product(*map(range, size)))
+    assert dimmed_pixels(size, [kept]) == every - set(product(columns, rows))
 
 
 @pytest.mark.parametrize("size", [(37, 90), (90, 37), (100, 61), (77, 77)])
@@ -166,14 +161,20 @@ def test_a_box_at_the_border_keeps_its_line_on_the_page():
 # ----- names --------------------------------------------------------------------------------------
 
 
+def tags_of(boxes: list) -> list:
+    """The places of the names of some boxes, each wider than the one before."""
+    tags: list = []
+    for i, box in enumerate(boxes):
+        tags.append(place_tag(60 + 30 * i, 36, box, (960, 600), tags, boxes))
+    assert all(shared_area(a, b) == 0 for a, b in combinations(tags, 2))
+    return tags
+
+
 @pytest.mark.parametrize("box", [(0, 0, 5, 5), (955, 595, 960, 600), (0, 0, 960, 600),
                                  (300, 200, 600, 400), (0, 590, 960, 600), (950, 0, 960, 600)])
 def test_names_of_boxes_that_coincide_overlap_neither_each_other_nor_the_border(box: tuple):
-    tags = []
-    for width in (90, 120, 150, 90):
-        tags.append(place_tag(width, 40, box, (960, 600), tags, [box] * 4))
-    assert all(shared_area(a, b) == 0 for a, b in combinations(tags, 2))
-    assert all(x1 >= 0 and y1 >= 0 and x2 <= 960 and y2 <= 600 for x1, y1, x2, y2 in tags)
+    for x1, y1, x2, y2 in tags_of([box] * 4):
+        assert 0 <= x1 < x2 <= 960 and 0 <= y1 < y2 <= 600
 
 
 BOX = (300, 200, 600, 400)
@@ -181,12 +182,11 @@ ABOVE_LEFT, ABOVE_RIGHT = (292, 146, 382, 186), (518, 146, 608, 186)
 BELOW_LEFT, BELOW_RIGHT = (292, 414, 382, 454), (518, 414, 608, 454)
 
 
-@pytest.mark.parametrize("taken, place", [
-    ([], ABOVE_LEFT), ([ABOVE_LEFT], ABOVE_RIGHT), ([ABOVE_LEFT, ABOVE_RIGHT], BELOW_LEFT),
-    ([ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT], BELOW_RIGHT),
-    ([ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT], (314, 214, 404, 254))])
-def test_a_name_stands_above_its_box_then_below_then_in_a_corner(taken: list, place: tuple):
-    assert place_tag(90, 40, BOX, (960, 600), taken, [BOX]) == place
+def test_a_name_stands_above_its_box_then_below_then_in_a_corner():
+    taken: list = []
+    for place in (ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT, (314, 214, 404, 254)):
+        assert place_tag(90, 40, BOX, (960, 600), taken, [BOX]) == place
+        taken.append(place)
 
 
 def test_a_name_stands_in_no_other_box_where_there_is_a_place_beside_its_own():
@@ -199,12 +199,8 @@ def test_a_name_stands_in_no_other_box_where_there_is_a_place_beside_its_own():
     [(100 + 12 * i, 100 + 12 * i, 500 + 12 * i, 400 + 12 * i) for i in range(7)],
     [(10, 110, 190, 525), (15, 140, 188, 530), (290, 218, 536, 555)]])
 def test_no_name_lies_over_a_line_or_another_name(boxes: list):
-    tags = []
-    for i, box in enumerate(boxes):
-        tags.append(place_tag(60 + 30 * i, 36, box, (960, 600), tags, boxes))
-    assert all(shared_area(a, b) == 0 for a, b in combinations(tags, 2))
     lines = [(x1 - 7, y1 - 7, x2 + 7, y2 + 7) for box in boxes for x1, y1, x2, y2 in sides(box)]
-    assert all(shared_area(tag, line) == 0 for tag in tags for line in lines)
+    assert all(shared_area(tag, line) == 0 for tag, line in product(tags_of(boxes), lines))
 
 
 # ----- the page -----------------------------------------------------------------------------------

@@ -30,29 +30,18 @@ GATHERED = [[0, 1, 2, 3, 3, 3, 5, 6],                       # visual tokens 0, 1
             [0, 1, 2, 3, 4, 4, 5, 6]]
 ALL_COMPACT = [[0, 1, 2, 3, 4, 5, 6, 7]] * 3                # the text has moved away, to 6
 TIME_COMPACT = [[0, 1, 2, 3, 4, 5, 6, 7], *GATHERED[1:]]
+WIDE = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],                 # a token, and a grid of 2 x 4
+               [0, 1, 1, 1, 1, 2, 2, 2, 2],
+               [0, 1, 2, 3, 4, 1, 2, 3, 4]])
 
 
-# ----- keep_ids of gap.py: IDs of three numbers, padding, several images --------------------------
-
-
-def test_of_three_numbers_each_token_that_stays_keeps_all_three():
-    ids, next_position = keep_ids(QWEN, tensor([0, 1, 2, 3, 4, 6, 7, 8]))
-    assert (ids.tolist(), next_position) == (GATHERED, 7)
+# ----- keep_ids of gap.py: IDs of three numbers ---------------------------------------------------
 
 
 def test_the_answer_goes_on_behind_the_largest_id_even_where_its_token_is_dropped():
     """A grid of 2 x 4 tokens at the end: the largest ID is a width, and no text follows."""
-    ids_of_all = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],
-                         [0, 1, 1, 1, 1, 2, 2, 2, 2],
-                         [0, 1, 2, 3, 4, 1, 2, 3, 4]])
-    ids, next_position = keep_ids(ids_of_all, tensor([0, 1, 6]))
+    ids, next_position = keep_ids(WIDE, tensor([0, 1, 6]))
     assert (ids.tolist(), next_position) == ([[0, 1, 1], [0, 1, 2], [0, 1, 2]], 5)
-
-
-def test_padding_on_the_left_counts_for_nothing():
-    """8 columns: two of padding, 2 tokens, 3 patches, 1 token; patches 0 and 2 stay."""
-    ids, next_position = keep_ids(tensor([0, 0, 0, 1, 2, 3, 4, 5]), tensor([2, 3, 4, 6, 7]))
-    assert (ids.tolist(), next_position) == ([0, 1, 2, 4, 5], 6)
 
 
 def test_several_images_each_stand_behind_all_of_the_one_before():
@@ -67,22 +56,25 @@ def test_several_images_each_stand_behind_all_of_the_one_before():
 
 # ----- a case for each sentence -------------------------------------------------------------------
 
-KEPT = "every patch keeps its ID; the text after them keeps its IDs"
-SEEN = "the visual tokens have IDs of patches, in the order of the image"
+STAYS = "the text after them keeps its IDs"
+KEPT = f"every patch keeps its ID; {STAYS}"
+SEEN = ("the visual tokens have IDs of patches, in the order of the image "
+        "(whether each has its own: give keep to tell)")
+SPAN = "the patches are numbered 3 to 6 without gaps"
+AT_7 = "the text after them begins at 7 instead of 19"
+BEFORE = "the text before the image has other IDs than it had before pruning"
+KEEP, GAP, COMPACT = [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], list(range(9))
 
 # 3 tokens, 4 x 4 patches, 2 tokens; 19 and 20 after the image, the answer at 21.  A method's
 # raster indices in the order in which it feeds them, -1 for a token that it adds; the IDs that
 # reach RoPE; the ID of the answer; what is said.  Who does so is told in chapters 11 and 14.
 SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
-    "FastV, SparseVLM v2, Nuwa": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 21,
-        f"kept: {KEPT}; the answer begins at 21."),
+    "FastV, SparseVLM v2, Nuwa": (KEEP, GAP, 21, f"kept: {KEPT}; the answer begins at 21."),
     "FasterVLM, VisPruner, DivPrune": (
-        [2, 5, 9, 14], [0, 1, 2, 3, 4, 5, 6, 7, 8], 9,
-        "shifted: the patches are numbered 3 to 6 without gaps; the text after them begins at 7 "
-        "instead of 19; the answer begins behind the last token, at 9 instead of 21."),
+        KEEP, COMPACT, 9,
+        f"shifted: {SPAN}; {AT_7}; the answer begins behind the last token, at 9 instead of 21."),
     "TRIM: one token more, behind": (
-        [2, 5, 9, 14, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None,
+        [*KEEP, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None,
         "shifted: the patches are numbered 3 to 7 without gaps (1 of them added); the text after "
         "them begins at 8 instead of 19."),
     "VisionZip: CLS, dominant, contextual": (
@@ -91,26 +83,23 @@ SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
         "image (1 of them added); the text after them begins at 8 instead of 19."),
     "PruMerge, with GAP": (
         [2, 9, 14, -1], [0, 1, 2, 5, 12, 17, 18, 19, 20], None,
-        "kept: every patch keeps its ID (1 of them added); the text after them keeps its IDs."),
+        f"kept: every patch keeps its ID (1 of them added); {STAYS}."),
     "merged tokens alone": (
         [-1, -1], [0, 1, 2, 5, 12, 19, 20], None,
-        "kept: no patch is fed, but 2 added tokens (5 to 12); the text after them keeps its IDs."),
+        f"kept: no patch is fed, but 2 added tokens (5 to 12); {STAYS}."),
     "own IDs in the order of scores": (
         [9, 2, 14, 5], [0, 1, 2, 12, 5, 17, 8, 19, 20], None,
         "ranked: every patch keeps its ID, but the patches are not fed in the order of the image, "
-        "so each of them sees others than before; the text after them keeps its IDs."),
+        f"so each of them sees others than before; {STAYS}."),
     "the patches alone renumbered": (
-        [2, 5, 9, 14], [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
-        "shifted, text not moved: the patches are numbered 3 to 6 without gaps; "
-        "the text after them keeps its IDs."),
+        KEEP, [0, 1, 2, 3, 4, 5, 6, 19, 20], None, f"shifted, text not moved: {SPAN}; {STAYS}."),
     "the patches alone renumbered by score": (
         [9, 2, 14, 5], [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
-        "permuted, text not moved: the patches are numbered 3 to 6 without gaps, and not fed in "
-        "the order of the image; the text after them keeps its IDs."),
+        f"permuted, text not moved: {SPAN}, and not fed in the order of the image; {STAYS}."),
     "GAP for the patches alone": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 7, 8], None,
-        "text collides: every patch keeps its ID; the text after them begins at 7 instead of 19, "
-        "among the IDs of the patches (5 to 17)."),
+        KEEP, [0, 1, 2, 5, 8, 12, 17, 7, 8], None,
+        f"text collides: every patch keeps its ID; {AT_7}, among the IDs of the patches "
+        "(5 to 17)."),
     "the same, where the patches that stay are the last": (
         [14, 15], [0, 1, 2, 17, 18, 5, 6], None,
         "text collides: every patch keeps its ID; the text after them begins at 5 instead of 19, "
@@ -130,71 +119,51 @@ SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
         "text counted from the cache: every patch keeps its ID; at place 6 the text goes on at 6, "
         "the number of tokens before it, instead of 20; the answer begins behind the last token, "
         "at 7 instead of 21."),
-    "a decode loop that counts rows of the cache": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 9,
-        f"answer counted from the cache: {KEPT}; the answer begins at 9, the length of the cache, "
-        "instead of 21."),
-    "generate of transformers 4.57": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 20,
-        f"answer repeats the last ID: {KEPT}; the answer begins at 20, where the prompt's last "
-        "token stands, instead of 21."),
     "an answer somewhere else": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 12, 17, 19, 20], 30,
-        f"answer moved: {KEPT}; the answer begins at 30 instead of 21."),
+        KEEP, GAP, 30, f"answer moved: {KEPT}; the answer begins at 30 instead of 21."),
     "PaliGemma: generate adds 1": (
-        [2, 5, 9, 14], [1, 2, 3, 6, 9, 13, 18, 20, 21], 22,
+        KEEP, [1, 2, 3, 6, 9, 13, 18, 20, 21], 22,
         f"kept: {KEPT}; the answer begins at 22; all IDs are moved by 1, which RoPE does not see."),
     "the same, but for the answer": (
-        [2, 5, 9, 14], [1, 2, 3, 6, 9, 13, 18, 20, 21], 23,
+        KEEP, [1, 2, 3, 6, 9, 13, 18, 20, 21], 23,
         f"answer moved: {KEPT}; the answer begins at 23 instead of 22; "
         "all IDs are moved by 1, which RoPE does not see."),
     "patches at IDs of others": (
-        [2, 5, 9, 14], [0, 1, 2, 5, 8, 13, 17, 19, 20], None,
+        KEEP, [0, 1, 2, 5, 8, 13, 17, 19, 20], None,
         "other: the patches have other IDs than before pruning (5 to 17; first at place 5: 13 "
-        "instead of 12); the text after them keeps its IDs."),
+        f"instead of 12); {STAYS}."),
     "text that does not count up": (
         [2, 5], [0, 1, 2, 5, 8, 20, 20], None,
         "text renumbered: every patch keeps its ID; the IDs of the text after them do not rise "
         "together any more (first at place 6: 20 instead of 21)."),
     "a mask that numbers the padding": (
-        [2, 5, 9, 14], [1, 2, 3, 5, 8, 12, 17, 19, 20], None,
-        "other: the text before the image has other IDs than it had before pruning "
-        "(first at place 0: 1 instead of 0)."),
+        KEEP, [1, 2, 3, 5, 8, 12, 17, 19, 20], None,
+        f"other: {BEFORE} (first at place 0: 1 instead of 0)."),
     "the text before the image torn": (
-        [2, 5, 9, 14], [0, 1, 1, 5, 8, 12, 17, 19, 20], None,
-        "other: the text before the image has other IDs than it had before pruning "
-        "(first at place 2: 1 instead of 2)."),
+        KEEP, [0, 1, 1, 5, 8, 12, 17, 19, 20], None,
+        f"other: {BEFORE} (first at place 2: 1 instead of 2)."),
     "nothing pruned, keep not given": (
         None, list(range(21)), 21,
         "kept: the visual tokens have the IDs of all patches, in their order; "
-        "the text after them keeps its IDs; the answer begins at 21."),
-    "GAP, keep not given": (
-        None, [0, 1, 2, 5, 8, 12, 17, 19, 20], None,
-        f"kept: {SEEN} (whether each has its own: give keep to tell); "
-        "the text after them keeps its IDs."),
+        f"{STAYS}; the answer begins at 21."),
+    "GAP, keep not given": (None, GAP, None, f"kept: {SEEN}; {STAYS}."),
     "an added token at the last patch's ID, keep not given": (
-        None, [0, 1, 2, 5, 18, 18, 19, 20], None,
-        f"kept: {SEEN} (whether each has its own: give keep to tell); "
-        "the text after them keeps its IDs."),
+        None, [0, 1, 2, 5, 18, 18, 19, 20], None, f"kept: {SEEN}; {STAYS}."),
     "in the order of scores, keep not given": (
         None, [0, 1, 2, 12, 5, 17, 8, 19, 20], None,
-        "ranked: the visual tokens have IDs of patches, not in the order of the image; "
-        "the text after them keeps its IDs."),
+        f"ranked: the visual tokens have IDs of patches, not in the order of the image; {STAYS}."),
     "renumbered, keep not given": (
-        None, [0, 1, 2, 3, 4, 5, 6, 7, 8], None,
-        "shifted: the patches are numbered 3 to 6 without gaps (or permuted: give keep to tell); "
-        "the text after them begins at 7 instead of 19."),
+        None, COMPACT, None, f"shifted: {SPAN} (or permuted: give keep to tell); {AT_7}."),
     "no gaps, but the text stays, keep not given": (
         None, [0, 1, 2, 3, 4, 5, 6, 19, 20], None,
-        "kept or shifted: the patches are numbered 3 to 6 without gaps, as 4 patches were: "
-        "give keep to tell; the text after them keeps its IDs."),
+        f"kept or shifted: {SPAN}, as 4 patches were: give keep to tell; {STAYS}."),
     "IDs of no patch, keep not given": (
         None, [0, 1, 2, 5, 8, 12, 99, 19, 20], None,
         "other: some patches have IDs that no patch had (5 to 99; first at place 6: 99); "
-        "the text after them keeps its IDs."),
+        f"{STAYS}."),
     "PACT: a cluster at the mean of its IDs": (
         [2, -1, 14], [0, 1, 2, 5, 8.5, 17, 19, 20], None,
-        "kept: every patch keeps its ID (1 of them added); the text after them keeps its IDs."),
+        f"kept: every patch keeps its ID (1 of them added); {STAYS}."),
 }
 
 
@@ -213,11 +182,7 @@ SENTENCES_3D: dict[str, tuple[list[int] | None, list[list[int]], Any, str]] = {
         [0, 1, 3], ALL_COMPACT, 8,
         "shifted: the patches are numbered 3 to 5 without gaps; the text after them begins at 6 "
         "instead of 5; the answer begins behind the last token, at 8 instead of 7."),
-    "time counted on, height and width kept": (
-        [0, 1, 3], TIME_COMPACT, None,
-        "time renumbered: the patches keep their IDs but for time; "
-        "the text after them begins at (6, 5, 5) instead of 5."),
-    "the same, keep not given": (
+    "time counted on, height and width kept, keep not given": (
         None, TIME_COMPACT, None,
         "time renumbered: the visual tokens have height and width of patches, but not time; "
         "the text after them begins at (6, 5, 5) instead of 5."),
@@ -265,21 +230,16 @@ def test_vllms_efficient_video_sampling_lets_the_text_of_a_tall_grid_collide():
         "among the IDs of the patches (1 to 4).")
 
 
-def test_behind_an_image_at_the_end_programs_count_in_two_ways():
-    """A grid of 2 x 4: largest ID 4, last token (1, 2, 4); forward says 5, generate (2, 3, 5)."""
-    ids_of_all = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],
-                         [0, 1, 1, 1, 1, 2, 2, 2, 2],
-                         [0, 1, 2, 3, 4, 1, 2, 3, 4]])
-    for keep, answer, said in [
-            ([0, 5], 5, "kept: every patch keeps its ID; the answer begins at 5."),
-            ([0, 7], (2, 3, 5), "kept: every patch keeps its ID; the answer begins at (2, 3, 5), "
-             "behind the last token (behind the largest ID: 5)."),
-            ([0, 5], (2, 3, 3), "answer moved: every patch keeps its ID; the answer begins behind "
-             "the last token, at (2, 3, 3) instead of 5, or (2, 3, 5) where programs count from "
-             "the last token.")]:
-        fed = ids_of_all[:, [0, *(1 + index for index in keep)]]
-        assert explain_ids(ids_of_all, fed, 1, 8, 0, keep, list(torch.tensor(answer).flatten())
-                           ) == said
+@pytest.mark.parametrize("last, answer, said", [
+    (5, 5, "kept: every patch keeps its ID; the answer begins at 5."),
+    (7, [2, 3, 5], "kept: every patch keeps its ID; the answer begins at (2, 3, 5), "
+                   "behind the last token (behind the largest ID: 5)."),
+    (5, [2, 3, 3], "answer moved: every patch keeps its ID; the answer begins behind the last "
+                   "token, at (2, 3, 3) instead of 5, or (2, 3, 5) where programs count from the "
+                   "last token.")])
+def test_behind_an_image_at_the_end_programs_count_in_two_ways(last: int, answer: Any, said: str):
+    """Largest ID 4, last token (1, 2, 4): forward says 5, generate (2, 3, 5)."""
+    assert explain_ids(WIDE, WIDE[:, [0, 1, 1 + last]], 1, 8, 0, [0, last], answer) == said
 
 
 def test_no_text_no_patch_no_text_before():
@@ -293,8 +253,8 @@ def test_no_text_no_patch_no_text_before():
         f"kept: {KEPT}; the answer begins at 7; all IDs are moved by 1, which RoPE does not see.")
     assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2).startswith("kept: the visual tokens have")
     assert explain_ids(arange(6), [1, 3, 5, 6], 0, 4, 2) == (
-        f"kept or text moved: {SEEN} (whether each has its own: give keep to tell); the text after "
-        "them begins at 5 instead of 4, which is right if all IDs are moved alike.")
+        f"kept or text moved: {SEEN}; the text after them begins at 5 instead of 4, which is right "
+        "if all IDs are moved alike.")
 
 
 def test_behind_a_cache_a_move_of_all_ids_is_seen():

@@ -9,8 +9,8 @@ By hand, 3 tokens of text, 16 visual tokens of which 2, 5, 9 and 14 stay, 4 toke
     after      0  1  2   5 8 12 17  19 20 21 22   next 23
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGE, VIDEO = 90, 91                                       # of the tiny models' tokens
 KEEP = tensor([2, 5, 9, 14])
 FED = [0, 1, 2, 5, 8, 12, 17, 19, 20, 21, 22]
+ONES = torch.ones(1, 11)                                    # a mask for them
 
 pytestmark = pytest.mark.filterwarnings("ignore")           # other people's warnings
 
@@ -103,10 +104,9 @@ class Asked:
     def N(self) -> int:
         return int((self.input_ids == IMAGE).sum())
 
-    def prune(self, keep: Tensor, end: int | None = None) -> dict[str, Any]:
-        """What the one call is given; end: how many tokens of the text behind the image."""
-        T = self.input_ids.shape[1]
-        stays = torch.cat([arange(3), 3 + keep, arange(3 + self.N, T)])[:end]
+    def prune(self, keep: Tensor) -> dict[str, Any]:
+        """What the one call is given."""
+        stays = torch.cat([arange(3), 3 + keep, arange(3 + self.N, self.input_ids.shape[1])])
         given = {"input_ids": self.input_ids[:, stays], "position_ids": self.ids_of_all[..., stays],
                  "mm_encoder_outputs": {"image": without_dropped(self.seen, keep)}}
         if self.types:
@@ -145,41 +145,35 @@ def ask(model: nn.Module, rows: int = 8, columns: int = 8, behind: tuple = (8, 9
     N = tokens.shape[:2].numel() if torch.is_tensor(tokens) else len(tokens[0])
     input_ids = tensor([[5, 6, 7, *[IMAGE] * N, *behind]])
     ids_of_all, next_position = arange(input_ids.shape[1])[None], input_ids.shape[1]
-    kinds = {"Gemma3": "token_type_ids", "PaliGemma": "token_type_ids"}
+    types, asks_for_types = (input_ids == IMAGE).int(), "Gemma" in family
+    if asks_for_types:
+        pixels["token_type_ids"] = types
     if qwen:
-        kinds[family] = "mm_token_type_ids"
+        pixels["mm_token_type_ids"] = types
         ids_of_all, deltas = model.model.get_rope_index(
-            input_ids, mm_token_type_ids=(input_ids == IMAGE).int(),
-            image_grid_thw=pixels["image_grid_thw"])
+            input_ids, mm_token_type_ids=types, image_grid_thw=pixels["image_grid_thw"])
         next_position += int(deltas)
-    if family in kinds:
-        pixels[kinds[family]] = (input_ids == IMAGE).int()
-    return Asked(model, input_ids, pixels, ids_of_all, next_position, seen, family in kinds
-                 and not qwen)
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+    return Asked(model, input_ids, pixels, ids_of_all, next_position, seen, asks_for_types)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def each(request: pytest.FixtureRequest) -> Asked:
-    with torch.no_grad():
-        return ask(make(request.param))
+    return ask(make(request.param))
 
 
 @pytest.fixture(scope="module")
 def llava() -> Asked:
-    with torch.no_grad():
-        return ask(make("Llava"))
+    return ask(make("Llava"))
 
 
 @pytest.fixture(scope="module")
 def qwen() -> Asked:
-    with torch.no_grad():
-        return ask(make("Qwen2_5_VL"))
+    return ask(make("Qwen2_5_VL"))
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Asked:
+    return ask(make("Gemma3"))
 
 
 def generate(asked: Asked, given: dict[str, Any], count: int = 6, **more: Any) -> list[int]:
@@ -204,11 +198,6 @@ def decode(asked: Asked, given: dict[str, Any], count: int = 6) -> list[int]:
     return said
 
 
-def first_numbers(passes: list[Tensor]) -> list[list[int]]:
-    """Of each pass the IDs, of three numbers the first."""
-    return [ids.flatten(0, -2)[0].tolist() for ids in passes]
-
-
 def close(a: Tensor, b: Tensor) -> bool:
     return float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
 
@@ -228,35 +217,32 @@ def test_one_call_says_what_a_loop_says_that_names_every_id(each: Asked):
     with catch_ids(each.model) as passes:
         words = generate(each, given)
     said = explain_ids(each.ids_of_all, passes[0], 3, each.N, 4, KEEP[:3], passes[1])
-    moved = 1 if type(each.model).__name__.startswith("PaliGemma") else 0
-    assert said == (
-        "kept: every patch keeps its ID; the text after them keeps its IDs; the answer begins at "
-        f"{each.next_position + moved}"
-        f"{'; all IDs are moved by 1, which RoPE does not see' if moved else ''}.")
-    assert [ids.unique().tolist() for ids in passes[1:]] == [
-        [each.next_position + moved + t] for t in range(5)]
+    first, clause = each.next_position, ""
+    if type(each.model).__name__.startswith("PaliGemma"):
+        first, clause = first + 1, "; all IDs are moved by 1, which RoPE does not see"
+    assert said == ("kept: every patch keeps its ID; the text after them keeps its IDs; "
+                    f"the answer begins at {first}{clause}.")
+    assert [ids.unique().tolist() for ids in passes[1:]] == [[first + t] for t in range(5)]
     assert words == decode(each, given)
 
 
 def test_renumbered_the_same_call_gives_other_logits(each: Asked):
     given = each.prune(KEEP[:3])
-    mask = torch.ones(given["input_ids"].shape)
+    mask = ONES[:, :10]
     kept = each.model(**given, attention_mask=mask).logits
-    given["position_ids"] = arange(mask.shape[1]).expand(given["position_ids"].shape)
+    given["position_ids"] = arange(10).expand(given["position_ids"].shape)
     assert not close(each.model(**given, attention_mask=mask).logits, kept)
 
 
-@pytest.mark.parametrize("more", [
-    {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 2},
-    {"cache_implementation": "static"}, {"assistant_model": True}], ids=str)
-@pytest.mark.parametrize("family", ["llava", "qwen"])
-def test_the_one_call_works_with(more: dict, family: str, request: pytest.FixtureRequest):
+@pytest.mark.parametrize("family, more", [
+    *product(["llava", "qwen"], [{"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2},
+                                 {"num_beams": 2}, {"cache_implementation": "static"}]),
+    ("llava", {"assistant_model": "Llava"})], ids=str)
+def test_the_one_call_works_with(family: str, more: dict, request: pytest.FixtureRequest):
     """Each counts on from the prompt's last ID, and all but beams say the same words."""
     asked = request.getfixturevalue(family)
     if "assistant_model" in more:
-        if family == "qwen":
-            pytest.skip("one assistant is enough")
-        more = {"assistant_model": make("Llava")}
+        more = {"assistant_model": make(more["assistant_model"])}
     given = asked.prune(KEEP)
     with catch_ids(asked.model) as passes:
         words = generate(asked, given, 5, **more)
@@ -286,7 +272,7 @@ def test_inputs_embeds_say_the_same_but_for_what_they_lose(each: Asked):
         with pytest.raises(ValueError, match="You passed `inputs_embeds` to `.generate"):
             generate(each, embeds)
         return
-    mask = torch.ones(given["input_ids"].shape)
+    mask = ONES[:, :10]
     same = close(each.model(**embeds, attention_mask=mask).logits,
                  each.model(**given, attention_mask=mask).logits)
     assert same == (not family.startswith("Qwen3"))
@@ -300,17 +286,11 @@ def last_logits(asked: Asked, given: dict[str, Any], **more: Any) -> Tensor:
     return asked.model(**given, **more).logits[0, -1]
 
 
-@pytest.fixture(scope="module")
-def gemma() -> Asked:
-    with torch.no_grad():
-        return ask(make("Gemma3"))
-
-
 def test_with_no_mask_and_no_cache_a_gap_is_the_border_of_two_sequences(llava: Asked):
     """The last 4 tokens, 19 to 22, see nothing before them; a mask of ones or a cache is right."""
-    given, ones = llava.prune(KEEP), torch.ones(1, 11)
+    given = llava.prune(KEEP)
     alone = last_logits(llava, {"input_ids": given["input_ids"][:, -4:]})
-    right = last_logits(llava, given, attention_mask=ones, use_cache=False)
+    right = last_logits(llava, given, attention_mask=ONES, use_cache=False)
     assert close(last_logits(llava, given, use_cache=False), alone)
     assert close(last_logits(llava, given), right) and not close(alone, right)
 
@@ -318,39 +298,38 @@ def test_with_no_mask_and_no_cache_a_gap_is_the_border_of_two_sequences(llava: A
 def test_gemma3_builds_its_mask_before_its_cache(gemma: Asked):
     given = gemma.prune(KEEP)
     del given["token_type_ids"]
-    right = last_logits(gemma, given, attention_mask=torch.ones(1, 11))
+    right = last_logits(gemma, given, attention_mask=ONES)
     assert not close(last_logits(gemma, given, use_cache=True), right)
     cache = transformers.DynamicCache()
     assert close(last_logits(gemma, given, past_key_values=cache), right)
 
 
 def test_without_token_types_gemma3_lets_image_tokens_see_only_backwards(gemma: Asked):
-    given, ones = gemma.prune(KEEP), torch.ones(1, 11)
-    both_ways = gemma.model(**given, attention_mask=ones).logits
+    given = gemma.prune(KEEP)
+    both_ways = gemma.model(**given, attention_mask=ONES).logits
     del given["token_type_ids"]
-    assert not close(gemma.model(**given, attention_mask=ones).logits, both_ways)
+    assert not close(gemma.model(**given, attention_mask=ONES).logits, both_ways)
 
 
-@torch.enable_grad()
 def test_gradient_checkpointing_makes_no_cache_so_it_needs_a_mask(llava: Asked):
     model = make("Llava").train()
-    given, ones = llava.prune(KEEP), torch.ones(1, 11)
+    given = llava.prune(KEEP)
     plain = model(**given).logits
     model.gradient_checkpointing_enable()
     assert not close(model(**given).logits, plain)
-    assert close(model(**given, attention_mask=ones).logits, plain)
+    assert close(model(**given, attention_mask=ONES).logits, plain)
 
 
 def test_ids_of_three_numbers_are_never_taken_for_packed_sequences(qwen: Asked):
     given = qwen.prune(KEEP)
-    right = last_logits(qwen, given, attention_mask=torch.ones(1, 11))
-    assert close(last_logits(qwen, given, use_cache=False), right)
+    assert close(last_logits(qwen, given, use_cache=False),
+                 last_logits(qwen, given, attention_mask=ONES))
 
 
 def test_in_generate_use_cache_false_drops_a_mask_of_ones(llava: Asked):
     """Transformers 5.18 to 5.24: the first word is that of the last 4 tokens alone."""
     given = llava.prune(KEEP)
-    wrong = generate(llava, {**given, "attention_mask": torch.ones(1, 11)}, 1, use_cache=False)
+    wrong = generate(llava, {**given, "attention_mask": ONES}, 1, use_cache=False)
     alone = llava.model(input_ids=given["input_ids"][:, -4:]).logits[0, -1]
     assert wrong == [int(alone.argmax())] != generate(llava, given, 1)
 
@@ -360,7 +339,7 @@ def test_a_sliding_window_counts_rows():
     text = transformers.MistralConfig(**TEXT, sliding_window=4, attn_implementation="eager")
     model = transformers.MistralForCausalLM(text).eval()
     weights = model(input_ids=tensor([FED]), position_ids=tensor([FED]), output_attentions=True,
-                    attention_mask=torch.ones(1, 11)).attentions[0][0, 0]
+                    attention_mask=ONES).attentions[0][0, 0]
     assert [FED[i] for i in weights[6].nonzero().flatten().tolist()] == [5, 8, 12, 17]
 
 
@@ -376,7 +355,7 @@ def test_a_second_question_behind_a_cache_needs_its_ids_again(llava: Asked):
     said = []
     for ids in ({}, {"position_ids": right}):
         cache = transformers.DynamicCache()
-        llava.model(**given, attention_mask=torch.ones(1, 11), past_key_values=cache)
+        llava.model(**given, attention_mask=ONES, past_key_values=cache)
         with catch_ids(llava.model) as passes:
             generate(llava, {**both, **ids}, 2, past_key_values=cache)
         fed = torch.cat([tensor([FED]), passes[0][:, -3:]], 1)
@@ -410,7 +389,7 @@ def test_rope_deltas_of_another_picture_number_what_has_no_ids(qwen: Asked):
     qwen.model(input_ids=other.input_ids, **other.pixels)
     with catch_ids(qwen.model) as passes:
         qwen.model(inputs_embeds=x)
-        out = qwen.model(**given, attention_mask=torch.ones(1, 11))
+        out = qwen.model(**given, attention_mask=ONES)
         qwen.model(input_ids=tensor([[7]]), past_key_values=out.past_key_values)
     assert passes[0][0, 0, :3].tolist() == [-56, -55, -54]
     assert explain_ids(qwen.ids_of_all, passes[1], 3, 16, 4, KEEP, passes[2]) == (
@@ -422,7 +401,7 @@ def test_a_loop_that_gives_ids_to_the_prompt_alone_answers_too_early(qwen: Asked
     """The unpruned prompt's rope_deltas are still there, and are added to the cache's length."""
     qwen.model(input_ids=qwen.input_ids, **qwen.pixels)
     with catch_ids(qwen.model) as passes:
-        out = qwen.model(**qwen.prune(KEEP), attention_mask=torch.ones(1, 11))
+        out = qwen.model(**qwen.prune(KEEP), attention_mask=ONES)
         qwen.model(input_ids=tensor([[7]]), past_key_values=out.past_key_values)
     assert explain_ids(qwen.ids_of_all, passes[0], 3, 16, 4, KEEP, passes[1]) == (
         "answer counted from the cache: every patch keeps its ID; the text after them keeps its "
