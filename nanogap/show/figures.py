@@ -53,6 +53,9 @@ class Square:
     """image.jpg as the model sees it, so large that each patch has PATCH whole pixels a side."""
 
     def __init__(self, model: VLM) -> None:
+        if not model.pictures_alike:
+            raise NanogapError("this figure shows a single square of patches, and the model sees "
+                               "tiles as well: give --weights weights/mini")
         self.encoded = model.encode_image(IMAGE)
         self.seen = model.see(self.encoded, {"cls_attention"}, "")
         self.rows, self.columns = self.seen.rows, self.seen.columns

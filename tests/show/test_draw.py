@@ -10,13 +10,16 @@ A 96 x 48 picture lies over the two middle rows, a 48 x 96 one over the two midd
 
 import math
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageColor
 
+from nanogap.errors import NanogapError
 from nanogap.gap import MODES
 from nanogap.models.frames import Padded
+from nanogap.show import figures
 from nanogap.show.draw import (
     MARGIN,
     PAGE,
@@ -30,6 +33,7 @@ from nanogap.show.draw import (
     shortened,
     sides,
 )
+from tests.tiny import tiny_model
 
 PINK = (250, 150, 200)
 WHITE, BLUE, ORANGE = (255, 255, 255), (86, 180, 233), (230, 159, 0)      # full, gap, shifted
@@ -223,3 +227,8 @@ def test_a_line_is_cut_where_the_room_ends_and_not_before():
     assert shortened("a man\n[0.29]", 12, len) == "a man [0.29]"
     assert shortened("a man [0.29]", 11, len) == "a man [0..."
     assert shortened("人" * 9, 9, lambda text: 2 * len(text)) == "人..."
+
+
+def test_a_figure_of_one_square_is_refused_of_a_model_that_sees_tiles(tmp_path: Path):
+    with pytest.raises(NanogapError, match="a single square of patches, and the model sees tiles"):
+        list(figures.make(["patches"], tiny_model("llava_next"), tmp_path))
