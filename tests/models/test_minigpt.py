@@ -12,34 +12,24 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import nanogap
-from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.gap import lay_out
 from nanogap.methods.in_decoder import prunes_there
-from nanogap.models.eva import VIT_G_14, EvaTower, interpolate_positions
+from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
 from nanogap.models.minigpt import (
     HUNDREDTHS,
     LLAMA_2,
     MiniGPT,
-    MiniGPTConfig,
     four_to_one,
     mean_of_four,
 )
 from nanogap.models.saving import save
-from nanogap.prompt import encode
 from nanogap.prune import STRATEGIES, needs_of
 from nanogap.show.draw import dim_dropped
 from nanogap.show.explain import explain
 from nanogap.train.tokenizer import train_llama_tokenizer
-from nanogap.weights import read_config
-from tests.models.test_reference import (
-    PUBLISHED,
-    assert_same,
-    assert_stored,
-    live,
-    needs_published,
-)
+from tests.models.test_reference import assert_same, assert_stored, live
 from tests.models.test_reference import our_answer as our_answer_to
 from tests.reference.make_minigpt import (
     KEEP,
@@ -98,19 +88,6 @@ def test_the_prompt_begins_with_two_bos_and_its_image_stands_between_img_tags(ti
     assert "".join(pieces[2:at]) == "▁[INST]▁<Img>"
     assert "".join(pieces[at + 1:]) == (
         "▁</Img>▁[refer]▁give▁me▁the▁location▁of▁the▁man▁[/INST]")
-
-
-@needs_published
-def test_the_prompt_ids_are_those_of_the_published_evaluation():
-    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
-    ids = LLAMA_2.encode(tokenizer, LLAMA_2.question("the man on the left"), 1, 32000)
-    assert ids == [1, 1, 518, 25580, 29962, 529, 25518, 29958, 32000,
-                   1533, 25518, 29958, 518, 20275, 29962, 2367, 592, 278, 4423, 310, 278, 767,
-                   373, 278, 2175, 518, 29914, 25580, 29962]
-    assert len(ids) - 1 + 256 == 284
-    assert encode(tokenizer, "{<12><34><56><78>}") == [
-        426, 29966, 29896, 29906, 5299, 29941, 29946, 5299, 29945, 29953, 5299, 29955, 29947,
-        29958, 29913]
 
 
 # ----- boxes --------------------------------------------------------------------------------------
@@ -384,33 +361,6 @@ def test_four_patches_must_stand_side_by_side_in_a_row():
     with pytest.raises(NanogapError, match="image_size 84 makes 6 patches to a row, and MiniGPT-v2 "
                                            "makes one token of every 4 of them"):
         replace(tiny_config(), vision=vision)
-
-
-def test_what_config_json_leaves_out_is_as_published(tmp_path: Path):
-    text = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-    (tmp_path / "config.json").write_text(json.dumps(
-        {"model_type": "minigpt_v2", "text_config": text}))
-    read = read_config(tmp_path, MiniGPT)
-    assert read.vision == VIT_G_14 == CLIPVisionConfig(1408, 6144, 39, 16, 448, 14, 1e-6)
-    assert (read.image_token, read.bos_token, read.eos_token) == (32000, 1, 2)
-    assert (read.text.hidden_size, read.text.rms_norm_eps) == (4096, 1e-5)
-
-
-# ----- full size ----------------------------------------------------------------------------------
-
-
-def test_at_full_size_it_has_the_published_tensors_and_parameters(tmp_path: Path):
-    with torch.device("meta"):
-        tower = EvaTower(VIT_G_14)
-        decoder = replace(tiny_config().text, hidden_size=4096, intermediate_size=11008,
-                          num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-                          head_dim=128, vocab_size=32000)
-        model = MiniGPT(MiniGPTConfig(decoder, VIT_G_14))
-    assert len(tower.state_dict()) == 511
-    assert sum(p.numel() for p in tower.parameters()) == 986_975_872
-    assert sum(p.numel() for p in model.llama_proj.parameters()) == 23_072_768
-    assert sum(p.numel() for p in model.language_model.parameters()) == 6_738_415_616
-    assert len(model.state_dict()) == 511 + 2 + 2 + 291
 
 
 # ----- what is shown ------------------------------------------------------------------------------

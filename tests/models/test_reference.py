@@ -25,15 +25,12 @@ from nanogap import gap, llama
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.ground import greedy
 from nanogap.image import Pad, to_pixel_values
-from nanogap.llama import LlamaConfig
-from nanogap.llava import VICUNA
 from nanogap.models import VLM
-from nanogap.models.saving import our_name
 from nanogap.prune import Kept
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.scenes import scene
 from nanogap.train.tokenizer import train_clip_tokenizer
-from nanogap.weights import VIT_B_32, known, read_config, read_json, read_tensors
+from nanogap.weights import VIT_B_32, known, read_json, read_tensors
 from tests.reference.make_reference import (
     CASES,
     KEEP,
@@ -410,52 +407,3 @@ def test_words_and_patches_stand_in_the_space_of_transformers(transformers):
         patches = theirs.vision_model.post_layernorm(out.hidden_states[-2][0, 1:])
         assert_same(seen.text, text)
         assert_same(seen.aligned, theirs.visual_projection(patches))
-
-
-# ----- the published files ------------------------------------------------------------------------
-
-
-GOLDEN = [   # "the man on the left", 63 tokens before the image is expanded
-    1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076,
-    8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889,
-    3148, 1001, 29901, 29871, 32000, 29871, 13, 12148, 3867, 278, 3216, 292, 3800, 14821, 310, 278,
-    5120, 445, 10541, 16612, 29901, 278, 767, 373, 278, 2175, 29889, 319, 1799, 9047, 13566, 29901]
-
-
-@needs_published
-def test_the_published_tokenizer_makes_63_ids_with_a_lone_space_on_both_sides_of_the_image():
-    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
-    assert len(GOLDEN) == 63 and GOLDEN[34:37] == [29871, 32000, 29871]
-    question = VICUNA.question("the man on the left")
-    assert VICUNA.encode(tokenizer, question, 1, 32000) == GOLDEN
-
-
-@needs_published
-def test_the_published_tokenizer_needs_24_tokens_for_a_box():
-    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
-    assert len(nanogap.prompt.encode(tokenizer, "[0.12, 0.34, 0.56, 0.78]")) == 24
-
-
-@needs_published
-def test_the_published_config_is_read_and_what_it_omits_is_supplied():
-    config = read_config(PUBLISHED)
-    assert config.text == LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, head_dim=128, vocab_size=32064, rms_norm_eps=1e-5,
-        rope_theta=10000.0, max_position_embeddings=4096, tie_word_embeddings=False)
-    assert config.vision == CLIPVisionConfig(1024, 4096, 24, 16, 336, 14, 1e-5)
-    assert (config.image_token, config.bos_token, config.eos_token) == (32000, 1, 2)
-    assert (config.vision_feature_layer, config.projector_bias) == (-2, True)
-    assert config.dtype == "float16"
-    assert config.image_mean == (0.48145466, 0.4578275, 0.40821073)
-
-
-@needs_published
-def test_the_686_published_names_are_those_of_the_model_one_to_one():
-    index = json.loads((PUBLISHED / "model.safetensors.index.json").read_text())
-    with torch.device("meta"):
-        model = VLM(read_config(PUBLISHED))
-    names = [our_name(name, VLM.rename) for name in index["weight_map"]]
-    assert len(names) == 686 and sorted(names) == sorted(model.state_dict())
-    size = 2 * sum(p.numel() for p in model.parameters())                     # float16
-    assert size == index["metadata"]["total_size"] == 14_126_854_144
