@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import nanogap
 from nanogap.errors import NanogapError
-from nanogap.gap import lay_out
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
@@ -29,7 +28,13 @@ from nanogap.prune import STRATEGIES, needs_of
 from nanogap.show.draw import dim_dropped
 from nanogap.show.explain import explain
 from nanogap.train.tokenizer import train_llama_tokenizer
-from tests.models.test_reference import assert_same, assert_stored, live
+from tests.models.test_reference import (
+    Answer,
+    assert_same,
+    assert_same_answer,
+    assert_stored,
+    live,
+)
 from tests.models.test_reference import our_answer as our_answer_to
 from tests.reference.make_minigpt import (
     KEEP,
@@ -230,12 +235,10 @@ def hidden(model: MiniGPT) -> Tensor:
     return model.vision_tower(pixel_values())[1][0]
 
 
-def our_answer(model: MiniGPT, mode: str) -> tuple[Tensor, list[int]]:
+def our_answer(model: MiniGPT, mode: str) -> Answer:
     """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
-    layout = lay_out(torch.tensor(KEEP) if mode != "full" else torch.arange(16), 4, 16, 4, mode)
-    assert (layout.kept.tolist(), layout.position_ids.tolist()) == MODES[mode]
     keep = None if mode == "full" else KEEP
-    return our_answer_to(model, PROMPT, pixel_values(), keep, mode, NEW_TOKENS)
+    return our_answer_to(model, PROMPT, pixel_values(), keep, mode, NEW_TOKENS, MODES[mode])
 
 
 def test_features_logits_and_words_are_those_that_transformers_gave(loaded):
@@ -244,14 +247,12 @@ def test_features_logits_and_words_are_those_that_transformers_gave(loaded):
     assert_same(hidden(model)[[0, 1, 30, 64], :6], stored["hidden"])
     assert float(hidden(model).double().abs().sum()) == pytest.approx(stored["sum"], rel=2e-5)
     for mode in MODES:
-        logits, words = our_answer(model, mode)
-        assert_stored(logits[positions(mode)], words, stored[mode])
+        assert_stored(our_answer(model, mode), positions(mode), stored[mode])
 
 
 @live
 def test_the_tower_is_blip_2s_vision_model_live(loaded):
     """EVA's keys have no bias: there, the middle third of one that is zero."""
-    pytest.importorskip("transformers")
     _, table, model = loaded
     assert_same(hidden(model), their_hidden(tensors(table), pixel_values()))
 
@@ -259,12 +260,9 @@ def test_the_tower_is_blip_2s_vision_model_live(loaded):
 @live
 @pytest.mark.parametrize("mode", MODES)
 def test_the_whole_model_is_its_parts_in_transformers_live(loaded, mode: str):
-    pytest.importorskip("transformers")
     _, table, model = loaded
-    logits, words = our_answer(model, mode)
-    expected, expected_words = their_answer(tensors(table), pixel_values(), *MODES[mode])
-    assert_same(logits, expected)
-    assert words == expected_words
+    assert_same_answer(our_answer(model, mode),
+                       their_answer(tensors(table), pixel_values(), *MODES[mode]))
 
 
 def test_ln_vision_adds_1e_5_to_the_variance_and_rounds_once(tiny: MiniGPT):

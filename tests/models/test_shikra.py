@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError
 from nanogap.clip import CLIPTextConfig
-from nanogap.gap import MODES, lay_out
+from nanogap.gap import MODES
 from nanogap.llava import LlavaConfig
 from nanogap.models.saving import save
 from nanogap.models.shikra import SHIKRA, WHITE, Shikra
@@ -20,7 +19,13 @@ from nanogap.prompt import DESCRIBE
 from nanogap.prune import STRATEGIES
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
-from tests.models.test_reference import assert_same, assert_stored, live
+from tests.models.test_reference import (
+    Answer,
+    assert_same,
+    assert_same_answer,
+    assert_stored,
+    live,
+)
 from tests.models.test_reference import our_answer as our_answer_to
 from tests.reference.make_reference import KEEP, pixel_values
 from tests.reference.make_shikra import (
@@ -214,11 +219,10 @@ def composed() -> Shikra:
     return model.requires_grad_(False).eval()
 
 
-def our_answer(model: Shikra, mode: str) -> tuple[Tensor, list[int]]:
+def our_answer(model: Shikra, mode: str) -> Answer:
     """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
-    layout = lay_out(torch.tensor(KEEP) if mode != "full" else torch.arange(16), 5, 16, 6, mode)
-    assert layout.position_ids.tolist() == MODES_BY_HAND[mode][1]
-    return our_answer_to(model, PROMPT, pixel_values(), None if mode == "full" else KEEP, mode)
+    keep = None if mode == "full" else KEEP
+    return our_answer_to(model, PROMPT, pixel_values(), keep, mode, by_hand=MODES_BY_HAND[mode])
 
 
 def test_features_logits_and_words_are_those_that_transformers_gave():
@@ -226,16 +230,12 @@ def test_features_logits_and_words_are_those_that_transformers_gave():
     features = model.encode_pixels(pixel_values(), 56, 56).features
     assert_same(features[[0, 7, 15], :6], stored["features"])
     for mode in MODES_BY_HAND:
-        logits, words = our_answer(model, mode)
-        assert_stored(logits[positions(mode)], words, stored[mode])
+        assert_stored(our_answer(model, mode), positions(mode), stored[mode])
 
 
 @live
 @pytest.mark.parametrize("mode", MODES_BY_HAND)
 def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(mode: str):
     """The original's forward pass: features of the last layer but one in the patches' places."""
-    pytest.importorskip("transformers")
-    theirs, their_words = their_answer(tensors(), pixel_values(), *MODES_BY_HAND[mode])
-    ours, words = our_answer(composed(), mode)
-    assert_same(ours, theirs)
-    assert words == their_words
+    assert_same_answer(our_answer(composed(), mode),
+                       their_answer(tensors(), pixel_values(), *MODES_BY_HAND[mode]))
