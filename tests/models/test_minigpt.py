@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import nanogap
@@ -16,18 +15,10 @@ from nanogap.errors import NanogapError
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
-from nanogap.models.minigpt import (
-    HUNDREDTHS,
-    LLAMA_2,
-    MiniGPT,
-    four_to_one,
-    mean_of_four,
-)
+from nanogap.models.minigpt import HUNDREDTHS, MiniGPT, four_to_one, mean_of_four
 from nanogap.models.saving import save
 from nanogap.prune import STRATEGIES, needs_of
-from nanogap.show.draw import dim_dropped
 from nanogap.show.explain import explain
-from nanogap.train.tokenizer import train_llama_tokenizer
 from tests.models.test_reference import (
     Answer,
     assert_same,
@@ -50,26 +41,17 @@ from tests.reference.make_minigpt import (
     their_hidden,
     tiny_config,
 )
-from tests.tiny import write_finder, write_tensors
+from tests.tiny import tokenizer_of, write_finder, write_tensors
 
 READS_WORDS = [name for name in STRATEGIES if needs_of(name) & {"text", "aligned"}]
 
 
-def tiny_tokenizer() -> Tokenizer:
-    """LLaMA's kind, trained on the prompt itself; like the published one without an image token."""
-    question = LLAMA_2.question("the man on the left")
-    said = [*LLAMA_2.around(question), "{<12><34><56><78>}", "the red car"]
-    return train_llama_tokenizer(said, 560, special_tokens=())
-
-
-def write_tiny(folder: Path, table: int = 8, **more: Tensor) -> Path:
-    """A checkpoint as `nanogap.convert` leaves it; `more`: tensors beside the known ones."""
+def write_tiny(folder: Path, table: int = 8) -> Path:
+    """A checkpoint as `nanogap.convert` leaves it."""
     with torch.device("meta"):
-        model = MiniGPT(tiny_config())
-    folder.mkdir(exist_ok=True)
-    model.write_config(folder, "float32")
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
-    write_tensors(folder / "model.safetensors", tensors(table) | more)
+        MiniGPT(tiny_config()).write_config(folder, "float32")
+    tokenizer_of("minigpt_v2").save(str(folder / "tokenizer.json"))
+    write_tensors(folder / "model.safetensors", tensors(table))
     return folder
 
 
@@ -98,26 +80,16 @@ def test_the_prompt_begins_with_two_bos_and_its_image_stands_between_img_tags(ti
 # ----- boxes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, box", [
-    ("{<12><34><56><78>}", (0.12, 0.34, 0.56, 0.78)),
-    ("{<0><5><7><100>}", (0.0, 0.05, 0.07, 1.0)),                  # one digit, and three
-    ("{<0><0><100><100>}", (0.0, 0.0, 1.0, 1.0))])
-def test_a_box_is_said_in_hundredths_and_read_again(text: str, box: tuple[float, ...]):
-    assert HUNDREDTHS.parse(text) == box and HUNDREDTHS.say(box) == text
-
-
-def test_every_hundredth_comes_back_as_it_was():
+def test_every_hundredth_comes_back_as_it_was_and_what_is_between_is_rounded_down():
     """0.29 is a little less than 29 / 100 in binary, and still no 28."""
     for low in range(100):
         text = f"{{<{low}><0><{low + 1}><{100 - low}>}}"
         assert HUNDREDTHS.say(HUNDREDTHS.parse(text)) == text
-
-
-def test_hundredths_are_rounded_down():
     assert HUNDREDTHS.say((0.129, 0.0, 0.999, 1.0)) == "{<12><0><99><100>}"
 
 
 @pytest.mark.parametrize("text, box", [
+    ("{<0><5><7><100>}", (0.0, 0.05, 0.07, 1.0)),                  # one digit, and three
     (" {<12> <34> <56> <78>}</s>", (0.12, 0.34, 0.56, 0.78)),
     ("{ < 12 ><34>  <56><78> }", (0.12, 0.34, 0.56, 0.78)),
     ("the man {<1><2><3><4>} and {<5><6><7><8>}", (0.01, 0.02, 0.03, 0.04)),
@@ -136,19 +108,10 @@ def test_a_hostile_answer_is_read_in_no_time():
 # ----- four to one --------------------------------------------------------------------------------
 
 
-def test_four_neighbours_of_a_row_become_one_token():
-    """4 x 8 patches, numbered in raster order, are 4 x 2 tokens."""
-    patches = torch.arange(32.).view(32, 1)                                   # (4 N, C)
-    assert four_to_one(patches).int().tolist() == [
-        [0, 1, 2, 3], [4, 5, 6, 7],
-        [8, 9, 10, 11], [12, 13, 14, 15],
-        [16, 17, 18, 19], [20, 21, 22, 23],
-        [24, 25, 26, 27], [28, 29, 30, 31]]
-
-
-def test_channels_of_four_patches_stand_one_behind_the_other():
-    patches = torch.tensor([[1, 10], [2, 20], [3, 30], [4, 40]])
-    assert four_to_one(patches).tolist() == [[1, 10, 2, 20, 3, 30, 4, 40]]
+def test_four_neighbours_of_a_row_become_one_token_their_channels_one_behind_the_other():
+    patches = torch.arange(16).view(8, 2)                                     # (4 N, C)
+    assert four_to_one(patches).tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]
 
 
 def test_scores_of_a_token_are_the_mean_over_its_four_patches():
@@ -290,7 +253,7 @@ def test_what_the_tower_says_of_patches_is_averaged_over_tokens(tiny: MiniGPT):
         "last_keys": (17, 32)}
     before, after = tiny.vision_tower(tiny.prepare_image(pixels))
     block = tiny.vision_tower.blocks[-1]
-    q, k, _ = (block.attn.qkv.weight @ block.norm1(before[0]).T).T.split(32, dim=1)  # (65, C)
+    q, k, _ = (block.norm1(before[0]) @ block.attn.qkv.weight.T).split(32, dim=1)    # (65, C)
     q = q + block.attn.q_bias
     scores = q.view(65, 2, 16)[:1].transpose(0, 1) @ k.view(65, 2, 16).permute(1, 2, 0) / 4
     by_patch = scores.softmax(-1)[:, 0, 1:]                                   # (H, 64)
@@ -299,8 +262,7 @@ def test_what_the_tower_says_of_patches_is_averaged_over_tokens(tiny: MiniGPT):
     torch.testing.assert_close(fields["last_queries"][0], q[0])
     torch.testing.assert_close(fields["last_keys"][1:], k[1:].view(16, 4, 32).mean(1))
     torch.testing.assert_close(fields["keys"], k[1:].view(16, 4, 2, 16).mean((1, 2)))
-    cls = tiny.ln_vision(after[0, 0])
-    assert torch.equal(fields["cls"], torch.cat([cls, cls, cls, cls]))
+    assert torch.equal(fields["cls"], torch.cat(4 * [tiny.ln_vision(after[0, 0])]))
     chosen = tiny.ground(pixels, "the man", "cls_attention", 5, "permuted").keep
     assert chosen.tolist() == by_token.mean(0).argsort(descending=True)[:5].tolist()
 
@@ -369,16 +331,6 @@ def test_an_answer_is_a_box_in_pixels_of_the_picture(folder: Path, tmp_path: Pat
     for mode in ("full", "gap"):
         found = finder.ground(Image.new("RGB", (100, 50)), "the man", keep=4, mode=mode)
         assert (found.text, found.box) == ("{<10><25><50><60>}", (10, 12.5, 50, 30))
-
-
-def test_a_kept_token_is_drawn_over_the_four_patches_that_it_shows(tiny: MiniGPT):
-    """Tokens 2 and 5 of 8 rows of 2: the left half of row 1 and the right half of row 2."""
-    photo = Image.new("RGB", (100, 50), (120, 120, 120))
-    drawn = dim_dropped(photo, [2, 5], tiny.cells(tiny.encode_image(photo)))
-    bright = [[drawn.getpixel((x, y)) == (120, 120, 120) for x in (2, 47, 52, 97)]
-              for y in (3, 9, 15, 21)]
-    assert bright == [[False] * 4, [True, True, False, False], [False, False, True, True],
-                      [False] * 4]
 
 
 def test_explain_says_how_the_picture_becomes_tokens(tiny: MiniGPT, capsys: pytest.CaptureFixture):
