@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 
 import nanogap
 from nanogap import NanogapError
@@ -39,43 +38,28 @@ from tests.reference.make_shikra import (
     their_answer,
 )
 from tests.reference.make_shikra import MODES as MODES_BY_HAND
-from tests.tiny import draw
-
-
-def tiny_tokenizer() -> Tokenizer:
-    """LLaMA's kind, trained on the prompt itself; the three tokens of the image come last."""
-    before, after = SHIKRA.around(SHIKRA.question("the man on the left"))
-    sentences = [before, after + " Answer: [0.123,0.456,0.789,1.000] ."]
-    return train_llama_tokenizer(sentences, 560, Shikra.special_tokens)
+from tests.tiny import draw, tokenizer_of
 
 
 def tiny_shikra() -> Shikra:
     """A random one with 4 x 4 patches."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer_of("shikra")
     model = Shikra(LlavaConfig(DECODER, VISION, tokenizer.token_to_id("<im_patch>")))
-    model.load_state_dict({name: draw(name, value.shape, 0)
-                           for name, value in model.state_dict().items()})
+    model.load_state_dict(tensors())
     model.tokenizer = tokenizer
     return model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It, with its CLIP beside it."""
-    place = tmp_path_factory.mktemp("shikra")
-    model = tiny_shikra()
-    save(place, model, torch.float32)
+def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
+    """It, saved with its CLIP beside it and loaded again."""
+    folder = tmp_path_factory.mktemp("shikra")
+    save(folder, tiny_shikra(), torch.float32)
     words = train_clip_tokenizer(["a red car", "the man on the left"], 300)
     clip = CLIP(VISION, CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size()), 16)
-    with torch.no_grad():
-        for name, value in clip.named_parameters():
-            value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
-    save_clip(place / "clip_text", clip, words, torch.float32)
-    return place
-
-
-@pytest.fixture(scope="module")
-def shikra(folder: Path) -> Shikra:
+    for name, value in clip.requires_grad_(False).named_parameters():
+        value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
+    save_clip(folder / "clip_text", clip, words, torch.float32)
     return nanogap.load(folder, "cpu")
 
 
@@ -132,11 +116,9 @@ def test_special_tokens_in_an_expression_stay_text(shikra: Shikra, expression: s
     assert expression in before
 
 
-def test_a_tokenizer_without_the_images_own_tokens_is_named(folder: Path):
-    model = nanogap.load(folder, "cpu")
-    model.tokenizer = train_llama_tokenizer(["a cup"], 420)
+def test_a_tokenizer_without_the_images_own_tokens_is_named():
     with pytest.raises(NanogapError, match="the tokenizer has no <im_start> or no <im_end>"):
-        model.prompt("a cup")
+        SHIKRA.encode(train_llama_tokenizer(["a cup"], 420), "a cup", 1, 32000)
 
 
 # ----- pictures and boxes -------------------------------------------------------------------------
@@ -205,37 +187,30 @@ def test_what_is_saved_loads_again_bit_for_bit(shikra: Shikra, tmp_path: Path):
     assert len(again.state_dict()) == 87
     for name, value in again.state_dict().items():                            # its CLIP apart
         assert torch.equal(shikra.state_dict()[name], value)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "shikra"
-    assert again.config.text.rms_norm_eps == 1e-6
 
 
 # ----- against transformers -----------------------------------------------------------------------
 
 
-def composed() -> Shikra:
-    """The tiny model of the stored numbers."""
-    model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
-    model.load_state_dict(tensors())
-    return model.requires_grad_(False).eval()
-
-
 def our_answer(model: Shikra, mode: str) -> Answer:
     """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
+    prompt = [model.config.image_token if token == PATCH else token for token in PROMPT]
     keep = None if mode == "full" else KEEP
-    return our_answer_to(model, PROMPT, pixel_values(), keep, mode, by_hand=MODES_BY_HAND[mode])
+    return our_answer_to(model, prompt, pixel_values(), keep, mode, by_hand=MODES_BY_HAND[mode])
 
 
-def test_features_logits_and_words_are_those_that_transformers_gave():
-    stored, model = json.loads(OUTPUTS.read_text())["shikra"], composed()
-    features = model.encode_pixels(pixel_values(), 56, 56).features
+def test_features_logits_and_words_are_those_that_transformers_gave(shikra: Shikra):
+    stored = json.loads(OUTPUTS.read_text())["shikra"]
+    features = shikra.encode_pixels(pixel_values(), 56, 56).features
     assert_same(features[[0, 7, 15], :6], stored["features"])
     for mode in MODES_BY_HAND:
-        assert_stored(our_answer(model, mode), positions(mode), stored[mode])
+        assert_stored(our_answer(shikra, mode), positions(mode), stored[mode])
 
 
 @live
 @pytest.mark.parametrize("mode", MODES_BY_HAND)
-def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(mode: str):
+def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(
+        shikra: Shikra, mode: str):
     """The original's forward pass: features of the last layer but one in the patches' places."""
-    assert_same_answer(our_answer(composed(), mode),
+    assert_same_answer(our_answer(shikra, mode),
                        their_answer(tensors(), pixel_values(), *MODES_BY_HAND[mode]))
