@@ -32,6 +32,7 @@ from nanogap.models.llava_next import (
     shared_equally,
     shared_out,
 )
+from nanogap.models.saving import save
 from nanogap.prune import STRATEGIES, Kept, needs_of
 from nanogap.show.draw import dim_dropped
 from nanogap.show.explain import explain
@@ -433,6 +434,10 @@ def test_every_layout_of_the_hub_is_the_same_model(model, ids, pixels, tmp_path:
 def test_what_is_saved_is_read_again(decoder: str, tmp_path: Path):
     config = tiny_next_config(decoder, num_key_value_heads=2, rope_theta=1e6)
     config = replace(config, image_grid_pinpoints=((56, 112), (112, 112)), other_ends=(5,))
-    read = nanogap.load(write_checkpoint(tmp_path, config), "cpu")
-    assert read.config == config
-    assert read.frame == Tiles(pinpoints=config.image_grid_pinpoints)
+    read = nanogap.load(write_checkpoint(tmp_path / "first", config), "cpu")
+    save(tmp_path / "again", read, torch.float32)
+    again = nanogap.load(tmp_path / "again", "cpu")
+    assert again.config == read.config == config
+    assert again.frame == Tiles(pinpoints=config.image_grid_pinpoints)
+    for name, value in read.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
