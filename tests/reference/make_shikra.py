@@ -15,8 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanogap.clip import CLIPVisionConfig
-from nanogap.llama import LlamaConfig
 from nanogap.llava import LlavaConfig
 from nanogap.models.shikra import Shikra
 from tests.reference.make_reference import (
@@ -31,14 +29,13 @@ from tests.reference.make_reference import (
     their_decoder,
     write_outputs,
 )
-from tests.tiny import draw
+from tests.tiny import draw, tiny_config
 
 OUTPUTS = Path(__file__).with_name("shikra.json")
 PATCH, START, END = 560, 561, 562
 PROMPT = [1, 319, 400, 77, START, PATCH, END, 36, 500, 9, 301, 88]           # P = 5, A = 6
-VISION = CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14)
-DECODER = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=640, rms_norm_eps=1e-6,
-                      max_position_embeddings=512)
+VISION = tiny_config().vision
+DECODER = tiny_config(rms_norm_eps=1e-6).text
 # order and position IDs of 16 patches: P and A are those of LLaVA's prompt, so these are as well
 MODES = {"full": (list(range(16)), list(range(27)))} | PRUNED
 
@@ -60,16 +57,14 @@ def their_tower(state: dict[str, Tensor]) -> nn.Module:
         **asdict(VISION), hidden_act="quick_gelu", attn_implementation="eager")).eval()
     inner = getattr(tower, "vision_model", tower)         # in some versions it is one in another
     inner.load_state_dict(part(state, "vision_tower."), strict=True)
-    return tower
+    return tower.requires_grad_(False)
 
 
-@torch.no_grad()
 def their_features(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
     """Patch features (16, C): the last layer but one, without CLS."""
     return their_tower(state)(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
 
 
-@torch.no_grad()
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
                  ids: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the prompt with the patches `order` at these IDs, and the greedy words."""
@@ -89,8 +84,7 @@ def main() -> None:
     pixels, state = pixel_values(), tensors()
     answers = {"features": rounded(their_features(state, pixels)[[0, 7, 15], :6])}
     for mode, (order, ids) in MODES.items():
-        logits, words = their_answer(state, pixels, order, ids)
-        answers[mode] = summary(logits, positions(mode)) | {"words": words}
+        answers[mode] = summary(their_answer(state, pixels, order, ids), positions(mode))
     write_outputs(OUTPUTS, {"shikra": answers})
 
 
