@@ -41,19 +41,14 @@ from tests.reference.make_shikra import MODES as MODES_BY_HAND
 from tests.tiny import draw, tokenizer_of
 
 
-def tiny_shikra() -> Shikra:
-    """A random one with 4 x 4 patches."""
+@pytest.fixture(scope="module")
+def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
+    """A random one with 4 x 4 patches, saved with its CLIP beside it and loaded again."""
+    folder = tmp_path_factory.mktemp("shikra")
     model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
     model.load_state_dict(tensors())
     model.tokenizer = tokenizer_of("shikra")
-    return model
-
-
-@pytest.fixture(scope="module")
-def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
-    """It, saved with its CLIP beside it and loaded again."""
-    folder = tmp_path_factory.mktemp("shikra")
-    save(folder, tiny_shikra(), torch.float32)
+    save(folder, model, torch.float32)
     words = train_clip_tokenizer(["a red car", "the man on the left"], 300)
     clip = CLIP(VISION, CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size()), 16)
     for name, value in clip.requires_grad_(False).named_parameters():
@@ -169,12 +164,6 @@ def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
             assert 0 < found.visual_tokens <= 12
         else:
             assert found.visual_tokens in (12, 13)                            # one may be added
-
-
-def test_without_a_text_tower_the_clip_to_fetch_is_the_one_for_224_pixels(tmp_path: Path):
-    save(tmp_path, tiny_shikra(), torch.float32)
-    with pytest.raises(NanogapError, match="`hf download openai/clip-vit-large-patch14 "):
-        nanogap.load(tmp_path, "cpu").ground(Image.new("RGB", (8, 8)), "a", "text_similarity", 4)
 
 
 # ----- its files ----------------------------------------------------------------------------------
