@@ -1,6 +1,5 @@
 """MiniGPT-v2: EVA's tower, four neighbours to one token, boxes in hundredths, and its files."""
 
-import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,48 +18,13 @@ from nanogap.models.minigpt import HUNDREDTHS, MiniGPT, four_to_one, mean_of_fou
 from nanogap.models.saving import save
 from nanogap.prune import STRATEGIES, needs_of
 from nanogap.show.explain import explain
-from tests.models.test_reference import (
-    Answer,
-    assert_same,
-    assert_same_answer,
-    assert_stored,
-    live,
-)
-from tests.models.test_reference import our_answer as our_answer_to
-from tests.reference.make_minigpt import (
-    KEEP,
-    MODES,
-    NEW_TOKENS,
-    OUTPUTS,
-    PROMPT,
-    TABLES,
-    pixel_values,
-    positions,
-    tensors,
-    their_answer,
-    their_hidden,
-    tiny_config,
-)
-from tests.tiny import tokenizer_of, write_finder, write_tensors
-
-
-def write_tiny(folder: Path, table: int = 8) -> Path:
-    """A checkpoint as `nanogap.convert` leaves it."""
-    with torch.device("meta"):
-        MiniGPT(tiny_config()).write_config(folder, "float32")
-    tokenizer_of("minigpt_v2").save(str(folder / "tokenizer.json"))
-    write_tensors(folder / "model.safetensors", tensors(table))
-    return folder
+from tests.tiny import tiny_model, write_finder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("minigpt"))
-
-
-@pytest.fixture(scope="module")
-def tiny(folder: Path) -> MiniGPT:
-    return nanogap.load(folder, "cpu")
+def tiny() -> MiniGPT:
+    """8 x 8 patches are 8 x 2 tokens."""
+    return tiny_model("minigpt_v2")
 
 
 # ----- the prompt ---------------------------------------------------------------------------------
@@ -68,7 +32,7 @@ def tiny(folder: Path) -> MiniGPT:
 
 def test_the_prompt_begins_with_two_bos_and_its_image_stands_between_img_tags(tiny: MiniGPT):
     pieces = [tiny.tokenizer.id_to_token(i) for i in tiny.prompt("the man").tolist()]
-    at = pieces.index(None)                              # the image token is no piece of any text
+    at = pieces.index("<ImageHere>")
     assert pieces[:2] == ["<s>", "<s>"]
     assert "".join(pieces[2:at]) == "▁[INST]▁<Img>"
     assert "".join(pieces[at + 1:]) == (
@@ -180,52 +144,6 @@ def test_the_row_of_cls_stays_and_half_precision_is_interpolated_in_float32():
     assert not torch.equal(out, out.half().float())
 
 
-# ----- against transformers -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=TABLES)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """The tiny model with a table of its own size, and with one that is interpolated."""
-    table = TABLES[request.param]
-    folder = write_tiny(tmp_path_factory.mktemp("table"), table)
-    return request.param, table, nanogap.load(folder, "cpu")
-
-
-def hidden(model: MiniGPT) -> Tensor:
-    """What the last block returns, (1 + 64, C)."""
-    return model.vision_tower(pixel_values())[1][0]
-
-
-def our_answer(model: MiniGPT, mode: str) -> Answer:
-    """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
-    keep = None if mode == "full" else KEEP
-    return our_answer_to(model, PROMPT, pixel_values(), keep, mode, NEW_TOKENS, MODES[mode])
-
-
-def test_features_logits_and_words_are_those_that_transformers_gave(loaded):
-    name, _, model = loaded
-    stored = json.loads(OUTPUTS.read_text())[name]
-    assert_same(hidden(model)[[0, 1, 30, 64], :6], stored["hidden"])
-    assert float(hidden(model).double().abs().sum()) == pytest.approx(stored["sum"], rel=2e-5)
-    for mode in MODES:
-        assert_stored(our_answer(model, mode), positions(mode), stored[mode])
-
-
-@live
-def test_the_tower_is_blip_2s_vision_model_live(loaded):
-    """EVA's keys have no bias: there, the middle third of one that is zero."""
-    _, table, model = loaded
-    assert_same(hidden(model), their_hidden(tensors(table), pixel_values()))
-
-
-@live
-@pytest.mark.parametrize("mode", MODES)
-def test_the_whole_model_is_its_parts_in_transformers_live(loaded, mode: str):
-    _, table, model = loaded
-    assert_same_answer(our_answer(model, mode),
-                       their_answer(tensors(table), pixel_values(), *MODES[mode]))
-
-
 def test_ln_vision_adds_1e_5_to_the_variance_and_rounds_once(tiny: MiniGPT):
     x = 1e-3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     weight, bias = tiny.ln_vision.weight, tiny.ln_vision.bias
@@ -281,7 +199,7 @@ def test_every_strategy_that_reads_no_words_prunes(tiny: MiniGPT, prune: str):
 
 
 def test_a_model_is_written_under_the_published_names_and_read_again(
-        tiny: MiniGPT, folder: Path, tmp_path: Path):
+        tiny: MiniGPT, tmp_path: Path):
     save(tmp_path, tiny, torch.float32)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
@@ -304,18 +222,20 @@ def test_a_position_table_that_is_no_square_is_not_interpolated(tiny: MiniGPT):
             model.load_state_dict(state)
 
 
-def test_four_patches_must_stand_side_by_side_in_a_row():
-    vision = replace(tiny_config().vision, image_size=84)
+def test_four_patches_must_stand_side_by_side_in_a_row(tiny: MiniGPT):
+    vision = replace(tiny.config.vision, image_size=84)
     with pytest.raises(NanogapError, match="image_size 84 makes 6 patches to a row, and MiniGPT-v2 "
                                            "makes one token of every 4 of them"):
-        replace(tiny_config(), vision=vision)
+        replace(tiny.config, vision=vision)
 
 
 # ----- what is shown ------------------------------------------------------------------------------
 
 
-def test_an_answer_is_a_box_in_pixels_of_the_picture(folder: Path, tmp_path: Path):
-    finder = nanogap.load(write_finder(folder, tmp_path / "finder", "{<10><25><50><60>}"), "cpu")
+def test_an_answer_is_a_box_in_pixels_of_the_picture(tiny: MiniGPT, tmp_path: Path):
+    save(tmp_path / "tiny", tiny, torch.float32)
+    write_finder(tmp_path / "tiny", tmp_path / "finder", "{<10><25><50><60>}")
+    finder = nanogap.load(tmp_path / "finder", "cpu")
     for mode in ("full", "gap"):
         found = finder.ground(Image.new("RGB", (100, 50)), "the man", keep=4, mode=mode)
         assert (found.text, found.box) == ("{<10><25><50><60>}", (10, 12.5, 50, 30))

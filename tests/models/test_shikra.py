@@ -1,6 +1,5 @@
 """Shikra: the image inside the sentence, a white square, three decimals, and one linear layer."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,46 +10,23 @@ import nanogap
 from nanogap import NanogapError
 from nanogap.clip import CLIPTextConfig
 from nanogap.gap import MODES
-from nanogap.llava import LlavaConfig
 from nanogap.models.saving import save
 from nanogap.models.shikra import SHIKRA, WHITE, Shikra
 from nanogap.prompt import DESCRIBE
 from nanogap.prune import STRATEGIES
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
-from tests.models.test_reference import (
-    Answer,
-    assert_same,
-    assert_same_answer,
-    assert_stored,
-    live,
-)
-from tests.models.test_reference import our_answer as our_answer_to
-from tests.reference.make_reference import KEEP, pixel_values
-from tests.reference.make_shikra import (
-    DECODER,
-    OUTPUTS,
-    PATCH,
-    PROMPT,
-    VISION,
-    positions,
-    tensors,
-    their_answer,
-)
-from tests.reference.make_shikra import MODES as MODES_BY_HAND
-from tests.tiny import draw, tokenizer_of
+from tests.tiny import draw, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
 def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
     """A random one with 4 x 4 patches, saved with its CLIP beside it and loaded again."""
     folder = tmp_path_factory.mktemp("shikra")
-    model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
-    model.load_state_dict(tensors())
-    model.tokenizer = tokenizer_of("shikra")
-    save(folder, model, torch.float32)
+    save(folder, tiny_model("shikra"), torch.float32)
     words = train_clip_tokenizer(["a red car", "the man on the left"], 300)
-    clip = CLIP(VISION, CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size()), 16)
+    text = CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size())
+    clip = CLIP(tiny_config().vision, text, 16)
     for name, value in clip.requires_grad_(False).named_parameters():
         value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
     save_clip(folder / "clip_text", clip, words, torch.float32)
@@ -176,29 +152,3 @@ def test_what_is_saved_loads_again_bit_for_bit(shikra: Shikra, tmp_path: Path):
     assert len(again.state_dict()) == 87
     for name, value in again.state_dict().items():                            # its CLIP apart
         assert torch.equal(shikra.state_dict()[name], value)
-
-
-# ----- against transformers -----------------------------------------------------------------------
-
-
-def our_answer(model: Shikra, mode: str) -> Answer:
-    """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
-    keep = None if mode == "full" else KEEP
-    return our_answer_to(model, PROMPT, pixel_values(), keep, mode, by_hand=MODES_BY_HAND[mode])
-
-
-def test_features_logits_and_words_are_those_that_transformers_gave(shikra: Shikra):
-    stored = json.loads(OUTPUTS.read_text())["shikra"]
-    features = shikra.encode_pixels(pixel_values(), 56, 56).features
-    assert_same(features[[0, 7, 15], :6], stored["features"])
-    for mode in MODES_BY_HAND:
-        assert_stored(our_answer(shikra, mode), positions(mode), stored[mode])
-
-
-@live
-@pytest.mark.parametrize("mode", MODES_BY_HAND)
-def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(
-        shikra: Shikra, mode: str):
-    """The original's forward pass: features of the last layer but one in the patches' places."""
-    assert_same_answer(our_answer(shikra, mode),
-                       their_answer(tensors(), pixel_values(), *MODES_BY_HAND[mode]))

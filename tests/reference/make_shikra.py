@@ -9,7 +9,7 @@ Out: samples of features and logits with 8 significant digits, and the greedy wo
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nanogap.llava import LlavaConfig
 from nanogap.models.shikra import Shikra
+from tests import tiny
 from tests.reference.make_reference import (
     NEW_TOKENS,
     POSITIONS,
@@ -29,22 +30,25 @@ from tests.reference.make_reference import (
     their_decoder,
     write_outputs,
 )
-from tests.tiny import draw, tiny_config
 
 OUTPUTS = Path(__file__).with_name("shikra.json")
 PATCH, START, END = 560, 561, 562
 PROMPT = [1, 319, 400, 77, START, PATCH, END, 36, 500, 9, 301, 88]           # P = 5, A = 6
-VISION = tiny_config().vision
-DECODER = tiny_config(rms_norm_eps=1e-6).text
 # order and position IDs of 16 patches: P and A are those of LLaVA's prompt, so these are as well
 MODES = {"full": (list(range(16)), list(range(27)))} | PRUNED
 
 
+def tiny_config() -> LlavaConfig:
+    """4 x 4 patches; 3 layers see and 3 read."""
+    return replace(tiny.tiny_config(rms_norm_eps=1e-6), image_token=PATCH)
+
+
 def tensors(seed: int = 0) -> dict[str, Tensor]:
-    """All tensors of a tiny one, by our names: 4 x 4 patches, 3 layers see and 3 read."""
+    """All tensors of a tiny one, by our names."""
     with torch.device("meta"):
-        model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
-    return {name: draw(name, value.shape, seed) for name, value in model.state_dict().items()}
+        model = Shikra(tiny_config())
+    return {name: tiny.draw(name, value.shape, seed)
+            for name, value in model.state_dict().items()}
 
 
 # ----- their parts --------------------------------------------------------------------------------
@@ -54,7 +58,8 @@ def their_tower(state: dict[str, Tensor]) -> nn.Module:
     """CLIP's vision model, with attention written out."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
     tower = CLIPVisionModel(CLIPVisionConfig(
-        **asdict(VISION), hidden_act="quick_gelu", attn_implementation="eager")).eval()
+        **asdict(tiny_config().vision), hidden_act="quick_gelu",
+        attn_implementation="eager")).eval()
     inner = getattr(tower, "vision_model", tower)         # in some versions it is one in another
     inner.load_state_dict(part(state, "vision_tower."), strict=True)
     return tower.requires_grad_(False)
@@ -68,7 +73,7 @@ def their_features(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
                  ids: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the prompt with the patches `order` at these IDs, and the greedy words."""
-    decoder = their_decoder(part(state, "language_model."), DECODER)
+    decoder = their_decoder(part(state, "language_model."), tiny_config().text)
     visual = nn.functional.linear(their_features(state, pixels)[list(order)],
                                   state["multi_modal_projector.weight"],
                                   state["multi_modal_projector.bias"])
