@@ -229,44 +229,22 @@ def test_keeping_everything_is_no_pruning_bit_for_bit(model, ids, pixels, mode: 
     assert torch.equal(everything, model(ids, pixels, size=SIZE))
 
 
-def test_gap_equals_the_unpruned_sequence_with_the_dropped_tokens_masked_out(
-        model, image, ids, pixels):
-    """An independent definition: all tokens at their IDs, and nobody looks at the dropped ones."""
-    P, A = model.around_image(ids)
-    keep = torch.tensor([2, 9, 17, 24, 40, 42])
-    x = model.embed(ids, image, Kept(torch.arange(N)), torch.arange(N))
-    stays = torch.cat([torch.arange(P), P + keep, P + N + torch.arange(A)])
-    seen = torch.zeros(x.shape[1], dtype=torch.bool)
-    seen[stays] = True
-    mask = torch.ones(x.shape[1], x.shape[1]).tril().bool() & (seen | torch.eye(x.shape[1]).bool())
-    logits = model.language_model(x, torch.arange(x.shape[1]), mask=mask)
-    assert torch.allclose(logits[0, stays], model(ids, pixels, keep, "gap", size=SIZE), atol=2e-4)
-
-
 # ----- pruning ------------------------------------------------------------------------------------
 
 
-def test_ids_after_pruning_a_2_x_2_grid_of_tiles(image):
-    """One patch of each view stays: 5; 17, 29 of the upper tiles, and 34, 50 of the lower.
-
-    17 stands in the first row, which token 24 closes; 29 in the second, closed by 33; 34 in the
-    third, by 42; 50 in the last, by 51.  GAP takes the numbers of what stays: P = 3, A = 2.
-    """
-    kept = close_rows(Kept(torch.tensor([5, 17, 29, 34, 50])), image.row_end)
-    assert kept.ranked.tolist() == [5, 17, 24, 29, 33, 34, 42, 50, 51]
-    ids, next_position = gap.position_ids(kept.ranked, 3, N, 2, "gap")
-    assert ids.tolist() == [0, 1, 2, 8, 20, 27, 32, 36, 37, 45, 53, 54, 55, 56]
-    assert next_position == 57
-
-
-def test_in_order_of_rank_a_newline_stands_behind_the_lowest_patch_of_its_row(image):
-    """Patches 18 and 16 share a row, and the base view has no rows to close."""
-    features = torch.arange(5.0)[:, None]
-    kept = Kept(torch.tensor([18, 50, 3, 16, 40]), features, features[:1])
-    kept = close_rows(kept, image.row_end)
-    assert kept.ranked.tolist() == [18, 50, 51, 3, 16, 24, 40, 42]
-    assert kept.features[:, 0].tolist() == [0, 1, 0, 2, 3, 0, 4, 0]           # 0: newlines
-    assert kept.added.tolist() == [[0]]
+@pytest.mark.parametrize("ranked, closed", [
+    # a patch of each view: 24 closes the row of 17, 33 that of 29, 42 that of 34, 51 that of 50
+    ([5, 17, 29, 34, 50], [5, 17, 24, 29, 33, 34, 42, 50, 51]),
+    # in order of rank: 18 and 16 share a row, and the base view has no rows to close
+    ([18, 50, 3, 16, 40], [18, 50, 51, 3, 16, 24, 40, 42])])
+def test_a_newline_stands_behind_the_last_patch_of_its_row(image, ranked, closed):
+    """Its features are zeros, and what was added stays as it is."""
+    features = torch.arange(1.0, 6.0)[:, None]
+    kept = close_rows(Kept(torch.tensor(ranked), features, features[:1]), image.row_end)
+    assert kept.ranked.tolist() == closed
+    newline = torch.tensor([index in NEWLINES for index in closed])
+    assert torch.equal(kept.features[~newline], features) and not kept.features[newline].any()
+    assert torch.equal(kept.added, features[:1])
 
 
 def of_each_part(image: EncodedTiles, keep: Tensor) -> list[int]:

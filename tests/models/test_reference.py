@@ -28,6 +28,7 @@ from nanogap.prune import Kept
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.scenes import scene
 from nanogap.train.tokenizer import train_clip_tokenizer
+from tests.reference.make_next import OUTPUTS as NEXT_OUTPUTS
 from tests.reference.make_next import noise
 from tests.reference.make_reference import (
     CASES,
@@ -152,7 +153,9 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
     assert_stored(answer, [5, 14], stored["pruned"][mode])
 
 
-def test_the_stored_numbers_differ_from_case_to_case_and_from_mode_to_mode(stored: dict):
+@pytest.mark.parametrize("path", [OUTPUTS, NEXT_OUTPUTS], ids=["LLaVA-1.5", "LLaVA-1.6"])
+def test_the_stored_numbers_differ_from_case_to_case_and_from_mode_to_mode(path: Path):
+    stored = json.loads(path.read_text())
     outputs = [*stored["cases"].values(), *stored["pruned"].values()]
     sums = [output["absolute_sums"][-1] for output in outputs]
     assert len(sums) == 12 and len(set(sums)) == 12

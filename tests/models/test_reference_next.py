@@ -79,12 +79,6 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
     assert_stored(answer, [5, 19], stored["pruned"][mode])
 
 
-def test_the_stored_numbers_differ_from_case_to_case_and_from_mode_to_mode(stored: dict):
-    outputs = [*stored["cases"].values(), *stored["pruned"].values()]
-    sums = [output["absolute_sums"][-1] for output in outputs]
-    assert len(sums) == 12 and len(set(sums)) == 12
-
-
 # ----- transformers, live -------------------------------------------------------------------------
 
 
