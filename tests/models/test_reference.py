@@ -43,7 +43,6 @@ from tests.reference.make_reference import (
     load_theirs,
     pixel_values,
     their_answer,
-    their_features,
     their_generate,
     their_pruned_answer,
     their_pruned_prompt,
@@ -115,11 +114,6 @@ def our_answer(model: VLM, prompt: list[int], pixels: Tensor, keep: list[int] | 
     return logits, greedy(model, x, layout, new_tokens).tokens
 
 
-def our_features(model: VLM, pixels: Tensor) -> Tensor:
-    """Patch features (N, C) before the projector."""
-    return model.encode_pixels(pixels, pixels.shape[-1], pixels.shape[-2]).features
-
-
 # ----- stored numbers -----------------------------------------------------------------------------
 
 
@@ -131,17 +125,14 @@ def stored() -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_a_tiny_checkpoint_gives_the_logits_and_words_that_transformers_gave(
         name: str, stored: dict, tmp_path: Path):
+    """Patch features are those of the last layer but one, without CLS."""
     layout, shards, seed, differs = CASES[name]
     write_checkpoint(tmp_path, tiny_config(**differs), layout, shards, seed)
-    answer = our_answer(nanogap.load(tmp_path, "cpu"), PROMPT, pixel_values())
-    assert_stored(answer, POSITIONS, stored["cases"][name])
-
-
-def test_patch_features_are_those_of_the_second_to_last_layer_without_cls(
-        stored: dict, tmp_path: Path):
-    features = our_features(nanogap.load(write_checkpoint(tmp_path), "cpu"), pixel_values())
+    model, expected = nanogap.load(tmp_path, "cpu"), stored["cases"][name]
+    features = model.encode_pixels(pixel_values(), 56, 56).features
     assert features.shape == (16, 32)
-    assert_same(features[[0, 7, 15], :6], stored["cases"]["layout a"]["features"])
+    assert_same(features[[0, 7, 15], :6], expected["features"])
+    assert_stored(our_answer(model, PROMPT, pixel_values()), POSITIONS, expected)
 
 
 @pytest.mark.parametrize("mode", PRUNED)
@@ -186,12 +177,6 @@ def test_every_logit_and_every_word_is_that_of_transformers(pair):
     input_ids = expand(prompt, ours.config.image_token, ours.config.vision.grid ** 2)
     assert_same_answer(our_answer(ours, prompt, pixels, new_tokens=32),
                        their_answer(theirs, input_ids, pixels, 32))
-
-
-@live
-def test_every_patch_feature_is_that_of_transformers(pair):
-    ours, theirs, _, pixels, _ = pair
-    assert_same(our_features(ours, pixels), their_features(theirs, pixels))
 
 
 def by_hand(ours: VLM, prompt: list[int], keep: list[int], mode: str) -> Layout:
