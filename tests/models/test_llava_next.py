@@ -54,18 +54,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LlavaNext:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return noise(*SIZE)
+def image(model: LlavaNext) -> EncodedTiles:
+    return model.encode_image(noise(*SIZE))
 
 
 @pytest.fixture(scope="module")
-def image(model: LlavaNext, picture: Image.Image) -> EncodedTiles:
-    return model.encode_image(picture)
-
-
-@pytest.fixture(scope="module")
-def pixels(model: LlavaNext, picture: Image.Image) -> Tensor:
-    return model.prepare_image(picture)
+def pixels(model: LlavaNext) -> Tensor:
+    return model.prepare_image(noise(*SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +76,17 @@ def tokens(width: int, height: int) -> int:
     return len(number(HUB, width, height, 24, 336)[1])
 
 
-@pytest.mark.parametrize("size, canvas, shown", [
+@pytest.mark.parametrize("size, canvas", [
     # 640 x 480: on 672 x 672 all 640 * 480 pixels are shown; on 672 x 336 only 448 * 336
-    ((640, 480), (672, 672), 640 * 480),
+    ((640, 480), (672, 672)),
     # 900 x 300: 1008 x 336 shows all of it, and wastes less than 672 x 672 does, which shows less
-    ((900, 300), (336, 1008), 900 * 300),
-    ((250, 700), (1008, 336), 250 * 700),
+    ((900, 300), (336, 1008)),
+    ((250, 700), (1008, 336)),
     # 336 x 336 fits on each; 672 x 336 and 336 x 672 waste least, and the first in the list wins
-    ((336, 336), (336, 672), 336 * 336),
+    ((336, 336), (336, 672)),
 ])
-def test_the_canvas_shows_most_pixels_and_then_wastes_least(size, canvas, shown):
+def test_the_canvas_shows_most_pixels_and_then_wastes_least(size, canvas):
     assert HUB.canvas(*size) == canvas
-    scale = min(canvas[1] / size[0], canvas[0] / size[1], 1)
-    assert int(size[0] * scale) * int(size[1] * scale) == shown
 
 
 def test_the_original_code_reads_width_first_and_so_breaks_ties_the_other_way():
