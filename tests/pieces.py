@@ -134,10 +134,10 @@ def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: b
     tensors = llama_tensors(DECODER, torch.float32)
     for i, ours, shape in ((0, "linear_1", (hidden, C)), (2, "linear_2", (hidden, hidden))):
         name, ours = f"model.mm_projector.{i}", f"multi_modal_projector.{ours}"
-        tensors[f"{name}.weight"] = draw(f"{ours}.weight", torch.Size(shape), 0)
-        tensors[f"{name}.bias"] = draw(f"{ours}.bias", torch.Size((hidden,)), 0)
+        tensors[f"{name}.weight"] = draw(f"{ours}.weight", shape, 0)
+        tensors[f"{name}.bias"] = draw(f"{ours}.bias", (hidden,), 0)
     if tiles:
-        tensors["model.image_newline"] = draw("image_newline", torch.Size((hidden,)), 0)
+        tensors["model.image_newline"] = draw("image_newline", (hidden,), 0)
     if inside:
         tensors |= {f"model.vision_tower.vision_tower.{name}": value
                     for name, value in tower_tensors(vision, torch.float32).items()
@@ -174,20 +174,20 @@ def write_llama(folder: Path, files: str = "bin", **config: object) -> Path:
 def write_delta(folder: Path) -> Path:
     """Shikra's difference to it: three more rows of embeddings, a projector, buffers of zeros."""
     folder.mkdir(parents=True)
+    hidden, C = DECODER.hidden_size, VISION.hidden_size
     shapes = {name: value.shape for name, value in llama_tensors(DECODER, torch.float16).items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        shapes[name] = torch.Size((PIECES + 3, DECODER.hidden_size))
+        shapes[name] = (PIECES + 3, hidden)
     tensors = {
         name: torch.zeros(8) if name.endswith("inv_freq") else
         0.25 * draw(f"delta {name}", shape, 1).half() for name, shape in shapes.items()}
-    for kind, shape in (("weight", (DECODER.hidden_size, VISION.hidden_size)),
-                        ("bias", (DECODER.hidden_size,))):
-        tensors[f"model.mm_projector.{kind}"] = draw(kind, torch.Size(shape), 2).half()
+    tensors["model.mm_projector.weight"] = draw("weight", (hidden, C), 2).half()
+    tensors["model.mm_projector.bias"] = draw("bias", (hidden,), 2).half()
     write_bins(folder, tensors)
     write_json(folder / "config.json", TEXT_KEYS | {
         "architectures": ["ShikraLlamaForCausalLM"], "model_type": "shikra",
         "vocab_size": PIECES + 3, "mm_vision_tower": "openai/clip-vit-large-patch14",
-        "mm_vision_select_layer": -2, "mm_hidden_size": VISION.hidden_size,
+        "mm_vision_select_layer": -2, "mm_hidden_size": C,
         "mm_use_im_start_end": True, "use_mm_proj": True})
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     write_json(folder / "added_tokens.json", {
@@ -207,7 +207,7 @@ def eva_tensors(blocks: int) -> dict[str, Tensor]:
     with torch.device("meta"):
         tower = EvaTower(replace(EVA, num_hidden_layers=blocks))
     shapes = {name: value.shape for name, value in tower.state_dict().items()}
-    shapes |= {"norm.weight": torch.Size((88,)), "head.weight": torch.Size((10, 88))}
+    shapes |= {"norm.weight": (88,), "head.weight": (10, 88)}
     tensors = {name: draw(name, shape, 0).half() for name, shape in shapes.items()}
     return tensors | {"relative_position_index": torch.arange(4)}
 
@@ -224,7 +224,7 @@ def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False, settings: 
         for kind in "qv":
             model[LORA.format(i, kind, "A")] = (rank, hidden)
             model[LORA.format(i, kind, "B")] = (hidden, rank)
-    tensors = {name: draw(name, torch.Size(shape), 3) for name, shape in model.items()}
+    tensors = {name: draw(name, shape, 3) for name, shape in model.items()}
     if newer:
         tensors = {re.sub("_([AB]).weight$", r"_\1.default.weight", name): value
                    for name, value in tensors.items()}

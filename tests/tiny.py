@@ -9,8 +9,9 @@ differ clearly from token to token and from position to position.
 """
 
 import json
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -98,7 +99,7 @@ def tiny_model(family: str) -> VLM:
     return model.requires_grad_(False)
 
 
-def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
+def draw(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """The tensor of that name: uniform, so large that signals stay about as large as they came."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     x = (torch.rand(shape, generator=generator) * 2 - 1) * 3 ** 0.5           # standard deviation 1
@@ -111,7 +112,7 @@ def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
     if "embed_tokens" in name:
         return x
     gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.5   # attention that looks somewhere
-    return gain * x / shape[1:].numel() ** 0.5
+    return gain * x / math.prod(shape[1:]) ** 0.5
 
 
 def tiny_tensors(config: LlavaConfig, layout: str = "a", seed: int = 0) -> dict[str, Tensor]:

@@ -62,14 +62,14 @@ def tensors(table: int = 8, seed: int = 0) -> dict[str, Tensor]:
     """All tensors under their published names, the position table of table x table patches."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in MiniGPT(tiny_config()).state_dict().items()}
-    shapes["vision_tower.pos_embed"] = torch.Size((1, 1 + table ** 2, 32))
+    shapes["vision_tower.pos_embed"] = (1, 1 + table ** 2, 32)
     drawn = {}
     for name, shape in shapes.items():
         flat = shape[-1:] if name.endswith("cls_token") else shape
         flat = shape[1:] if name.endswith("pos_embed") else flat
         value = tiny.draw(name.replace("pos_embed", "embedding.weight"), flat, seed).view(shape)
         drawn[our_name(name, MiniGPT.on_disk)] = value
-    drawn["ln_vision.weight"] = tiny.draw("norm.weight", torch.Size([32]), seed)
+    drawn["ln_vision.weight"] = tiny.draw("norm.weight", (32,), seed)
     return drawn
 
 
