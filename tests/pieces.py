@@ -6,8 +6,9 @@ The numbers are those of tests/tiny.py: a tensor's name there, and not the piece
 """
 
 import json
+import re
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig, LlamaForCausalLM
+from nanogap.models.eva import EvaTower
 from nanogap.train.clip import CLIP
-from tests.tiny import draw, tiny_tokenizer, write_shards
+from tests.tiny import IMAGE_TOKEN, draw, tiny_config, tiny_tokenizer, write_shards
 
-PIECES = 560                       # of the tiny tokenizer, before its special tokens
-VISION = CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14)
-DECODER = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=PIECES, rms_norm_eps=1e-6,
-                      max_position_embeddings=512)
+PIECES = IMAGE_TOKEN               # of the tiny tokenizer, before its special tokens
+VISION = tiny_config().vision
+DECODER = tiny_config(vocab_size=PIECES, rms_norm_eps=1e-6).text
+CLIP_TEXT = CLIPTextConfig(16, 32, 1, 2, vocab_size=300)
 TEXT_KEYS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
              "num_attention_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
              "vocab_size": PIECES, "hidden_act": "silu", "rope_scaling": None,
@@ -71,29 +73,29 @@ def write_tokenizer_model(folder: Path) -> None:
 def write_bins(folder: Path, tensors: dict[str, Tensor], count: int = 2,
                legacy: bool = False) -> None:
     """pytorch_model-0000N-of-0000M.bin and their index, or one pytorch_model.bin."""
-    options = {"_use_new_zipfile_serialization": not legacy}
-    if count == 1:
-        torch.save(tensors, folder / "pytorch_model.bin", **options)
-        return
-    names, weight_map = list(tensors), {}
-    for i in range(count):
-        file = f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"
-        part = names[len(names) * i // count: len(names) * (i + 1) // count]
-        torch.save({name: tensors[name].clone() for name in part}, folder / file, **options)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    def write(path: Path, part: dict[str, Tensor]) -> None:
+        torch.save({name: value.clone() for name, value in part.items()}, path,
+                   _use_new_zipfile_serialization=not legacy)
+    write_shards(folder, tensors, count, "pytorch_model.bin", write)
+
+
+def write_files(folder: Path, tensors: dict[str, Tensor], files: str) -> None:
+    """Two shards of a kind: "bin", "legacy" for those of older versions, or "safetensors"."""
+    if files == "safetensors":
+        write_shards(folder, tensors, 2)
+    else:
+        write_bins(folder, tensors, 2, legacy=files == "legacy")
 
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))
 
 
-def llama_tensors(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+def llama_tensors(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """A decoder under the names of LLaMA's own repositories, old buffers included."""
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
-    tensors = {name: draw(f"language_model.{name}", shape, seed).to(dtype)
+    tensors = {name: draw(f"language_model.{name}", shape, 0).to(dtype)
                for name, shape in shapes.items()}
     for i in range(config.num_hidden_layers):
         tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
@@ -103,7 +105,7 @@ def llama_tensors(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> dic
 def tower_tensors(config: CLIPVisionConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """A vision tower under CLIP's own names."""
     with torch.device("meta"):
-        clip = CLIP(config, CLIPTextConfig(16, 32, 1, 2, vocab_size=300), 16)
+        clip = CLIP(config, CLIP_TEXT, 16)
     return {name: draw(name.replace("vision_model.", "vision_tower."), value.shape, 0).to(dtype)
             for name, value in clip.state_dict().items()}
 
@@ -111,46 +113,36 @@ def tower_tensors(config: CLIPVisionConfig, dtype: torch.dtype) -> dict[str, Ten
 # ----- LLaVA's own layout -------------------------------------------------------------------------
 
 
-def write_clip(folder: Path, name: str = "pytorch_model.bin",
-               config: CLIPVisionConfig = VISION) -> Path:
+def write_clip(folder: Path, name: str = "pytorch_model.bin") -> Path:
     """A CLIP as OpenAI's repositories hold it, in float32 and with a buffer of older versions."""
     folder.mkdir(parents=True)
-    tensors = tower_tensors(config, torch.float32)
-    tensors["vision_model.embeddings.position_ids"] = torch.arange(config.grid ** 2 + 1)[None]
-    if name.endswith(".bin"):
-        write_bins(folder, tensors, 1)
-    else:
-        write_shards(folder, tensors, 1)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "vocab_size": 300}
+    tensors = tower_tensors(VISION, torch.float32)
+    tensors["vision_model.embeddings.position_ids"] = torch.arange(VISION.grid ** 2 + 1)[None]
+    write = write_bins if name.endswith(".bin") else write_shards
+    write(folder, tensors, 1)
     write_json(folder / "config.json", {
-        "model_type": "clip", "projection_dim": 16, "text_config": text,
-        "vision_config": asdict(config), "text_config_dict": text})
+        "model_type": "clip", "projection_dim": 16, "text_config": asdict(CLIP_TEXT),
+        "vision_config": asdict(VISION), "text_config_dict": asdict(CLIP_TEXT)})
     return folder
 
 
 def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: bool = False,
-                dtype: torch.dtype = torch.float32, vision: CLIPVisionConfig = VISION,
-                **config: object) -> Path:
+                vision: CLIPVisionConfig = VISION) -> Path:
     """LLaVA-1.5, or 1.6 with `tiles`; the tower apart or `inside`."""
     folder.mkdir(parents=True)
-    tensors = llama_tensors(DECODER, dtype)
     C, hidden = vision.hidden_size, DECODER.hidden_size
-    for i, width in ((0, C), (2, hidden)):
-        ours = f"multi_modal_projector.linear_{i // 2 + 1}"
-        for kind, shape in (("weight", (hidden, width)), ("bias", (hidden,))):
-            tensors[f"model.mm_projector.{i}.{kind}"] = draw(
-                f"{ours}.{kind}", torch.Size(shape), 0).to(dtype)
+    tensors = llama_tensors(DECODER, torch.float32)
+    for i, ours, shape in ((0, "linear_1", (hidden, C)), (2, "linear_2", (hidden, hidden))):
+        name, ours = f"model.mm_projector.{i}", f"multi_modal_projector.{ours}"
+        tensors[f"{name}.weight"] = draw(f"{ours}.weight", shape, 0)
+        tensors[f"{name}.bias"] = draw(f"{ours}.bias", (hidden,), 0)
     if tiles:
-        tensors["model.image_newline"] = draw("image_newline", torch.Size((hidden,)), 0).to(dtype)
+        tensors["model.image_newline"] = draw("image_newline", (hidden,), 0)
     if inside:
         tensors |= {f"model.vision_tower.vision_tower.{name}": value
-                    for name, value in tower_tensors(vision, dtype).items()
+                    for name, value in tower_tensors(vision, torch.float32).items()
                     if name.startswith("vision_model.")}
-    if files == "safetensors":
-        write_shards(folder, tensors, 3)
-    else:
-        write_bins(folder, tensors, 2, legacy=files == "legacy")
+    write_files(folder, tensors, files)
     size = vision.image_size
     grids = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]        # (width, height)
     own: dict = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
@@ -161,7 +153,7 @@ def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: b
         "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": C, "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-        "mm_resampler_type": None, "use_mm_proj": True} | config)
+        "mm_resampler_type": None, "use_mm_proj": True})
     write_tokenizer_model(folder)
     return folder
 
@@ -169,40 +161,33 @@ def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: b
 # ----- Shikra -------------------------------------------------------------------------------------
 
 
-def write_llama(folder: Path, files: str = "bin", dtype: torch.dtype = torch.float16,
-                **config: object) -> Path:
+def write_llama(folder: Path, files: str = "bin", **config: object) -> Path:
     """LLaMA-7B as huggyllama/llama-7b has it, or Llama-2."""
     folder.mkdir(parents=True)
-    tensors = llama_tensors(DECODER, dtype)
-    if files == "safetensors":
-        write_shards(folder, tensors, 2)
-    else:
-        write_bins(folder, tensors, 2, legacy=files == "legacy")
+    write_files(folder, llama_tensors(DECODER, torch.float16), files)
     write_json(folder / "config.json", TEXT_KEYS | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama"} | config)
     write_tokenizer_model(folder)
     return folder
 
 
-def write_delta(folder: Path, vision: CLIPVisionConfig = VISION) -> Path:
+def write_delta(folder: Path) -> Path:
     """Shikra's difference to it: three more rows of embeddings, a projector, buffers of zeros."""
     folder.mkdir(parents=True)
-    tensors = {}
-    for name, value in llama_tensors(DECODER, torch.float16).items():
-        rows = 3 if name in ("model.embed_tokens.weight", "lm_head.weight") else 0
-        shape = torch.Size((value.shape[0] + rows, *value.shape[1:]))
-        if name.endswith("inv_freq"):
-            tensors[name] = torch.zeros(8)
-        else:
-            tensors[name] = 0.25 * draw(f"delta {name}", shape, 1).half()
-    for kind, shape in (("weight", (DECODER.hidden_size, vision.hidden_size)),
-                        ("bias", (DECODER.hidden_size,))):
-        tensors[f"model.mm_projector.{kind}"] = draw(kind, torch.Size(shape), 2).half()
+    hidden, C = DECODER.hidden_size, VISION.hidden_size
+    shapes = {name: value.shape for name, value in llama_tensors(DECODER, torch.float16).items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        shapes[name] = (PIECES + 3, hidden)
+    tensors = {
+        name: torch.zeros(8) if name.endswith("inv_freq") else
+        0.25 * draw(f"delta {name}", shape, 1).half() for name, shape in shapes.items()}
+    tensors["model.mm_projector.weight"] = draw("weight", (hidden, C), 2).half()
+    tensors["model.mm_projector.bias"] = draw("bias", (hidden,), 2).half()
     write_bins(folder, tensors)
     write_json(folder / "config.json", TEXT_KEYS | {
         "architectures": ["ShikraLlamaForCausalLM"], "model_type": "shikra",
         "vocab_size": PIECES + 3, "mm_vision_tower": "openai/clip-vit-large-patch14",
-        "mm_vision_select_layer": -2, "mm_hidden_size": vision.hidden_size,
+        "mm_vision_select_layer": -2, "mm_hidden_size": C,
         "mm_use_im_start_end": True, "use_mm_proj": True})
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     write_json(folder / "added_tokens.json", {
@@ -213,25 +198,17 @@ def write_delta(folder: Path, vision: CLIPVisionConfig = VISION) -> Path:
 
 # ----- MiniGPT-v2 ---------------------------------------------------------------------------------
 
-EVA_WIDTH, EVA_INNER = 88, 16
+EVA = CLIPVisionConfig(88, 16, 3, 1, image_size=28, patch_size=14)
 LORA = "llama_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
 
 
-def eva_tensors(blocks: int, grid: int = 2) -> dict[str, Tensor]:
+def eva_tensors(blocks: int) -> dict[str, Tensor]:
     """eva_vit_g.pth: one more block than MiniGPT-v2 runs, a norm and a head that it leaves out."""
-    C = EVA_WIDTH
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, C), "pos_embed": (1, 1 + grid ** 2, C),
-        "patch_embed.proj.weight": (C, 3, 14, 14), "patch_embed.proj.bias": (C,)}
-    for i in range(blocks):
-        block = {"norm1.weight": (C,), "norm1.bias": (C,), "norm2.weight": (C,), "norm2.bias": (C,),
-                 "attn.q_bias": (C,), "attn.v_bias": (C,), "attn.qkv.weight": (3 * C, C),
-                 "attn.proj.weight": (C, C), "attn.proj.bias": (C,),
-                 "mlp.fc1.weight": (EVA_INNER, C), "mlp.fc1.bias": (EVA_INNER,),
-                 "mlp.fc2.weight": (C, EVA_INNER), "mlp.fc2.bias": (C,)}
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    shapes |= {"norm.weight": (C,), "head.weight": (10, C)}
-    tensors = {name: draw(name, torch.Size(shape), 0).half() for name, shape in shapes.items()}
+    with torch.device("meta"):
+        tower = EvaTower(replace(EVA, num_hidden_layers=blocks))
+    shapes = {name: value.shape for name, value in tower.state_dict().items()}
+    shapes |= {"norm.weight": (88,), "head.weight": (10, 88)}
+    tensors = {name: draw(name, shape, 0).half() for name, shape in shapes.items()}
     return tensors | {"relative_position_index": torch.arange(4)}
 
 
@@ -242,14 +219,15 @@ def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False, settings: 
     vision, checkpoint = folder / "eva_vit_g.pth", folder / "minigptv2_checkpoint.pth"
     torch.save(eva_tensors(blocks), vision, _use_new_zipfile_serialization=not legacy)
     hidden, rank = DECODER.hidden_size, 8
-    model = {"llama_proj.weight": (hidden, 4 * EVA_WIDTH), "llama_proj.bias": (hidden,)}
+    model = {"llama_proj.weight": (hidden, 4 * EVA.hidden_size), "llama_proj.bias": (hidden,)}
     for i in range(DECODER.num_hidden_layers):
         for kind in "qv":
             model[LORA.format(i, kind, "A")] = (rank, hidden)
             model[LORA.format(i, kind, "B")] = (hidden, rank)
-    tensors = {name.replace("_A.weight", "_A.default.weight").replace(
-        "_B.weight", "_B.default.weight") if newer else name: draw(name, torch.Size(shape), 3)
-        for name, shape in model.items()}
+    tensors = {name: draw(name, shape, 3) for name, shape in model.items()}
+    if newer:
+        tensors = {re.sub("_([AB]).weight$", r"_\1.default.weight", name): value
+                   for name, value in tensors.items()}
     name = "llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
     torch.save({
         "model": tensors | {name: torch.rand(8)}, "epoch": 3, "scaler": {"scale": 65536.0},

@@ -9,7 +9,9 @@ differ clearly from token to token and from position to position.
 """
 
 import json
+import math
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,30 +23,25 @@ from torch import Tensor
 
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.llava import VICUNA, LlavaConfig
+from nanogap.llava import LlavaConfig
 from nanogap.models import MODELS, VLM
 from nanogap.models.llava_next import LlavaNext, LlavaNextConfig
 from nanogap.models.saving import our_name, save
-from nanogap.train.tokenizer import IMAGE, train_llama_tokenizer
+from nanogap.train.tokenizer import train_llama_tokenizer
 from nanogap.weights import load
 
 LAYOUTS = ("a", "b", "c", "d")
 IMAGE_TOKEN = 560          # <image> in the tiny tokenizer; 561 is <pad>
 
-# From our names, which are layout (b), to those of the others:
-PUBLISHED = {
+NEWER = ((r"^language_model\.lm_head\.", "lm_head."),
+         (r"^language_model\.model\.", "model.language_model."),
+         (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+         (r"^image_newline$", "model.image_newline"))
+PUBLISHED = {   # from our names, which are layout (b), to those of the others
     "a": ((r"^vision_tower\.", "vision_tower.vision_model."),),
     "b": (),
-    "c": ((r"^language_model\.lm_head\.", "lm_head."),
-          (r"^language_model\.model\.", "model.language_model."),
-          (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-          (r"^vision_tower\.", "model.vision_tower.vision_model."),
-          (r"^image_newline$", "model.image_newline")),
-    "d": ((r"^language_model\.lm_head\.", "lm_head."),
-          (r"^language_model\.model\.", "model.language_model."),
-          (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-          (r"^vision_tower\.", "model.vision_tower."),
-          (r"^image_newline$", "model.image_newline")),
+    "c": (*NEWER, (r"^vision_tower\.", "model.vision_tower.vision_model.")),
+    "d": (*NEWER, (r"^vision_tower\.", "model.vision_tower.")),
 }
 
 
@@ -74,41 +71,35 @@ def family_of(config: LlavaConfig) -> type[VLM]:
 
 
 @cache
-def tiny_tokenizer() -> Tokenizer:
-    """LLaMA's kind of tokenizer with 562 tokens, trained on the prompt itself."""
-    things = ("the man on the left", "a red car behind the tall tree", "woman with a blue umbrella",
-              "small brown dog next to the bench", "the second cup from the right",
-              "yellow house above")
-    answer = "[0.12, 0.34, 0.56, 0.78]"
-    after = [VICUNA.after.format(VICUNA.question(thing)) for thing in things]
-    sentences = [f"{VICUNA.before}{text} {answer}" for text in after]
-    tokenizer = train_llama_tokenizer(sentences, vocab_size=IMAGE_TOKEN)
-    assert tokenizer.token_to_id(IMAGE) == IMAGE_TOKEN
-    return tokenizer
-
-
-@cache
 def tokenizer_of(family: str) -> Tokenizer:
-    """One of the kind of any family, trained on its own prompt."""
+    """LLaMA's kind of tokenizer, of at most 560 pieces, trained on a family's own prompt."""
     kind = MODELS[family]
-    said = ["the man on the left", "a red car", kind.box_format.say((0.12, 0.34, 0.56, 0.78))]
-    around = kind.template.around(kind.template.question("the small brown dog"))
-    return train_llama_tokenizer([*said, *around], IMAGE_TOKEN, kind.special_tokens)
+    sentences = []
+    for thing in ("the man on the left", "a red car behind the tall tree",
+                  "woman with a blue umbrella", "small brown dog next to the bench",
+                  "the second cup from the right", "yellow house above"):
+        before, after = kind.template.around(kind.template.question(thing))
+        sentences.append(f"{before}{after} {kind.box_format.say((0.12, 0.34, 0.56, 0.78))}")
+    return train_llama_tokenizer(sentences, IMAGE_TOKEN, kind.special_tokens)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """LLaVA's."""
+    return tokenizer_of("llava")
 
 
 def tiny_model(family: str) -> VLM:
     """A random model of any family: views of 4 x 4 patches, or for MiniGPT-v2 of 8 x 2 tokens."""
     kind, tokenizer, like = MODELS[family], tokenizer_of(family), tiny_config()
     vision = replace(like.vision, image_size=112) if family == "minigpt_v2" else like.vision
-    image_token = tokenizer.token_to_id(kind.special_tokens[0])
-    model = kind(kind.Config(like.text, vision, image_token))
+    model = kind(kind.Config(like.text, vision, tokenizer.token_to_id(kind.special_tokens[0])))
     model.load_state_dict({name: draw(name, value.shape, 0)
                            for name, value in model.state_dict().items()})
     model.tokenizer = tokenizer
     return model.requires_grad_(False)
 
 
-def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
+def draw(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """The tensor of that name: uniform, so large that signals stay about as large as they came."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     x = (torch.rand(shape, generator=generator) * 2 - 1) * 3 ** 0.5           # standard deviation 1
@@ -121,7 +112,7 @@ def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
     if "embed_tokens" in name:
         return x
     gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.5   # attention that looks somewhere
-    return gain * x / shape[1:].numel() ** 0.5
+    return gain * x / math.prod(shape[1:]) ** 0.5
 
 
 def tiny_tensors(config: LlavaConfig, layout: str = "a", seed: int = 0) -> dict[str, Tensor]:
@@ -143,38 +134,34 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     serialize_file(specs, path, metadata={"format": "pt"})
 
 
-def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int) -> None:
-    """model.safetensors, or model-0000N-of-0000M.safetensors and their index."""
+def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int,
+                 name: str = "model.safetensors",
+                 write: Callable[[Path, dict[str, Tensor]], None] = write_tensors) -> None:
+    """One file, or shards such as model-0000N-of-0000M.safetensors and their index."""
     if shards == 1:
-        return write_tensors(folder / "model.safetensors", tensors)
-    names = list(tensors)
+        return write(folder / name, tensors)
+    (stem, kind), names = name.split("."), list(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        file = f"{stem}-{shard + 1:05d}-of-{shards:05d}.{kind}"
         part = names[len(names) * shard // shards: len(names) * (shard + 1) // shards]
-        write_tensors(folder / file, {name: tensors[name] for name in part})
-        weight_map |= {name: file for name in part}
+        write(folder / file, {key: tensors[key] for key in part})
+        weight_map |= dict.fromkeys(part, file)
     size = sum(value.nbytes for value in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{name}.index.json").write_text(json.dumps(index))
 
 
 def write_checkpoint(folder: Path, config: LlavaConfig | None = None, layout: str = "a",
                      shards: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A whole checkpoint; the project's own writer makes all but the other layouts and shards."""
+    """A whole checkpoint; the project's own writer makes its configs."""
     config = config or tiny_config()
-    tensors = {name: value.to(dtype) for name, value in tiny_tensors(config, layout, seed).items()}
+    folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        model = family_of(config)(config)
-    model.tokenizer = tiny_tokenizer()
-    if layout == "a" and shards == 1 and not config.text.tie_word_embeddings:
-        model.load_state_dict(tiny_tensors(config, "b", seed), assign=True)
-        save(folder, model, dtype)
-    else:
-        model.to_empty(device="cpu")
-        save(folder, model, dtype)
-        (folder / "model.safetensors").unlink()
-        write_shards(folder, tensors, shards)
+        family_of(config)(config).write_config(folder, str(dtype).removeprefix("torch."))
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    tensors = tiny_tensors(config, layout, seed)
+    write_shards(folder, {name: value.to(dtype) for name, value in tensors.items()}, shards)
     return folder
 
 

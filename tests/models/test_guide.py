@@ -1,4 +1,4 @@
-"""CLIP's text tower beside a LLaVA, for pruning that reads the expression."""
+"""CLIP's text tower beside a model, for pruning that reads the expression."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import nanogap
 from nanogap import NanogapError
 from nanogap.prune import STRATEGIES, needs_of
-from tests.tiny import write_checkpoint
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "weights/mini"
@@ -56,8 +56,16 @@ def test_some_strategies_read_the_expression():
 
 
 @pytest.mark.parametrize("prune", READ_TEXT)
-def test_a_llava_without_one_says_how_to_get_it(tmp_path: Path, prune: str):
-    model = nanogap.load(write_checkpoint(tmp_path / "tiny"), "cpu")
-    with pytest.raises(NanogapError, match="takes CLIP's text tower, .* give it by --clip"):
+@pytest.mark.parametrize("family, says", [
+    ("llava", r"takes CLIP's text tower, .*clip-vit-large-patch14-336 .* give it by --clip"),
+    ("llava_next", r"takes CLIP's text tower, .*clip-vit-large-patch14-336 .* give it by --clip"),
+    # for 224 pixels
+    ("shikra", r"takes CLIP's text tower, .*`hf download openai/clip-vit-large-patch14 .*--clip"),
+    ("minigpt_v2", "^MiniGPT-v2 has no text tower: that of its vision tower, EVA-CLIP's, is "
+                   "published apart and not supported; choose a strategy that does not read the "
+                   "expression, such as cls_attention$")])
+def test_a_model_without_one_says_what_to_do(family: str, says: str, prune: str):
+    model = tiny_model(family)
+    with pytest.raises(NanogapError, match=says):
         model.ground(ROOT / "image.jpg", "the man", prune, 4)
     model.ground(ROOT / "image.jpg", "the man", prune, 4, "full", max_new_tokens=1)

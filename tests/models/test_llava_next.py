@@ -9,7 +9,6 @@ patches, of which the upper and the lower two rows show only black.
 """
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,38 +16,29 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
+from torch import Tensor
 
 import nanogap
 from nanogap import gap
-from nanogap.clip import CLIPVisionConfig
-from nanogap.convert.sentencepiece import read_llama_tokenizer
 from nanogap.errors import NanogapError
-from nanogap.image import CLIP_MEAN, CLIP_STD
-from nanogap.llama import LlamaConfig
-from nanogap.llava import VICUNA
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.frames import Tiles
 from nanogap.models.llava_next import (
-    GRIDS,
     TEMPLATES,
+    EncodedTiles,
     LlavaNext,
     close_rows,
     number,
     shared_equally,
     shared_out,
 )
-from nanogap.prompt import encode
+from nanogap.models.saving import save
 from nanogap.prune import STRATEGIES, Kept, needs_of
 from nanogap.show.draw import dim_dropped
 from nanogap.show.explain import explain
-from nanogap.weights import read_config, read_text_config
+from tests.reference.make_next import noise
 from tests.tiny import LAYOUTS, tiny_next_config, write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-MISTRAL = Path(os.environ.get("NANOGAP_MISTRAL",
-                              ROOT / "../shared/published/mistral-7b-instruct-v0.2"))
-PUBLISHED = Path(os.environ.get("NANOGAP_PUBLISHED", ROOT / "../shared/published/llava-1.5-7b-hf"))
 # (height, width) of the published canvases
 HUB = Tiles(pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
 SIZE = (100, 60)
@@ -64,14 +54,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LlavaNext:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return noise(*SIZE)
+def image(model: LlavaNext) -> EncodedTiles:
+    return model.encode_image(noise(*SIZE))
 
 
-def noise(width: int, height: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(4)
-    levels = torch.randint(0, 256, (width * height * 3,), generator=generator, dtype=torch.uint8)
-    return Image.frombytes("RGB", (width, height), bytes(levels.tolist()))
+@pytest.fixture(scope="module")
+def pixels(model: LlavaNext) -> Tensor:
+    return model.prepare_image(noise(*SIZE))
+
+
+@pytest.fixture(scope="module")
+def ids(model: LlavaNext) -> Tensor:
+    return model.prompt("the man")
 
 
 # ----- the choice of a grid -----------------------------------------------------------------------
@@ -82,20 +76,17 @@ def tokens(width: int, height: int) -> int:
     return len(number(HUB, width, height, 24, 336)[1])
 
 
-@pytest.mark.parametrize("size, canvas, shown", [
+@pytest.mark.parametrize("size, canvas", [
     # 640 x 480: on 672 x 672 all 640 * 480 pixels are shown; on 672 x 336 only 448 * 336
-    ((640, 480), (672, 672), 640 * 480),
+    ((640, 480), (672, 672)),
     # 900 x 300: 1008 x 336 shows all of it, and wastes less than 672 x 672 does, which shows less
-    ((900, 300), (336, 1008), 900 * 300),
-    ((250, 700), (1008, 336), 250 * 700),
+    ((900, 300), (336, 1008)),
+    ((250, 700), (1008, 336)),
     # 336 x 336 fits on each; 672 x 336 and 336 x 672 waste least, and the first in the list wins
-    ((336, 336), (336, 672), 336 * 336),
+    ((336, 336), (336, 672)),
 ])
-def test_the_canvas_shows_most_pixels_and_then_wastes_least(size, canvas, shown):
+def test_the_canvas_shows_most_pixels_and_then_wastes_least(size, canvas):
     assert HUB.canvas(*size) == canvas
-    H, W = canvas
-    scale = min(W / size[0], H / size[1])
-    assert min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1]) == shown
 
 
 def test_the_original_code_reads_width_first_and_so_breaks_ties_the_other_way():
@@ -120,101 +111,102 @@ def test_the_picture_lies_in_the_middle_of_its_canvas_and_what_is_around_it_is_b
     """60 * 112 / 100 = 67.2 are 68 pixels, and 22 lie above them and 22 below."""
     assert model.frame.canvas(*SIZE) == (112, 112)
     assert model.frame.placed(*SIZE) == (0, 22, 112, 68)
-    white = Image.new("RGB", SIZE, "white")
-    pixels = model.prepare_image(white)
-    levels = pixels * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    assert levels.shape == (5, 3, 56, 56)
-    assert torch.allclose(levels[0], torch.ones(()), atol=1e-6)               # stretched
-    black_above = torch.ones(56).bool()
-    black_above[22:] = False
-    for tile in (1, 2):                                                       # the upper ones
-        assert torch.allclose(levels[tile][:, ~black_above], torch.ones(()), atol=1e-6)
-        assert torch.allclose(levels[tile][:, black_above], torch.zeros(()), atol=1e-6)
-    assert torch.allclose(levels[3:], levels[1:3].flip(2), atol=1e-6)         # and the lower ones
+    white = (255, 255, 255)
+    base, *tiles = model.frame.views(Image.new("RGB", SIZE, white), 56)
+    assert base.getcolors() == [(56 * 56, white)]                             # stretched
+    assert [tile.getbbox() for tile in tiles] == 2 * [(0, 22, 56, 56)] + 2 * [(0, 0, 56, 34)]
+    for tile in tiles:
+        assert tile.crop(tile.getbbox()).getcolors() == [(56 * 34, white)]
 
 
 def test_tiles_are_cut_row_by_row_behind_the_base_view(model):
     """Four colours in the quarters of a picture: one for each tile, from left to right."""
-    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
-    quarters = Image.new("RGB", (112, 112))
-    for i, colour in enumerate(colours.tolist()):
-        quarters.paste(tuple(colour), (i % 2 * 56, i // 2 * 56, i % 2 * 56 + 56, i // 2 * 56 + 56))
-    pixels = model.prepare_image(quarters)
-    levels = pixels * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    assert torch.allclose(levels[1:].mean((2, 3)), colours / 255, atol=1e-5)
-    base = torch.tensor(list(quarters.resize((56, 56), Image.Resampling.BICUBIC).tobytes()))
-    assert torch.allclose(levels[0].flatten(1).T.flatten() * 255, base.float(), atol=1e-3)
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+    quarters = Image.new("RGB", (2, 2))
+    quarters.putdata(colours)
+    quarters = quarters.resize((112, 112), Image.Resampling.NEAREST)
+    base, *tiles = model.frame.views(quarters, 56)
+    assert [tile.getcolors() for tile in tiles] == [[(56 * 56, colour)] for colour in colours]
+    assert base.tobytes() == quarters.resize((56, 56), Image.Resampling.BICUBIC).tobytes()
 
 
 # ----- where tokens stand -------------------------------------------------------------------------
 
 
-def test_rows_of_padding_are_cut_off_by_the_proportions_of_the_picture():
-    """60 * 8 / 100 = 4.8 rows of 8 show something: (8 - 4) // 2 = 2 go above, and 2 below."""
-    assert HUB.unpadded(100, 60, 8, 8) == (slice(2, 6), slice(0, 8))
-    assert HUB.unpadded(60, 100, 8, 8) == (slice(0, 8), slice(2, 6))
-    assert HUB.unpadded(80, 50, 8, 8) == (slice(1, 7), slice(0, 8))           # 5: 1 and 1, 6 stay
-    assert HUB.unpadded(80, 80, 8, 8) == (slice(0, 8), slice(0, 8))
-    assert HUB.unpadded(900, 7, 24, 72) == (slice(12, 12), slice(0, 72))      # none is left
+@pytest.mark.parametrize("width, height, grid, rows, columns", [
+    (100, 60, (8, 8), (2, 6), (0, 8)),     # 4.8 rows of 8 show something: (8 - 4) // 2 = 2 go above
+    (60, 100, (8, 8), (0, 8), (2, 6)),
+    (80, 50, (8, 8), (1, 7), (0, 8)),      # 5: 1 and 1 go, 6 stay
+    (80, 80, (8, 8), (0, 8), (0, 8)),
+    (900, 7, (24, 72), (12, 12), (0, 72)),                                    # none is left
+])
+def test_rows_of_padding_are_cut_off_by_the_proportions_of_the_picture(
+        width, height, grid, rows, columns):
+    assert HUB.unpadded(width, height, *grid) == (slice(*rows), slice(*columns))
 
 
-def test_the_base_view_comes_first_and_every_row_of_the_grid_ends_in_a_newline(model, picture):
-    image = model.encode_image(picture)
+def test_the_base_view_comes_first_and_every_row_of_the_grid_ends_in_a_newline(model, image):
     assert image.n_visual == len(image.features) == N == 52
     assert image.n_patches == N - 4
     assert image.row_end.tolist() == [-1] * 16 + [end for end in NEWLINES for _ in range(9)]
-    views = model.views(image)
-    rectangles = [(view.rows, view.columns) for view in views]
-    assert rectangles == [(4, 4), (2, 4), (2, 4), (2, 4), (2, 4)]
-    assert [view.index.tolist() for view in views] == [
+    assert [(view.rows, view.columns) for view in model.views(image)] == [(4, 4)] + 4 * [(2, 4)]
+    assert [view.index.tolist() for view in model.views(image)] == [
         list(range(16)),
         [16, 17, 18, 19, 25, 26, 27, 28], [20, 21, 22, 23, 29, 30, 31, 32],   # upper tiles
         [34, 35, 36, 37, 43, 44, 45, 46], [38, 39, 40, 41, 47, 48, 49, 50]]   # lower tiles
 
 
-def test_each_patch_is_what_the_tower_saw_of_its_tile(model, picture):
+def test_how_many_tokens_there_are_depends_on_the_picture(model):
+    """300 x 57 pixels have two rows of 12 behind the base view."""
+    wide = model.encode_image(noise(300, 57))
+    assert not model.pictures_alike
+    assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
+
+
+def test_each_patch_is_what_the_tower_saw_of_its_tile(model, image, pixels):
     """The upper right tile lost its first two rows: token 20 is its patch 8."""
-    pixels = model.prepare_image(picture)
-    image = model.encode_image(picture)
     _, upper_right = model.vision_tower(pixels[2:3])                          # (1, 1 + 16, C)
     assert torch.allclose(image.features[[20, 21, 29]], upper_right[0, 1:][[8, 9, 12]], atol=1e-5)
     assert not image.features[NEWLINES].any()
 
 
-def test_where_a_token_lies_in_the_picture(model, picture):
+def test_where_a_token_lies_in_the_picture(model, image):
     """A patch of the base view is 25 x 15 pixels of the picture, one of a tile 12.5 x 12.4.
 
     68 pixels of the canvas are 60 of the picture; row 2 of the canvas begins at 28 - 22 = 6.
     """
-    at = model.cells(model.encode_image(picture))
+    at, down = model.cells(image), 60 / 68
     assert at[[0, 5]].tolist() == [[0, 0, 25, 15], [25, 15, 50, 30]]
-    first, last, down = at[16], at[50], 60 / 68
-    assert torch.allclose(first, torch.tensor([0, 6 * down, 12.5, 20 * down]))
-    assert torch.allclose(last, torch.tensor([87.5, 48 * down, 100, 62 * down]), atol=1e-4)
+    expected = torch.tensor([[0, 6 * down, 12.5, 20 * down], [87.5, 48 * down, 100, 62 * down]])
+    assert torch.allclose(at[[16, 50]], expected, atol=1e-4)
     assert (at[NEWLINES] == 0).all()
 
 
+def test_newlines_are_no_padding(model, image):
+    """All patches that unpadding leaves show some of the picture."""
+    assert model.padding(image, torch.arange(N)) == 0
+    assert model.padding(image, torch.tensor(NEWLINES)) == 0
+    assert len(model.patches(image, torch.arange(N))) == N - 4
+
+
 def test_a_picture_so_long_that_its_rows_round_to_none_is_a_base_view_alone(model):
-    image = model.encode_image(noise(900, 7))
-    assert image.n_visual == 16 and len(model.views(image)) == 1
-    assert model.ground(noise(900, 7), "the man", keep=4).visual_tokens == 4
+    long = model.encode_image(noise(900, 7))
+    assert long.n_visual == 16 and len(model.views(long)) == 1
+    assert model.ground(long, "the man", keep=4).visual_tokens == 4
 
 
 # ----- what the decoder is fed --------------------------------------------------------------------
 
 
-def test_newlines_are_one_vector_and_patches_go_through_the_projector(model, picture):
-    ids, image = model.prompt("the man"), model.encode_image(picture)
+def test_newlines_are_one_vector_and_patches_go_through_the_projector(model, image, ids):
     P, A = model.around_image(ids)
     x = model.embed(ids, image, Kept(torch.arange(N)), torch.arange(N))[0]
     assert x.shape == (P + N + A, 64)
-    assert torch.equal(x[P + 24], model.image_newline)
     assert torch.equal(x[P + torch.tensor(NEWLINES)], model.image_newline.expand(4, -1))
     assert torch.allclose(x[P:P + 24], model.project(image.features[:24]), atol=1e-6)
 
 
-def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, picture):
-    ids, pixels = model.prompt("the man"), model.prepare_image(picture)
+def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, ids, pixels):
     assert model(ids, pixels, size=SIZE).shape == (len(ids) - 1 + N, 640)
     message = (r"a picture of 56 x 56 pixels is 3 squares, base view and tiles, and pixel_values "
                r"holds 5: give the size of the picture that they show")
@@ -225,91 +217,58 @@ def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(mod
 
 
 @pytest.mark.parametrize("mode", gap.MODES)
-def test_keeping_everything_is_no_pruning_bit_for_bit(model, picture, mode: str):
-    ids, pixels = model.prompt("the man"), model.prepare_image(picture)
+def test_keeping_everything_is_no_pruning_bit_for_bit(model, ids, pixels, mode: str):
     everything = model(ids, pixels, torch.arange(N), mode, size=SIZE)
     assert torch.equal(everything, model(ids, pixels, size=SIZE))
-
-
-def test_gap_equals_the_unpruned_sequence_with_the_dropped_tokens_masked_out(model, picture):
-    """An independent definition: all tokens at their IDs, and nobody looks at the dropped ones."""
-    ids, image = model.prompt("the man"), model.encode_image(picture)
-    P, A = model.around_image(ids)
-    keep = torch.tensor([2, 9, 17, 24, 40, 42])
-    x = model.embed(ids, image, Kept(torch.arange(N)), torch.arange(N))
-    stays = torch.cat([torch.arange(P), P + keep, P + N + torch.arange(A)])
-    seen = torch.zeros(x.shape[1], dtype=torch.bool)
-    seen[stays] = True
-    mask = torch.ones(x.shape[1], x.shape[1]).tril().bool() & (seen | torch.eye(x.shape[1]).bool())
-    logits = model.language_model(x, torch.arange(x.shape[1]), mask=mask)
-    ours = model(ids, model.prepare_image(picture), keep, "gap", size=SIZE)
-    assert torch.allclose(logits[0, stays], ours, atol=2e-4)
 
 
 # ----- pruning ------------------------------------------------------------------------------------
 
 
-def test_ids_after_pruning_a_2_x_2_grid_of_tiles(model, picture):
-    """One patch of each view stays: 5; 17, 29 of the upper tiles, and 34, 50 of the lower.
-
-    17 stands in the first row, which token 24 closes; 29 in the second, closed by 33; 34 in the
-    third, by 42; 50 in the last, by 51.  GAP takes the numbers of what stays.
-    """
-    kept = close_rows(Kept(torch.tensor([5, 17, 29, 34, 50])), model.encode_image(picture).row_end)
-    assert kept.ranked.tolist() == [5, 17, 24, 29, 33, 34, 42, 50, 51]
-    P, A = 3, 2
-    ids_of_all = torch.arange(P + N + A)
-    stays = torch.cat([torch.arange(P), P + kept.ranked, P + N + torch.arange(A)])
-    ids, next_position = gap.position_ids(kept.ranked, P, N, A, "gap")
-    assert torch.equal(ids, ids_of_all[stays])
-    assert ids.tolist() == [0, 1, 2, 8, 20, 27, 32, 36, 37, 45, 53, 54, 55, 56]
-    assert next_position == 57
-    shifted, _ = gap.position_ids(kept.ranked, P, N, A, "shifted")
-    assert shifted.tolist() == list(range(14))
+@pytest.mark.parametrize("ranked, closed", [
+    # a patch of each view: 24 closes the row of 17, 33 that of 29, 42 that of 34, 51 that of 50
+    ([5, 17, 29, 34, 50], [5, 17, 24, 29, 33, 34, 42, 50, 51]),
+    # in order of rank: 18 and 16 share a row, and the base view has no rows to close
+    ([18, 50, 3, 16, 40], [18, 50, 51, 3, 16, 24, 40, 42])])
+def test_a_newline_stands_behind_the_last_patch_of_its_row(image, ranked, closed):
+    """Its features are zeros, and what was added stays as it is."""
+    features = torch.arange(1.0, 6.0)[:, None]
+    kept = close_rows(Kept(torch.tensor(ranked), features, features[:1]), image.row_end)
+    assert kept.ranked.tolist() == closed
+    newline = torch.tensor([index in NEWLINES for index in closed])
+    assert torch.equal(kept.features[~newline], features) and not kept.features[newline].any()
+    assert torch.equal(kept.added, features[:1])
 
 
-def test_in_order_of_rank_a_newline_stands_behind_the_lowest_patch_of_its_row(model, picture):
-    """Patches 18 and 16 share a row, and the base view has no rows to close."""
-    row_end = model.encode_image(picture).row_end
-    features = torch.arange(5.0)[:, None]
-    kept = close_rows(Kept(torch.tensor([18, 50, 3, 16, 40]), features, features[:1]), row_end)
-    assert kept.ranked.tolist() == [18, 50, 51, 3, 16, 24, 40, 42]
-    assert kept.features[:, 0].tolist() == [0, 1, 0, 2, 3, 0, 4, 0]           # 0: newlines
-    assert kept.added.tolist() == [[0]]
-    layout = gap.lay_out(kept.ranked, 3, N, 2, "permuted")
-    assert layout.kept.tolist() == kept.ranked.tolist()
-    in_raster_order = gap.lay_out(kept.ranked, 3, N, 2, "shifted").kept.tolist()
-    assert in_raster_order == sorted(kept.ranked.tolist())
+def of_each_part(image: EncodedTiles, keep: Tensor) -> list[int]:
+    """How many patches are kept of each view."""
+    return [len(set(keep.tolist()) & set(part.index.tolist())) for part in image.parts]
 
 
-def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(model, picture):
+def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(model, image):
     """12 of 48: 4 of the base view's 16 patches, and 2 of the 8 that are left of each tile."""
     assert shared_out(12, [16, 8, 8, 8, 8]) == [4, 2, 2, 2, 2]
-    image = model.encode_image(picture)
     result = model.ground(image, "the man", "cls_attention", 12, "gap")
-    keep = set(result.keep.tolist())
-    assert [len(keep & set(part.index.tolist())) for part in image.parts] == [4, 2, 2, 2, 2]
-    newlines = keep & set(NEWLINES)
-    assert newlines == {int(image.row_end[k]) for k in keep if k >= 16}
-    assert result.visual_tokens == len(result.keep) == 12 + len(newlines)
-    for part in image.parts:
+    assert of_each_part(image, result.keep) == [4, 2, 2, 2, 2]
+    best = set()
+    for part, share in zip(image.parts, [4, 2, 2, 2, 2], strict=True):
         scores = part.fields["cls_attention"].mean(0)
-        best = part.index[scores.argsort(descending=True)[:len(keep & set(part.index.tolist()))]]
-        assert set(best.tolist()) <= keep
+        best |= set(part.index[scores.argsort(descending=True)[:share]].tolist())
+    newlines = {int(image.row_end[k]) for k in best if k >= 16}
+    assert set(result.keep.tolist()) == best | newlines
+    assert result.visual_tokens == len(result.keep) == 12 + len(newlines)
 
 
-def test_views_may_share_equally_as_published_codes_have_it(model, picture):
+def test_views_may_share_equally_as_published_codes_have_it(model, image):
     assert shared_equally(12, [16, 8, 1]) == [6, 5, 1]            # what one cannot hold goes round
-    image = model.encode_image(picture)
-    keep = set(model.ground(image, "the man", "cls_attention(crops=equal)", 15).keep.tolist())
-    assert [len(keep & set(part.index.tolist())) for part in image.parts] == [3, 3, 3, 3, 3]
+    result = model.ground(image, "the man", "cls_attention(crops=equal)", 15)
+    assert of_each_part(image, result.keep) == [3, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("size, of_160, of_320", [
     ((640, 300), 12, 6), ((640, 480), 18, 10), ((300, 1000), 28, 18)])
 def test_what_newlines_cost_in_the_real_model(size: tuple[int, int], of_160: int, of_320: int):
-    real = Tiles(pinpoints=tuple((336 * rows, 336 * columns) for rows, columns in GRIDS))
-    _, row_end = number(real, *size, grid=24, size=336)
+    _, row_end = number(HUB, *size, grid=24, size=336)
     patches = (row_end != torch.arange(len(row_end))).nonzero()[:, 0]
     for budget, percent in ((160, of_160), (320, of_320)):
         chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:budget]
@@ -317,36 +276,33 @@ def test_what_newlines_cost_in_the_real_model(size: tuple[int, int], of_160: int
         assert round(100 * newlines / (budget + newlines)) == percent
 
 
-@pytest.mark.parametrize("budget, kept", [("100%", 52), ("25%", None), (48, 52), (1, 1)])
-def test_a_share_is_one_of_the_patches(model, picture, budget, kept):
-    result = model.ground(picture, "the man", "cls_similarity", budget, "gap")
-    assert kept is None or len(result.keep) == kept
-    patches = [index for index in result.keep.tolist() if index not in NEWLINES]
-    assert budget != "25%" or len(patches) == 12
+@pytest.mark.parametrize("budget, patches, newlines", [
+    ("100%", 48, 4), ("25%", 12, 4), (48, 48, 4), (1, 1, 0)])
+def test_a_share_is_one_of_the_patches(model, image, budget, patches: int, newlines: int):
+    keep = model.ground(image, "the man", "cls_similarity", budget, "gap").keep
+    assert (len(model.patches(image, keep)), len(keep)) == (patches, patches + newlines)
 
 
-def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, picture):
+def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, image, pixels):
     """The upper right tile's own CLS, and of its patches the lower two rows."""
     names = ("cls", "cls_attention", "keys", "last_queries", "last_keys", "projected")
-    image = model.encode_image(picture)
     seen = model.see(image.parts[2], names, "the man")
-    before, after = model.vision_tower(model.prepare_image(picture)[2:3])
+    before, after = model.vision_tower(pixels[2:3])
     alone = model.vision_tower.fields(before[0], after[0], names)
-    assert seen.rows * seen.columns == len(seen.features) == 8
+    with_cls = [0, *range(9, 17)]
     expected = {
         "cls": alone["cls"], "cls_attention": alone["cls_attention"][:, 8:],
-        "keys": alone["keys"][8:], "last_queries": alone["last_queries"][[0, *range(9, 17)]],
-        "last_keys": alone["last_keys"][[0, *range(9, 17)]],
-        "projected": model.project(after[0, 9:])}
+        "keys": alone["keys"][8:], "last_queries": alone["last_queries"][with_cls],
+        "last_keys": alone["last_keys"][with_cls], "projected": model.project(after[0, 9:])}
+    assert seen.rows * seen.columns == len(seen.features) == 8
     for name, value in expected.items():
         assert torch.allclose(seen.fields[name], value, atol=1e-5), name
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES
                                   if "text" not in needs_of(name) and not prunes_there(name)])
-def test_every_strategy_prunes_every_view_in_every_mode(model, picture, name: str):
-    image = model.encode_image(picture)
-    P, A = model.around_image(model.prompt("the man"))
+def test_every_strategy_prunes_every_view_in_every_mode(model, image, ids, name: str):
+    P, A = model.around_image(ids)
     for mode in PRUNED:
         result = model.ground(image, "the man", name, "50%", mode, max_new_tokens=3)
         keep = result.keep.tolist()
@@ -360,25 +316,10 @@ def test_every_strategy_prunes_every_view_in_every_mode(model, picture, name: st
             assert result.next_position == P + N + A
 
 
-def test_indices_of_ones_own_are_fed_as_they_are(model, picture):
+def test_indices_of_ones_own_are_fed_as_they_are(model, image):
     keep = torch.tensor([17, 3, 51])
-    assert model.ground(picture, "the man", keep=keep).keep.tolist() == [3, 17, 51]
-    assert model.ground(picture, "the man", keep=keep, mode="permuted").keep.tolist() == [17, 3, 51]
-
-
-def test_newlines_are_no_padding(model):
-    """All patches that unpadding leaves show some of the picture."""
-    image = model.encode_image(noise(*SIZE))
-    assert model.padding(image, torch.arange(N)) == 0
-    assert model.padding(image, torch.tensor(NEWLINES)) == 0
-    assert len(model.patches(image, torch.arange(N))) == N - 4
-
-
-def test_how_many_tokens_there_are_depends_on_the_picture(model, picture):
-    """52 tokens and 48 patches here; 300 x 57 pixels have two rows of 12 behind the base view."""
-    wide = model.encode_image(noise(300, 57))
-    assert not model.pictures_alike
-    assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
+    assert model.ground(image, "the man", keep=keep).keep.tolist() == [3, 17, 51]
+    assert model.ground(image, "the man", keep=keep, mode="permuted").keep.tolist() == [17, 3, 51]
 
 
 # ----- boxes and words ----------------------------------------------------------------------------
@@ -402,42 +343,11 @@ def test_a_mistral_is_asked_in_its_own_template(tmp_path: Path):
     assert model.follow("Why?") == "[INST] Why? [/INST]"
 
 
-@pytest.mark.skipif(
-    not (MISTRAL / "tokenizer.model").is_file(),
-    reason="set NANOGAP_MISTRAL to a folder with the tokenizer.model of Mistral-7B-Instruct-v0.2")
-def test_the_prompt_in_the_published_tokens_of_mistral():
-    """32 before the image is expanded; `[INST]` is three ordinary tokens."""
-    tokenizer = read_llama_tokenizer(MISTRAL / "tokenizer.model", ("<image>", "<pad>"))
-    template = TEMPLATES["mistral"]
-    ids = template.encode(tokenizer, template.question("the man on the left"), 1, 32000)
-    assert ids == [
-        1, 733, 16289, 28793, 28705, 32000, 28705, 13, 12069, 3084, 272, 3585, 288, 3890, 17237,
-        302, 272, 4424, 456, 12271, 13966, 28747, 272, 676, 356, 272, 1749, 28723, 733, 28748,
-        16289, 28793]
-    box = encode(tokenizer, "[0.12, 0.34, 0.56, 0.78]")
-    assert len(box) == 24
-    assert box[:7] == [733, 28734, 28723, 28740, 28750, 28725, 28705] and box[-1] == 28793
-
-
-@pytest.mark.skipif(
-    not (PUBLISHED / "tokenizer.json").is_file(),
-    reason="set NANOGAP_PUBLISHED to a folder with the text files of llava-hf/llava-1.5-7b-hf")
-def test_the_prompt_in_the_published_tokens_of_vicuna_has_a_human_where_1_5_has_a_user():
-    """1404 is `user`, and 5199 `human`."""
-    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
-    question = VICUNA.question("the man on the left")
-    of_1_5 = VICUNA.encode(tokenizer, question, 1, 32000)
-    ids = TEMPLATES["llama"].encode(tokenizer, question, 1, 32000)
-    assert len(ids) == 63 and of_1_5.count(1404) == 2
-    assert ids == [5199 if token == 1404 else token for token in of_1_5]
-
-
 # ----- shown --------------------------------------------------------------------------------------
 
 
-def test_explain_shows_views_rows_and_newlines(model, picture, capsys):
+def test_explain_shows_views_rows_and_newlines(model, image, capsys):
     """Kept: 5 of the base view, 17 and 29 of the upper tiles, and newlines 24 and 33."""
-    image = model.encode_image(picture)
     keep = torch.tensor([5, 17, 24, 29, 33])
     explain(model, image, "the man", {
         "gap": model.ground(image, "the man", keep=keep, mode="gap", max_new_tokens=3)})
@@ -481,8 +391,7 @@ def test_the_picture_is_bright_where_kept_patches_of_the_base_view_and_of_tiles_
 # ----- files --------------------------------------------------------------------------------------
 
 
-def test_every_layout_of_the_hub_is_the_same_model(model, picture, tmp_path: Path):
-    ids, pixels = model.prompt("the man"), model.prepare_image(picture)
+def test_every_layout_of_the_hub_is_the_same_model(model, ids, pixels, tmp_path: Path):
     expected = model(ids, pixels, size=SIZE)
     for layout in LAYOUTS:
         folder = write_checkpoint(tmp_path / layout, tiny_next_config(), layout, shards=2)
@@ -496,57 +405,10 @@ def test_every_layout_of_the_hub_is_the_same_model(model, picture, tmp_path: Pat
 def test_what_is_saved_is_read_again(decoder: str, tmp_path: Path):
     config = tiny_next_config(decoder, num_key_value_heads=2, rope_theta=1e6)
     config = replace(config, image_grid_pinpoints=((56, 112), (112, 112)), other_ends=(5,))
-    read = nanogap.load(write_checkpoint(tmp_path, config), "cpu")
-    assert read.config == config
-    assert read.frame == Tiles(pinpoints=config.image_grid_pinpoints)
-
-
-def test_what_a_mistrals_config_leaves_out_is_not_what_a_llamas_does():
-    """The defaults of MistralConfig; a null key-value count is that of the heads."""
-    mistral = LlavaNext.complete({"text_config": {"model_type": "mistral"}})["text_config"]
-    assert read_text_config(mistral, False) == LlamaConfig(
-        intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
-    llama = LlavaNext.complete({"text_config": {"model_type": "llama"}})["text_config"]
-    assert read_text_config(llama, False) == LlamaConfig()
-
-
-# ----- full size ----------------------------------------------------------------------------------
-
-VISION = {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
-          "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
-          "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}
-FULL = {"model_type": "llava_next", "image_token_index": 32000, "vision_config": VISION,
-        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-        "use_image_newline_parameter": True, "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
-TEXTS = {   # what the published files say; the rest are the defaults of MistralConfig, LlamaConfig
-    "mistral": {"model_type": "mistral", "intermediate_size": 14336, "rms_norm_eps": 1e-5,
-                "max_position_embeddings": 32768, "num_key_value_heads": 8,
-                "rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32064},
-    "vicuna-7b": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-                  "vocab_size": 32064},
-    "vicuna-13b": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-                   "vocab_size": 32064, "hidden_size": 5120, "intermediate_size": 13824,
-                   "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40},
-}
-
-
-@pytest.mark.parametrize("name, tensors, parameters", [
-    ("mistral", 687, 7_566_747_648), ("vicuna-7b", 687, 7_063_431_168),
-    ("vicuna-13b", 759, 13_351_494_656 + 5120)])   # LLaVA-1.5's 13B and a newline
-def test_at_full_size_there_are_as_many_tensors_and_parameters_as_published(
-        name: str, tensors: int, parameters: int, tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps(FULL | {"text_config": TEXTS[name]}))
-    config = read_config(tmp_path, LlavaNext)
-    with torch.device("meta"):
-        model = LlavaNext(config)
-    assert len(model.state_dict()) == tensors
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    if name == "mistral":
-        assert config.text == LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=32064,
-            rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32768)
-        assert model.language_model.model.layers[0].self_attn.k_proj.weight.shape == (1024, 4096)
-        assert config.vision == CLIPVisionConfig()
-        assert model.frame == HUB and config.decoder == "mistral"
+    read = nanogap.load(write_checkpoint(tmp_path / "first", config), "cpu")
+    save(tmp_path / "again", read, torch.float32)
+    again = nanogap.load(tmp_path / "again", "cpu")
+    assert again.config == read.config == config
+    assert again.frame == Tiles(pinpoints=config.image_grid_pinpoints)
+    for name, value in read.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)

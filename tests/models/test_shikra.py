@@ -1,83 +1,35 @@
 """Shikra: the image inside the sentence, a white square, three decimals, and one linear layer."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
-from nanogap.gap import MODES, lay_out
-from nanogap.llama import LlamaConfig
-from nanogap.llava import LlavaConfig
+from nanogap.clip import CLIPTextConfig
+from nanogap.gap import MODES
 from nanogap.models.saving import save
-from nanogap.models.shikra import SHIKRA, THREE_DECIMALS, WHITE, Shikra
-from nanogap.prompt import DESCRIBE, encode
+from nanogap.models.shikra import SHIKRA, WHITE, Shikra
+from nanogap.prompt import DESCRIBE
 from nanogap.prune import STRATEGIES
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
-from tests.models.test_reference import (
-    PUBLISHED,
-    assert_same,
-    assert_stored,
-    live,
-    needs_published,
-)
-from tests.models.test_reference import our_answer as our_answer_to
-from tests.reference.make_reference import KEEP, part, pixel_values
-from tests.reference.make_shikra import (
-    DECODER,
-    OUTPUTS,
-    PATCH,
-    PROMPT,
-    VISION,
-    positions,
-    tensors,
-    their_answer,
-)
-from tests.reference.make_shikra import MODES as MODES_BY_HAND
-from tests.tiny import draw
-
-
-def tiny_tokenizer() -> Tokenizer:
-    """LLaMA's kind, trained on the prompt itself; the three tokens of the image come last."""
-    before, after = SHIKRA.around(SHIKRA.question("the man on the left"))
-    sentences = [before, after + " Answer: [0.123,0.456,0.789,1.000] ."]
-    return train_llama_tokenizer(sentences, 560, Shikra.special_tokens)
-
-
-def tiny_shikra() -> Shikra:
-    """A random one with 4 x 4 patches."""
-    tokenizer = tiny_tokenizer()
-    model = Shikra(LlavaConfig(DECODER, VISION, tokenizer.token_to_id("<im_patch>")))
-    model.load_state_dict({name: draw(name, value.shape, 0)
-                           for name, value in model.state_dict().items()})
-    model.tokenizer = tokenizer
-    return model
+from tests.tiny import draw, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It, with its CLIP beside it."""
-    place = tmp_path_factory.mktemp("shikra")
-    model = tiny_shikra()
-    save(place, model, torch.float32)
+def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
+    """A random one with 4 x 4 patches, saved with its CLIP beside it and loaded again."""
+    folder = tmp_path_factory.mktemp("shikra")
+    save(folder, tiny_model("shikra"), torch.float32)
     words = train_clip_tokenizer(["a red car", "the man on the left"], 300)
-    clip = CLIP(VISION, CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size()), 16)
-    with torch.no_grad():
-        for name, value in clip.named_parameters():
-            value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
-    save_clip(place / "clip_text", clip, words, torch.float32)
-    return place
-
-
-@pytest.fixture(scope="module")
-def shikra(folder: Path) -> Shikra:
+    text = CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size())
+    clip = CLIP(tiny_config().vision, text, 16)
+    for name, value in clip.requires_grad_(False).named_parameters():
+        value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
+    save_clip(folder / "clip_text", clip, words, torch.float32)
     return nanogap.load(folder, "cpu")
 
 
@@ -100,10 +52,10 @@ def pieces(model: Shikra, question: str) -> list[str]:
 
 def test_the_image_is_one_token_between_start_and_end_and_no_space_is_next_to_them(shikra: Shikra):
     said = pieces(shikra, shikra.question("the man on the left"))
-    at = said.index("<im_patch>")
-    assert said[0] == "<s>"
-    assert said[at - 2:at + 3] == ["▁image", "<im_start>", "<im_patch>", "<im_end>", "▁and"]
-    assert said.count("<im_patch>") == 1 and said[-2:] == ["▁ASSISTANT", ":"]
+    at = said.index("<im_start>")
+    assert said[0] == "<s>" and "".join(said[:at]).endswith("▁in▁the▁image")
+    assert said[at:at + 3] == ["<im_start>", "<im_patch>", "<im_end>"]
+    assert "".join(said[at + 3:]) == "▁and▁provide▁the▁coordinates▁of▁its▁location?▁ASSISTANT:"
 
 
 def test_how_many_tokens_stand_before_the_image_depends_on_the_expression(shikra: Shikra):
@@ -122,7 +74,8 @@ def test_how_many_tokens_stand_before_the_image_depends_on_the_expression(shikra
 def test_a_question_without_an_image_begins_with_it(shikra: Shikra):
     said = pieces(shikra, DESCRIBE)
     at = said.index("<im_start>")
-    assert said[at - 1] == ":" and "".join(said[at + 3:]).startswith("▁Provide▁a▁brief")
+    assert "".join(said[:at]).endswith("▁USER:")
+    assert "".join(said[at + 3:]).startswith("▁Provide▁a▁brief")
 
 
 @pytest.mark.parametrize("expression", ["the <image> on the left", "</s>", "<im_patch> <im_end>"])
@@ -134,44 +87,9 @@ def test_special_tokens_in_an_expression_stay_text(shikra: Shikra, expression: s
     assert expression in before
 
 
-GOLDEN = {   # before <im_start> behind "… USER:", and after <im_end>
-    SHIKRA.question("the man on the left"): (
-        [1815, 366, 1298, 714, 278, 767, 373, 278, 2175, 297, 278, 1967],
-        [322, 3867, 278, 10350, 310, 967, 4423, 29973, 319, 1799, 9047, 13566, 29901], 317),
-    "Where is the man on the left in the image <image>?": (
-        [6804, 338, 278, 767, 373, 278, 2175, 297, 278, 1967],
-        [1577, 319, 1799, 9047, 13566, 29901], 308),
-    "In <image>, I need the bounding box coordinates of the man on the left.": (
-        [512], [1919, 306, 817], 313)}
-
-
-@needs_published
-@pytest.mark.parametrize("question", GOLDEN)
-def test_prompt_ids_are_those_of_the_original_tokenizer(question: str):
-    """LLaMA's pieces are LLaVA's; the three tokens behind them are Shikra's."""
-    tokenizer = Tokenizer.from_file(str(PUBLISHED / "tokenizer.json"))
-    renamed = json.loads(tokenizer.to_str())
-    renamed["added_tokens"] = renamed["added_tokens"][:3] + [
-        renamed["added_tokens"][0] | {"id": 32000 + i, "content": token}
-        for i, token in enumerate(Shikra.special_tokens)]
-    tokenizer = Tokenizer.from_str(json.dumps(renamed))
-    ids = SHIKRA.encode(tokenizer, question, 1, 32000)
-    before, after, total = GOLDEN[question]
-    at = ids.index(32000)
-    assert ids[:3] == [1, 319, 13563] and ids[31:34] == [3148, 1001, 29901]
-    assert ids[34:at + 2] == [*before, 32001, 32000, 32002]
-    assert ids[at + 2:at + 2 + len(after)] == after
-    assert len(ids) - 1 + 256 == total
-    answer = encode(tokenizer, THREE_DECIMALS.say((0.123, 0.456, 0.789, 1.0)))
-    assert answer[:5] == [673, 29901, 518, 29900, 29889] and answer[-2:] == [29962, 869]
-    assert len(answer) + 1 == 29
-
-
-def test_a_tokenizer_without_the_images_own_tokens_is_named(folder: Path):
-    model = nanogap.load(folder, "cpu")
-    model.tokenizer = train_llama_tokenizer(["a cup"], 420)
+def test_a_tokenizer_without_the_images_own_tokens_is_named():
     with pytest.raises(NanogapError, match="the tokenizer has no <im_start> or no <im_end>"):
-        model.prompt("a cup")
+        SHIKRA.encode(train_llama_tokenizer(["a cup"], 420), "a cup", 1, 32000)
 
 
 # ----- pictures and boxes -------------------------------------------------------------------------
@@ -224,12 +142,6 @@ def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
             assert found.visual_tokens in (12, 13)                            # one may be added
 
 
-def test_without_a_text_tower_the_clip_to_fetch_is_the_one_for_224_pixels(tmp_path: Path):
-    save(tmp_path, tiny_shikra(), torch.float32)
-    with pytest.raises(NanogapError, match="`hf download openai/clip-vit-large-patch14 "):
-        nanogap.load(tmp_path, "cpu").ground(Image.new("RGB", (8, 8)), "a", "text_similarity", 4)
-
-
 # ----- its files ----------------------------------------------------------------------------------
 
 
@@ -240,59 +152,3 @@ def test_what_is_saved_loads_again_bit_for_bit(shikra: Shikra, tmp_path: Path):
     assert len(again.state_dict()) == 87
     for name, value in again.state_dict().items():                            # its CLIP apart
         assert torch.equal(shikra.state_dict()[name], value)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "shikra"
-    assert again.config.text.rms_norm_eps == 1e-6
-
-
-# ----- against transformers -----------------------------------------------------------------------
-
-
-def composed() -> Shikra:
-    """The tiny model of the stored numbers."""
-    model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
-    model.load_state_dict(tensors())
-    return model.requires_grad_(False).eval()
-
-
-def our_answer(model: Shikra, mode: str) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of a prompt in one of MODES, and the greedy words after it."""
-    layout = lay_out(torch.tensor(KEEP) if mode != "full" else torch.arange(16), 5, 16, 6, mode)
-    assert layout.position_ids.tolist() == MODES_BY_HAND[mode][1]
-    return our_answer_to(model, PROMPT, pixel_values(), None if mode == "full" else KEEP, mode)
-
-
-def test_features_logits_and_words_are_those_that_transformers_gave():
-    stored, model = json.loads(OUTPUTS.read_text())["shikra"], composed()
-    features = model.encode_pixels(pixel_values(), 56, 56).features
-    assert_same(features[[0, 7, 15], :6], stored["features"])
-    for mode in MODES_BY_HAND:
-        logits, words = our_answer(model, mode)
-        assert_stored(logits[positions(mode)], words, stored[mode])
-
-
-@live
-@pytest.mark.parametrize("mode", MODES_BY_HAND)
-def test_it_is_clip_a_linear_layer_and_llama_composed_from_transformers(mode: str):
-    """The original's forward pass: features of the last layer but one in the patches' places."""
-    pytest.importorskip("transformers")
-    theirs, their_words = their_answer(tensors(), pixel_values(), *MODES_BY_HAND[mode])
-    ours, words = our_answer(composed(), mode)
-    assert_same(ours, theirs)
-    assert words == their_words
-
-
-# ----- its size -----------------------------------------------------------------------------------
-
-
-def test_at_full_size_it_has_the_published_tensors_and_parameters():
-    """291 of LLaMA-7B with three more rows, 2 of one Linear, and CLIP-L/14's for 224 pixels."""
-    with torch.device("meta"):
-        model = Shikra(LlavaConfig(LlamaConfig(vocab_size=32003), CLIPVisionConfig(image_size=224)))
-    assert model.config.vision.grid ** 2 == 256
-    state = model.state_dict()
-    parameters = {name: sum(value.numel() for value in part(state, name).values())
-                  for name in ("language_model.", "multi_modal_projector.", "vision_tower.")}
-    assert parameters == {"language_model.": 6_738_415_616 + 2 * 3 * 4096,
-                          "multi_modal_projector.": 1024 * 4096 + 4096,
-                          "vision_tower.": 303_507_456 - (577 - 257) * 1024}
-    assert len(part(state, "language_model.")) == 291 and len(state) == 291 + 2 + 391

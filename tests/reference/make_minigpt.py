@@ -10,16 +10,16 @@ Out: samples of features and logits with 8 significant digits, and the greedy wo
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nanogap.clip import CLIPVisionConfig
-from nanogap.llama import LlamaConfig
 from nanogap.models.minigpt import MiniGPT, MiniGPTConfig
 from nanogap.models.saving import our_name
+from tests import tiny
 from tests.reference.make_reference import (
     answer_of_parts,
     noise,
@@ -29,7 +29,6 @@ from tests.reference.make_reference import (
     their_decoder,
     write_outputs,
 )
-from tests.tiny import draw
 
 OUTPUTS = Path(__file__).with_name("minigpt.json")
 
@@ -54,23 +53,23 @@ MODES = {
 
 def tiny_config() -> MiniGPTConfig:
     """112 x 112 pixels are 8 x 8 patches and 8 x 2 tokens; 3 blocks see, 3 layers read."""
-    decoder = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=640, rms_norm_eps=1e-5,
-                          max_position_embeddings=512)
-    return MiniGPTConfig(decoder, CLIPVisionConfig(32, 64, 3, 2, 112, 14, 1e-6), IMAGE)
+    like = tiny.tiny_config()
+    vision = replace(like.vision, image_size=112, layer_norm_eps=1e-6)
+    return MiniGPTConfig(like.text, vision, IMAGE)
 
 
 def tensors(table: int = 8, seed: int = 0) -> dict[str, Tensor]:
     """All tensors under their published names, the position table of table x table patches."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in MiniGPT(tiny_config()).state_dict().items()}
-    shapes["vision_tower.pos_embed"] = torch.Size((1, 1 + table ** 2, 32))
+    shapes["vision_tower.pos_embed"] = (1, 1 + table ** 2, 32)
     drawn = {}
     for name, shape in shapes.items():
         flat = shape[-1:] if name.endswith("cls_token") else shape
         flat = shape[1:] if name.endswith("pos_embed") else flat
-        value = draw(name.replace("pos_embed", "embedding.weight"), flat, seed).view(shape)
+        value = tiny.draw(name.replace("pos_embed", "embedding.weight"), flat, seed).view(shape)
         drawn[our_name(name, MiniGPT.on_disk)] = value
-    drawn["ln_vision.weight"] = draw("norm.weight", torch.Size([32]), seed)
+    drawn["ln_vision.weight"] = tiny.draw("norm.weight", (32,), seed)
     return drawn
 
 
@@ -100,17 +99,15 @@ def their_tower(state: dict[str, Tensor]) -> nn.Module:
     theirs |= {"post_layernorm.weight": torch.ones(32), "post_layernorm.bias": torch.zeros(32)}
     tower = Blip2VisionModel(config).eval()
     tower.load_state_dict(theirs, strict=True)
-    return tower
+    return tower.requires_grad_(False)
 
 
-@torch.no_grad()
 def their_hidden(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
     """What the last block returns, (1 + 64, C), CLS first."""
     out = their_tower(state)(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
     return out.hidden_states[-1][0]
 
 
-@torch.no_grad()
 def their_visual(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
     """Visual tokens (16, C') as the decoder is fed them."""
     normed = nn.functional.layer_norm(their_hidden(state, pixels), (32,), state["ln_vision.weight"],
@@ -119,7 +116,6 @@ def their_visual(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
                                 state["llama_proj.bias"])
 
 
-@torch.no_grad()
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
                  ids: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the prompt with the visual tokens `order` at these IDs, and greedy words."""
@@ -141,8 +137,7 @@ def main() -> None:
         outputs[name] = {"hidden": rounded(hidden[[0, 1, 30, 64], :6]),
                          "sum": rounded(hidden.double().abs().sum())}
         for mode, (order, ids) in MODES.items():
-            logits, words = their_answer(state, pixels, order, ids)
-            outputs[name][mode] = summary(logits, positions(mode)) | {"words": words}
+            outputs[name][mode] = summary(their_answer(state, pixels, order, ids), positions(mode))
     write_outputs(OUTPUTS, outputs)
 
 

@@ -8,7 +8,6 @@ logits, and the greedy words; a few KB.  test_reference_next.py reads it.
 """
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -72,19 +71,17 @@ def their_picture(image: Image.Image, size: int = S) -> dict[str, Tensor]:
         image_grid_pinpoints=[[rows * size, columns * size] for rows, columns in GRIDS],
         size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     found = processor(image, return_tensors="pt")
-    return {"pixel_values": found["pixel_values"], "image_sizes": found["image_sizes"]}
+    return {name: found[name] for name in ("pixel_values", "image_sizes")}
 
 
-@torch.no_grad()
-def asked(theirs: torch.nn.Module, image: Image.Image, prompt: Sequence[int] = PROMPT,
-          image_token: int = IMAGE_TOKEN,
-          new_tokens: int = NEW_TOKENS) -> tuple[int, dict[str, Tensor], Tensor, list[int]]:
+def asked(theirs: torch.nn.Module,
+          image: Image.Image) -> tuple[int, dict[str, Tensor], Tensor, list[int]]:
     """N, newlines among them; the picture as the processor has it; and what `their_answer` returns.
     """
-    picture = their_picture(image, theirs.config.vision_config.image_size)
+    picture = their_picture(image)
     N = len(theirs.model.get_image_features(**picture).pooler_output[0])
-    logits, words = their_answer(theirs, expand(prompt, image_token, N), picture["pixel_values"],
-                                 new_tokens, image_sizes=picture["image_sizes"])
+    logits, words = their_answer(theirs, expand(PROMPT, IMAGE_TOKEN, N), picture["pixel_values"],
+                                 NEW_TOKENS, image_sizes=picture["image_sizes"])
     return N, picture, logits, words
 
 
@@ -104,16 +101,17 @@ def main() -> None:
         for name, (size, decoder, layout, differs) in CASES.items():
             config = tiny_next_config(decoder, **differs)
             theirs = load_theirs(write_checkpoint(Path(temporary) / name, config, layout))
-            N, picture, logits, words = asked(theirs, noise(*size))
-            outputs["cases"][name] = {"N": N} | summary(logits, places(len(logits))) | {
-                "pixels": rounded(sample(picture["pixel_values"][0])), "words": words}
+            N, picture, *answer = asked(theirs, noise(*size))
+            pixels = rounded(sample(picture["pixel_values"][0]))
+            outputs["cases"][name] = {"N": N} | summary(
+                answer, places(len(answer[0])), pixels=pixels)
         theirs = load_theirs(Path(temporary) / "wide")
         picture = their_picture(noise(100, 60))
         for mode, (order, ids) in PRUNED.items():
-            logits, words = their_pruned_answer(
+            answer = their_pruned_answer(
                 theirs, PROMPT, picture["pixel_values"], order, ids, NEW_TOKENS,
                 image_sizes=picture["image_sizes"])
-            outputs["pruned"][mode] = summary(logits, [5, 19]) | {"words": words}
+            outputs["pruned"][mode] = summary(answer, [5, 19])
     write_outputs(OUTPUTS, outputs)
 
 

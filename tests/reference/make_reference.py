@@ -63,7 +63,7 @@ def load_theirs(folder: Path) -> torch.nn.Module:
     """transformers' LLaVA of either kind in float32, with attention written out."""
     from transformers import AutoModelForImageTextToText
     return AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager").eval()
+        folder, dtype=torch.float32, attn_implementation="eager").eval().requires_grad_(False)
 
 
 def expand(prompt: Sequence[int], image_token: int, patches: int) -> Tensor:
@@ -72,14 +72,12 @@ def expand(prompt: Sequence[int], image_token: int, patches: int) -> Tensor:
     return torch.tensor([[*prompt[:place], *[image_token] * patches, *prompt[place + 1:]]])
 
 
-@torch.no_grad()
 def their_features(theirs: torch.nn.Module, pixels: Tensor) -> Tensor:
     """Patch features (N, C) of the second-to-last hidden state, without CLS."""
     out = theirs.model.vision_tower(pixels, output_hidden_states=True)
     return out.hidden_states[theirs.config.vision_feature_layer][0, 1:]
 
 
-@torch.no_grad()
 def their_answer(theirs: torch.nn.Module, input_ids: Tensor, pixels: Tensor, new_tokens: int,
                  **more: Tensor) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the whole prompt with the image, and the greedy words after it.
@@ -93,20 +91,22 @@ def their_answer(theirs: torch.nn.Module, input_ids: Tensor, pixels: Tensor, new
     return logits, words[0, input_ids.shape[1]:].tolist()
 
 
-@torch.no_grad()
+def spliced(embed: torch.nn.Module, prompt: Sequence[int], image_token: int,
+            visual: Tensor) -> Tensor:
+    """Embeddings (1, P + K + A, C) of a prompt with visual tokens (K, C) in its image's place."""
+    place = list(prompt).index(image_token)
+    before, after = embed(torch.tensor(prompt[:place])), embed(torch.tensor(prompt[place + 1:]))
+    return torch.cat([before, visual, after])[None]
+
+
 def their_pruned_prompt(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
                         order: Sequence[int], **more: Tensor) -> Tensor:
     """Embeddings (1, P + K + A, C) of the prompt with the patches `order` in place of its image."""
-    place = list(prompt).index(theirs.config.image_token_id)
-    embed_tokens = theirs.model.language_model.embed_tokens
-    visual = theirs.model.get_image_features(pixel_values=pixels, **more)
-    visual = visual.pooler_output[0]                                          # (N, C)
-    before = embed_tokens(torch.tensor(prompt[:place]))                       # (P, C)
-    after = embed_tokens(torch.tensor(prompt[place + 1:]))                    # (A, C)
-    return torch.cat([before, visual[list(order)], after])[None]
+    visual = theirs.model.get_image_features(pixel_values=pixels, **more).pooler_output[0]
+    return spliced(theirs.model.language_model.embed_tokens, prompt, theirs.config.image_token_id,
+                   visual[list(order)])
 
 
-@torch.no_grad()
 def their_generate(theirs: torch.nn.Module, x: Tensor, position_ids: Sequence[int],
                    new_tokens: int) -> list[int]:
     """The greedy words after embeddings (1, T, C) at the position IDs given, in one call.
@@ -121,7 +121,6 @@ def their_generate(theirs: torch.nn.Module, x: Tensor, position_ids: Sequence[in
     return words[0].tolist()
 
 
-@torch.no_grad()
 def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
                         order: Sequence[int], position_ids: Sequence[int], new_tokens: int,
                         **more: Tensor) -> tuple[Tensor, list[int]]:
@@ -159,12 +158,11 @@ def their_decoder(state: dict[str, Tensor], config: LlamaConfig) -> torch.nn.Mod
     """LLaMA, with attention written out."""
     import transformers
     decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        **asdict(config), attn_implementation="eager")).eval()
+        **asdict(config), attn_implementation="eager")).eval().requires_grad_(False)
     decoder.load_state_dict(state, strict=True)
     return decoder
 
 
-@torch.no_grad()
 def answer_of_parts(decoder: torch.nn.Module, prompt: Sequence[int], image_token: int,
                     visual: Tensor, position_ids: Sequence[int],
                     new_tokens: int) -> tuple[Tensor, list[int]]:
@@ -172,9 +170,8 @@ def answer_of_parts(decoder: torch.nn.Module, prompt: Sequence[int], image_token
 
     Without a cache; with a mask, or a gap in the IDs would count as the border of two sequences.
     """
-    embed, place, ids = decoder.model.embed_tokens, prompt.index(image_token), list(position_ids)
-    before, after = embed(torch.tensor(prompt[:place])), embed(torch.tensor(prompt[place + 1:]))
-    x = torch.cat([before, visual, after])[None]
+    embed, ids = decoder.model.embed_tokens, list(position_ids)
+    x = spliced(embed, prompt, image_token, visual)
     answers, words = [], []
     while len(words) < new_tokens and words[-1:] != [2]:
         answers.append(decoder(
@@ -194,11 +191,13 @@ def rounded(values: Tensor) -> list:
     return json.loads(json.dumps(values.tolist()), parse_float=lambda x: float(f"{float(x):.8g}"))
 
 
-def summary(logits: Tensor, positions: Sequence[int]) -> dict:
-    """What is stored of logits (T, V): some of them, and for each position a sum that all enter."""
+def summary(answer: tuple[Tensor, list[int]], positions: Sequence[int], **more: list) -> dict:
+    """What is stored of logits (T, V) and words: of each position some logits, and a sum of all."""
+    logits, words = answer
     return {"largest": rounded(logits.abs().max()),
             "sample": rounded(logits[positions][:, VOCABULARY]),
-            "absolute_sums": rounded(logits[positions].double().abs().sum(-1))}
+            "absolute_sums": rounded(logits[positions].double().abs().sum(-1)),
+            **more, "words": words}
 
 
 def main() -> None:
@@ -208,13 +207,13 @@ def main() -> None:
         for name, (layout, shards, seed, differs) in CASES.items():
             folder, config = Path(temporary) / name, tiny_config(**differs)
             theirs = load_theirs(write_checkpoint(folder, config, layout, shards, seed))
-            logits, words = their_answer(theirs, input_ids, pixels, NEW_TOKENS)
-            outputs["cases"][name] = summary(logits, POSITIONS) | {
-                "words": words, "features": rounded(their_features(theirs, pixels)[[0, 7, 15], :6])}
+            answer = their_answer(theirs, input_ids, pixels, NEW_TOKENS)
+            features = their_features(theirs, pixels)[[0, 7, 15], :6]
+            outputs["cases"][name] = summary(answer, POSITIONS) | {"features": rounded(features)}
         theirs = load_theirs(Path(temporary) / "layout a")
         for mode, (order, ids) in PRUNED.items():
-            logits, words = their_pruned_answer(theirs, PROMPT, pixels, order, ids, NEW_TOKENS)
-            outputs["pruned"][mode] = summary(logits, [5, 14]) | {"words": words}
+            answer = their_pruned_answer(theirs, PROMPT, pixels, order, ids, NEW_TOKENS)
+            outputs["pruned"][mode] = summary(answer, [5, 14])
     write_outputs(OUTPUTS, outputs)
 
 

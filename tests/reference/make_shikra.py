@@ -9,16 +9,15 @@ Out: samples of features and logits with 8 significant digits, and the greedy wo
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nanogap.clip import CLIPVisionConfig
-from nanogap.llama import LlamaConfig
 from nanogap.llava import LlavaConfig
 from nanogap.models.shikra import Shikra
+from tests import tiny
 from tests.reference.make_reference import (
     NEW_TOKENS,
     POSITIONS,
@@ -31,23 +30,25 @@ from tests.reference.make_reference import (
     their_decoder,
     write_outputs,
 )
-from tests.tiny import draw
 
 OUTPUTS = Path(__file__).with_name("shikra.json")
 PATCH, START, END = 560, 561, 562
 PROMPT = [1, 319, 400, 77, START, PATCH, END, 36, 500, 9, 301, 88]           # P = 5, A = 6
-VISION = CLIPVisionConfig(32, 64, 3, 2, image_size=56, patch_size=14)
-DECODER = LlamaConfig(64, 128, 3, 4, 4, head_dim=16, vocab_size=640, rms_norm_eps=1e-6,
-                      max_position_embeddings=512)
 # order and position IDs of 16 patches: P and A are those of LLaVA's prompt, so these are as well
 MODES = {"full": (list(range(16)), list(range(27)))} | PRUNED
 
 
+def tiny_config() -> LlavaConfig:
+    """4 x 4 patches; 3 layers see and 3 read."""
+    return replace(tiny.tiny_config(rms_norm_eps=1e-6), image_token=PATCH)
+
+
 def tensors(seed: int = 0) -> dict[str, Tensor]:
-    """All tensors of a tiny one, by our names: 4 x 4 patches, 3 layers see and 3 read."""
+    """All tensors of a tiny one, by our names."""
     with torch.device("meta"):
-        model = Shikra(LlavaConfig(DECODER, VISION, PATCH))
-    return {name: draw(name, value.shape, seed) for name, value in model.state_dict().items()}
+        model = Shikra(tiny_config())
+    return {name: tiny.draw(name, value.shape, seed)
+            for name, value in model.state_dict().items()}
 
 
 # ----- their parts --------------------------------------------------------------------------------
@@ -57,23 +58,22 @@ def their_tower(state: dict[str, Tensor]) -> nn.Module:
     """CLIP's vision model, with attention written out."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
     tower = CLIPVisionModel(CLIPVisionConfig(
-        **asdict(VISION), hidden_act="quick_gelu", attn_implementation="eager")).eval()
+        **asdict(tiny_config().vision), hidden_act="quick_gelu",
+        attn_implementation="eager")).eval()
     inner = getattr(tower, "vision_model", tower)         # in some versions it is one in another
     inner.load_state_dict(part(state, "vision_tower."), strict=True)
-    return tower
+    return tower.requires_grad_(False)
 
 
-@torch.no_grad()
 def their_features(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
     """Patch features (16, C): the last layer but one, without CLS."""
     return their_tower(state)(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
 
 
-@torch.no_grad()
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
                  ids: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Logits (T, V) of the prompt with the patches `order` at these IDs, and the greedy words."""
-    decoder = their_decoder(part(state, "language_model."), DECODER)
+    decoder = their_decoder(part(state, "language_model."), tiny_config().text)
     visual = nn.functional.linear(their_features(state, pixels)[list(order)],
                                   state["multi_modal_projector.weight"],
                                   state["multi_modal_projector.bias"])
@@ -89,8 +89,7 @@ def main() -> None:
     pixels, state = pixel_values(), tensors()
     answers = {"features": rounded(their_features(state, pixels)[[0, 7, 15], :6])}
     for mode, (order, ids) in MODES.items():
-        logits, words = their_answer(state, pixels, order, ids)
-        answers[mode] = summary(logits, positions(mode)) | {"words": words}
+        answers[mode] = summary(their_answer(state, pixels, order, ids), positions(mode))
     write_outputs(OUTPUTS, {"shikra": answers})
 
 
