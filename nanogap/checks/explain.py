@@ -104,7 +104,7 @@ def look_at(folder: Path) -> None:
         known = ", ".join(map(repr, MODELS))
         raise NanogapError(f"{folder / 'config.json'} describes a {found!r:.80} model; "
                            f"nanogap loads {known} (in the layout of llava-hf)")
-    refuse_quantised(folder, config, config.get("text_config"))
+    refuse_quantised(folder, config)
 
 
 def look_at_clip(folder: Path, download: str = CLIP_DOWNLOAD) -> None:
@@ -117,7 +117,7 @@ def look_at_clip(folder: Path, download: str = CLIP_DOWNLOAD) -> None:
     if config.get("model_type") != "clip":
         raise NanogapError(f"{folder / 'config.json'} describes a "
                            f"{config.get('model_type')!r:.80} model, not a 'clip'")
-    refuse_quantised(folder, config, config.get("text_config"))
+    refuse_quantised(folder, config)
 
 
 def say(text: str, folder: Path) -> str:
