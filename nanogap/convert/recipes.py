@@ -162,7 +162,7 @@ def read_clip(path: Path | None, config: dict, source: Path,
 # ----- LLaVA --------------------------------------------------------------------------------------
 
 
-def llava(base: Path, clip: Path | None) -> Recipe:
+def llava(base: Path, clip: Path | None = None) -> Recipe:
     """LLaVA-1.5 and 1.6 as liuhaotian's repositories hold them.
 
     base: config.json with LLaVA's own keys, tokenizer.model, shards
