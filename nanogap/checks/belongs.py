@@ -18,7 +18,7 @@ from nanogap import weights
 from nanogap.checks.pickles import of_model, read_saved
 from nanogap.checks.reading import printable
 from nanogap.checks.silent import QUANTISED
-from nanogap.clip import CLIPVisionConfig
+from nanogap.clip import CLIPText, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
 from nanogap.models.saving import our_name
@@ -54,9 +54,9 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
     seen = set()
     for path in weights.weight_files(folder):
         for name, shape, kind in tensors_of(path):
-            ours = our_name(name, model.rename)
             if re.search(weights.UNUSED, name):
                 continue
+            ours = our_name(name, model.rename)
             check_numbers(path, name, shape, kind)
             if ours in seen:
                 raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
@@ -66,11 +66,12 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
     check_rows(path, model.tokenizer, c.text.vocab_size)
     check_image_token(path, model.tokenizer, c.image_token, c.bos_token)
     check_words(path, model.tokenizer)
-    if clip is not None and model.text_guide is not None:
-        check_guide(clip, model)
-    for tokenizer in (model.tokenizer, *([model.text_guide.tokenizer] if model.text_guide else [])):
+    guide = model.text_guide
+    for tokenizer in [model.tokenizer, *([guide.tokenizer] if guide else [])]:
         tokenizer.no_padding()           # left over from training: a question is one text
         tokenizer.no_truncation()
+    if clip is not None and guide is not None:
+        check_guide(clip, model, guide)
 
 
 def check_numbers(path: Path, name: str, shape: Size, kind: str) -> None:
@@ -117,10 +118,9 @@ def check_words(path: Path, tokenizer: Tokenizer) -> None:
 # ----- a CLIP beside it ---------------------------------------------------------------------------
 
 
-def check_guide(folder: Path, model: Llava) -> None:
+def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
     """Refuse a CLIP that the vision tower does not come from."""
-    guide, config = model.text_guide, weights.read_json(folder / "config.json")
-    assert guide is not None
+    config = weights.read_json(folder / "config.json")
     vision = replace(weights.VIT_B_32,
                      **weights.known(CLIPVisionConfig, config["vision_config"]))
     for one in fields(vision):
@@ -130,7 +130,6 @@ def check_guide(folder: Path, model: Llava) -> None:
                                f"tower has {ours}: give the CLIP that it comes from")
     path, rows = folder / "tokenizer.json", guide.text_model.config.vocab_size
     check_rows(path, guide.tokenizer, rows)
-    guide.tokenizer.no_padding()
     ids, end = guide.tokenizer.encode("a").ids, config["text_config"].get("eos_token_id")
     if len(ids) < 3 or ids[-1] != max(guide.tokenizer.get_vocab().values()) or \
             ids.count(ids[-1]) > 1 or end not in (None, 2, ids[-1]):   # 2: in older files
