@@ -4,7 +4,6 @@ In:  words and indices; draws are seeded, so a failure comes again.
 Out: no traceback, no second of computing, no gigabyte.  What was found this way has its own test.
 """
 
-import json
 import random
 import time
 from collections.abc import Callable
@@ -115,14 +114,6 @@ def test_indices_to_keep_give_logits_or_the_reason_why_not(keep: object, model: 
 # ----- what was found -----------------------------------------------------------------------------
 
 
-def test_an_index_that_names_a_shard_too_long_for_any_file_is_refused(folder: Path):
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"x": "x" * 5000}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert refusal(folder) == (f"{folder} lacks {'x' * 200}, which its index names; "
-                               "run the download again: it continues where it stopped")
-
-
 @pytest.mark.parametrize("key, token", [("bos_token_id", 640), ("eos_token_id", 4_194_304)])
 def test_a_token_without_an_embedding_is_refused(key: str, token: int, folder: Path):
     (folder / "generation_config.json").unlink()
@@ -140,11 +131,3 @@ def test_an_image_token_that_a_prompt_could_hold_twice_is_refused(
         f"config.json: image_token_index is {image}, which stands for {taken} in "
         f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; "
         "give the tokenizer.json that the checkpoint was published with")
-
-
-def test_a_pickle_that_holds_more_than_tensors_is_refused(folder: Path):
-    (folder / "model.safetensors").unlink()
-    torch.save({"epoch": 7}, folder / "pytorch_model.bin")
-    assert refusal(folder) == (f"{folder / 'pytorch_model.bin'} cannot be read "
-                               "(it holds more than tensors); save it again with "
-                               "`torch.save(model.state_dict(), PATH)`")
