@@ -470,20 +470,6 @@ def test_both_spellings_of_the_newer_keys_are_read(folder: Path):
     assert torch.equal(logits(folder), expected)
 
 
-def test_the_end_token_is_that_of_generation_config_where_there_is_one(folder: Path):
-    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=7))
-    assert weights.read_config(folder).eos_token == 7
-    (folder / "generation_config.json").unlink()
-    assert weights.read_config(folder).eos_token == 2
-
-
-def test_colours_are_normalised_as_preprocessor_config_says(folder: Path):
-    edit(folder / "preprocessor_config.json",
-         lambda config: config.update(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]))
-    config = nanogap.load(folder, "cpu").config
-    assert (config.image_mean, config.image_std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
 # ----- memory -------------------------------------------------------------------------------------
 
 # VmHWM, the most that was ever resident, begins anew with a program; ru_maxrss inherits pytest's
