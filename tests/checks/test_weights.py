@@ -133,15 +133,6 @@ def test_tied_embeddings_need_no_lm_head_on_disk(tmp_path: Path):
 # ----- where they are ----------------------------------------------------------------------------
 
 
-def test_the_weights_that_ship_are_found_from_any_folder(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(loading, "REAL", tmp_path / "not downloaded")
-    monkeypatch.chdir(tmp_path)
-    assert default_weights() == ROOT / "weights" / "mini"
-    assert (default_weights() / "config.json").is_file()
-    monkeypatch.chdir(ROOT)
-    assert str(default_weights()) == os.path.join("weights", "mini")         # short where it can be
-
-
 def test_the_real_weights_go_before_those_that_ship(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(loading, "REAL", tmp_path)
     assert default_weights() == tmp_path
