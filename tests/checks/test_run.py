@@ -23,6 +23,7 @@ from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
 from nanogap.show.explain import columns
 from nanogap.show.table import print_table
+from tests.checks.test_output import broken_pipe
 from tests.tiny import lines_of, write_checkpoint, write_finder
 
 ROOT = Path(run.__file__).parent
@@ -387,9 +388,3 @@ def test_as_a_command_it_may_lose_its_reader(photo: str, finder: Path):
                    env=os.environ | {"PYTHONUNBUFFERED": ""},          # buffered, as it usually is
                    preexec_fn=lambda: os.dup2(broken_pipe(), 1))
     assert done.returncode == 141 and only_progress(done.stderr), done.stderr.decode()
-
-
-def broken_pipe() -> int:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
