@@ -162,9 +162,11 @@ def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
 
 
 def put(name: str, data: bytes | str) -> Change:
-    """Something else in the place of a file."""
-    return lambda folder: (folder / name).write_bytes(
-        data if isinstance(data, bytes) else data.encode())
+    """Something else in the place of a file, or of a link to one."""
+    def replace(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return replace
 
 
 def without(name: str) -> Change:
