@@ -22,7 +22,8 @@ from nanogap.checks.reading import instead
 from nanogap.errors import NanogapError
 from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 
-VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5     # kinds of fields
+VARINT, BYTES = 0, 2                                    # kinds of fields
+LENGTHS = {1: 8, 5: 4}                                  # in bytes, of the other kinds
 MOST_BYTES = 1 << 24                                    # of a file; LLaMA's has 2^19
 Field = tuple[int, int | bytes]                         # its number, and what stands in it
 
@@ -44,20 +45,17 @@ def read_fields(data: bytes) -> Iterator[Field]:
     while at < len(data):
         key, at = read_varint(data, at)
         number, kind = key >> 3, key & 7
+        value: int | bytes
         if kind == VARINT:
             value, at = read_varint(data, at)
-            yield number, value
-            continue
-        if kind == BYTES:
-            length, at = read_varint(data, at)
-        elif kind in (EIGHT_BYTES, FOUR_BYTES):
-            length = 8 if kind == EIGHT_BYTES else 4
+        elif kind in LENGTHS or kind == BYTES:
+            length, at = (LENGTHS[kind], at) if kind in LENGTHS else read_varint(data, at)
+            value, at = data[at:at + length], at + length
         else:
             raise ValueError(f"a field of kind {kind}")
-        if at + length > len(data):
+        if at > len(data):
             raise IndexError("it is cut off")
-        yield number, data[at:at + length]
-        at += length
+        yield number, value
 
 
 def read_piece(message: bytes) -> tuple[str, float]:
