@@ -228,25 +228,6 @@ def test_any_expression_works_and_is_explained_in_80_columns(
     assert Image.open("answer.png").size == (988, 660)        # with two lines of caption
 
 
-# ----- --explain ----------------------------------------------------------------------------------
-
-
-def test_explain_shows_the_ids_that_gap_gives_back(said: Callable[..., str]):
-    out = said("--explain", "--prune", "spatial", "--mode", "gap", where="the man")
-    for line in ("   100 x 50 pixels, padded to 100 x 100,",
-                 "   resized to pixel_values (1, 3, 56, 56)",
-                 "   features (16, 32), in raster order: row by row",
-                 "      . . . .\n      . # . #\n      . . . .\n      . # . #",
-                 "   P = 33 tokens before the image, A = 20 after it; decoder width 64",
-                 "5  Mode gap: raster order, original position IDs",
-                 "   embeddings (1, 57, 64) at cache rows 0..56: rows have no gaps",
-                 "   position IDs: P = 33 tokens | K = 4 patches | A = 20 tokens",
-                 "      0..32 | 38 40 46 48 | 49..68",
-                 f"      {BOX}\n      (0.1, 0.25, 0.5, 0.6)\n      (10.0, 0.0, 50.0, 35.0)"):
-        assert f"\n{line}\n" in out
-    assert re.search(r"ID now +69 +70\n +cache row +57 +-\n", out)
-
-
 # ----- mistakes -----------------------------------------------------------------------------------
 
 
