@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from nanogap.convert.shards import divide, write_parts
 from nanogap.models import MODELS
 from nanogap.models.saving import our_name
 from tests.checks.test_weights import Change, put, without
+from tests.checks.test_weights import refusal as not_loaded
 from tests.models.test_reference import PUBLISHED, assert_same, live, needs_published
 from tests.pieces import (
     DECODER,
@@ -227,16 +227,16 @@ def test_a_tower_that_is_inside_tells_its_sizes_where_no_clip_is_given(tmp_path:
         refusal("llava", tmp_path / "narrow.out", base=narrow)
 
 
+def original(name: str) -> str:
+    """A name of the hub's in LLaVA's own layout: LLaMA's names, and CLIP's tower inside."""
+    name = name.replace("language_model.", "").replace("linear_1", "0").replace("linear_2", "2")
+    name = name.replace("multi_modal_projector.", "model.mm_projector.")
+    return name.replace("vision_tower.", "model.vision_tower.vision_tower.")
+
+
 @needs_published
 def test_llavas_own_names_become_the_686_published_ones():
-    """The original's names are LLaMA's; the tower's are CLIP's, inside or apart."""
     names = json.loads((PUBLISHED / "model.safetensors.index.json").read_text())["weight_map"]
-
-    def original(name: str) -> str:
-        name = name.replace("language_model.", "").replace("linear_1", "0").replace("linear_2", "2")
-        name = name.replace("multi_modal_projector.", "model.mm_projector.")
-        return name.replace("vision_tower.", "model.vision_tower.vision_tower.")
-
     assert len(names) == 686
     assert [our_name(original(name), LLAVA_NAMES) for name in names] == list(names)
 
@@ -659,8 +659,10 @@ def test_no_more_than_one_shard_and_one_result_is_in_memory(tmp_path: Path):
     small = write_llava(tmp_path / "small", files="legacy")
     for path in own.glob("pytorch_model*"):
         path.unlink()
-    tensors = OrderedDict((name, torch.full(value.shape, 0.5, dtype=torch.float16))
-                          for name, value in meta_tensors(wide).items())
+    with torch.device("meta"):
+        state = MODELS["llava"](replace(tiny_config(), text=wide)).state_dict()
+    tensors = {original(name): torch.full(value.shape, 0.5, dtype=torch.float16)
+               for name, value in state.items() if not name.startswith("vision_tower.")}
     write_bins(own, tensors, 6, legacy=True)
     keys("config.json", hidden_size=1024, intermediate_size=64, num_hidden_layers=12,
          num_attention_heads=8, num_key_value_heads=8)(own)
@@ -673,26 +675,7 @@ def test_no_more_than_one_shard_and_one_result_is_in_memory(tmp_path: Path):
     assert largest < grown < 2.3 * largest < total / 2
 
 
-def meta_tensors(config) -> dict[str, Tensor]:
-    """A decoder of that size, and a projector to it, under LLaVA's own names."""
-    with torch.device("meta"):
-        model = MODELS["llava"](replace(tiny_config(), text=config))
-    found = {name.removeprefix("language_model."): value
-             for name, value in model.state_dict().items() if name.startswith("language_model.")}
-    for i, name in ((0, "linear_1"), (2, "linear_2")):
-        for kind in ("weight", "bias"):
-            found[f"model.mm_projector.{i}.{kind}"] = model.state_dict()[
-                f"multi_modal_projector.{name}.{kind}"]
-    return found
-
-
 # ----- what a folder in one of these layouts is told ----------------------------------------------
-
-
-def told(path: Path) -> str:
-    with pytest.raises(NanogapError) as caught:
-        nanogap.load(path, "cpu")
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name, line", [
@@ -704,8 +687,7 @@ def told(path: Path) -> str:
     (TRAINED, "`python -m nanogap.convert minigpt-v2 --base DIR --vision eva_vit_g.pth ")])
 def test_a_folder_in_one_of_these_layouts_is_answered_with_the_line_that_converts_it(
         name: str, line: str, pieces: Path):
-    text = told(pieces / name)
-    assert line.format(pieces / name) in text and "\n" not in text
+    assert line.format(pieces / name) in not_loaded(pieces / name)
 
 
 def test_llavas_names_in_a_folder_of_the_hubs_are_answered_as_well(whole: Path, tmp_path: Path):
@@ -713,4 +695,4 @@ def test_llavas_names_in_a_folder_of_the_hubs_are_answered_as_well(whole: Path, 
     folder = write_checkpoint(tmp_path / "hub")
     (folder / "model.safetensors").unlink()
     write_bins(folder, {"model.mm_projector.0.weight": torch.ones(2)}, 1)
-    assert f"python -m nanogap.convert llava --base {folder} " in told(folder)
+    assert f"python -m nanogap.convert llava --base {folder} " in not_loaded(folder)
