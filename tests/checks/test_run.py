@@ -247,6 +247,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25% or 9.8%, "
         "nor \"auto\"; see `python run.py --help`")
 RANGE = "of 16 visual tokens: give a whole number from 1 to 16, or a share such as 25%"
+EMPTY = 'the expression is empty; name a thing, such as "the man on the left"'
+LONG = "the expression is too long: with the image and room for the answer the model "
+ENDING = "a picture cannot be written with that ending; use .png or .jpg"
+FOLDER = "would be in a folder that does not exist; make it with `mkdir -p "
 
 
 def test_the_default_weights_are_found_from_any_folder(
@@ -264,10 +268,7 @@ def test_the_default_weights_are_found_from_any_folder(
 @pytest.mark.parametrize("keep, message", [
     *((keep, f"argument --keep: {keep!r} {KEEP}") for keep in (
         "0", "-3", "", "1.5", "0%", "nan", "1e3", "٣", "1_0", " 5")),
-    ("auto", f"random cannot keep auto {RANGE}"),
-    ("17", f"random cannot keep 17 {RANGE}"),
-    ("101%", f"random cannot keep 101% {RANGE}"),
-    ("99999999", f"random cannot keep 99999999 {RANGE}"),
+    *((keep, f"random cannot keep {keep} {RANGE}") for keep in ("auto", "17", "101%", "99999999")),
     ("9" * 5000, "argument --keep: '" + "9" * 79 + " " + KEEP),
 ])
 @pytest.mark.parametrize("mode", ["gap", "full"])
@@ -279,49 +280,39 @@ def test_keep_out_of_range_is_refused_in_every_mode(
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["missing.png", "x"],
+    ("missing.png x".split(),
      "missing.png cannot be read as an image (No such file or directory); give the path of a "),
-    ([".", "x"], ". cannot be read as an image (Is a directory); give the path of a whole "),
-    (["photo.png", ""], 'the expression is empty; name a thing, such as "the man on the left"'),
-    (["photo.png", " \t\n\u3000"],
-     'the expression is empty; name a thing, such as "the man on the left"'),
-    (["photo.png", "x", "--prune", "magic"],
-     "unknown strategy 'magic': choose from random, spatial, "),
-    (["photo.png", "x", "--prune", "nowhere.py:f"], "'nowhere.py:f': there is no file nowhere.py"),
-    (["photo.png", "x", "--mode", "gap", "Full"],
-     "argument --mode: invalid choice: 'Full' (choose from "),
-    (["photo.png", "x", "--device", "tpu"],
-     "argument --device: invalid choice: 'tpu' (choose from "),
-    (["photo.png", "x", "--dtype", "int8"],
-     "argument --dtype: invalid choice: 'int8' (choose from "),
-    (["photo.png", "x", "--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on"),
-    (["photo.png", "x", "--weights", "nowhere"],
-     "nowhere is not a folder; get the published weights with `hf download"),
-    (["photo.png", "x", "--weights", "."],
-     ". has no config.json, so it is not a checkpoint; get the published weights with `hf "),
+    (". x".split(), ". cannot be read as an image (Is a directory); give the path of a whole "),
     (["photo.png"], "the following arguments are required: EXPRESSION; see `python run.py --help`"),
-    (["photo.png", "x", "y"], "unrecognized arguments: y (several words want quotes around them); "
-     "see `python run.py --help`"),
-])
+    ("photo.png x y".split(), "unrecognized arguments: y (several words want quotes around them); "
+                              "see `python run.py --help`"),
+    *((["photo.png", expression], message) for expression, message in (
+        ("", EMPTY), (" \t\n\u3000", EMPTY), ("a" * 20000, f"{LONG}would need 20131 "),
+        ("人" * 20000, LONG),
+        ("a\udcff", "the expression is not valid Unicode: "))),       # how argv shows a stray byte
+    *((f"photo.png x {flags}".split(), message) for flags, message in (
+        ("--prune magic", "unknown strategy 'magic': choose from random, spatial, "),
+        ("--prune nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py"),
+        ("--mode gap Full", "argument --mode: invalid choice: 'Full' (choose from "),
+        ("--device tpu", "argument --device: invalid choice: 'tpu' (choose from "),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from "),
+        ("--seed -1", "argument --seed: '-1' is not a whole number from 0 on"),
+        ("--weights nowhere",
+         "nowhere is not a folder; get the published weights with `hf download"),
+        ("--weights .",
+         ". has no config.json, so it is not a checkpoint; get the published weights with `hf "))),
+    # before any work
+    *((f"photo.png x --weights nowhere --out {out}".split(), f"--out {out}{message}")
+      for out, message in (
+        ("answer", f": {ENDING}"), ("answer.txt", f": {ENDING}"),
+        ("answer.xbm", f": {ENDING}"),                        # knows black and white only
+        ("no/such/a.png", f" {FOLDER}"), ("photo.png/a.png", f" {FOLDER}"),
+        ("folder.png", " is a folder; give the path of a picture to write"),
+        ("photo.png", " is the image itself; give another path")))])
 def test_a_mistake_is_one_line_and_status_2(
-        argv: list[str], message: str, photo: str, capsys: pytest.CaptureFixture):
-    assert refused(argv, capsys).startswith(message)
-
-
-ENDING = "a picture cannot be written with that ending; use .png or .jpg"
-FOLDER = "would be in a folder that does not exist; make it with `mkdir -p "
-
-
-@pytest.mark.parametrize("out, message", [
-    *((out, f" {out}: {ENDING}") for out in ("answer", "answer.txt", "answer.xbm")),   # no colours
-    *((out, f" {out} {FOLDER}") for out in ("no/such/a.png", "photo.png/a.png")),
-    ("folder.png", " folder.png is a folder; give the path of a picture to write"),
-    ("photo.png", " photo.png is the image itself; give another path")])
-def test_a_picture_that_cannot_be_written_is_refused_before_any_work(
-        out: str, message: str, photo: str, capsys: pytest.CaptureFixture):
+        argv: list[str], message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
     Path("folder.png").mkdir()
-    argv = [photo, "x", "--weights", "nowhere", "--out", out]
-    assert refused(argv, capsys).startswith(f"--out{message}")
+    assert refused(["--weights", str(finder), *argv], capsys).startswith(message)
 
 
 def test_a_mistake_leaves_an_earlier_picture_alone(
@@ -329,17 +320,6 @@ def test_a_mistake_leaves_an_earlier_picture_alone(
     Path("answer.png").write_bytes(b"from before")
     refused([photo, "x", "--weights", str(finder), "--keep", "17"], capsys)
     assert Path("answer.png").read_bytes() == b"from before"
-
-
-@pytest.mark.parametrize("expression, message", [
-    ("a" * 20000, "the expression is too long: with the image and room for the answer the model "
-     "would need 20131 "),
-    ("人" * 20000, "the expression is too long: with the image and room for the answer the model "),
-    ("a\udcff", "the expression is not valid Unicode: "),        # how argv shows a stray byte
-])
-def test_an_expression_that_no_model_could_read_is_refused(
-        expression: str, message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert refused([photo, expression, "--weights", str(finder)], capsys).startswith(message)
 
 
 # ----- as a person runs it ------------------------------------------------------------------------
