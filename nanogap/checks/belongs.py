@@ -64,8 +64,7 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
             seen.add(ours)
     c, path = model.config, folder / "tokenizer.json"
     check_rows(path, model.tokenizer, c.text.vocab_size)
-    check_image_token(path, model.tokenizer, c.image_token, c.bos_token)
-    check_words(path, model.tokenizer)
+    check_special(path, model.tokenizer, c.image_token, c.bos_token)
     guide = model.text_guide
     for tokenizer in [model.tokenizer, *([guide.tokenizer] if guide else [])]:
         tokenizer.no_padding()           # left over from training: a question is one text
@@ -95,20 +94,19 @@ def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
                            f"({rows}): it belongs to another checkpoint")
 
 
-def check_image_token(path: Path, tokenizer: Tokenizer, image: int, bos: int) -> None:
-    """Refuse an image token that words could spell: a prompt might hold it twice."""
-    taken = tokenizer.id_to_token(image)
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    pieces = tokenizer.get_vocab(with_added_tokens=False)
-    if image == bos or (taken and image not in special) or image in pieces.values():
+def check_special(path: Path, tokenizer: Tokenizer, image: int, bos: int) -> None:
+    """Refuse an image token that words could spell, and the words of another chat template.
+
+    A prompt might hold the one twice; the others may be there without their template.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    taken, pieces = tokenizer.id_to_token(image), tokenizer.get_vocab(with_added_tokens=False)
+    words = taken and not (image in added and added[image].special)
+    if image == bos or words or image in pieces.values():
         raise NanogapError(f"config.json: image_token_index is {image}, which stands for "
                            f"{taken!r:.80} in {path}, so a prompt could hold it twice; give the "
                            "tokenizer.json that the checkpoint was published with")
-
-
-def check_words(path: Path, tokenizer: Tokenizer) -> None:
-    """Refuse the words of another chat template, which a folder may hold without the template."""
-    for token in tokenizer.get_added_tokens_decoder().values():
+    for token in added.values():
         if OF_OTHERS.fullmatch(token.content):
             raise NanogapError(f"{path} holds {token.content}, a word of another chat template "
                                "than the model's, and nanogap asks in that only: a model that was "
