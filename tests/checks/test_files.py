@@ -19,7 +19,7 @@ import nanogap
 from nanogap import NanogapError, weights
 from nanogap.checks import silent as settings
 from nanogap.checks.silent import silent
-from tests.checks.test_weights import TINY, edit, logits, refusal, set_tensors
+from tests.checks.test_weights import TINY, Change, edit, logits, refusal, set_tensors, tensors
 from tests.tiny import write_shards, write_tensors
 
 
@@ -30,7 +30,7 @@ def put(folder: Path, file: str, **keys: object) -> None:
     path.write_text(json.dumps(value | keys))
 
 
-# ----- A: every key is followed, or refused by its name -------------------------------------------
+# ----- every key is followed, or refused by its name ----------------------------------------------
 
 TABLES = {"generation_config.json": settings.GENERATION,
           "preprocessor_config.json": settings.PIXELS, "processor_config.json": settings.PROCESSOR,
@@ -143,7 +143,7 @@ def test_padding_and_truncation_left_over_in_a_tokenizer_change_no_prompt(
         assert nanogap.load(folder, "cpu").prompt("the man on the left").tolist() == ids
 
 
-# ----- B: which of several files counts -----------------------------------------------------------
+# ----- which of several files counts --------------------------------------------------------------
 
 
 def test_the_file_that_counts_is_the_one_that_transformers_would_take(tmp_path: Path):
@@ -161,7 +161,7 @@ def test_the_file_that_counts_is_the_one_that_transformers_would_take(tmp_path: 
         assert found.tolist() == [value, value], name
 
 
-# ----- D: whole files of another form -------------------------------------------------------------
+# ----- whole files of another form ----------------------------------------------------------------
 
 PROJECTION = "language_model.model.layers.0.mlp.down_proj.weight"
 
@@ -171,37 +171,29 @@ def no_weights(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"GGUF")
 
 
-FORMS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "adapter": (lambda f: put(f, "adapter_config.json", peft_type="LORA"), "adapter"),
-    "adapter alone": (lambda f: no_weights(f, "adapter_model.safetensors"), "adapter"),
-    "trainables": (lambda f: no_weights(f, "non_lora_trainables.bin"), "adapter"),
-    "lora in it": (lambda f: set_tensors(f, **{"base_model.model.x.lora_A.weight": torch.ones(2)}),
-                   "adapter"),
-    "projector": (lambda f: no_weights(f, "mm_projector.bin"), "LLaVA's own layout"),
-    "own names": (lambda f: set_tensors(f, **{"model.mm_projector.0.weight": torch.ones(2)}),
-                  "LLaVA's own layout"),
-    "llama.cpp": (lambda f: no_weights(f, "llava-q4.gguf"), "GGUF"),
-    "tensorflow": (lambda f: no_weights(f, "tf_model.h5"), "from_tf=True"),
-    "flax": (lambda f: no_weights(f, "flax_model.msgpack"), "from_flax=True"),
-    "distributed": (lambda f: no_weights(f, "__0_0.distcp"), "state of a training"),
-    "deepspeed": (lambda f: no_weights(f, "global_step100"), "state of a training"),
-    "4 bits": (lambda f: set_tensors(f, **{PROJECTION: torch.zeros(9, 1, dtype=torch.uint8)}),
-               "quantised"),
-    "8 bits": (lambda f: set_tensors(f, **{PROJECTION: TINY[PROJECTION].to(torch.int8)}),
-               "quantised"),
-    "absmax": (lambda f: set_tensors(f, **{f"{PROJECTION}.absmax": torch.ones(9)}), "quantised"),
-    "awq": (lambda f: set_tensors(f, **{"language_model.x.qweight": torch.ones(9)}), "quantised"),
-    "said": (lambda f: put(f, "config.json", quantization_config={"quant_method": "gptq"}),
-             "quantised"),
-    "newer tokenizer": (lambda f: put(f, "tokenizer.json", version="2.0"), "a newer library"),
-    "older tokenizer": (lambda f: (f / "tokenizer.json").rename(f / "vocab.json"),
-                        "save_pretrained")}
+FORMS: list[tuple[Change, str]] = [
+    *((lambda folder, name=name: no_weights(folder, name), says) for name, says in (
+        ("adapter_model.safetensors", "adapter"), ("non_lora_trainables.bin", "adapter"),
+        ("mm_projector.bin", "LLaVA's own layout"), ("llava-q4.gguf", "GGUF"),
+        ("tf_model.h5", "from_tf=True"), ("flax_model.msgpack", "from_flax=True"),
+        ("__0_0.distcp", "state of a training"), ("global_step100", "state of a training"))),
+    *((tensors({name: value}), says) for name, value, says in (
+        ("base_model.model.x.lora_A.weight", torch.ones(2), "adapter"),
+        ("model.mm_projector.0.weight", torch.ones(2), "LLaVA's own layout"),
+        (PROJECTION, torch.zeros(9, 1, dtype=torch.uint8), "quantised"),
+        (PROJECTION, TINY[PROJECTION].to(torch.int8), "quantised"),
+        (f"{PROJECTION}.absmax", torch.ones(9), "quantised"),
+        ("language_model.x.qweight", torch.ones(9), "quantised"))),
+    (lambda folder: put(folder, "adapter_config.json", peft_type="LORA"), "adapter"),
+    (lambda folder: put(folder, "config.json", quantization_config={"quant_method": "gptq"}),
+     "quantised"),
+    (lambda folder: put(folder, "tokenizer.json", version="2.0"), "a newer library"),
+    (lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"), "save_pretrained")]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("change, says", FORMS)
 def test_a_whole_file_of_another_form_is_told_what_it_is_and_not_fetched_again(
-        form: str, folder: Path):
-    change, says = FORMS[form]
+        change: Change, says: str, folder: Path):
     change(folder)
     said = refusal(folder)
     assert says in said and "again" not in said and "broken" not in said, said
@@ -231,13 +223,13 @@ def test_each_pickle_of_torchs_is_read_today_or_by_hand(folder: Path, whole: Pat
         torch.save(TINY, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
         assert torch.equal(logits(folder), logits(whole))
     sparse = TINY | {PROJECTION: TINY[PROJECTION].to_sparse()}
-    for state, why in ((sparse, "more than tensors"), ([1], "more than tensors"),
-                       ({"epoch": 7}, "more than tensors")):
+    for state in (sparse, [1], {"epoch": 7}):
         torch.save(state, folder / "pytorch_model.bin")
-        assert why in refusal(folder) and "torch.save(model.state_dict(), PATH)" in refusal(folder)
+        said = refusal(folder)
+        assert "more than tensors" in said and "torch.save(model.state_dict(), PATH)" in said
 
 
-# ----- K: files that are no files -----------------------------------------------------------------
+# ----- files that are no files --------------------------------------------------------------------
 
 
 MUST, MAY = (("config.json", "tokenizer.json", "model.safetensors"),
@@ -301,7 +293,7 @@ def test_weights_that_are_not_finite_are_blamed_on_the_weights(
             model.ground(picture, "x", strategy, 12)
 
 
-# ----- C: a CLIP that the tower does not come from ------------------------------------------------
+# ----- a CLIP that the tower does not come from ---------------------------------------------------
 
 
 @pytest.mark.parametrize("change, refused", [

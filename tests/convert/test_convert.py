@@ -250,7 +250,7 @@ def test_transformers_reads_what_comes_out_and_says_the_same(tiles: bool, tmp_pa
     model = nanogap.load(out, "cpu")
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(
         out, dtype=torch.float32, attn_implementation="eager").eval()
-    pixels, n = model.prepare_image(PICTURE), None
+    pixels = model.prepare_image(PICTURE)
     n = model.encode_pixels(pixels, *PICTURE.size).n_visual
     at = PROMPT.index(PIECES)
     ids = torch.tensor([[*PROMPT[:at], *[PIECES] * n, *PROMPT[at + 1:]]])
