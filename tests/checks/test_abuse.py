@@ -19,7 +19,6 @@ from nanogap import NanogapError
 from nanogap.gap import MODES
 from nanogap.models import VLM as Llava
 from nanogap.prompt import TWO_DECIMALS, parse_box
-from tests.checks.test_weights import refusal, set_key
 
 PICTURE = Image.new("RGB", (40, 30), "orange")
 
@@ -101,25 +100,3 @@ def test_indices_to_keep_give_logits_or_the_reason_why_not(keep: object, model: 
             assert logits.shape == (2 + len(keep), 640) and logits.isfinite().all()
         except ValueError as error:
             assert str(error).startswith(("keep ", "mode 'full' keeps all 16"))
-
-
-# ----- what was found -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key, token", [("bos_token_id", 640), ("eos_token_id", 4_194_304)])
-def test_a_token_without_an_embedding_is_refused(key: str, token: int, folder: Path):
-    (folder / "generation_config.json").unlink()
-    set_key(folder, "text", key, token)
-    assert refusal(folder) == f"config.json: {key} is {token}, not a whole number from 0 to 639"
-
-
-@pytest.mark.parametrize("part, key, image, taken", [
-    (None, "image_token_index", 1, "'<s>'"), (None, "image_token_index", 300, "'I'"),
-    ("text", "bos_token_id", 560, "'<image>'")])
-def test_an_image_token_that_a_prompt_could_hold_twice_is_refused(
-        part: str | None, key: str, image: int, taken: str, folder: Path):
-    set_key(folder, part, key, image if part is None else 560)
-    assert refusal(folder) == (
-        f"config.json: image_token_index is {image}, which stands for {taken} in "
-        f"{folder / 'tokenizer.json'}, so a prompt could hold it twice; "
-        "give the tokenizer.json that the checkpoint was published with")

@@ -177,6 +177,10 @@ def tensors(changed: dict[str, Tensor | None]) -> Change:
     return lambda folder: set_tensors(folder, **changed)
 
 
+def key(part: str | None, name: str, value: object) -> Change:
+    return lambda folder: set_key(folder, part, name, value)
+
+
 def sharded(name: str, change: Callable[[Path], object]) -> Change:
     """Two shards in the place of one file, and then a change to one of the files."""
     def shard(folder: Path) -> None:
@@ -255,7 +259,7 @@ BROKEN: list[tuple[Change, str]] = [
       for value in (torch.ones(63), torch.ones(64, 1), torch.ones(()))),
     (tensors({"model.language_model.norm.weight": torch.ones(64)}),
      f"FOLDER/{MODEL} holds ...norm.weight, which was there before under another name"),
-    (lambda folder: set_key(folder, "text", "num_hidden_layers", 4),
+    (key("text", "num_hidden_layers", 4),
      "FOLDER lacks 9 of 98 tensors, such as language_model.model.layers.3.self_attn.q_proj.weight; "
      "download it again"),
     # shards and their index
@@ -294,7 +298,7 @@ BROKEN: list[tuple[Change, str]] = [
         "", "{", "nonsense", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
     *((put("config.json", text), NO_OBJECT.format(kind)) for text, kind in (
         ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str"))),
-    *((lambda folder, kind=kind: set_key(folder, None, "model_type", kind),
+    *((key(None, "model_type", kind),
        f"FOLDER/config.json describes a {kind!r} model; nanogap loads "
        f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
       for kind in ("llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"])),
@@ -302,7 +306,20 @@ BROKEN: list[tuple[Change, str]] = [
       for name in ("generation_config.json", "preprocessor_config.json")),
     *((put("preprocessor_config.json", json.dumps({"image_mean": mean})),
        f"preprocessor_config.json: image_mean is {mean!r}, not three positive numbers")
-      for mean in ([0.5, 0.5], "grey", [0.5, 0.5, "x"], 0.5))]
+      for mean in ([0.5, 0.5], "grey", [0.5, 0.5, "x"], 0.5)),
+    # parts of config.json that do not go together
+    *((key(part, name, value), f"config.json: {says}...") for part, name, value, says in (
+        ("text", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'; nanogap implem"),
+        ("text", "num_key_value_heads", 3, "4 attention heads of 16 channels do not go with 3 "),
+        ("text", "head_dim", 15, "4 attention heads of 15 channels do not go with 4 key-value"),
+        ("vision", "patch_size", 112, "vision_config makes no sense: CLIPVisionConfig(hidden_s"),
+        ("vision", "num_attention_heads", 5, "vision_config makes no sense: CLIPVisionConfig("))),
+    *((key(part, name, value),
+       f"config.json: image_token_index is {image}, which stands for {taken} in FOLDER/"
+       "tokenizer.json, so a prompt could hold it twice; give the tokenizer.json that the "
+       "checkpoint was published with") for part, name, value, image, taken in (
+        (None, "image_token_index", 1, 1, "'<s>'"), (None, "image_token_index", 300, 300, "'I'"),
+        ("text", "bos_token_id", 560, 560, "'<image>'")))]
 
 
 @pytest.mark.parametrize("damage, says", BROKEN, ids=[f"{says:.60}" for _, says in BROKEN])
@@ -355,6 +372,8 @@ BETWEEN = "{}; it must leave a layer before and after the features, of 3"
     ("vision", "hidden_act", "gelu", "'gelu'; nanogap implements 'quick_gelu' only"),
     ("vision", "num_channels", 4, "4; nanogap implements 3 only"),
     ("vision", "layer_norm_eps", [], "[], not a positive number"),
+    ("text", "bos_token_id", 640, "640, not a whole number from 0 to 639"),
+    ("text", "eos_token_id", 4_194_304, "4194304, not a whole number from 0 to 639"),
     (None, "text_config", [], "not an object"),
     (None, "vision_config", "clip", "not an object"),
     (None, "vision_feature_layer", -1, BETWEEN.format(-1)),
@@ -365,20 +384,9 @@ BETWEEN = "{}; it must leave a layer before and after the features, of 3"
     (None, "image_token_index", "<image>", "'<image>', not a whole number from 0 to 4194304")])
 def test_a_config_that_nanogap_cannot_follow_is_refused_by_key(
         part: str | None, key: str, value: object, text: str, folder: Path):
+    (folder / "generation_config.json").unlink()           # so that config.json says the end token
     set_key(folder, part, key, value)
     assert refusal(folder) == f"config.json: {key} is {text}"
-
-
-@pytest.mark.parametrize("part, key, value, text", [
-    ("text", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'; nanogap implements"),
-    ("text", "num_key_value_heads", 3, "4 attention heads of 16 channels do not go with 3 "),
-    ("text", "head_dim", 15, "4 attention heads of 15 channels do not go with 4 key-value heads"),
-    ("vision", "patch_size", 112, "vision_config makes no sense: CLIPVisionConfig(hidden_size=32"),
-    ("vision", "num_attention_heads", 5, "vision_config makes no sense: CLIPVisionConfig(")])
-def test_parts_of_a_config_that_do_not_go_together_are_refused(
-        part: str, key: str, value: object, text: str, folder: Path):
-    set_key(folder, part, key, value)
-    assert refusal(folder).startswith(f"config.json: {text}")
 
 
 # ----- what config.json omits, and what it must be asked for -------------------------------------
