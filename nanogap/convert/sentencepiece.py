@@ -22,8 +22,7 @@ from nanogap.checks.reading import instead
 from nanogap.errors import NanogapError
 from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 
-VARINT, BYTES = 0, 2                                    # kinds of fields
-LENGTHS = {1: 8, 5: 4}                                  # in bytes, of the other kinds
+VARINT, EIGHT_BYTES, BYTES, FOUR_BYTES = 0, 1, 2, 5     # kinds of fields
 MOST_BYTES = 1 << 24                                    # of a file; LLaMA's has 2^19
 Field = tuple[int, int | bytes]                         # its number, and what stands in it
 
@@ -45,17 +44,20 @@ def read_fields(data: bytes) -> Iterator[Field]:
     while at < len(data):
         key, at = read_varint(data, at)
         number, kind = key >> 3, key & 7
-        value: int | bytes
         if kind == VARINT:
             value, at = read_varint(data, at)
-        elif kind in LENGTHS or kind == BYTES:
-            length, at = (LENGTHS[kind], at) if kind in LENGTHS else read_varint(data, at)
-            value, at = data[at:at + length], at + length
+            yield number, value
+            continue
+        if kind == BYTES:
+            length, at = read_varint(data, at)
+        elif kind in (EIGHT_BYTES, FOUR_BYTES):
+            length = 8 if kind == EIGHT_BYTES else 4
         else:
             raise ValueError(f"a field of kind {kind}")
-        if at > len(data):
+        if at + length > len(data):
             raise IndexError("it is cut off")
-        yield number, value
+        yield number, data[at:at + length]
+        at += length
 
 
 def read_piece(message: bytes) -> tuple[str, float]:
