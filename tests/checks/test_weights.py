@@ -191,9 +191,11 @@ def sharded(name: str, change: Callable[[Path], object]) -> Change:
 
 
 def index(weight_map: dict[str, str]) -> Change:
-    """Other files for some of the tensors."""
-    return sharded(INDEX, lambda path: edit(
-        path, lambda value: value["weight_map"].update(weight_map)))
+    """Other files for some of the tensors; there is one outside of the folder."""
+    def point(path: Path) -> None:
+        write_tensors(path.parents[1] / "x.safetensors", {NORM: torch.ones(64)})
+        edit(path, lambda value: value["weight_map"].update(weight_map))
+    return sharded(INDEX, point)
 
 
 def length(said: int) -> Change:
@@ -228,8 +230,7 @@ GET_OR = (f"get the published weights with {GET}, or take some that come with na
           "weights/mini")
 OTHERS = "the file and config.json belong to different checkpoints"
 MORE = "language_model.model.layers.3.input_layernorm.weight"                 # there are 0 to 2
-NO_OBJECT = ("FOLDER/config.json holds no JSON object but a {}: it is some other file under this "
-             "name")
+NO_OBJECT = "FOLDER/{} holds no JSON object but a {}: it is some other file under this name"
 NO_VERSION = ("FOLDER/tokenizer.json is of version None, and only 1.0 is read here: a newer "
               "library wrote it; give the tokenizer.json that the checkpoint was published with")
 # what is done to a folder, and what it is told; "..." stands for any end
@@ -243,7 +244,7 @@ BROKEN: list[tuple[Change, str]] = [
     (without("tokenizer.json"), "FOLDER has no tokenizer.json; download it again, whole"),
     *((put("tokenizer.json", text), "FOLDER/tokenizer.json cannot be read (...")
       for text in ("", "{", "\0\1")),
-    (put("tokenizer.json", "[]"), "FOLDER/tokenizer.json holds no JSON object but a list..."),
+    (put("tokenizer.json", "[]"), NO_OBJECT.format("tokenizer.json", "list")),
     (put("tokenizer.json", "{}"), NO_VERSION),
     (put("tokenizer.json", '{"model": {"type": "BPE"}}'), NO_VERSION),
     (lambda folder: write_checkpoint(folder, tiny_config(vocab_size=561)),    # <pad> has ID 561
@@ -275,8 +276,7 @@ BROKEN: list[tuple[Change, str]] = [
     *((sharded(INDEX, lambda path, text=text: path.write_text(text)),
        f"FOLDER/{INDEX} has no weight_map; download it again")
       for text in ("{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": null}')),
-    (sharded(INDEX, lambda path: path.write_text("404")),
-     f"FOLDER/{INDEX} holds no JSON object but a int..."),
+    (sharded(INDEX, lambda path: path.write_text("404")), NO_OBJECT.format(INDEX, "int")),
     (sharded(INDEX, lambda path: edit(path, lambda value: value.update(
         weight_map={NORM: "model-00002-of-00002.safetensors"}))),
      "FOLDER lacks 44 of 89 tensors, such as vision_tower.embeddings.class_embedding; "
@@ -296,7 +296,7 @@ BROKEN: list[tuple[Change, str]] = [
     # config.json, and the files beside it
     *((put("config.json", text), "FOLDER/config.json cannot be read (...") for text in (
         "", "{", "nonsense", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
-    *((put("config.json", text), NO_OBJECT.format(kind)) for text, kind in (
+    *((put("config.json", text), NO_OBJECT.format("config.json", kind)) for text, kind in (
         ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str"))),
     *((key(None, "model_type", kind),
        f"FOLDER/config.json describes a {kind!r} model; nanogap loads "
