@@ -18,7 +18,7 @@ from nanogap import weights
 from nanogap.checks.pickles import of_model, read_saved
 from nanogap.checks.reading import printable
 from nanogap.checks.silent import QUANTISED
-from nanogap.clip import CLIPVisionConfig
+from nanogap.clip import CLIPText, CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
 from nanogap.models.saving import our_name
@@ -54,9 +54,9 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
     seen = set()
     for path in weights.weight_files(folder):
         for name, shape, kind in tensors_of(path):
-            ours = our_name(name, model.rename)
             if re.search(weights.UNUSED, name):
                 continue
+            ours = our_name(name, model.rename)
             check_numbers(path, name, shape, kind)
             if ours in seen:
                 raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
@@ -64,13 +64,13 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
             seen.add(ours)
     c, path = model.config, folder / "tokenizer.json"
     check_rows(path, model.tokenizer, c.text.vocab_size)
-    check_image_token(path, model.tokenizer, c.image_token, c.bos_token)
-    check_words(path, model.tokenizer)
-    if clip is not None and model.text_guide is not None:
-        check_guide(clip, model)
-    for tokenizer in (model.tokenizer, *([model.text_guide.tokenizer] if model.text_guide else [])):
+    check_special(path, model.tokenizer, c.image_token, c.bos_token)
+    guide = model.text_guide
+    for tokenizer in [model.tokenizer, *([guide.tokenizer] if guide else [])]:
         tokenizer.no_padding()           # left over from training: a question is one text
         tokenizer.no_truncation()
+    if clip is not None and guide is not None:
+        check_guide(clip, model, guide)
 
 
 def check_numbers(path: Path, name: str, shape: Size, kind: str) -> None:
@@ -94,20 +94,19 @@ def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
                            f"({rows}): it belongs to another checkpoint")
 
 
-def check_image_token(path: Path, tokenizer: Tokenizer, image: int, bos: int) -> None:
-    """Refuse an image token that words could spell: a prompt might hold it twice."""
-    taken = tokenizer.id_to_token(image)
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    pieces = tokenizer.get_vocab(with_added_tokens=False)
-    if image == bos or (taken and image not in special) or image in pieces.values():
+def check_special(path: Path, tokenizer: Tokenizer, image: int, bos: int) -> None:
+    """Refuse an image token that words could spell, and the words of another chat template.
+
+    A prompt might hold the one twice; the others may be there without their template.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    taken, pieces = tokenizer.id_to_token(image), tokenizer.get_vocab(with_added_tokens=False)
+    words = taken and not (image in added and added[image].special)
+    if image == bos or words or image in pieces.values():
         raise NanogapError(f"config.json: image_token_index is {image}, which stands for "
                            f"{taken!r:.80} in {path}, so a prompt could hold it twice; give the "
                            "tokenizer.json that the checkpoint was published with")
-
-
-def check_words(path: Path, tokenizer: Tokenizer) -> None:
-    """Refuse the words of another chat template, which a folder may hold without the template."""
-    for token in tokenizer.get_added_tokens_decoder().values():
+    for token in added.values():
         if OF_OTHERS.fullmatch(token.content):
             raise NanogapError(f"{path} holds {token.content}, a word of another chat template "
                                "than the model's, and nanogap asks in that only: a model that was "
@@ -117,10 +116,9 @@ def check_words(path: Path, tokenizer: Tokenizer) -> None:
 # ----- a CLIP beside it ---------------------------------------------------------------------------
 
 
-def check_guide(folder: Path, model: Llava) -> None:
+def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
     """Refuse a CLIP that the vision tower does not come from."""
-    guide, config = model.text_guide, weights.read_json(folder / "config.json")
-    assert guide is not None
+    config = weights.read_json(folder / "config.json")
     vision = replace(weights.VIT_B_32,
                      **weights.known(CLIPVisionConfig, config["vision_config"]))
     for one in fields(vision):
@@ -130,7 +128,6 @@ def check_guide(folder: Path, model: Llava) -> None:
                                f"tower has {ours}: give the CLIP that it comes from")
     path, rows = folder / "tokenizer.json", guide.text_model.config.vocab_size
     check_rows(path, guide.tokenizer, rows)
-    guide.tokenizer.no_padding()
     ids, end = guide.tokenizer.encode("a").ids, config["text_config"].get("eos_token_id")
     if len(ids) < 3 or ids[-1] != max(guide.tokenizer.get_vocab().values()) or \
             ids.count(ids[-1]) > 1 or end not in (None, 2, ids[-1]):   # 2: in older files

@@ -20,8 +20,6 @@ from nanogap.errors import NanogapError
 from nanogap.prune import STRATEGIES
 
 MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141   # exit statuses; the shell's 128 + signal
-
-
 # what takes less memory, by the flags of the command that ran out of it
 LESS = {"--no-pack": "--no-pack", "--dtype": "another --dtype", "--device": "another --device",
         "--weights": "smaller --weights", "--keep": "a smaller --keep without mode full"}
@@ -37,9 +35,8 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        quotes = ""
-        if message.startswith("unrecognized"):
-            quotes = " (several words want quotes around them)"
+        unknown = message.startswith("unrecognized")
+        quotes = " (several words want quotes around them)" if unknown else ""
         raise NanogapError(f"{message}{quotes}; see `{self.prog} --help`")
 
 
@@ -142,25 +139,6 @@ def ready_streams() -> None:
             stream.reconfigure(errors="backslashreplace")   # where it cannot show an expression
 
 
-# ----- Ctrl-C -------------------------------------------------------------------------------------
-
-
-def leave(*_: object) -> NoReturn:
-    """End at once: nothing has been begun, or all is done."""
-    os._exit(INTERRUPTED)
-
-
-def on_interrupt(handler: Callable, own: bool) -> None:
-    """What Ctrl-C, and a request to end, do from now on in a process that runs a command.
-
-    own: whether it is one: a test, or a program that imports nanogap, is left alone
-    """
-    here = threading.current_thread() is threading.main_thread()
-    for one in (signal.SIGINT, signal.SIGTERM):
-        if own and here and signal.getsignal(one) != signal.SIG_IGN:          # as `nohup` has it
-            signal.signal(one, handler)
-
-
 # ----- a command ----------------------------------------------------------------------------------
 
 
@@ -177,10 +155,12 @@ def lacks_memory(error: BaseException) -> bool:
             or any(words in said for words in NO_MEMORY))
 
 
-def reason(error: BaseException) -> str:
-    """The first sentence of an error: torch's own go on about its settings."""
-    said = " ".join(str(error).split()).partition(". ")[0]
-    return said[:200] or type(error).__name__
+def on_interrupt(handler: Callable) -> None:
+    """What Ctrl-C, and a request to end, do from now on."""
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(one) != signal.SIG_IGN:                       # as `nohup` has it
+                signal.signal(one, handler)
 
 
 def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
@@ -190,11 +170,11 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
     0: done, and told;  2: a mistake, in one line on stderr;  130: Ctrl-C;  141: the reader left
     argv: None takes the process's own, whose interrupts are then handled as well
     """
-    status = 0
+    status, mistake = 0, ""
     Parser.flags.clear()
     try:
-        on_interrupt(signal.default_int_handler, argv is None)
         if argv is None:
+            on_interrupt(signal.default_int_handler)
             gc.freeze()     # what was imported stays; to look for garbage among all that torch
             gc.enable()     # has takes 0.1 s each time, at the end as well
         ready_streams()
@@ -203,24 +183,26 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
         finally:                                            # also after --help
             sys.stdout.flush()
     except NanogapError as error:
-        tell(f"{name}: {' '.join(str(error).split())}")
-        status = MISTAKE
+        mistake = " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:            # in a pass over tokens, say
         if not lacks_memory(error):
             raise
+        first = " ".join(str(error).split()).partition(". ")[0]    # torch goes on about settings
         less = ", ".join(says for flag, says in LESS.items() if flag in Parser.flags)
-        tell(f"{name}: memory ran out ({reason(error)}); end other programs"
-             f"{less and f', or take less at a time: {less}'}")
-        status = MISTAKE
+        mistake = (f"memory ran out ({first[:200] or type(error).__name__}); end other programs"
+                   f"{less and f', or take less at a time: {less}'}")
     except BrokenPipeError:                                 # `python run.py ... | head -1`
         to_nowhere(sys.stdout)
         status = READER_LEFT
     except OSError as error:
         to_nowhere(sys.stdout)
         where = error.filename or "stdout"                  # our own files name themselves
-        tell(f"{name}: {where}: {error.strerror or error}; mend that, and run it again")
-        status = MISTAKE
+        mistake = f"{where}: {error.strerror or error}; mend that, and run it again"
     except KeyboardInterrupt:
         status = INTERRUPTED
-    on_interrupt(leave, argv is None)
+    if mistake:
+        tell(f"{name}: {mistake}")
+        status = MISTAKE
+    if argv is None:
+        on_interrupt(lambda *_: os._exit(INTERRUPTED))      # all is done
     return status

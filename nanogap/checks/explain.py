@@ -9,6 +9,7 @@ is, and what makes a checkpoint of it.
 """
 
 import fnmatch
+import os
 import re
 import shlex
 from dataclasses import replace
@@ -87,24 +88,23 @@ def explain(folder: Path, error: BaseException, clip: Path | None = None) -> Nan
 def look_at(folder: Path) -> None:
     """Refuse a folder that is no checkpoint of one of MODELS, by what it is instead."""
     if not (folder / "config.json").exists():
-        what = "has no config.json, so it is not a checkpoint"
-        if not folder.is_dir():
-            what = "is not a folder"
+        what = ("has no config.json, so it is not a checkpoint" if folder.is_dir() else
+                "is not a folder")
         raise NanogapError(other_form(folder) or
                            f"{folder} {what}; get the published weights with {DOWNLOAD}, or take "
                            "some that come with nanogap, such as weights/mini")
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
     found, own = config.get("model_type"), own_layout(config)
-    if own and (found not in MODELS or found in ("llava", "llava_next")):
-        raise NanogapError(f"{folder} {say(OWN_LAYOUT, folder)} (config.json has {own})")
     if own and found == "shikra":
-        raise NanogapError(f"{folder} {say(DELTA, folder)}")
+        raise NanogapError(say(folder, DELTA))
+    if own and found != "minigpt_v2":
+        raise NanogapError(f"{say(folder, OWN_LAYOUT)} (config.json has {own})")
     if not isinstance(found, str) or found not in MODELS:
         known = ", ".join(map(repr, MODELS))
         raise NanogapError(f"{folder / 'config.json'} describes a {found!r:.80} model; "
                            f"nanogap loads {known} (in the layout of llava-hf)")
-    refuse_quantised(folder, config, config.get("text_config"))
+    refuse_quantised(folder, config)
 
 
 def look_at_clip(folder: Path, download: str = CLIP_DOWNLOAD) -> None:
@@ -117,12 +117,12 @@ def look_at_clip(folder: Path, download: str = CLIP_DOWNLOAD) -> None:
     if config.get("model_type") != "clip":
         raise NanogapError(f"{folder / 'config.json'} describes a "
                            f"{config.get('model_type')!r:.80} model, not a 'clip'")
-    refuse_quantised(folder, config, config.get("text_config"))
+    refuse_quantised(folder, config)
 
 
-def say(text: str, folder: Path) -> str:
-    """One of the texts above, whose commands can be pasted."""
-    return text.replace("{folder}", shlex.quote(str(folder)))
+def say(folder: Path, text: str) -> str:
+    """One of the texts above, of a folder; its commands can be pasted."""
+    return f"{folder} {text.replace('{folder}', shlex.quote(str(folder)))}"
 
 
 def other_form(folder: Path) -> str | None:
@@ -130,23 +130,22 @@ def other_form(folder: Path) -> str | None:
     names = [folder.name] if folder.is_file() else sorted(path.name for path in folder.glob("*"))
     for pattern, says in OTHERS.items():
         if fnmatch.filter(names, pattern):
-            return f"{folder} {say(says, folder)}"
-    caches = [name for name in names if name.startswith("models--")]
-    if caches:
-        return f"{folder} is the hub's cache; give a folder in it, such as {folder / caches[0]}"
+            return say(folder, says)
+    for cache in fnmatch.filter(names, "models--*"):
+        return f"{folder} is the hub's cache; give a folder in it, such as {folder / cache}"
     return None
 
 
 def own_layout(config: dict) -> str | None:
     """The key that shows LLaVA's own layout, which those of the hub's LLaVAs do not have."""
-    keys = [key for key in config if key.startswith("mm_")]
-    classes = config.get("architectures")
-    if isinstance(classes, list) and any(re.fullmatch(r"Llava\w*ForCausalLM", str(name))
-                                         for name in classes):
-        keys.append("architectures")
+    for key in ("mm_vision_tower", *config):
+        if key in config and key.startswith("mm_"):
+            return key
+    if re.search(r"'Llava\w*ForCausalLM'", str(config.get("architectures"))):
+        return "architectures"
     if config.get("model_type") in ("llava_llama", "llava_mistral", "llava_mpt"):
-        keys.append("model_type")
-    return "mm_vision_tower" if "mm_vision_tower" in keys else next(iter(keys), None)
+        return "model_type"
+    return None
 
 
 # ----- its files ----------------------------------------------------------------------------------
@@ -155,12 +154,15 @@ def own_layout(config: dict) -> str | None:
 def check_files(folder: Path) -> None:
     """Refuse weights that are missing, broken or another model's, and so a tokenizer."""
     model = empty(folder)
+    of_clip = isinstance(model, CLIPText)
+    passed_over = weights.UNUSED + (r"|^vision_model\.|^logit_scale$" if of_clip else "")
     found: set[str] = set()
     for path in weight_files(folder):
         check_readable(path)
         for name, shape, kind in tensors_of(path):
-            check_tensor(path, name, shape, kind, model, found)
-    if not isinstance(model, CLIPText) and model.config.text.tie_word_embeddings:
+            if not re.search(passed_over, name):
+                found.add(check_tensor(path, name, shape, kind, model))
+    if not of_clip and model.config.text.tie_word_embeddings:
         found.add("language_model.lm_head.weight")
     missing = [name for name in model.state_dict() if name not in found]
     if missing:
@@ -187,8 +189,7 @@ def weight_files(folder: Path, download: str | None = None) -> list[Path]:
     if download is None:
         family = MODELS.get(read_json(folder / "config.json")["model_type"])
         download = family.download if family else CLIP_DOWNLOAD
-    name = next((name for name in WEIGHTS if (folder / name).exists()
-                 or (folder / name).is_symlink()), None)
+    name = next((name for name in WEIGHTS if os.path.lexists(folder / name)), None)
     if name is None:
         raise NanogapError(other_form(folder) or
                            f"{folder} holds no model.safetensors and no index of shards; "
@@ -201,7 +202,7 @@ def weight_files(folder: Path, download: str | None = None) -> list[Path]:
         raise NanogapError(f"{index} has no weight_map; download it again")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or name in ("", "..") or "\\" in name or "\0" in name:
+        if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
             raise NanogapError(f"{index} names {name!r:.200}, which is not a file of this folder; "
                                "do not trust it")
         if len(name) > 255 or not (folder / name).is_file():
@@ -227,16 +228,16 @@ def broken(path: Path, error: Exception) -> NanogapError:
     found = instead(path)
     if found:
         return NanogapError(found)
-    start = path.open("rb").read(4)
-    if path.suffix == ".safetensors" and start == b"PK\3\4":
+    start, saved = path.open("rb").read(4), path.suffix != ".safetensors"
+    if not saved and start == b"PK\3\4":
         return NanogapError(f"{path} is a file of torch.save's under another name; call it "
                             "pytorch_model.bin")
-    if path.suffix == ".safetensors" or not start or "PytorchStreamReader" in str(error):
+    if not saved or not start or "PytorchStreamReader" in str(error):
         for left in path.parent.glob(f"{path.name}*"):
             if left != path:
                 return NanogapError(f"{path} is cut off, and {left.name} beside it is of a "
                                     "download that stopped; run it again: it continues")
-        what = "is cut off or broken" if path.suffix == ".safetensors" else "cannot be read"
+        what = "cannot be read" if saved else "is cut off or broken"
         return NanogapError(f"{path} {what} ({one_line(error)}); download it again")
     foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))    # torch's words
     why = f"it holds a {printable(foreign[1])}" if foreign else one_line(error)
@@ -244,28 +245,21 @@ def broken(path: Path, error: Exception) -> NanogapError:
                         "`torch.save(model.state_dict(), PATH)`")
 
 
-def check_tensor(path: Path, name: str, shape: Size, kind: str, model: nn.Module,
-                 found: set[str]) -> None:
-    """Refuse a tensor that is no part of the model, or has another shape."""
-    clip = isinstance(model, CLIPText)
-    left = weights.UNUSED + (r"|^vision_model\.|^logit_scale$" if clip else "")
-    if re.search(left, name):
-        return
-    ours = our_name(name, getattr(model, "rename", ()))
+def check_tensor(path: Path, name: str, shape: Size, kind: str, model: nn.Module) -> str:
+    """The name in the model of a tensor that is a part of it, and has its shape."""
+    ours, expected = our_name(name, getattr(model, "rename", ())), model.state_dict()
     others = "the file and config.json belong to different checkpoints"
-    expected = model.state_dict()
     if ours not in expected:
         for pattern, says in NAMES.items():
             if re.search(pattern, name):
-                raise NanogapError(f"{path.parent} {say(says, path.parent)} "
-                                   f"({path.name}: {printable(name)})")
+                raise NanogapError(f"{say(path.parent, says)} ({path.name}: {printable(name)})")
         raise NanogapError(f"{path} holds {printable(name)}, which is not a part of this "
                            f"model: {others}")
     check_numbers(path, name, shape, kind)
     if shape != expected[ours].shape and not fits(model, ours, shape):
         raise NanogapError(f"{path}: {printable(name)} is torch.{kind} {list(shape)}, and "
                            f"config.json makes it {list(expected[ours].shape)}: {others}")
-    found.add(ours)
+    return ours
 
 
 def fits(model: nn.Module, name: str, shape: Size) -> bool:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import combinations
 from pathlib import Path
 
 from PIL import Image
@@ -87,11 +88,10 @@ def check_folder(flag: str, path: Path) -> None:
 def check_apart(outputs: dict[str, Path | None]) -> None:
     """Refuse two outputs, by their flags, that are one file."""
     given = [(flag, path) for flag, path in outputs.items() if path is not None]
-    for i, (flag, path) in enumerate(given):
-        for other_flag, other in given[:i]:
-            if same(path, other):
-                raise NanogapError(f"{other_flag} and {flag} are the same file, {path}; give each "
-                                   "its own")
+    for (flag, path), (other_flag, other) in combinations(given, 2):
+        if same(path, other):
+            raise NanogapError(f"{flag} and {other_flag} are the same file, {other}; give each its "
+                               "own")
 
 
 def same(a: Path, b: Path) -> bool:

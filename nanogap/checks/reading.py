@@ -27,7 +27,7 @@ INSTEAD = {
     rb"\x1f\x8b|\xfd7zXZ|BZh|7z\xbc\xaf|Rar!": "is compressed; unpack it, and give what was in it",
     rb"GGUF": "is a GGUF file, which is llama.cpp's; give the checkpoint that it was made from",
     rb"\x89HDF": "is a file of TensorFlow's or of h5py's; give one of PyTorch's"}
-SPACE = re.compile(r"\s*")
+SOMETHING = re.compile(r"\S")
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
 
@@ -121,11 +121,11 @@ def read_documents(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
     raises: NanogapError that names the place, where one is broken
     """
     text = text_of(path, data)
-    first = at = end_of(SPACE, text, 0)
+    first = at = after_space(text, 0)
     line = 1 + text.count("\n", 0, at)
     while at < len(text):
         value, end = parse(path, f"{path}, line {line}", text, at)
-        end = end_of(SPACE, text, end)
+        end = after_space(text, end)
         if isinstance(value, list) and at == first and end == len(text):
             yield from ((f"{path}, entry {i}", item) for i, item in enumerate(value, 1))
         else:
@@ -134,10 +134,10 @@ def read_documents(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
         at = end
 
 
-def end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
-    """Where what stands at a place, and may be nothing, ends."""
-    found = pattern.match(text, at)
-    return found.end() if found else at
+def after_space(text: str, at: int) -> int:
+    """Where something stands again, or the text ends."""
+    found = SOMETHING.search(text, at)
+    return found.start() if found else len(text)
 
 
 def parse(path: Path, where: str, text: str, at: int | None = None) -> tuple[Any, int]:

@@ -8,9 +8,8 @@ the small files are read, so what is refused is refused before 14 GB are.
 Source: transformers 5.23.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from nanogap import weights
 from nanogap.checks.reading import optional, read_json
@@ -23,7 +22,6 @@ from nanogap.models import MODELS
 from nanogap.models.eva import VIT_G_14
 
 Table = dict[str, tuple]        # key -> the values that change nothing; the first is what is done
-NOTHING: tuple = (None, [], {})
 KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 DECODER: Table = {
     "model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,),
@@ -35,15 +33,14 @@ LLAVA: Table = {"projector_hidden_act": ("gelu",), "vision_feature_select_strate
 # greedy decoding, of all words alike, up to an end token
 GENERATION: Table = {
     "do_sample": (False,), "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0,),
-    "penalty_alpha": (None, 0), "dola_layers": NOTHING, "guidance_scale": (None, 1),
-    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": NOTHING, "force_words_ids": NOTHING, "constraints": NOTHING,
-    "forced_bos_token_id": NOTHING, "forced_eos_token_id": NOTHING,
-    "forced_decoder_ids": NOTHING, "suppress_tokens": NOTHING, "begin_suppress_tokens": NOTHING,
-    "sequence_bias": NOTHING, "exponential_decay_length_penalty": NOTHING,
-    "watermarking_config": NOTHING, "stop_strings": NOTHING, "token_healing": (False,),
-    "min_length": (0,), "min_new_tokens": (None, 0)}
+    "penalty_alpha": (None, 0), "guidance_scale": (None, 1), "token_healing": (False,),
+    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (None, 0),
+    **dict.fromkeys((
+        "dola_layers", "bad_words_ids", "force_words_ids", "constraints", "forced_bos_token_id",
+        "forced_eos_token_id", "forced_decoder_ids", "suppress_tokens", "begin_suppress_tokens",
+        "sequence_bias", "exponential_decay_length_penalty", "watermarking_config",
+        "stop_strings"), (None, [], {}))}
 # a picture is padded to a square, so the crop that follows in transformers takes nothing away
 PIXELS: Table = {
     "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
@@ -96,13 +93,12 @@ def silent(folder: Path) -> None:
     """
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
-    refuse_quantised(folder, config, config.get("text_config"))
+    refuse_quantised(folder, config)
     family = FAMILIES[config["model_type"]]
     text, vision = section(config, "text_config"), section(config, "vision_config")
-    kind = text.get("model_type")
-    require_all(config, family.top)
-    require_all(text, DECODER | {"model_type": tuple(family.chats)})
-    require_all(vision, family.vision)
+    require(config, family.top)
+    require(text, DECODER | {"model_type": tuple(family.chats)})
+    require(vision, family.vision)
     check_numbers(text, LlamaConfig)
     check_numbers(vision, CLIPVisionConfig)
     check_rope(text)
@@ -110,21 +106,21 @@ def silent(folder: Path) -> None:
         check_eva(vision)
     generation = optional(folder / "generation_config.json")
     file, processor = read_processor(folder)
-    for key, least in (("image_mean", 0.0), ("image_std", None)):
-        check_triple(processor.get(key), f"{file}: {key}", least)
+    check_triple(file, processor, "image_mean", or_zero=True)
+    check_triple(file, processor, "image_std")
     read = weights.read_config(folder, MODELS[config["model_type"]])
     check_parts(config, text, read)
-    if kind == "mistral" and text.get("sliding_window") is not None:
-        window, longest = text["sliding_window"], read.text.max_position_embeddings
-        if not (isinstance(window, int) and window >= longest):
-            require("config.json", text, "sliding_window", None)
-    if kind in family.chats or kind is None:
-        require_all(optional(folder / "tokenizer_config.json"), TOKENIZER, "tokenizer_config.json")
-        check_template(folder, family.chats[kind or "llama"])
+    kind = text.get("model_type") or "llama"
+    if kind == "mistral":
+        window = text.get("sliding_window")
+        if type(window) is not int or window < read.text.max_position_embeddings:
+            require(text, {"sliding_window": (None,)})
+    require(optional(folder / "tokenizer_config.json"), TOKENIZER, "tokenizer_config.json")
+    check_template(folder, family.chats[kind])
     check_ends(generation, config, text, read.text.vocab_size)
     check_pixels(file, processor, config, family.pixels, read.vision)
-    require_all(optional(folder / "processor_config.json"),
-                PROCESSOR | {"patch_size": (read.vision.patch_size,)}, "processor_config.json")
+    require(optional(folder / "processor_config.json"),
+            PROCESSOR | {"patch_size": (read.vision.patch_size,)}, "processor_config.json")
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -133,15 +129,20 @@ def refuse_adapter(folder: Path) -> None:
         raise NanogapError(f"{folder} {ADAPTER}")
 
 
-def refuse_quantised(folder: Path, *parts: Any) -> None:
+def refuse_quantised(folder: Path, config: dict) -> None:
     """Weights in 4 or 8 bits are no tensors of the model's shapes."""
-    for part in parts:
+    for part in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(part, dict) and part.get(key):
                 raise NanogapError(f"{folder} {QUANTISED} (config.json: {key})")
 
 
 # ----- one key ------------------------------------------------------------------------------------
+
+
+def wrong(file: str, key: str, value: object, why: str) -> NanogapError:
+    """The mistake that the value of a key is."""
+    return NanogapError(f"{file}: {key} is {value!r:.80}{why}")
 
 
 def section(config: dict, key: str) -> dict:
@@ -152,25 +153,19 @@ def section(config: dict, key: str) -> dict:
     return part or {}
 
 
-def require(file: str, part: dict, key: str, *values: object) -> None:
-    """Refuse a variant that is not implemented here; the first of the values is the default."""
-    found = part.get(key, values[0])
-    if found is not None and found not in values:
-        raise NanogapError(f"{file}: {key} is {found!r:.80}; nanogap implements {values[0]!r} only")
-
-
-def require_all(part: dict, table: Table, file: str = "config.json") -> None:
-    """The same for each key of a table."""
+def require(part: dict, table: Table, file: str = "config.json") -> None:
+    """Refuse what a table does not list; a key that is missing or null is as nanogap has it."""
     for key, values in table.items():
-        require(file, part, key, *values)
+        found = part.get(key)
+        if found is not None and found not in values:
+            raise wrong(file, key, found, f"; nanogap implements {values[0]!r} only")
 
 
 def check_integer(part: dict, key: str, high: int = WIDEST, low: int = 1) -> None:
     """A whole number from `low` to `high`, where there is one."""
     value = part.get(key)
     if value is not None and not (type(value) is int and low <= value <= high):
-        raise NanogapError(f"config.json: {key} is {value!r:.80}, not a whole number "
-                           f"from {low} to {high}")
+        raise wrong("config.json", key, value, f", not a whole number from {low} to {high}")
 
 
 def check_numbers(part: dict, kind: type) -> None:
@@ -181,8 +176,7 @@ def check_numbers(part: dict, kind: type) -> None:
             check_integer(part, one.name, HIGHEST.get(one.name, WIDEST))
         elif one.type is float and value is not None:
             if type(value) not in (int, float) or not 0 < value < 1e12:
-                raise NanogapError(f"config.json: {one.name} is {value!r:.80}, not a positive "
-                                   "number")
+                raise wrong("config.json", one.name, value, ", not a positive number")
 
 
 # ----- config.json --------------------------------------------------------------------------------
@@ -193,26 +187,23 @@ def check_rope(text: dict) -> None:
     key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     rope = section(text, key)
     kind = rope.get("rope_type", rope.get("type"))
-    require("config.json", {"rope_type": kind}, "rope_type", "default", "linear")
-    factor = rope.get("factor")
-    scaled = factor is not None and factor != 1 and kind != "default"
+    require({"rope_type": kind}, {"rope_type": ("default", "linear")})
+    scaled = rope.get("factor") not in (None, 1) and kind != "default"
     by_layer = any(isinstance(value, dict) for value in rope.values())
     if scaled or by_layer:
-        raise NanogapError(f"config.json: {key} is {rope!r:.80}; nanogap implements None only")
-    require("config.json", rope, "partial_rotary_factor", 1)
+        require(text, {key: (None,)})
+    require(rope, {"partial_rotary_factor": (1,)})
     check_numbers(rope, LlamaConfig)
 
 
 def check_eva(vision: dict) -> None:
     """Of a tower of other sizes than the published one nothing can be guessed."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "image_size", "patch_size")
-    if any(vision.get(key, getattr(VIT_G_14, key)) != getattr(VIT_G_14, key) for key in sizes):
-        missing = [key for key in sizes if vision.get(key) is None]
-        if missing:
-            raise NanogapError(f"config.json: vision_config has no {missing[0]}, and other sizes "
-                               "than MiniGPT-v2's tower; write it there, or convert the pieces "
-                               "again with `python -m nanogap.convert minigpt-v2`")
+    sizes = {key: value for key, value in asdict(VIT_G_14).items() if key != "layer_norm_eps"}
+    missing = [key for key in sizes if vision.get(key) is None]
+    if missing and any(vision.get(key, value) != value for key, value in sizes.items()):
+        raise NanogapError(f"config.json: vision_config has no {missing[0]}, and other sizes "
+                           "than MiniGPT-v2's tower; write it there, or convert the pieces "
+                           "again with `python -m nanogap.convert minigpt-v2`")
 
 
 def check_parts(config: dict, text: dict, read: LlavaConfig) -> None:
@@ -227,10 +218,10 @@ def check_parts(config: dict, text: dict, read: LlavaConfig) -> None:
         raise NanogapError(f"config.json: vision_config makes no sense: {vision}")
     check_integer(config, "vision_feature_layer", LAYERS, -LAYERS)
     layer, layers = read.vision_feature_layer, vision.num_hidden_layers
-    if "vision_feature_layer" in config and not (
-            0 < (layer if layer >= 0 else layer + layers + 1) < layers):
-        raise NanogapError(f"config.json: vision_feature_layer is {layer}; it must leave a "
-                           f"layer before and after the features, of {layers}")
+    from_below = layer if layer >= 0 else layer + layers + 1
+    if "vision_feature_layer" in config and not 0 < from_below < layers:
+        raise wrong("config.json", "vision_feature_layer", layer,
+                    f"; it must leave a layer before and after the features, of {layers}")
     tokens = {key: config[key] for key in ("image_token_index", "image_token_id")
               if config.get(key) is not None}
     for key in tokens:
@@ -249,12 +240,13 @@ def check_ends(generation: dict, config: dict, text: dict, rows: int) -> None:
     file, settings = "config.json", text | {k: v for k, v in config.items() if v is not None}
     if generation:
         file, settings = "generation_config.json", generation
-    require_all(settings, GENERATION, file)
+    require(settings, GENERATION, file)
     found = settings.get("eos_token_id")
-    for end in [] if found is None else found if isinstance(found, list) and found else [found]:
+    if found is None:
+        return
+    for end in found if isinstance(found, list) and found else [found]:
         if type(end) is not int or not 0 <= end < rows:
-            raise NanogapError(f"{file}: eos_token_id is {end!r:.80}, not a whole number "
-                               f"from 0 to {rows - 1}")
+            raise wrong(file, "eos_token_id", end, f", not a whole number from 0 to {rows - 1}")
 
 
 # ----- pixels -------------------------------------------------------------------------------------
@@ -275,22 +267,22 @@ def read_processor(folder: Path) -> tuple[str, dict]:
 def check_pixels(file: str, found: dict, config: dict, known: Table,
                  vision: CLIPVisionConfig) -> None:
     """How pictures become pixels."""
-    model = config["model_type"]
-    kind, kinds = found.get("image_processor_type"), known["image_processor_type"]
+    model, kinds = config["model_type"], known["image_processor_type"]
+    kind = found.get("image_processor_type")
     if kind is not None and kind not in kinds:
-        raise NanogapError(f"{file}: image_processor_type is {kind!r:.80}, and a {model!r:.80} "
-                           f"(config.json) has {kinds[0]!r}: the files belong to different "
-                           "checkpoints")
-    require_all(found, known, file)
+        raise wrong(file, "image_processor_type", kind,
+                    f", and a {model!r:.80} (config.json) has {kinds[0]!r}: the files belong to "
+                    "different checkpoints")
+    require(found, known, file)
     for key in ("size", "crop_size")[:1 if found.get("do_center_crop") is False else 2]:
         sides = found.get(key)
         for side in sides.values() if isinstance(sides, dict) else [sides]:
             if side is not None and side != vision.image_size:
-                raise NanogapError(f"{file}: {key} is {sides!r:.80}, and the vision tower reads "
-                                   f"squares of {vision.image_size} pixels")
+                raise wrong(file, key, sides, ", and the vision tower reads squares of "
+                                              f"{vision.image_size} pixels")
     scale = found.get("rescale_factor")
-    if scale is not None and not (isinstance(scale, float) and abs(scale * 255 - 1) < 1e-6):
-        require(file, found, "rescale_factor", 1 / 255)
+    if not (isinstance(scale, float) and abs(scale * 255 - 1) < 1e-6):
+        require(found, {"rescale_factor": (1 / 255,)}, file)
     if model == "llava_next":
         check_pinpoints(config, "config.json", vision.image_size)
         check_pinpoints(found, file, vision.image_size)
@@ -300,24 +292,24 @@ def check_pixels(file: str, found: dict, config: dict, known: Table,
                                f"has {ours!r:.80}; one of them is another checkpoint's")
 
 
-def check_triple(values: Any, where: str, least: float | None) -> None:
-    """Three positive numbers, one for each colour; `least`: so low that it may be as well."""
-    kinds = {type(value) for value in values} if isinstance(values, list) else set()
-    if values is not None and not (kinds and kinds <= {int, float} and len(values) == 3 and all(
-            0 < value < 1e6 or value == least for value in values)):
-        raise NanogapError(f"{where} is {values!r:.80}, not three positive numbers")
+def check_triple(file: str, processor: dict, key: str, or_zero: bool = False) -> None:
+    """Three positive numbers, one for each colour."""
+    values = processor.get(key)
+    if values is not None and not (isinstance(values, list) and len(values) == 3 and all(
+            type(value) in (int, float) and (0 < value < 1e6 or or_zero and value == 0)
+            for value in values)):
+        raise wrong(file, key, values, ", not three positive numbers")
 
 
 def check_pinpoints(part: dict, file: str, size: int) -> None:
     """(height, width) of canvases: whole squares of `size` pixels, at most ten."""
     found = part.get("image_grid_pinpoints")
-    pairs = found if isinstance(found, list) else [found]
-    if found is not None and not (found and all(
+    if found is not None and not (isinstance(found, list) and found and all(
             isinstance(pair, list) and [type(side) for side in pair] == [int, int]
             and all(0 < side <= 10 * size and side % size == 0 for side in pair)
-            for pair in pairs)):
-        raise NanogapError(f"{file}: image_grid_pinpoints is {found!r:.80}, and it must be pairs "
-                           f"[height, width] of canvases, multiples of {size} pixels")
+            for pair in found)):
+        raise wrong(file, "image_grid_pinpoints", found, ", and it must be pairs [height, width] "
+                    f"of canvases, multiples of {size} pixels")
 
 
 # ----- a CLIP -------------------------------------------------------------------------------------
@@ -328,10 +320,9 @@ def check_clip(folder: Path) -> None:
     config = read_json(folder / "config.json")
     for key, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
         part = section(config, key)
-        require_all(part, {"hidden_act": ("quick_gelu",)})
+        require(part, {"hidden_act": ("quick_gelu",)})
         check_numbers(part, kind)
         again = section(config, f"{key}_dict")              # older files say all of it twice
-        keys = {one.name for one in fields(kind)} | {"hidden_act"}
-        require_all(again, {name: (value,) for name, value in part.items()
-                            if name in keys and again.get(name) is not None})
+        keys = ("hidden_act", *(one.name for one in fields(kind)))
+        require(again, {name: (part[name],) for name in keys if name in part})
     check_integer(config, "projection_dim")

@@ -15,9 +15,10 @@ All pieces are looked through before anything is written: names, shapes, the tok
 tensor after the other is made and written, and the folder takes its name when it is whole.
 """
 
+import inspect
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,16 +38,14 @@ from nanogap.models.saving import our_name
 from nanogap.weights import read_config
 
 HELP = {
-    "--base": "folder of LLaVA's own layout, or of the language model",
-    "--delta": "folder of the difference to it",
-    "--clip": "folder of the CLIP that the vision tower comes from",
-    "--vision": "eva_vit_g.pth",
-    "--checkpoint": "minigptv2_checkpoint.pth",
-    "--out": "folder to write; it must not exist, or be empty"}
-RECIPES = {"llava": llava, "shikra": shikra, "minigpt-v2": minigpt_v2}
-FLAGS = {"llava": ("--base", "--clip"), "shikra": ("--base", "--delta", "--clip"),
-         "minigpt-v2": ("--base", "--vision", "--checkpoint")}
-OPTIONAL = ("llava", "--clip")             # where the tower is inside
+    "base": "folder of LLaVA's own layout, or of the language model",
+    "delta": "folder of the difference to it",
+    "clip": "folder of the CLIP that the vision tower comes from",
+    "vision": "eva_vit_g.pth",
+    "checkpoint": "minigptv2_checkpoint.pth"}
+# each asks for its arguments by flags of their names
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "llava": llava, "shikra": shikra, "minigpt-v2": minigpt_v2}
 
 
 def convert(recipe: Recipe, out: Path) -> int:
@@ -82,7 +81,7 @@ def empty_model(recipe: Recipe, folder: Path) -> VLM:
 def check_parts(recipe: Recipe, model: VLM) -> None:
     """Every part belongs to the model and has its shape, and none is missing."""
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    found = set()
+    missing = set(expected)
     for name, part in recipe.parts.items():
         ours = our_name(name, model.rename)
         if ours not in expected:
@@ -91,15 +90,12 @@ def check_parts(recipe: Recipe, model: VLM) -> None:
         if part.shape != expected[ours] and not fits(model, ours, part.shape):
             raise NanogapError(f"{part.source} is {list(part.shape)}, and config.json makes it "
                                f"{list(expected[ours])}: the pieces belong to different models")
-        found.add(ours)
-    for ours in expected:
-        if ours not in found:
-            name = our_name(ours, model.on_disk)
-            prefix = max((prefix for prefix in recipe.pieces if name.startswith(prefix)), key=len)
-            piece = recipe.pieces[prefix]
-            raise NanogapError(f"{piece.path} lacks {len(expected) - len(found)} of "
-                               f"{len(expected)} tensors, such as {printable(name)}; get it whole "
-                               f"with {piece.download}")
+        missing.discard(ours)
+    if missing:
+        name = our_name(next(ours for ours in expected if ours in missing), model.on_disk)
+        piece = recipe.pieces[max(filter(name.startswith, recipe.pieces), key=len)]
+        raise NanogapError(f"{piece.path} lacks {len(missing)} of {len(expected)} tensors, such "
+                           f"as {printable(name)}; get it whole with {piece.download}")
 
 
 def command(argv: Sequence[str] | None) -> None:
@@ -107,22 +103,23 @@ def command(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m nanogap.convert",
                     description="Make one folder of the pieces in which a model is published.")
     models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
-    for name, flags in FLAGS.items():
-        one = models.add_parser(name, help=(RECIPES[name].__doc__ or "").split("\n")[0])
-        for flag in (*flags, "--out"):
-            one.add_argument(flag, type=path_argument, required=(name, flag) != OPTIONAL,
-                             help=HELP[flag])
+    for name, make in RECIPES.items():
+        one = models.add_parser(name, help=(make.__doc__ or "").split("\n")[0])
+        for piece in inspect.signature(make).parameters.values():
+            one.add_argument(f"--{piece.name}", type=path_argument, help=HELP[piece.name],
+                             required=piece.default is piece.empty)
+        one.add_argument("--out", type=path_argument, required=True,
+                         help="folder to write; it must not exist, or be empty")
     args = vars(parser.parse_args(argv))
     name, out = args.pop("model"), args.pop("out")
     new = not out.exists()
     check_folder("--out", out)
-    if any(path.name != CLAIM for path in out.iterdir()
-           if not path.name.endswith(".partial")):
+    if any(path.name != CLAIM and path.suffix != ".partial" for path in out.iterdir()):
         raise NanogapError(f"--out {out} has files in it already, and they are not overwritten; "
                            "give a new folder, or move them away")
     try:
         with claim("--out", out):
-            recipe: Recipe = RECIPES[name](**args)                            # type: ignore
+            recipe = RECIPES[name](**args)
             numbers = convert(recipe, out)
     finally:
         if new and not any(out.iterdir()):

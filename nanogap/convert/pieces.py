@@ -44,16 +44,14 @@ class Piece:
         download: the command that gets it, for errors
         raises:   NanogapError where it is missing or broken, or holds an adapter
         """
-        self.path = path
-        self.download = download
+        self.path, self.download = path, download
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, Size] = {}
         self.dtypes: dict[str, str] = {}
         self.open: tuple[Path, dict[str, Tensor]] | None = None    # a pickle, read or mapped
         if not path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
-        if path.is_dir():
-            refuse_adapter(path)
+        refuse_adapter(path)
         for file in weight_files(path, download) if path.is_dir() else [path]:
             check_readable(file)
             for name, shape, dtype in tensors_of(file):

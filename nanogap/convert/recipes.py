@@ -153,8 +153,7 @@ def read_clip(path: Path | None, config: dict, source: Path,
     if vision.image_size == other and vision.hidden_size == CLIPVisionConfig().hidden_size:
         raise NanogapError(f"{folder} is a CLIP for {other} pixels, and {source} was trained with "
                            f"{name}; get that with {CLIPS[side]}")
-    silent.require_all(config, {"mm_hidden_size": (vision.hidden_size,)},
-                       str(source / "config.json"))
+    silent.require(config, {"mm_hidden_size": (vision.hidden_size,)}, str(source / "config.json"))
     piece = Piece(folder, CLIPS[side])
     to_hub = ((r"^vision_model\.", "vision_tower.vision_model."),)
     return vision, piece, piece.parts(to_hub, dtype, wanted=r"^vision_model\.")
@@ -163,7 +162,7 @@ def read_clip(path: Path | None, config: dict, source: Path,
 # ----- LLaVA --------------------------------------------------------------------------------------
 
 
-def llava(base: Path, clip: Path | None) -> Recipe:
+def llava(base: Path, clip: Path | None = None) -> Recipe:
     """LLaVA-1.5 and 1.6 as liuhaotian's repositories hold them.
 
     base: config.json with LLaVA's own keys, tokenizer.model, shards
@@ -178,7 +177,7 @@ def llava(base: Path, clip: Path | None) -> Recipe:
                            "layout than LLaVA's own (it would have mm_vision_tower); give a folder "
                            f"such as {LLAVA} makes")
     silent.refuse_quantised(base, config)
-    silent.require_all(config, LLAVA_KEYS, str(base / "config.json"))
+    silent.require(config, LLAVA_KEYS, str(base / "config.json"))
     piece = Piece(base, LLAVA)
     tiles = config.get("image_aspect_ratio") == "anyres"
     model = "llava_next" if tiles else "llava"

@@ -11,6 +11,7 @@ import ctypes
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -58,21 +59,28 @@ def write_parts(folder: Path, parts: dict[str, Part], most: int = SHARD) -> None
     raises: NanogapError where one is not finite
     """
     shards = divide(parts, most)
-    progress = Progress(parts)
+    total, tensors, written = sum(map(size, parts.values())), 0, 0
+    begun = told = time.monotonic()
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
             file = "model.safetensors"
-        write_shard(folder / file, shard, progress)
+        for part in write_shard(folder / file, shard):
+            tensors, written, now = tensors + 1, written + size(part), time.monotonic()
+            if now - told > TELL_EVERY or tensors == len(parts):
+                told = now
+                left = (now - begun) * (total - written) / max(written, 1)
+                tell(f"{tensors} of {len(parts)} tensors, {written / 1e9:.1f} of "
+                     f"{total / 1e9:.1f} GB, {left / 60:.1f} min to go")
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json",
-                   {"metadata": {"total_size": progress.bytes}, "weight_map": weight_map})
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_shard(path: Path, parts: dict[str, Part], progress: "Progress") -> None:
-    """One file."""
+def write_shard(path: Path, parts: dict[str, Part]) -> Iterator[Part]:
+    """One file; each of its parts once it is written."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, part in parts.items():
@@ -90,30 +98,9 @@ def write_shard(path: Path, parts: dict[str, Part], progress: "Progress") -> Non
                 raise NanogapError(f"{part.source} holds numbers that are not finite: it is "
                                    "broken, or belongs to another model; download it again")
             file.write(numbers(tensor))
-            progress.add(part)
+            yield part
 
 
 def numbers(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, as long as it lives; torch has no such view without numpy."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-
-
-class Progress:
-    """How many of the tensors are written; it is said now and then, with the time that is left."""
-
-    def __init__(self, parts: dict[str, Part]) -> None:
-        self.count = len(parts)
-        self.bytes = sum(map(size, parts.values()))
-        self.tensors_done = self.bytes_done = 0
-        self.start = self.told = time.monotonic()
-
-    def add(self, part: Part) -> None:
-        """One more is written."""
-        self.tensors_done += 1
-        self.bytes_done += size(part)
-        now = time.monotonic()
-        if now - self.told > TELL_EVERY or self.tensors_done == self.count:
-            self.told = now
-            left = (now - self.start) * (self.bytes - self.bytes_done) / max(self.bytes_done, 1)
-            tell(f"{self.tensors_done} of {self.count} tensors, {self.bytes_done / 1e9:.1f} of "
-                 f"{self.bytes / 1e9:.1f} GB, {left / 60:.1f} min to go")

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from nanogap.checks.command import shown
 from nanogap.checks.loading import snapshot
 from nanogap.checks.reading import optional, printable
-from nanogap.checks.silent import Table, require_all
+from nanogap.checks.silent import Table, require
 from nanogap.convert import recipes
 from nanogap.convert.pieces import Part, Piece
 from nanogap.errors import NanogapError
@@ -31,7 +31,7 @@ def shikra(base: Path, delta: Path, clip: Path) -> recipes.Recipe:
     base, delta = snapshot(base), snapshot(delta)
     config = recipes.config_of("shikra", delta, DELTA)
     check_together(base, recipes.config_of("llama", base, LLAMA), delta, config)
-    require_all(config, SHIKRA_KEYS, str(delta / "config.json"))
+    require(config, SHIKRA_KEYS, str(delta / "config.json"))
     special = MODELS["shikra"].special_tokens
     difference, llama = Piece(delta, DELTA), Piece(base, LLAMA)
     rows = recipes.rows_of(difference)

@@ -9,8 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from PIL import Image
@@ -23,6 +23,7 @@ from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
 from nanogap.show.explain import columns
 from nanogap.show.table import print_table
+from tests.checks.test_output import broken_pipe
 from tests.tiny import lines_of, write_checkpoint, write_finder
 
 ROOT = Path(run.__file__).parent
@@ -48,13 +49,21 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "photo.png"
 
 
+@pytest.fixture
+def said(photo: str, finder: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """What the command prints, asked with these flags and --keep 4."""
+    def ask(*flags: str, of: str = photo, where: str = "x", weights: Path | str = finder) -> str:
+        assert run.main([of, where, "--weights", str(weights), "--keep", "4", *flags]) == 0
+        return capsys.readouterr().out
+    return ask
+
+
 # ----- what comes out -----------------------------------------------------------------------------
 
 
 def test_the_table_has_a_line_for_each_mode_and_the_picture_is_saved(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "the man", "--weights", str(finder), "--keep", "4"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+        said: Callable[..., str], finder: Path):
+    lines = said(where="the man").splitlines()
     assert lines[0] == f"{finder} on cpu, float32"
     assert " ".join(lines[1].split()) == (
         "mode tokens position IDs box (pixels) IoU with full prefill decode KV MB words")
@@ -72,11 +81,9 @@ def test_the_table_has_a_line_for_each_mode_and_the_picture_is_saved(
     assert Image.open("answer.png").width == 988 and not list(Path().glob("*.partial"))
 
 
-def test_json_is_one_document_and_nothing_else(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "the man", "--weights", str(finder), "--json", "--explain",
-                     "--keep", "25%", "--prune", "spatial", "--out", "a.jpg"]) == 0
-    document = json.loads(capsys.readouterr().out)
+def test_json_is_one_document_and_nothing_else(said: Callable[..., str], finder: Path):
+    document = json.loads(said("--json", "--explain", "--keep", "25%", "--prune", "spatial",
+                               "--out", "a.jpg", where="the man"))
     runs = document.pop("runs")
     assert document == {"image": "photo.png", "expression": "the man", "weights": str(finder),
                         "device": "cpu", "dtype": "float32", "prune": "spatial", "keep": 4,
@@ -93,18 +100,14 @@ def test_json_is_one_document_and_nothing_else(
         assert (timing["new_tokens"], timing["passes"]) == (2, 1)
 
 
-def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(said: Callable[..., str]):
     """It says a box, which is one token, and its end."""
-    asked = [photo, "the man", "--weights", str(finder), "--mode", "full", "gap", "--keep", "4"]
-    assert run.main([*asked, "--max-new-tokens", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[5:7] == [
+    short = ["--mode", "full", "gap", "--max-new-tokens", "1"]
+    assert said(*short, where="the man").splitlines()[5:7] == [
         f"{mode}: the answer was cut off before its end, at 1 tokens; give it more room with "
         "--max-new-tokens." for mode in ("full", "gap")]
-    assert run.main([*asked, "--max-new-tokens", "1", "--json"]) == 0
-    assert [r["cut_off"] for r in json.loads(capsys.readouterr().out)["runs"]] == [True, True]
-    assert run.main([*asked, "--max-new-tokens", "2"]) == 0
-    assert "cut off" not in capsys.readouterr().out
+    assert [r["cut_off"] for r in json.loads(said(*short, "--json"))["runs"]] == [True, True]
+    assert "cut off" not in said(*short, "--max-new-tokens", "2")
 
 
 def test_in_the_table_a_missing_box_is_a_dash_and_words_are_cut_around_a_box(
@@ -112,10 +115,10 @@ def test_in_the_table_a_missing_box_is_a_dash_and_words_are_cut_around_a_box(
     timings = {"vision_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0}
     common = {"visual_tokens": 4, "position_ids": [0, 56], "kv_bytes": 2 ** 20, "timings": timings,
               "box": None, "iou_with_full": None}
-    said = ["a man\n\x1b[31m in blue, to the left of the dog", "人" * 40,
-            f"the man on the left, as I see him, is at {BOX}, left of the tree", ""]
+    words = ["a man\n\x1b[31m in blue, to the left of the dog", "人" * 40,
+             f"the man on the left, as I see him, is at {BOX}, left of the tree", ""]
     document = {"true_box": None, "runs": [{"mode": mode, "text": text, **common} for mode, text in
-                                           zip(list(MODES)[:4], said, strict=True)]}
+                                           zip(list(MODES)[:4], words, strict=True)]}
     print_table(document, VLM.box_format.pattern)
     lines = capsys.readouterr().out.splitlines()[1:5]
     assert [re.split(r"  1\.0 *", line)[1] for line in lines] == [
@@ -124,50 +127,35 @@ def test_in_the_table_a_missing_box_is_a_dash_and_words_are_cut_around_a_box(
     assert len({line.index("  2 ms") for line in lines}) == 1            # one below the other
 
 
-def test_modes_are_run_in_the_order_given_and_once_each(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "x", "--weights", str(finder), "--json",
-                     "--mode", "permuted", "gap", "permuted"]) == 0
-    runs = json.loads(capsys.readouterr().out)["runs"]
+def test_modes_are_run_in_the_order_given_and_once_each(said: Callable[..., str]):
+    runs = json.loads(said("--json", "--mode", "permuted", "gap", "permuted"))["runs"]
     assert [(r["mode"], r["iou_with_full"]) for r in runs] == [("permuted", None), ("gap", None)]
 
 
-def test_the_same_seed_keeps_the_same_patches_and_another_seed_others(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+def test_the_same_seed_keeps_the_same_patches_and_another_seed_others(said: Callable[..., str]):
     def shown(seed: str) -> str:
-        assert run.main([photo, "x", "--weights", str(finder), "--keep", "4", "--mode", "gap",
-                         "--seed", seed, "--explain"]) == 0
-        return capsys.readouterr().out.partition("4 of 16 patches stay:")[2][:100]
+        out = said("--mode", "gap", "--seed", seed, "--explain")
+        return out.partition("4 of 16 patches stay:")[2][:100]
     assert shown("0") == shown("0") != shown("1")
 
 
-def test_a_strategy_that_finds_its_own_budget_is_given_none(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "x", "--weights", str(finder), "--json", "--prune", "prumerge",
-                     "--keep", "auto"]) == 0
-    document = json.loads(capsys.readouterr().out)
+def test_a_strategy_that_finds_its_own_budget_is_given_none(said: Callable[..., str]):
+    document = json.loads(said("--json", "--prune", "prumerge", "--keep", "auto"))
     assert document["keep"] is None and 1 < document["runs"][1]["visual_tokens"] <= 17
 
 
-def test_a_strategy_of_ones_own_is_given_by_its_file_and_name(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
+def test_a_strategy_of_ones_own_is_given_by_its_file_and_name(said: Callable[..., str]):
     Path("mine.py").write_text("import torch\nfrom nanogap.prune import Kept, strategy\n\n"
                                "@strategy()\ndef corner(seen, budget, generator):\n"
                                "    return Kept(torch.arange(budget))\n")
-    argv = [photo, "x", "--weights", str(finder), "--prune", "mine.py:corner", "--keep", "3",
-            "--mode", "gap"]
-    with patch.dict(STRATEGIES):                              # as before, afterwards
-        assert run.main([*argv, "--explain"]) == 0
-        assert "      # # # .\n      . . . .\n" in capsys.readouterr().out
-        assert run.main([*argv, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["prune"] == "mine.py:corner"
+    own = ["--prune", "mine.py:corner", "--keep", "3", "--mode", "gap"]
+    assert "      # # # .\n      . . . .\n" in said(*own, "--explain")
+    assert json.loads(said(*own, "--json"))["prune"] == "mine.py:corner"
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_is_answered_and_drawn(
-        mode: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "x", "--weights", str(finder), "--mode", mode, "--keep", "4"]) == 0
-    row = capsys.readouterr().out.splitlines()[2]
+def test_every_mode_is_answered_and_drawn(mode: str, said: Callable[..., str]):
+    row = said("--mode", mode).splitlines()[2]
     assert row.startswith(f"{mode} ") and row.endswith(f"  {BOX}")
     assert Path("answer.png").exists()
 
@@ -177,8 +165,7 @@ def test_the_help_names_every_strategy_and_mode_and_list_says_a_sentence_on_each
     with pytest.raises(SystemExit):
         run.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert all(name in shown for name in STRATEGIES) and "FILE.py:NAME" in shown
-    assert all(mode in shown for mode in MODES)
+    assert all(name in shown for name in (*STRATEGIES, *MODES, "FILE.py:NAME"))
     with pytest.raises(SystemExit):
         run.main(["--prune", "list"])
     lines = capsys.readouterr().out.splitlines()
@@ -187,14 +174,14 @@ def test_the_help_names_every_strategy_and_mode_and_list_says_a_sentence_on_each
 
 
 def test_of_a_drawn_scene_the_true_box_is_told_and_a_word_that_was_never_taught(
-        photo: str, capsys: pytest.CaptureFixture):
-    scene, mini = str(ROOT / "image.jpg"), ["--weights", "mini", "--mode", "full"]
-    assert run.main([scene, "the man on the left", *mini]) == 0
-    out = capsys.readouterr().out
+        said: Callable[..., str]):
+    def of_scene(expression: str) -> str:
+        return said("--mode", "full", of=str(ROOT / "image.jpg"), where=expression, weights="mini")
+
+    out = of_scene("the man on the left")
     assert "true box of this drawn scene is 8, 150, 107, 376; IoU with it: full 0.83." in out
     assert "never taught" not in out and Image.open("answer.png").height > 700
-    assert run.main([scene, "the zebra on the left", *mini]) == 0
-    out = capsys.readouterr().out
+    out = of_scene("the zebra on the left")
     assert 'They were never taught "zebra", so the box is a guess; ' in out and "true" not in out
 
 
@@ -211,25 +198,19 @@ def test_an_answer_shows_itself_in_a_line_and_in_a_picture(photo: str, finder: P
     (["sparsevlm", "--keep", "9"], "6 from layer 1 on, 5 from layer 2 on"),
     (["random"], None)])
 def test_the_table_says_where_the_decoder_cuts(
-        argv: list[str], cuts: str | None, photo: str, finder: Path,
-        capsys: pytest.CaptureFixture):
+        argv: list[str], cuts: str | None, said: Callable[..., str]):
     """With the one cluster that SparseVLM adds at each cut."""
-    assert run.main([photo, "x", "--weights", str(finder), "--prune", *argv]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "counted from 0" in line]
+    lines = [line for line in said("--prune", *argv).splitlines() if "counted from 0" in line]
     assert lines == ([f"{argv[0]} in 3 layers, counted from 0: visual tokens cut to {cuts}."]
                      if cuts else [])
 
 
-def test_no_draft_means_a_pass_for_each_token_and_the_same_words(
-        photo: str, capsys: pytest.CaptureFixture):
-    argv = [photo, "x", "--weights", str(ROOT / "weights/mini"), "--json", "--mode", "full"]
-    words = []
-    for more in ([], ["--no-draft"]):
-        assert run.main(argv + more) == 0
-        words.append(json.loads(capsys.readouterr().out)["runs"][0])
-    assert words[0]["text"] == words[1]["text"]
-    assert words[0]["timings"]["passes"] < words[1]["timings"]["passes"] == (
-        words[1]["timings"]["new_tokens"] - 1)
+def test_no_draft_means_a_pass_for_each_token_and_the_same_words(said: Callable[..., str]):
+    drafted, plain = (json.loads(said("--json", "--mode", "full", *more, weights="mini"))["runs"][0]
+                      for more in ([], ["--no-draft"]))
+    assert drafted["text"] == plain["text"]
+    assert drafted["timings"]["passes"] < plain["timings"]["passes"] == (
+        plain["timings"]["new_tokens"] - 1)
 
 
 @pytest.mark.parametrize("expression", [
@@ -237,37 +218,14 @@ def test_no_draft_means_a_pass_for_each_token_and_the_same_words(
     "\u202eright to left", "the man\non the\tleft", "\x1b[31mred\x07", "<image>",
     "</s>", '"; rm -rf', "{0} {x} %s \\", "the man " * 12, "x" * 90])
 def test_any_expression_works_and_is_explained_in_80_columns(
-        expression: str, photo: str, weights: Path, capsys: pytest.CaptureFixture):
-    argv = [photo, expression, "--weights", str(weights), "--explain", "--mode", "gap"]
-    assert run.main(argv) == 0
-    lines = capsys.readouterr().out.split("\n")[1:]
+        expression: str, said: Callable[..., str], weights: Path):
+    out = said("--explain", "--mode", "gap", "--keep", "50%", where=expression, weights=weights)
+    lines = out.split("\n")[1:]
     table = next(i for i, line in enumerate(lines) if line.startswith("mode  "))
     assert max(columns(line) for line in lines[:table]) <= 80
     assert max(columns(line) for line in lines[table:]) <= 130
     assert all(line.isprintable() for line in lines)
     assert Image.open("answer.png").size == (988, 660)        # with two lines of caption
-
-
-# ----- --explain ----------------------------------------------------------------------------------
-
-
-def test_explain_shows_the_ids_that_gap_gives_back(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert run.main([photo, "the man", "--weights", str(finder), "--explain", "--prune", "spatial",
-                     "--keep", "4", "--mode", "gap"]) == 0
-    out = capsys.readouterr().out
-    for line in ("   100 x 50 pixels, padded to 100 x 100,",
-                 "   resized to pixel_values (1, 3, 56, 56)",
-                 "   features (16, 32), in raster order: row by row",
-                 "      . . . .\n      . # . #\n      . . . .\n      . # . #",
-                 "   P = 33 tokens before the image, A = 20 after it; decoder width 64",
-                 "5  Mode gap: raster order, original position IDs",
-                 "   embeddings (1, 57, 64) at cache rows 0..56: rows have no gaps",
-                 "   position IDs: P = 33 tokens | K = 4 patches | A = 20 tokens",
-                 "      0..32 | 38 40 46 48 | 49..68",
-                 f"      {BOX}\n      (0.1, 0.25, 0.5, 0.6)\n      (10.0, 0.0, 50.0, 35.0)"):
-        assert f"\n{line}\n" in out
-    assert re.search(r"ID now +69 +70\n +cache row +57 +-\n", out)
 
 
 # ----- mistakes -----------------------------------------------------------------------------------
@@ -289,6 +247,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25% or 9.8%, "
         "nor \"auto\"; see `python run.py --help`")
 RANGE = "of 16 visual tokens: give a whole number from 1 to 16, or a share such as 25%"
+EMPTY = 'the expression is empty; name a thing, such as "the man on the left"'
+LONG = "the expression is too long: with the image and room for the answer the model "
+ENDING = "a picture cannot be written with that ending; use .png or .jpg"
+FOLDER = "would be in a folder that does not exist; make it with `mkdir -p "
 
 
 def test_the_default_weights_are_found_from_any_folder(
@@ -306,10 +268,7 @@ def test_the_default_weights_are_found_from_any_folder(
 @pytest.mark.parametrize("keep, message", [
     *((keep, f"argument --keep: {keep!r} {KEEP}") for keep in (
         "0", "-3", "", "1.5", "0%", "nan", "1e3", "٣", "1_0", " 5")),
-    ("auto", f"random cannot keep auto {RANGE}"),
-    ("17", f"random cannot keep 17 {RANGE}"),
-    ("101%", f"random cannot keep 101% {RANGE}"),
-    ("99999999", f"random cannot keep 99999999 {RANGE}"),
+    *((keep, f"random cannot keep {keep} {RANGE}") for keep in ("auto", "17", "101%", "99999999")),
     ("9" * 5000, "argument --keep: '" + "9" * 79 + " " + KEEP),
 ])
 @pytest.mark.parametrize("mode", ["gap", "full"])
@@ -321,52 +280,39 @@ def test_keep_out_of_range_is_refused_in_every_mode(
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["missing.png", "x"],
+    ("missing.png x".split(),
      "missing.png cannot be read as an image (No such file or directory); give the path of a "),
-    ([".", "x"], ". cannot be read as an image (Is a directory); give the path of a whole "),
-    (["photo.png", ""], 'the expression is empty; name a thing, such as "the man on the left"'),
-    (["photo.png", " \t\n\u3000"],
-     'the expression is empty; name a thing, such as "the man on the left"'),
-    (["photo.png", "x", "--prune", "magic"],
-     "unknown strategy 'magic': choose from random, spatial, "),
-    (["photo.png", "x", "--prune", "nowhere.py:f"], "'nowhere.py:f': there is no file nowhere.py"),
-    (["photo.png", "x", "--mode", "gap", "Full"],
-     "argument --mode: invalid choice: 'Full' (choose from "),
-    (["photo.png", "x", "--device", "tpu"],
-     "argument --device: invalid choice: 'tpu' (choose from "),
-    (["photo.png", "x", "--dtype", "int8"],
-     "argument --dtype: invalid choice: 'int8' (choose from "),
-    (["photo.png", "x", "--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 on"),
-    (["photo.png", "x", "--weights", "nowhere"],
-     "nowhere is not a folder; get the published weights with `hf download"),
-    (["photo.png", "x", "--weights", "."],
-     ". has no config.json, so it is not a checkpoint; get the published weights with `hf "),
+    (". x".split(), ". cannot be read as an image (Is a directory); give the path of a whole "),
     (["photo.png"], "the following arguments are required: EXPRESSION; see `python run.py --help`"),
-    (["photo.png", "x", "y"], "unrecognized arguments: y (several words want quotes around them); "
-     "see `python run.py --help`"),
-])
+    ("photo.png x y".split(), "unrecognized arguments: y (several words want quotes around them); "
+                              "see `python run.py --help`"),
+    *((["photo.png", expression], message) for expression, message in (
+        ("", EMPTY), (" \t\n\u3000", EMPTY), ("a" * 20000, f"{LONG}would need 20131 "),
+        ("人" * 20000, LONG),
+        ("a\udcff", "the expression is not valid Unicode: "))),       # how argv shows a stray byte
+    *((f"photo.png x {flags}".split(), message) for flags, message in (
+        ("--prune magic", "unknown strategy 'magic': choose from random, spatial, "),
+        ("--prune nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py"),
+        ("--mode gap Full", "argument --mode: invalid choice: 'Full' (choose from "),
+        ("--device tpu", "argument --device: invalid choice: 'tpu' (choose from "),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from "),
+        ("--seed -1", "argument --seed: '-1' is not a whole number from 0 on"),
+        ("--weights nowhere",
+         "nowhere is not a folder; get the published weights with `hf download"),
+        ("--weights .",
+         ". has no config.json, so it is not a checkpoint; get the published weights with `hf "))),
+    # before any work
+    *((f"photo.png x --weights nowhere --out {out}".split(), f"--out {out}{message}")
+      for out, message in (
+        ("answer", f": {ENDING}"), ("answer.txt", f": {ENDING}"),
+        ("answer.xbm", f": {ENDING}"),                        # knows black and white only
+        ("no/such/a.png", f" {FOLDER}"), ("photo.png/a.png", f" {FOLDER}"),
+        ("folder.png", " is a folder; give the path of a picture to write"),
+        ("photo.png", " is the image itself; give another path")))])
 def test_a_mistake_is_one_line_and_status_2(
-        argv: list[str], message: str, photo: str, capsys: pytest.CaptureFixture):
-    assert refused(argv, capsys).startswith(message)
-
-
-ENDING = "a picture cannot be written with that ending; use .png or .jpg"
-FOLDER = "would be in a folder that does not exist; make it with `mkdir -p "
-
-
-@pytest.mark.parametrize("out, message", [
-    ("answer", f"--out answer: {ENDING}"),
-    ("answer.txt", f"--out answer.txt: {ENDING}"),
-    ("answer.xbm", f"--out answer.xbm: {ENDING}"),            # knows black and white only
-    ("no/such/a.png", f"--out no/such/a.png {FOLDER}"),
-    ("folder.png", "--out folder.png is a folder; give the path of a picture to write"),
-    ("photo.png", "--out photo.png is the image itself; give another path"),
-    ("photo.png/a.png", f"--out photo.png/a.png {FOLDER}"),
-])
-def test_a_picture_that_cannot_be_written_is_refused_before_any_work(
-        out: str, message: str, photo: str, capsys: pytest.CaptureFixture):
+        argv: list[str], message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
     Path("folder.png").mkdir()
-    assert refused([photo, "x", "--weights", "nowhere", "--out", out], capsys).startswith(message)
+    assert refused(["--weights", str(finder), *argv], capsys).startswith(message)
 
 
 def test_a_mistake_leaves_an_earlier_picture_alone(
@@ -374,17 +320,6 @@ def test_a_mistake_leaves_an_earlier_picture_alone(
     Path("answer.png").write_bytes(b"from before")
     refused([photo, "x", "--weights", str(finder), "--keep", "17"], capsys)
     assert Path("answer.png").read_bytes() == b"from before"
-
-
-@pytest.mark.parametrize("expression, message", [
-    ("a" * 20000, "the expression is too long: with the image and room for the answer the model "
-     "would need 20131 "),
-    ("人" * 20000, "the expression is too long: with the image and room for the answer the model "),
-    ("a\udcff", "the expression is not valid Unicode: "),        # how argv shows a stray byte
-])
-def test_an_expression_that_no_model_could_read_is_refused(
-        expression: str, message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    assert refused([photo, expression, "--weights", str(finder)], capsys).startswith(message)
 
 
 # ----- as a person runs it ------------------------------------------------------------------------
@@ -414,9 +349,3 @@ def test_as_a_command_it_may_lose_its_reader(photo: str, finder: Path):
                    env=os.environ | {"PYTHONUNBUFFERED": ""},          # buffered, as it usually is
                    preexec_fn=lambda: os.dup2(broken_pipe(), 1))
     assert done.returncode == 141 and only_progress(done.stderr), done.stderr.decode()
-
-
-def broken_pipe() -> int:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -27,13 +26,16 @@ from tests.tiny import (
     tiny_config,
     tiny_tensors,
     write_checkpoint,
+    write_shards,
     write_tensors,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 NORM = "language_model.model.norm.weight"
 PROMPT = torch.tensor([1, 319, 400, 560, 36, 500, 9])
+TINY = tiny_tensors(tiny_config())
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+Change = Callable[[Path], object]
 
 
 def logits(folder: Path) -> Tensor:
@@ -64,24 +66,10 @@ def set_key(folder: Path, part: str | None, key: str, value: object) -> None:
          lambda config: (config[f"{part}_config"] if part else config).update({key: value}))
 
 
-def with_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the tensors on disk."""
-    tensors = tiny_tensors(tiny_config())
-    change(tensors)
-    write_tensors(folder / "model.safetensors", tensors)
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The tiny checkpoint, in one file and in two shards."""
-    place = tmp_path_factory.mktemp("whole")
-    return write_checkpoint(place / "tiny"), write_checkpoint(place / "sharded", shards=2)
-
-
-@pytest.fixture
-def folder(whole: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the single file's folder, to be broken."""
-    return shutil.copytree(whole[0], tmp_path / "tiny")
+def set_tensors(folder: Path, **changed: Tensor | None) -> None:
+    """Change the tensors on disk; None takes one away."""
+    write_tensors(folder / MODEL, {
+        name: value for name, value in (TINY | changed).items() if value is not None})
 
 
 # ----- what loads ---------------------------------------------------------------------------------
@@ -131,7 +119,7 @@ def test_what_is_saved_loads_again_bit_for_bit(folder: Path, tmp_path: Path):
                                  "vision_tower.vision_model.embeddings.position_ids"])
 def test_buffers_that_older_files_hold_are_ignored(old: str, folder: Path):
     expected = logits(folder)
-    with_tensors(folder, lambda tensors: tensors.update({old: torch.arange(4)}))
+    set_tensors(folder, **{old: torch.arange(4)})
     assert torch.equal(logits(folder), expected)
 
 
@@ -145,15 +133,6 @@ def test_tied_embeddings_need_no_lm_head_on_disk(tmp_path: Path):
 # ----- where they are ----------------------------------------------------------------------------
 
 
-def test_the_weights_that_ship_are_found_from_any_folder(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(loading, "REAL", tmp_path / "not downloaded")
-    monkeypatch.chdir(tmp_path)
-    assert default_weights() == ROOT / "weights" / "mini"
-    assert (default_weights() / "config.json").is_file()
-    monkeypatch.chdir(ROOT)
-    assert str(default_weights()) == os.path.join("weights", "mini")         # short where it can be
-
-
 def test_the_real_weights_go_before_those_that_ship(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(loading, "REAL", tmp_path)
     assert default_weights() == tmp_path
@@ -161,14 +140,14 @@ def test_the_real_weights_go_before_those_that_ship(tmp_path: Path, monkeypatch)
 
 # ----- device and precision -----------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("asked", [torch.float32, torch.float16, torch.bfloat16])
 def test_any_precision_on_disk_becomes_the_one_asked_for(
         stored: torch.dtype, asked: torch.dtype, tmp_path: Path):
     model = nanogap.load(write_checkpoint(tmp_path, dtype=stored), "cpu", asked)
     assert {value.dtype for value in model.state_dict().values()} == {asked}
-    drawn = tiny_tensors(tiny_config())[NORM]
-    assert torch.equal(model.state_dict()[NORM], drawn.to(stored).to(asked))
+    assert torch.equal(model.state_dict()[NORM], TINY[NORM].to(stored).to(asked))
 
 
 def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
@@ -179,234 +158,177 @@ def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
         "device abacus is not available here; choose from cpu")
 
 
-# ----- a folder that is none ----------------------------------------------------------------------
+# ----- what is missing, broken or another model's -------------------------------------------------
 
 
-SHIPPED = ", or take some that come with nanogap, such as weights/mini"
+def put(name: str, data: bytes | str) -> Change:
+    """Something else in the place of a file, or of a link to one."""
+    def replace(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return replace
 
 
-def test_where_there_is_no_folder_the_error_holds_the_command_that_gets_one(tmp_path: Path):
-    path = tmp_path / "weights"
-    assert refusal(path) == (
-        f"{path} is not a folder; get the published weights with {DOWNLOAD}{SHIPPED}")
+def without(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
 
 
-def test_a_folder_without_config_is_not_a_checkpoint(tmp_path: Path):
-    assert refusal(tmp_path) == (
-        f"{tmp_path} has no config.json, so it is not a checkpoint; "
-        f"get the published weights with {DOWNLOAD}{SHIPPED}")
+def tensors(changed: dict[str, Tensor | None]) -> Change:
+    return lambda folder: set_tensors(folder, **changed)
 
 
-def test_a_folder_without_tensors_says_where_to_get_them(folder: Path):
-    (folder / "model.safetensors").unlink()
-    assert refusal(folder) == (
-        f"{folder} holds no model.safetensors and no index of shards; "
-        f"get the weights with {DOWNLOAD}")
+def key(part: str | None, name: str, value: object) -> Change:
+    return lambda folder: set_key(folder, part, name, value)
 
 
-def test_a_folder_without_tokenizer_is_to_be_downloaded_again(folder: Path):
-    (folder / "tokenizer.json").unlink()
-    assert refusal(folder) == f"{folder} has no tokenizer.json; download it again, whole"
+def sharded(name: str, change: Callable[[Path], object]) -> Change:
+    """Two shards in the place of one file, and then a change to one of the files."""
+    def shard(folder: Path) -> None:
+        (folder / MODEL).unlink()
+        write_shards(folder, TINY, 2)
+        change(folder / name)
+    return shard
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0\1"])
-def test_a_broken_tokenizer_is_named(text: str, folder: Path):
-    (folder / "tokenizer.json").write_text(text)
-    assert refusal(folder).startswith(f"{folder / 'tokenizer.json'} cannot be read (")
+def index(weight_map: dict[str, str]) -> Change:
+    """Other files for some of the tensors; there is one outside of the folder."""
+    def point(path: Path) -> None:
+        write_tensors(path.parents[1] / "x.safetensors", {NORM: torch.ones(64)})
+        edit(path, lambda value: value["weight_map"].update(weight_map))
+    return sharded(INDEX, point)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"model": {"type": "BPE"}}'])
-def test_what_is_whole_and_no_tokenizer_is_not_fetched_again(text: str, folder: Path):
-    (folder / "tokenizer.json").write_text(text)
-    said = refusal(folder)
-    assert said.startswith(str(folder / "tokenizer.json")) and "download" not in said
+def length(said: int) -> Change:
+    """A header of safetensors that says another length of itself."""
+    return lambda folder: put(MODEL, struct.pack("<Q", said) + (folder / MODEL).read_bytes()[8:])(
+        folder)
 
 
-def test_a_tokenizer_with_more_tokens_than_embeddings_belongs_elsewhere(tmp_path: Path):
-    folder = write_checkpoint(tmp_path, tiny_config(vocab_size=561))            # <pad> has ID 561
-    assert refusal(folder) == (
-        f"{folder / 'tokenizer.json'} has more tokens than the model has embeddings "
-        "(561): it belongs to another checkpoint")
+def header(text: bytes) -> Change:
+    return put(MODEL, struct.pack("<Q", len(text)) + text + b"\0" * 64)
 
 
-# ----- tensors that do not fit --------------------------------------------------------------------
+def offsets(begin: int, end: int) -> Change:
+    """Other places for the 64 x 4 bytes of a tensor."""
+    def move(folder: Path) -> None:
+        data = (folder / MODEL).read_bytes()
+        size, = struct.unpack("<Q", data[:8])
+        said = json.loads(data[8:8 + size])
+        said[NORM]["data_offsets"] = [begin, end]
+        text = json.dumps(said).encode()
+        put(MODEL, struct.pack("<Q", len(text)) + text + data[8 + size:])(folder)
+    return move
 
 
-def test_a_missing_tensor_is_named(folder: Path):
-    with_tensors(folder, lambda tensors: tensors.pop(NORM))
-    assert refusal(folder) == f"{folder} lacks 1 of 89 tensors, such as {NORM}; download it again"
+def cut(share: float) -> Change:
+    return lambda folder: os.truncate(
+        folder / MODEL, int(share * (folder / MODEL).stat().st_size))
 
 
-def test_an_extra_tensor_is_named(folder: Path):
-    extra = "language_model.model.layers.3.input_layernorm.weight"            # there are 0 to 2
-    with_tensors(folder, lambda tensors: tensors.update({extra: torch.ones(64)}))
-    assert refusal(folder) == (
-        f"{folder / 'model.safetensors'} holds {extra}, which is not a part of this "
-        "model: the file and config.json belong to different checkpoints")
+GET = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
+GET_OR = (f"get the published weights with {GET}, or take some that come with nanogap, such as "
+          "weights/mini")
+OTHERS = "the file and config.json belong to different checkpoints"
+MORE = "language_model.model.layers.3.input_layernorm.weight"                 # there are 0 to 2
+NO_OBJECT = "FOLDER/{} holds no JSON object but a {}: it is some other file under this name"
+NO_VERSION = ("FOLDER/tokenizer.json is of version None, and only 1.0 is read here: a newer "
+              "library wrote it; give the tokenizer.json that the checkpoint was published with")
+# what is done to a folder, and what it is told; "..." stands for any end
+BROKEN: list[tuple[Change, str]] = [
+    (lambda folder: folder.rename(folder.parent / "x"), f"FOLDER is not a folder; {GET_OR}"),
+    (without("config.json"),
+     f"FOLDER has no config.json, so it is not a checkpoint; {GET_OR}"),
+    (without(MODEL),
+     f"FOLDER holds no {MODEL} and no index of shards; get the weights with {GET}"),
+    # tokenizer.json
+    (without("tokenizer.json"), "FOLDER has no tokenizer.json; download it again, whole"),
+    *((put("tokenizer.json", text), "FOLDER/tokenizer.json cannot be read (...")
+      for text in ("", "{", "\0\1")),
+    (put("tokenizer.json", "[]"), NO_OBJECT.format("tokenizer.json", "list")),
+    (put("tokenizer.json", "{}"), NO_VERSION),
+    (put("tokenizer.json", '{"model": {"type": "BPE"}}'), NO_VERSION),
+    (lambda folder: write_checkpoint(folder, tiny_config(vocab_size=561)),    # <pad> has ID 561
+     "FOLDER/tokenizer.json has more tokens than the model has embeddings (561): it belongs to "
+     "another checkpoint"),
+    # tensors that do not fit
+    (tensors({NORM: None}),
+     f"FOLDER lacks 1 of 89 tensors, such as {NORM}; download it again"),
+    (tensors({MORE: torch.ones(64)}),
+     f"FOLDER/{MODEL} holds {MORE}, which is not a part of this model: {OTHERS}"),
+    *((tensors({NORM: value}), f"FOLDER/{MODEL}: {NORM} is torch.float32 {list(value.shape)}, and "
+                               f"config.json makes it [64]: {OTHERS}")
+      for value in (torch.ones(63), torch.ones(64, 1), torch.ones(()))),
+    (tensors({"model.language_model.norm.weight": torch.ones(64)}),
+     f"FOLDER/{MODEL} holds ...norm.weight, which was there before under another name"),
+    (key("text", "num_hidden_layers", 4),
+     "FOLDER lacks 9 of 98 tensors, such as language_model.model.layers.3.self_attn.q_proj.weight; "
+     "download it again"),
+    # shards and their index
+    *((index({NORM: name}),
+       f"FOLDER/{INDEX} names {name!r}, which is not a file of this folder; do not trust it")
+      for name in ("../x.safetensors", "/x.safetensors", "deeper/x.safetensors", ".",
+                   "..\\x.safetensors", "x\0.safetensors")),
+    (index({"x": "x" * 5000}), f"FOLDER lacks {'x' * 200}, which its index names; run the download "
+                               "again: it continues where it stopped"),
+    (sharded("model-00002-of-00002.safetensors", Path.unlink),
+     "FOLDER lacks model-00002-of-00002.safetensors, which its index names; run the download "
+     "again: it continues where it stopped"),
+    *((sharded(INDEX, lambda path, text=text: path.write_text(text)),
+       f"FOLDER/{INDEX} has no weight_map; download it again")
+      for text in ("{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": null}')),
+    (sharded(INDEX, lambda path: path.write_text("404")), NO_OBJECT.format(INDEX, "int")),
+    (sharded(INDEX, lambda path: edit(path, lambda value: value.update(
+        weight_map={NORM: "model-00002-of-00002.safetensors"}))),
+     "FOLDER lacks 44 of 89 tensors, such as vision_tower.embeddings.class_embedding; "
+     "download it again"),
+    # files of tensors
+    *((damage, f"FOLDER/{MODEL} is cut off or broken (...); download it again") for damage in (
+        *map(cut, (0.0, 0.00001, 0.001, 0.5, 0.99)),
+        *map(length, (0, 1, 7, 1 << 20, 1 << 40, 1 << 63, (1 << 64) - 1)),
+        offsets(0, 1 << 40), offsets(4, 260), offsets(260, 4), offsets(-4, 252), offsets(0, 255),
+        *map(header, (b"{", b"[]", b"null", b'{"x": 1}', b"\xff\xfe{}")))),
+    (lambda folder: torch.save({NORM: torch.ones(64)}, folder / MODEL),
+     f"FOLDER/{MODEL} is a file of torch.save's under another name; call it pytorch_model.bin"),
+    *((put(name, text), f"FOLDER/{name} is a {says}...")
+      for name in (MODEL, "tokenizer.json", "config.json") for text, says in (
+          ("version https://git-lfs.github.com/spec/v1\nsize 14126854144\n", "pointer of git-lfs"),
+          ("<!DOCTYPE html>", "web page"))),
+    # config.json, and the files beside it
+    *((put("config.json", text), "FOLDER/config.json cannot be read (...") for text in (
+        "", "{", "nonsense", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
+    *((put("config.json", text), NO_OBJECT.format("config.json", kind)) for text, kind in (
+        ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str"))),
+    *((key(None, "model_type", kind),
+       f"FOLDER/config.json describes a {kind!r} model; nanogap loads "
+       f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
+      for kind in ("llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"])),
+    *((put(name, "{"), f"FOLDER/{name} cannot be read (...")
+      for name in ("generation_config.json", "preprocessor_config.json")),
+    *((put("preprocessor_config.json", json.dumps({"image_mean": mean})),
+       f"preprocessor_config.json: image_mean is {mean!r}, not three positive numbers")
+      for mean in ([0.5, 0.5], "grey", [0.5, 0.5, "x"], 0.5)),
+    # parts of config.json that do not go together
+    *((key(part, name, value), f"config.json: {says}...") for part, name, value, says in (
+        ("text", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'; nanogap implem"),
+        ("text", "num_key_value_heads", 3, "4 attention heads of 16 channels do not go with 3 "),
+        ("text", "head_dim", 15, "4 attention heads of 15 channels do not go with 4 key-value"),
+        ("vision", "patch_size", 112, "vision_config makes no sense: CLIPVisionConfig(hidden_s"),
+        ("vision", "num_attention_heads", 5, "vision_config makes no sense: CLIPVisionConfig("))),
+    *((key(part, name, value),
+       f"config.json: image_token_index is {image}, which stands for {taken} in FOLDER/"
+       "tokenizer.json, so a prompt could hold it twice; give the tokenizer.json that the "
+       "checkpoint was published with") for part, name, value, image, taken in (
+        (None, "image_token_index", 1, 1, "'<s>'"), (None, "image_token_index", 300, 300, "'I'"),
+        ("text", "bos_token_id", 560, 560, "'<image>'")))]
 
 
-@pytest.mark.parametrize("value, found", [
-    (torch.ones(63), "torch.float32 [63]"), (torch.ones(64, 1), "torch.float32 [64, 1]"),
-    (torch.ones(()), "torch.float32 []")])
-def test_a_misshapen_tensor_is_named_with_both_shapes(value: Tensor, found: str, folder: Path):
-    with_tensors(folder, lambda tensors: tensors.update({NORM: value}))
-    assert refusal(folder) == (
-        f"{folder / 'model.safetensors'}: {NORM} is {found}, and config.json makes it "
-        "[64]: the file and config.json belong to different checkpoints")
-
-
-def test_a_tensor_that_comes_twice_under_two_names_is_refused(folder: Path):
-    twice = "model.language_model.norm.weight"
-    with_tensors(folder, lambda tensors: tensors.update({twice: torch.ones(64)}))
-    assert "norm.weight, which was there before under another name" in refusal(folder)
-
-
-def test_a_config_of_another_size_is_told_from_its_tensors(folder: Path):
-    edit(folder / "config.json", lambda config: config["text_config"].update(num_hidden_layers=4))
-    assert refusal(folder).startswith(
-        f"{folder} lacks 9 of 98 tensors, such as language_model.model.layers.3.")
-
-
-# ----- shards and their index ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def sharded(whole: tuple[Path, Path], tmp_path: Path) -> Path:
-    return shutil.copytree(whole[1], tmp_path / "sharded")
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "deeper/x.safetensors", ".",
-                                  "..\\x.safetensors", "x\0.safetensors"])
-def test_an_index_that_names_a_file_outside_its_folder_is_not_trusted(name: str, sharded: Path):
-    write_tensors(sharded.parent / "x.safetensors", {NORM: torch.ones(64)})
-    index = sharded / "model.safetensors.index.json"
-    edit(index, lambda value: value["weight_map"].update({NORM: name}))
-    assert refusal(sharded) == (
-        f"{index} names {name!r}, which is not a file of this folder; do not trust it")
-
-
-def test_a_missing_shard_is_named_and_the_download_continues(sharded: Path):
-    (sharded / "model-00002-of-00002.safetensors").unlink()
-    assert refusal(sharded) == (
-        f"{sharded} lacks model-00002-of-00002.safetensors, which its index names; "
-        "run the download again: it continues where it stopped")
-
-
-@pytest.mark.parametrize("text", [
-    "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": null}'])
-def test_an_index_without_weight_map_is_refused(text: str, sharded: Path):
-    index = sharded / "model.safetensors.index.json"
-    index.write_text(text)
-    assert refusal(sharded) == f"{index} has no weight_map; download it again"
-
-
-def test_an_index_that_is_not_json_is_refused(sharded: Path):
-    index = sharded / "model.safetensors.index.json"
-    index.write_text("404")
-    assert refusal(sharded).startswith(f"{index} holds no JSON object but a int")
-
-
-def test_an_index_that_names_one_shard_of_two_leaves_tensors_out(sharded: Path):
-    index = sharded / "model.safetensors.index.json"
-    edit(index, lambda value: value.update(weight_map={NORM: "model-00002-of-00002.safetensors"}))
-    assert refusal(sharded).startswith(f"{sharded} lacks 44 of 89 tensors, such as vision_tower.")
-
-
-# ----- files that are broken ----------------------------------------------------------------------
-
-
-def header_of(path: Path) -> tuple[dict, bytes]:
-    """The JSON header of a safetensors file, and the bytes behind it."""
-    data = path.read_bytes()
-    size, = struct.unpack("<Q", data[:8])
-    return json.loads(data[8: 8 + size]), data[8 + size:]
-
-
-def set_header(path: Path, header: dict | bytes, behind: bytes) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + behind)
-
-
-def assert_broken(folder: Path) -> None:
-    path = folder / "model.safetensors"
+@pytest.mark.parametrize("damage, says", BROKEN, ids=[f"{says:.60}" for _, says in BROKEN])
+def test_what_is_missing_broken_or_another_models_is_named(damage: Change, says: str, folder: Path):
+    damage(folder)
+    begin, _, end = says.replace("FOLDER", str(folder)).partition("...")
     text = refusal(folder)
-    assert text.startswith(f"{path} is cut off or broken (")
-    assert text.endswith("); download it again")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.00001, 0.001, 0.5, 0.99])
-def test_a_file_that_was_cut_off_is_named(share: float, folder: Path):
-    path = folder / "model.safetensors"
-    os.truncate(path, int(share * path.stat().st_size))
-    assert_broken(folder)
-
-
-@pytest.mark.parametrize("length", [0, 7, 1 << 20, 1 << 40, (1 << 64) - 1])
-def test_a_header_that_lies_about_its_own_length_is_refused(length: int, folder: Path):
-    path = folder / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    assert_broken(folder)
-
-
-@pytest.mark.parametrize("offsets", [[0, 1 << 40], [4, 260], [260, 4], [-4, 252], [0, 255]])
-def test_a_header_whose_offsets_do_not_fit_is_refused(offsets: list[int], folder: Path):
-    header, behind = header_of(folder / "model.safetensors")
-    header[NORM]["data_offsets"] = offsets                                    # 64 x 4 are 256
-    set_header(folder / "model.safetensors", header, behind)
-    assert_broken(folder)
-
-
-@pytest.mark.parametrize("text", [b"{", b"[]", b"null", b'{"x": 1}', b"\xff\xfe{}"])
-def test_a_header_that_is_not_one_is_refused(text: bytes, folder: Path):
-    set_header(folder / "model.safetensors", text, b"\0" * 64)
-    assert_broken(folder)
-
-
-def test_a_pointer_to_the_file_in_place_of_the_file_is_refused(folder: Path):
-    pointer = "version https://git-lfs.github.com/spec/v1\nsize 14126854144\n"
-    for name in ("model.safetensors", "tokenizer.json", "config.json"):
-        kept = (folder / name).read_bytes()
-        for there, says in ((pointer, "pointer of git-lfs"), ("<!DOCTYPE html>", "web page")):
-            (folder / name).write_text(there)
-            assert says in refusal(folder) and f"{folder / name} is" in refusal(folder)
-        (folder / name).write_bytes(kept)
-
-
-def test_an_older_pickle_under_the_name_is_refused_and_not_run(folder: Path):
-    torch.save({NORM: torch.ones(64)}, folder / "model.safetensors")
-    assert refusal(folder) == (f"{folder / 'model.safetensors'} is a file of torch.save's under "
-                               "another name; call it pytorch_model.bin")
-
-
-# ----- config.json --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["", "{", "nonsense", '{"a": 1} {"b": 2}'])
-def test_a_config_that_is_not_json_is_named(text: str, folder: Path):
-    (folder / "config.json").write_text(text)
-    assert refusal(folder).startswith(f"{folder / 'config.json'} cannot be read (")
-
-
-def test_a_config_in_another_encoding_is_named(folder: Path):
-    (folder / "config.json").write_bytes('{"model_type": "llava"}'.encode("utf-16"))
-    assert refusal(folder).startswith(f"{folder / 'config.json'} cannot be read (")
-
-
-@pytest.mark.parametrize("text, kind", [
-    ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str")])
-def test_a_config_that_is_no_object_is_named(text: str, kind: str, folder: Path):
-    (folder / "config.json").write_text(text)
-    assert refusal(folder) == (f"{folder / 'config.json'} holds no JSON object but a {kind}: "
-                               "it is some other file under this name")
-
-
-@pytest.mark.parametrize("model_type", ["llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"]])
-def test_another_kind_of_model_is_refused_by_name(model_type: object, folder: Path):
-    edit(folder / "config.json", lambda config: config.update(model_type=model_type))
-    assert refusal(folder) == (
-        f"{folder / 'config.json'} describes a {model_type!r} model; nanogap loads "
-        f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
-    assert "'llava'" in refusal(folder)
+    assert text.startswith(begin) and text.endswith(end)
+    assert "..." in says or text == begin
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
@@ -417,14 +339,15 @@ def test_llavas_own_layout_is_recognised_and_answered_with_the_line_that_convert
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlavaLlamaForCausalLM"], "model_type": model_type, "hidden_size": 4096,
         "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2}))
-    (folder / "model.safetensors").unlink()
-    if not tokenizer:
-        (folder / "tokenizer.json").unlink()
-    text = refusal(folder)
-    assert text == (
+    for name in (MODEL, *([] if tokenizer else ["tokenizer.json"])):
+        (folder / name).unlink()
+    assert refusal(folder) == (
         f"{folder} is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
         f"`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR` (config.json has "
         "mm_vision_tower)")
+
+
+# ----- config.json --------------------------------------------------------------------------------
 
 
 BETWEEN = "{}; it must leave a layer before and after the features, of 3"
@@ -449,6 +372,8 @@ BETWEEN = "{}; it must leave a layer before and after the features, of 3"
     ("vision", "hidden_act", "gelu", "'gelu'; nanogap implements 'quick_gelu' only"),
     ("vision", "num_channels", 4, "4; nanogap implements 3 only"),
     ("vision", "layer_norm_eps", [], "[], not a positive number"),
+    ("text", "bos_token_id", 640, "640, not a whole number from 0 to 639"),
+    ("text", "eos_token_id", 4_194_304, "4194304, not a whole number from 0 to 639"),
     (None, "text_config", [], "not an object"),
     (None, "vision_config", "clip", "not an object"),
     (None, "vision_feature_layer", -1, BETWEEN.format(-1)),
@@ -459,32 +384,9 @@ BETWEEN = "{}; it must leave a layer before and after the features, of 3"
     (None, "image_token_index", "<image>", "'<image>', not a whole number from 0 to 4194304")])
 def test_a_config_that_nanogap_cannot_follow_is_refused_by_key(
         part: str | None, key: str, value: object, text: str, folder: Path):
+    (folder / "generation_config.json").unlink()           # so that config.json says the end token
     set_key(folder, part, key, value)
     assert refusal(folder) == f"config.json: {key} is {text}"
-
-
-@pytest.mark.parametrize("part, key, value, text", [
-    ("text", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'; nanogap implements"),
-    ("text", "num_key_value_heads", 3, "4 attention heads of 16 channels do not go with 3 "),
-    ("text", "head_dim", 15, "4 attention heads of 15 channels do not go with 4 key-value heads"),
-    ("vision", "patch_size", 112, "vision_config makes no sense: CLIPVisionConfig(hidden_size=32"),
-    ("vision", "num_attention_heads", 5, "vision_config makes no sense: CLIPVisionConfig(")])
-def test_parts_of_a_config_that_do_not_go_together_are_refused(
-        part: str, key: str, value: object, text: str, folder: Path):
-    set_key(folder, part, key, value)
-    assert refusal(folder).startswith(f"config.json: {text}")
-
-
-@pytest.mark.parametrize("name", ["generation_config.json", "preprocessor_config.json"])
-def test_a_broken_file_beside_the_config_is_named(name: str, folder: Path):
-    (folder / name).write_text("{")
-    assert refusal(folder).startswith(f"{folder / name} cannot be read (")
-
-
-@pytest.mark.parametrize("mean", [[0.5, 0.5], "grey", [0.5, 0.5, "x"], 0.5])
-def test_a_mean_colour_is_three_positive_numbers(mean: object, folder: Path):
-    edit(folder / "preprocessor_config.json", lambda config: config.update(image_mean=mean))
-    assert "image_mean is " in refusal(folder)
 
 
 # ----- what config.json omits, and what it must be asked for -------------------------------------
@@ -567,20 +469,6 @@ def test_both_spellings_of_the_newer_keys_are_read(folder: Path):
     config = weights.read_config(folder)
     assert (config.image_token, config.dtype, config.text.rope_theta) == (560, "float32", 10000.0)
     assert torch.equal(logits(folder), expected)
-
-
-def test_the_end_token_is_that_of_generation_config_where_there_is_one(folder: Path):
-    edit(folder / "generation_config.json", lambda config: config.update(eos_token_id=7))
-    assert weights.read_config(folder).eos_token == 7
-    (folder / "generation_config.json").unlink()
-    assert weights.read_config(folder).eos_token == 2
-
-
-def test_colours_are_normalised_as_preprocessor_config_says(folder: Path):
-    edit(folder / "preprocessor_config.json",
-         lambda config: config.update(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25]))
-    config = nanogap.load(folder, "cpu").config
-    assert (config.image_mean, config.image_std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 # ----- memory -------------------------------------------------------------------------------------
