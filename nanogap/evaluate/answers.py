@@ -22,8 +22,8 @@ from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_b
 from nanogap.evaluate.formats import FORMATS, fitting, smart_resize, with_numbers
 from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import read_file
-from nanogap.evaluate.score import TIMES, Reading, Run, score, with_last_pixel
-from nanogap.image import Box, iou
+from nanogap.evaluate.score import TIMES, Run, minigpt_iou, score
+from nanogap.image import Box
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 GIVEN = "given"                                   # strategy and mode where lines do not say them
@@ -200,7 +200,7 @@ def record(item: dict, run: Run, example: Example, expression: str, truth: Box,
             **{key: item.get(key) for key in MEASURED}}
 
 
-def reading(item: dict, size: Size, truth: Box, how: How) -> Reading:
+def reading(item: dict, size: Size, truth: Box, how: How) -> tuple[Box | None, float]:
     """The box of an answer in pixels as the protocol reads it, and its IoU."""
     text, box = item.get("text", ""), item.get("box")
     if text is None:
@@ -212,7 +212,7 @@ def reading(item: dict, size: Size, truth: Box, how: How) -> Reading:
     if box is None or not (box[0] < box[2] and box[1] < box[3]):
         return None, 0.0
     if how.protocol == "minigpt":                 # without a text: its way to count
-        return tuple(box), iou(with_last_pixel(box), with_last_pixel(truth))
+        return tuple(box), minigpt_iou(tuple(box), truth)
     return score("pixels", text, tuple(box), truth, *size)
 
 
