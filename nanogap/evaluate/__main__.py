@@ -19,6 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ import torch
 
 from nanogap.checks.command import answer_for, shown, tell
 from nanogap.checks.loading import load
+from nanogap.checks.output import claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
 from nanogap.evaluate.answers import How, read_answers
-from nanogap.evaluate.arguments import outs_of, parse_arguments
+from nanogap.evaluate.arguments import check_outs, outs_of, parse_arguments
 from nanogap.evaluate.data import Data, Example, drawn_data, first
 from nanogap.evaluate.questions import write_questions
 from nanogap.evaluate.refcoco import read_data
@@ -186,7 +188,7 @@ def cannot_run(args: argparse.Namespace, examples: Sequence[Example]) -> dict[st
             ask.rehearse(model, image, [run for run in runs if run[0] == name], args.seed)
         except NanogapError as error:
             why[name] = str(error)
-    if set(args.prune) == set(why) and not {"full"} & set(args.mode):
+    if set(args.prune) == set(why) and "full" not in args.mode:
         raise named(args.weights, why[args.prune[0]])
     return why
 
@@ -209,7 +211,7 @@ def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> N
         if all(name in why for why in lacking):
             raise NanogapError(lacking[0][name])
     reports: list[Report] = []
-    outs = outs_of(args) if args.out else [None] * len(args.models)
+    outs = outs_of(args)
     begun = time.time()
     try:
         for i, (folder, out, why) in enumerate(zip(args.models, outs, lacking, strict=True), 1):
@@ -246,10 +248,9 @@ def main(argv: Sequence[str] | None) -> None:
         ask_nobody(args)
         return
     rank, world = join()
-    with journal.own(args.out if rank == 0 else None):
-        if args.out and rank == 0:
-            for file in outs_of(args):
-                journal.check_out(file, args.resume)        # another run may just have ended
+    with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
+        if rank == 0:
+            check_outs(args)                                # another run may just have ended
         data = data_asked(args)
         if data.missing and rank == 0:
             tell(missing(data))
