@@ -9,6 +9,7 @@ from nanogap.evaluate import __main__ as command
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI, SHIKRA = ROOT / "weights" / "mini", ROOT / "weights" / "mini-shikra"
+BOX = "[0.10, 0.25, 0.50, 0.60]"       # what the model `finder` always says
 
 
 def run(*arguments: object) -> int:

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.asking import run
+from tests.evaluate.asking import BOX, run
 from tests.tiny import lines_of, tiny_config, write_checkpoint, write_finder
-
-BOX = "[0.10, 0.25, 0.50, 0.60]"
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,7 @@ from nanogap.checks.loading import default_weights
 from nanogap.evaluate import ablate, arguments, ask, journal, plot
 from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.models import VLM
-from tests.evaluate.asking import MINI, ROOT, read_lines, run, timeless, write_lines
-from tests.evaluate.conftest import BOX
+from tests.evaluate.asking import BOX, MINI, ROOT, read_lines, run, timeless, write_lines
 from tests.tiny import tiny_config, write_checkpoint
 
 
