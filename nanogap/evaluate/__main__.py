@@ -30,10 +30,9 @@ from nanogap.checks.loading import load
 from nanogap.checks.output import claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
-from nanogap.evaluate.answers import How, read_answers
+from nanogap.evaluate.answers import How, read_answers, write_questions
 from nanogap.evaluate.arguments import check_outs, outs_of, parse_arguments
 from nanogap.evaluate.data import Data, Example, drawn_data, first
-from nanogap.evaluate.questions import write_questions
 from nanogap.evaluate.refcoco import read_data
 from nanogap.evaluate.report import Report, missing, print_comparison, print_report, without
 from nanogap.evaluate.score import Run, summary

@@ -7,16 +7,20 @@ Out: a record for each expression and each run of the file.
 
 A box is in pixels of the original image.  A text holds one in the notation of a family of models
 (formats.py).  Lines may say "prune", "keep" and "mode", as the evaluator's own do: each of these is
-a run.  An expression without an answer counts as wrong.
+a run.  An expression without an answer counts as wrong.  `write_questions` makes a file that comes
+back like this: {"id", "image", "expression", "width", "height"}, and drawn scenes as pictures in a
+folder beside it.
 """
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanogap.checks.command import shown
+from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.checks.reading import read_documents
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_whole
@@ -160,8 +164,7 @@ def is_number(value: object) -> bool:
     return value is None or type(value) in (int, float) and abs(value) < 1e12   # type: ignore
 
 
-OTHERS = {"prune": (is_name, "a name of at most 300 letters"),
-          "mode": (is_name, "a name of at most 300 letters"),
+OTHERS = {**dict.fromkeys(("prune", "mode"), (is_name, f"a name of at most {LONGEST} letters")),
           "keep": (lambda v: v is None or is_whole(v) or is_name(v), "a number of visual tokens"),
           "cut_off": (lambda v: v is None or type(v) is bool, "true or false"),
           "resized": (lambda v: isinstance(v, list) and len(v) == 2
@@ -226,3 +229,32 @@ def resized_of(item: dict, size: Size, how: How) -> Size | None:
                            "line, or --resized 640x480 for all, or --resized 28 where sides were "
                            "rounded to multiples of 28, which the model does by default")
     return smart_resize(*size, how.resized) if isinstance(how.resized, int) else how.resized
+
+
+# ----- questions for another program --------------------------------------------------------------
+
+
+def write_questions(path: Path, examples: Sequence[Example], same: Sequence[str]) -> str:
+    """Write the file and the pictures; what to do with them, in a line.
+
+    same: arguments of the command that say what data it is
+    """
+    if path.exists():
+        raise NanogapError(f"--questions {path} exists, and may have answers in it; give a new "
+                           "file")
+    folder = path.with_name(f"{path.stem}_images")
+    lines = []
+    for example in examples:
+        image = example.file or folder / f"{example.name.partition(':')[2].replace('/', '-')}.png"
+        if example.file is None:
+            check_folder("--questions", folder)
+            save_picture("--questions", image, example.image())
+        width, height = example.size
+        lines += [json.dumps({"id": id_, "image": str(image), "expression": expression,
+                              "width": width, "height": height}) + "\n"
+                  for id_, expression, _ in example.questions]
+    write_whole("--questions", path, "".join(lines).encode())
+    score = shlex.join(["python", "-m", "nanogap.evaluate", "--score", str(path), *same])
+    return (f"{len(lines)} questions about {len(examples)} pictures: {path}\n"
+            "add to each line \"text\", what was answered, or \"box\", x1, y1, x2, y2 in pixels; "
+            f"then\n{score}")

@@ -19,14 +19,7 @@ from pathlib import Path
 
 from nanogap.checks.reading import read_bytes, read_documents
 from nanogap.errors import ItemError, NanogapError
-from nanogap.evaluate.data import (
-    Data,
-    Example,
-    check_units,
-    find_image,
-    none_there,
-    open_sized,
-)
+from nanogap.evaluate.data import Data, Example, check_units, find_image, none_there, open_sized
 from nanogap.evaluate.refer import LARGEST, Entry, check_inside, checked, read_refs
 from nanogap.image import open_image
 
