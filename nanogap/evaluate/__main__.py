@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -164,11 +163,6 @@ def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM) -> list[str]:
 # ----- several models -----------------------------------------------------------------------------
 
 
-def with_values(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
-    """The same arguments, but for some of them."""
-    return argparse.Namespace(**{**vars(args), **values})
-
-
 def cannot_run(args: argparse.Namespace, examples: Sequence[Example]) -> dict[str, str]:
     """Which strategies a model cannot run, and why: each is asked for one token.
 
@@ -205,7 +199,8 @@ def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> N
     undone takes nothing from what is done.
     """
     examples = first(data.examples, args.limit)
-    lacking = [cannot_run(with_values(args, weights=folder), examples) for folder in args.models]
+    lacking = [cannot_run(argparse.Namespace(**vars(args) | {"weights": folder}), examples)
+               for folder in args.models]
     for name in args.prune:
         if all(name in why for why in lacking):
             raise NanogapError(lacking[0][name])
@@ -216,8 +211,9 @@ def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> N
         for i, (folder, out, why) in enumerate(zip(args.models, outs, lacking, strict=True), 1):
             if rank == 0:
                 tell(f"model {i} of {len(outs)}: {folder} ...")
-            mine = with_values(args, weights=folder, out=out,
-                               prune=[name for name in args.prune if name not in why])
+            mine = argparse.Namespace(**vars(args) | {
+                "weights": folder, "out": out,
+                "prune": [name for name in args.prune if name not in why]})
             try:
                 report = ask_model(mine, data, rank, world, len(outs) - i)
             except NanogapError as error:
