@@ -18,8 +18,8 @@ broken, an expression that is blank or too long) is left out, and the report say
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -163,33 +163,35 @@ def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM) -> list[str]:
 # ----- several models -----------------------------------------------------------------------------
 
 
+@contextmanager
+def named(folder: Path) -> Iterator[None]:
+    """In here a refusal names its model."""
+    try:
+        yield
+    except NanogapError as error:
+        said = str(error)
+        raise NanogapError(said if str(folder) in said else f"{folder}: {said}") from None
+
+
 def cannot_run(args: argparse.Namespace, examples: Sequence[Example]) -> dict[str, str]:
     """Which strategies a model cannot run, and why: each is asked for one token.
 
     raises: NanogapError that names the model, for all else that it cannot be asked
     """
     why: dict[str, str] = {}
-    try:
+    with named(args.weights):
         model = load_asked(args)
         image = ask.first_whole(model, examples)
         runs = ask.runs_asked(args, image, model.pictures_alike)
         ask.rehearse(model, image, [run for run in runs if run[0] == "none"], args.seed)
-    except NanogapError as error:
-        raise named(args.weights, error) from None
-    for name in args.prune:
-        try:
-            ask.rehearse(model, image, [run for run in runs if run[0] == name], args.seed)
-        except NanogapError as error:
-            why[name] = str(error)
-    if set(args.prune) == set(why) and "full" not in args.mode:
-        raise named(args.weights, why[args.prune[0]])
+        for name in args.prune:
+            try:
+                ask.rehearse(model, image, [run for run in runs if run[0] == name], args.seed)
+            except NanogapError as error:
+                why[name] = str(error)
+        if set(args.prune) == set(why) and "full" not in args.mode:
+            raise NanogapError(why[args.prune[0]])
     return why
-
-
-def named(folder: Path, error: object) -> NanogapError:
-    """A refusal that names its model."""
-    said = str(error)
-    return NanogapError(said if str(folder) in said else f"{folder}: {said}")
 
 
 def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> None:
@@ -214,10 +216,8 @@ def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> N
             mine = argparse.Namespace(**vars(args) | {
                 "weights": folder, "out": out,
                 "prune": [name for name in args.prune if name not in why]})
-            try:
+            with named(folder):
                 report = ask_model(mine, data, rank, world, len(outs) - i)
-            except NanogapError as error:
-                raise named(folder, error) from None
             if report is not None:                          # the first process has it
                 reports.append(report._replace(made=report.made | {"cannot_run": why},
                                                notes=[*left_out_notes(why), *report.notes]))
