@@ -63,13 +63,6 @@ def test_killed_before_the_first_line_it_starts_again(tmp_path: Path):
         write(path)
 
 
-@pytest.mark.parametrize("key, value", [("weights", "mini 9999"), ("seed", 1)])
-def test_other_settings_are_refused_by_name(path: Path, key: str, value: object):
-    message = f"made with another {key}, {SETTINGS[key]} and not {value}"
-    with pytest.raises(NanogapError, match=message):
-        journal.earlier(path, SETTINGS | {key: value})
-
-
 @pytest.mark.parametrize("name, message", [
     ("answers.jsonl", "answers.jsonl exists; continue it with --resume, or"),
     ("no/folder/x.jsonl", "in a folder that does not exist; make it with `mkdir -p .*no/folder`"),
