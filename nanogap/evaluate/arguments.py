@@ -95,12 +95,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse arguments that contradict each other, before any work is done."""
-    alone = "score" if args.score else "questions" if args.questions else None
-    if alone:
-        other = "score" if alone == "questions" else "questions"
+    for alone, other in (("score", "questions"), ("questions", "score")):
         flags = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume", other)
         asked = [flag for flag in flags if getattr(args, flag)]
-        if asked:
+        if getattr(args, alone) and asked:
             raise NanogapError(f"--{alone} asks no model, so --{asked[0]} has nothing to say "
                                "there; leave one of them out")
     folders: dict[Path, Path] = {}                  # a link to a model is that model
