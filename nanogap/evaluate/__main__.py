@@ -18,20 +18,20 @@ broken, an expression that is blank or too long) is left out, and the report say
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nanogap.checks.command import answer_for, shown, tell
 from nanogap.checks.loading import load
+from nanogap.checks.output import claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
-from nanogap.evaluate.answers import How, read_answers
-from nanogap.evaluate.arguments import outs_of, parse_arguments
+from nanogap.evaluate.answers import How, read_answers, write_questions
+from nanogap.evaluate.arguments import check_outs, outs_of, parse_arguments
 from nanogap.evaluate.data import Data, Example, drawn_data, first
-from nanogap.evaluate.questions import write_questions
 from nanogap.evaluate.refcoco import read_data
 from nanogap.evaluate.report import Report, missing, print_comparison, print_report, without
 from nanogap.evaluate.score import Run, summary
@@ -163,9 +163,14 @@ def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM) -> list[str]:
 # ----- several models -----------------------------------------------------------------------------
 
 
-def with_values(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
-    """The same arguments, but for some of them."""
-    return argparse.Namespace(**{**vars(args), **values})
+@contextmanager
+def named(folder: Path) -> Iterator[None]:
+    """In here a refusal names its model."""
+    try:
+        yield
+    except NanogapError as error:
+        said = str(error)
+        raise NanogapError(said if str(folder) in said else f"{folder}: {said}") from None
 
 
 def cannot_run(args: argparse.Namespace, examples: Sequence[Example]) -> dict[str, str]:
@@ -174,27 +179,19 @@ def cannot_run(args: argparse.Namespace, examples: Sequence[Example]) -> dict[st
     raises: NanogapError that names the model, for all else that it cannot be asked
     """
     why: dict[str, str] = {}
-    try:
+    with named(args.weights):
         model = load_asked(args)
         image = ask.first_whole(model, examples)
         runs = ask.runs_asked(args, image, model.pictures_alike)
         ask.rehearse(model, image, [run for run in runs if run[0] == "none"], args.seed)
-    except NanogapError as error:
-        raise named(args.weights, error) from None
-    for name in args.prune:
-        try:
-            ask.rehearse(model, image, [run for run in runs if run[0] == name], args.seed)
-        except NanogapError as error:
-            why[name] = str(error)
-    if set(args.prune) == set(why) and not {"full"} & set(args.mode):
-        raise named(args.weights, why[args.prune[0]])
+        for name in args.prune:
+            try:
+                ask.rehearse(model, image, [run for run in runs if run[0] == name], args.seed)
+            except NanogapError as error:
+                why[name] = str(error)
+        if set(args.prune) == set(why) and "full" not in args.mode:
+            raise NanogapError(why[args.prune[0]])
     return why
-
-
-def named(folder: Path, error: object) -> NanogapError:
-    """A refusal that names its model."""
-    said = str(error)
-    return NanogapError(said if str(folder) in said else f"{folder}: {said}")
 
 
 def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> None:
@@ -204,23 +201,23 @@ def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> N
     undone takes nothing from what is done.
     """
     examples = first(data.examples, args.limit)
-    lacking = [cannot_run(with_values(args, weights=folder), examples) for folder in args.models]
+    lacking = [cannot_run(argparse.Namespace(**vars(args) | {"weights": folder}), examples)
+               for folder in args.models]
     for name in args.prune:
         if all(name in why for why in lacking):
             raise NanogapError(lacking[0][name])
     reports: list[Report] = []
-    outs = outs_of(args) if args.out else [None] * len(args.models)
+    outs = outs_of(args)
     begun = time.time()
     try:
         for i, (folder, out, why) in enumerate(zip(args.models, outs, lacking, strict=True), 1):
             if rank == 0:
                 tell(f"model {i} of {len(outs)}: {folder} ...")
-            mine = with_values(args, weights=folder, out=out,
-                               prune=[name for name in args.prune if name not in why])
-            try:
+            mine = argparse.Namespace(**vars(args) | {
+                "weights": folder, "out": out,
+                "prune": [name for name in args.prune if name not in why]})
+            with named(folder):
                 report = ask_model(mine, data, rank, world, len(outs) - i)
-            except NanogapError as error:
-                raise named(folder, error) from None
             if report is not None:                          # the first process has it
                 reports.append(report._replace(made=report.made | {"cannot_run": why},
                                                notes=[*left_out_notes(why), *report.notes]))
@@ -246,10 +243,9 @@ def main(argv: Sequence[str] | None) -> None:
         ask_nobody(args)
         return
     rank, world = join()
-    with journal.own(args.out if rank == 0 else None):
-        if args.out and rank == 0:
-            for file in outs_of(args):
-                journal.check_out(file, args.resume)        # another run may just have ended
+    with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
+        if rank == 0:
+            check_outs(args)                                # another run may just have ended
         data = data_asked(args)
         if data.missing and rank == 0:
             tell(missing(data))

@@ -7,22 +7,27 @@ Out: a record for each expression and each run of the file.
 
 A box is in pixels of the original image.  A text holds one in the notation of a family of models
 (formats.py).  Lines may say "prune", "keep" and "mode", as the evaluator's own do: each of these is
-a run.  An expression without an answer counts as wrong.
+a run.  An expression without an answer counts as wrong.  `write_questions` makes a file that comes
+back like this: {"id", "image", "expression", "width", "height"}, and drawn scenes as pictures in a
+folder beside it.
 """
 
 import json
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanogap.checks.command import shown
+from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.checks.reading import read_documents
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_whole
-from nanogap.evaluate.formats import FORMATS, fitting, smart_resize, with_numbers
+from nanogap.evaluate.formats import FORMATS, Format, fitting, smart_resize
 from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import read_file
-from nanogap.evaluate.score import TIMES, Reading, Run, score, with_last_pixel
+from nanogap.evaluate.score import TIMES, Run, minigpt_iou, score
 from nanogap.image import Box, iou
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
@@ -38,6 +43,10 @@ class How(NamedTuple):
     protocol: str
     form: str | None                   # a name of FORMATS; None: llava, unless another one fits
     resized: Size | int | None         # of pictures as the model saw them, or what sides divide by
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.form or "llava"]
 
 
 class Scored(NamedTuple):
@@ -81,10 +90,9 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
     boxes = [(item["box"], example.size) for (example, *_), item in pairs if item.get("box")]
     if boxes:
         check_units(path, boxes)
-    texts = [item["text"] for _, item in pairs if "box" not in item]
     notes = doubts("answers", boxes)
     if how.protocol == "pixels":
-        notes += check_format(path, texts, how.form)
+        notes += check_format(path, [item["text"] for _, item in pairs if "box" not in item], how)
     records = [record(found.get(id_, {"id": id_, "text": None}), run, *parts, how)
                for run, found in runs.items() for id_, parts in asked.items()]
     return Scored(records, {run: len(asked) - len(found) for run, found in runs.items()}, notes)
@@ -105,17 +113,16 @@ def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, Any]]:
                         for id_, text in zip(ids, texts, strict=False) if id_ in asked)
         return
     for number, (where, item) in enumerate(documents, 1):
-        if isinstance(item, dict):
-            if "id" not in item and "gt_bbox" in item:
-                truth = asked.get(str(number), (None, None, None))[2]
-                if truth is None or truth != tuple(item["gt_bbox"]):
-                    raise NanogapError(f"{where} answers about the box {shown(item['gt_bbox'])}, "
-                                       f"and expression {number} of {data.name} has another, or "
-                                       "there is none; give the --data that was answered")
-                item = item | {"id": number}
-            for ours, theirs in (("id", "question_id"), ("text", "answer")):
-                if ours not in item and "box" not in item | {ours: 0} and theirs in item:
-                    item = item | {ours: item[theirs]}
+        if isinstance(item, dict) and "id" not in item and "gt_bbox" in item:
+            _, _, truth = asked.get(str(number), (None, None, ()))
+            if list(truth) != item["gt_bbox"]:
+                raise NanogapError(f"{where} answers about the box {shown(item['gt_bbox'])}, and "
+                                   f"expression {number} of {data.name} has another, or there is "
+                                   "none; give the --data that was answered")
+            item = item | {"id": number}
+        if isinstance(item, dict) and "box" not in item:
+            theirs = {"id": "question_id", "text": "answer"}
+            item = {ours: item[key] for ours, key in theirs.items() if key in item} | item
         yield where, item
 
 
@@ -130,25 +137,21 @@ def check_protocol(path: Path, protocol: str) -> None:
                            f"({settings_of(path).name}); give --protocol {made:.80}")
 
 
-def check_format(path: Path, texts: Sequence[str], form: str | None) -> list[str]:
+def check_format(path: Path, texts: Sequence[str], how: How) -> list[str]:
     """Refuse a file of which hardly a text can be read where another format would fit.
 
     returns: a word on it where none would, or where the format was asked for
     """
-    texts = with_numbers(texts)
-    read = sum(FORMATS[form or "llava"].pattern.search(text) is not None
-               if form == "qwen2.5-vl" else FORMATS[form or "llava"].shares(text) is not None
-               for text in texts)
+    texts = [text for text in texts if len(re.findall(r"\d+", text)) >= 4]   # may hold a box
+    read = sum(map(how.format.is_in, texts))
     if not texts or read > HARDLY * len(texts):
         return []
     said = (f"{path}: {read} of {len(texts)} texts with numbers hold a box as "
-            f"{form or 'llava'} says it")
-    others = [name for name in fitting(texts) if name != form]
-    if others and form is None:
-        raise NanogapError(f"{said}, and most of them do in the format of {' or '.join(others)}; "
-                           "give --format")
-    fits = f" (most do in that of {' or '.join(others)}: --format)" if others else ""
-    return [said + fits]
+            f"{how.form or 'llava'} says it")
+    others = " or ".join(name for name in fitting(texts) if name != how.form)
+    if others and how.form is None:
+        raise NanogapError(f"{said}, and most of them do in the format of {others}; give --format")
+    return [f"{said} (most do in that of {others}: --format)" if others else said]
 
 
 def is_name(value: object) -> bool:
@@ -161,8 +164,7 @@ def is_number(value: object) -> bool:
     return value is None or type(value) in (int, float) and abs(value) < 1e12   # type: ignore
 
 
-OTHERS = {"prune": (is_name, "a name of at most 300 letters"),
-          "mode": (is_name, "a name of at most 300 letters"),
+OTHERS = {**dict.fromkeys(("prune", "mode"), (is_name, f"a name of at most {LONGEST} letters")),
           "keep": (lambda v: v is None or is_whole(v) or is_name(v), "a number of visual tokens"),
           "cut_off": (lambda v: v is None or type(v) is bool, "true or false"),
           "resized": (lambda v: isinstance(v, list) and len(v) == 2
@@ -200,7 +202,7 @@ def record(item: dict, run: Run, example: Example, expression: str, truth: Box,
             **{key: item.get(key) for key in MEASURED}}
 
 
-def reading(item: dict, size: Size, truth: Box, how: How) -> Reading:
+def reading(item: dict, size: Size, truth: Box, how: How) -> tuple[Box | None, float]:
     """The box of an answer in pixels as the protocol reads it, and its IoU."""
     text, box = item.get("text", ""), item.get("box")
     if text is None:
@@ -208,25 +210,51 @@ def reading(item: dict, size: Size, truth: Box, how: How) -> Reading:
     if how.protocol != "pixels" and "text" in item:
         return score(how.protocol, text, None, truth, *size)
     if "box" not in item:
-        box = FORMATS[how.form or "llava"].read(text, size, resized_of(item, size, how))
+        box = how.format.read(text, size, resized_of(item, size, how))
     if box is None or not (box[0] < box[2] and box[1] < box[3]):
         return None, 0.0
-    if how.protocol == "minigpt":                 # without a text: its way to count
-        return tuple(box), iou(with_last_pixel(box), with_last_pixel(truth))
-    return score("pixels", text, tuple(box), truth, *size)
+    # without a text, MiniGPT-v2's protocol is its way to count
+    return tuple(box), (minigpt_iou if how.protocol == "minigpt" else iou)(box, truth)
 
 
 def resized_of(item: dict, size: Size, how: How) -> Size | None:
     """How large the picture was as the model saw it, where its boxes are in these pixels."""
-    if FORMATS[how.form or "llava"].one is not None:
+    if how.format.one is not None:
         return None
     if "resized" in item:
         return item["resized"][0], item["resized"][1]
-    if isinstance(how.resized, int):
-        return smart_resize(*size, how.resized)
     if how.resized is None:
         raise NanogapError(f"{how.form} says boxes in pixels of the picture as it saw it, and the "
                            "size of that is not known: give \"resized\": [width, height] in each "
                            "line, or --resized 640x480 for all, or --resized 28 where sides were "
                            "rounded to multiples of 28, which the model does by default")
-    return how.resized
+    return smart_resize(*size, how.resized) if isinstance(how.resized, int) else how.resized
+
+
+# ----- questions for another program --------------------------------------------------------------
+
+
+def write_questions(path: Path, examples: Sequence[Example], same: Sequence[str]) -> str:
+    """Write the file and the pictures; what to do with them, in a line.
+
+    same: arguments of the command that say what data it is
+    """
+    if path.exists():
+        raise NanogapError(f"--questions {path} exists, and may have answers in it; give a new "
+                           "file")
+    folder = path.with_name(f"{path.stem}_images")
+    lines = []
+    for example in examples:
+        image = example.file or folder / f"{example.name.partition(':')[2].replace('/', '-')}.png"
+        if example.file is None:
+            check_folder("--questions", folder)
+            save_picture("--questions", image, example.image())
+        width, height = example.size
+        lines += [json.dumps({"id": id_, "image": str(image), "expression": expression,
+                              "width": width, "height": height}) + "\n"
+                  for id_, expression, _ in example.questions]
+    write_whole("--questions", path, "".join(lines).encode())
+    score = shlex.join(["python", "-m", "nanogap.evaluate", "--score", str(path), *same])
+    return (f"{len(lines)} questions about {len(examples)} pictures: {path}\n"
+            "add to each line \"text\", what was answered, or \"box\", x1, y1, x2, y2 in pixels; "
+            f"then\n{score}")

@@ -95,64 +95,68 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse arguments that contradict each other, before any work is done."""
-    alone = "score" if args.score else "questions" if args.questions else None
-    if alone:
-        other = "score" if alone == "questions" else "questions"
+    for alone, other in (("score", "questions"), ("questions", "score")):
         flags = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume", other)
         asked = [flag for flag in flags if getattr(args, flag)]
-        if asked:
+        if getattr(args, alone) and asked:
             raise NanogapError(f"--{alone} asks no model, so --{asked[0]} has nothing to say "
                                "there; leave one of them out")
-    if not args.score and (args.format or args.resized):
-        raise NanogapError("--format says how --score reads answers; config.json says it of a "
-                           "model that is asked, so leave it out")
-    if args.resized and args.format != "qwen2.5-vl":
-        raise NanogapError("--resized is for a --format that says boxes in pixels: qwen2.5-vl")
-    if args.ablate and args.mode:
-        raise NanogapError("--ablate has its own modes; leave --mode out")
-    if args.resume and not args.out:
-        raise NanogapError("--resume needs the file to go on with: give it with --out")
-    if args.limit == 0:
-        raise NanogapError("--limit 0 asks nothing; give a number of expressions")
-    if args.data.partition(":")[0] == "scenes" and (args.split or args.images):
-        raise NanogapError("--split and --images are for annotations of RefCOCO; for drawn scenes "
-                           "give --data scenes:SPLIT")
     folders: dict[Path, Path] = {}                  # a link to a model is that model
     for folder in args.weights or [default_weights()]:
         folders.setdefault(folder.resolve(), folder)
     args.models = list(folders.values())
     args.weights = args.models[0]
-    check_outputs(args)
+    for is_made, message in mistakes(args):
+        if is_made:
+            raise NanogapError(message)
+    check_apart({"--out": args.out, "--plot": args.plot, "--questions": args.questions})
+    if args.plot:
+        check_picture("--plot", args.plot)
+    check_outs(args)
     args.prune = [methods.find(name) for name in args.prune or ["random"]]
     args.keep = args.keep or ["50%"]
     args.mode = args.mode or DEFAULT_MODES
     return args
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse outputs that could not be written, or hold what would be lost."""
-    check_apart({"--out": args.out, "--plot": args.plot, "--questions": args.questions})
-    if args.plot:
-        check_picture("--plot", args.plot)
-    if len(args.models) > 1:
-        if args.clip:
-            raise NanogapError("--clip is the CLIP of one model; give one of --weights at a time, "
-                               "or put each one's into its folder, as clip_text")
-        if args.ablate and args.plot:
-            raise NanogapError("--plot draws the --ablate of one model; give one of --weights at "
-                               "a time, or leave --plot out")
-        if args.out and (args.out.suffix == ".jsonl" or args.out.is_file()):
-            raise NanogapError(f"--out {args.out}: several models have a file each, so give a "
-                               "folder")
-    if args.out:
-        for file in outs_of(args):
-            journal.check_out(file, args.resume)
+def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
+    """What would be a contradiction: whether it is there, and what is said of it then."""
+    several = len(args.models) > 1
+    drawn = args.data.partition(":")[0] == "scenes"
+    return [
+        (not args.score and (args.format or args.resized),
+         "--format says how --score reads answers; config.json says it of a model that is asked, "
+         "so leave it out"),
+        (args.resized and args.format != "qwen2.5-vl",
+         "--resized is for a --format that says boxes in pixels: qwen2.5-vl"),
+        (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
+        (args.resume and not args.out,
+         "--resume needs the file to go on with: give it with --out"),
+        (args.limit == 0, "--limit 0 asks nothing; give a number of expressions"),
+        (drawn and (args.split or args.images),
+         "--split and --images are for annotations of RefCOCO; for drawn scenes give --data "
+         "scenes:SPLIT"),
+        (several and args.clip,
+         "--clip is the CLIP of one model; give one of --weights at a time, or put each one's "
+         "into its folder, as clip_text"),
+        (several and args.ablate and args.plot,
+         "--plot draws the --ablate of one model; give one of --weights at a time, or leave "
+         "--plot out"),
+        (several and args.out and (args.out.suffix == ".jsonl" or args.out.is_file()),
+         f"--out {args.out}: several models have a file each, so give a folder")]
 
 
-def outs_of(args: argparse.Namespace) -> list[Path]:
-    """The files of answers, one for each model."""
-    if len(args.models) == 1:
-        return [args.out]
+def outs_of(args: argparse.Namespace) -> list[Path | None]:
+    """The file of answers of each model, if they are to be written."""
+    if not args.out or len(args.models) == 1:
+        return [args.out] * len(args.models)
     check_folder("--out", args.out)
     names = compare.names_of(args.models)
     return [args.out / f"{name.strip('/').replace('/', '_')}.jsonl" for name in names]
+
+
+def check_outs(args: argparse.Namespace) -> None:
+    """Refuse files of answers that could not be written, or hold what would be lost."""
+    for file in outs_of(args):
+        if file:
+            journal.check_out(file, args.resume)

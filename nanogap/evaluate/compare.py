@@ -15,20 +15,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from nanogap.checks.command import visible
-from nanogap.evaluate.plot import (
-    BAND,
-    GRID,
-    RIGHT,
-    ROW,
-    TICKS,
-    TITLE,
-    TOP,
-    WIDTH,
-    Page,
-    line_of,
-    ticks,
-    top_of,
-)
+from nanogap.evaluate import plot
+from nanogap.evaluate.plot import RIGHT, ROW, TICKS, TITLE, WIDTH, Page, line_of
 from nanogap.show.draw import shortened
 
 MOST = 4                      # panels beside each other
@@ -68,12 +56,9 @@ def outcomes(model: str, rows: Sequence[dict],
     return found or [Outcome(model, *ALONE, whole)]
 
 
-def by_run(found: Sequence[Outcome]) -> dict[tuple[str, str], dict[str, Outcome]]:
-    """Strategy and budget -> model -> outcome, each in the order in which it first comes."""
-    runs: dict[tuple[str, str], dict[str, Outcome]] = {}
-    for each in found:
-        runs.setdefault((each.prune, each.keep), {})[each.model] = each
-    return runs
+def runs_of(found: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """Every strategy and budget, in the order in which they first come."""
+    return list(dict.fromkeys((each.prune, each.keep) for each in found))
 
 
 def modes_of(found: Sequence[Outcome]) -> list[str]:
@@ -85,19 +70,18 @@ def modes_of(found: Sequence[Outcome]) -> list[str]:
 def table(found: Sequence[Outcome]) -> str:
     """A row for each model under each strategy and budget, all models of one together."""
     modes = modes_of(found)
-    ordered = [each for models in by_run(found).values() for each in models.values()]
     lines = [["model", "prune", "keep",
               *("all tokens" if mode == "full" else mode for mode in modes), "no box"]]
-    for each in ordered:
-        cells = [share(each.rows[mode]) if mode in each.rows else "-" for mode in modes]
+    runs = runs_of(found)
+    for each in sorted(found, key=lambda each: runs.index((each.prune, each.keep))):
+        shares = [share(each.rows[mode]) if mode in each.rows else "-" for mode in modes]
         most = max(row["no_box"] for row in each.rows.values())
-        lines.append([each.model, each.prune, each.keep, *cells, f"{most:.3f}"])
+        lines.append([each.model, each.prune, each.keep, *shares, f"{most:.3f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     caption = ("Acc@0.5 with 95 % intervals; no box: the highest share of answers without a box "
                "in any mode of the row")
-    return "\n".join([caption, *(visible("  ".join(
-        f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-        for line in lines)])
+    padded = ("  ".join(map(str.ljust, line, widths)) for line in lines)
+    return "\n".join([caption, *(visible(line.rstrip()) for line in padded)])
 
 
 def share(row: dict) -> str:
@@ -114,6 +98,7 @@ class Panel(NamedTuple):
     left: float
     right: float
     top: float
+    bottom: float
     accuracy: float           # at the right; 0 is at the left
 
     def x(self, accuracy: float) -> float:
@@ -129,72 +114,74 @@ def panel_of(index: int, panels: int, accuracy: float, rows: int) -> Panel:
     columns = math.ceil(panels / math.ceil(panels / MOST))
     width = (WIDTH - NAMES - RIGHT - APART * (columns - 1)) / columns
     left = NAMES + (width + APART) * (index % columns)
-    top = TOP + TITLE + (TITLE + ROW * rows + TICKS) * (index // columns)
-    return Panel(left, left + width, top, accuracy)
+    top = plot.TOP + TITLE + (TITLE + ROW * rows + TICKS) * (index // columns)
+    return Panel(left, left + width, top, top + ROW * rows, accuracy)
 
 
 def draw_models(found: Sequence[Outcome]) -> Image.Image:
     """A panel for each model, a row in it for each strategy and budget."""
-    runs, modes = by_run(found), modes_of(found)
+    modes = modes_of(found)
+    runs = [run for run in runs_of(found) if run != ALONE] or [ALONE]
     models = {each.model: each.rows.get("full") for each in found}
-    if len(runs) > 1:
-        runs.pop(ALONE, None)
-    top = top_of([row for each in found for row in each.rows.values()])
+    by_run = {(each.model, each.prune, each.keep): each.rows for each in found}
+    top = plot.top_of([row for each in found for row in each.rows.values()])
     panels = [panel_of(index, len(models), top, len(runs)) for index in range(len(models))]
-    bottom = int(panels[-1].y(len(runs))) - ROW // 2 + TICKS
+    bottom = panels[-1].bottom + TICKS
     page = Page(bottom + ROW * (len(modes) + 2))
     for panel, (model, whole) in zip(panels, models.items(), strict=True):
         if panel.left == NAMES:
-            draw_names(page, panel, list(runs))
-        draw_frame(page, panel, model, whole, panel.y(len(runs)) - ROW // 2)
-        for row, outcomes_there in enumerate(runs.values()):
-            draw_outcome(page, panel, row, outcomes_there.get(model), modes)
+            draw_names(page, panel, runs)
+        draw_frame(page, panel, model, whole)
+        for index, run in enumerate(runs):
+            draw_outcome(page, panel, panel.y(index), by_run.get((model, *run)), modes)
     names = {mode: "full: all tokens" if mode == "full" else mode for mode in modes}
     return page.legend(names, bottom)
 
 
 def draw_names(page: Page, panel: Panel, runs: Sequence[tuple[str, str]]) -> None:
     """Strategies, each once below a thin line, and budgets, at the left of a line of panels."""
-    for row, (prune, keep) in enumerate(runs):
-        if row == 0 or runs[row - 1][0] != prune:
-            y = panel.y(row) - ROW // 2
-            page.pen.line((20, y, WIDTH - RIGHT, y), BAND)
-            page.text(20, panel.y(row), shortened(prune, NAMES - 110, page.width), "lm")
-        page.text(NAMES - 20, panel.y(row), keep, "rm")
+    before = None
+    for index, (prune, keep) in enumerate(runs):
+        y = panel.y(index)
+        if prune != before:
+            page.pen.line((20, y - ROW // 2, WIDTH - RIGHT, y - ROW // 2), plot.BAND)
+            page.text(20, y, shortened(prune, NAMES - 110, page.width), "lm")
+        page.text(NAMES - 20, y, keep, "rm")
+        before = prune
 
 
-def draw_frame(page: Page, panel: Panel, model: str, whole: dict | None, bottom: float) -> None:
+def draw_frame(page: Page, panel: Panel, model: str, whole: dict | None) -> None:
     """The name of a model, a grid of accuracies, and all tokens if they were asked."""
     if whole:
-        page.pen.rectangle((panel.x(whole["low"]), panel.top, panel.x(whole["high"]), bottom),
-                           BAND)
-    marks = ticks(panel.accuracy)
+        page.pen.rectangle((panel.x(whole["low"]), panel.top, panel.x(whole["high"]),
+                            panel.bottom), plot.BAND)
+    marks = plot.ticks(panel.accuracy)
     width = panel.right - panel.left
-    every = 1 if width / len(marks) > 50 else 2
-    for index, accuracy in enumerate(marks):
+    named = marks if width / len(marks) > 50 else marks[::2]
+    for accuracy in marks:
         x = panel.x(accuracy)
-        page.pen.line((x, panel.top, x, bottom), GRID)
-        if index % every == 0:
-            page.text(x, bottom + 10, f"{accuracy:.1f}", "mt")
+        page.pen.line((x, panel.top, x, panel.bottom), plot.GRID)
+        if accuracy in named:
+            page.text(x, panel.bottom + 10, f"{accuracy:.1f}", "mt")
     if whole:
         x = panel.x(whole["accuracy"])
-        page.stroke((x, panel.top), (x, bottom), line_of("full"))
+        page.stroke((x, panel.top), (x, panel.bottom), line_of("full"))
     page.text(panel.left, panel.top - 12, shortened(model, width + APART - 10, page.width), "ls")
 
 
-def draw_outcome(page: Page, panel: Panel, row: int, outcome: Outcome | None,
+def draw_outcome(page: Page, panel: Panel, middle: float, rows: dict[str, dict] | None,
                  modes: Sequence[str]) -> None:
     """A mark and its interval for each mode that prunes, one below the other."""
-    if outcome is None:
-        page.text(panel.left + 12, panel.y(row), "left out", "lm", FAINT)
+    if rows is None:
+        page.text(panel.left + 12, middle, "left out", "lm", FAINT)
         return
     pruned = [mode for mode in modes if mode != "full"]
     for index, mode in enumerate(pruned):
-        if mode in outcome.rows:
-            found, style = outcome.rows[mode], line_of(mode)
-            y = panel.y(row) + mark_at(index, len(pruned))
-            page.pen.line((panel.x(found["low"]), y, panel.x(found["high"]), y), style.colour, 3)
-            page.marker((panel.x(found["accuracy"]), y), style, RADIUS)
+        if mode in rows:
+            row, style = rows[mode], line_of(mode)
+            y = middle + mark_at(index, len(pruned))
+            page.pen.line((panel.x(row["low"]), y, panel.x(row["high"]), y), style.colour, 3)
+            page.marker((panel.x(row["accuracy"]), y), style, RADIUS)
 
 
 def mark_at(index: int, modes: int) -> float:

@@ -62,11 +62,10 @@ class Data:
 
 def drawn_data(split: str, limit: int) -> Data:
     """The first expressions about drawn scenes; the split's name seeds them (see scenes.py)."""
-    examples: list[Example] = []
-    count = 0
     if limit > MOST_DRAWN:
         raise NanogapError(f"--limit {limit} is more than can be drawn; give at most {MOST_DRAWN}")
-    told = time.time()
+    examples: list[Example] = []
+    count, told = 0, time.time()
     while count < limit:
         if time.time() - told >= TELL_EVERY:
             told = time.time()
@@ -75,8 +74,8 @@ def drawn_data(split: str, limit: int) -> Data:
         drawn = scene(split, number)
         questions = [(f"{split}/{number}/{i}", expression, drawn.things[thing].box)
                      for i, (expression, thing) in enumerate(drawn.expressions)]
-        again = drawn.image.copy if number < HELD else partial(drawn_image, split, number)
-        examples.append(Example(number, f"scenes:{split}/{number}", drawn.image.size, again,
+        image = drawn.image.copy if number < HELD else partial(drawn_image, split, number)
+        examples.append(Example(number, f"scenes:{split}/{number}", drawn.image.size, image,
                                 questions))
         count += len(questions)
     return Data(f"scenes:{split}", "", first(examples, limit), limit, [], {})
@@ -167,12 +166,10 @@ def find_image(folder: Path, name: str) -> Path | None:
     COCO's pictures of 2014 are there under the names of 2017 as well.
     """
     path = Path(name)
-    outside = path.is_absolute() or ".." in path.parts
-    for file in ([] if outside else [folder / path]) + [
-            folder / path.name, folder / COCO.sub("", path.name)]:
-        if os.path.isfile(file):
-            return file
-    return None
+    files = [folder / path.name, folder / COCO.sub("", path.name)]
+    if not path.is_absolute() and ".." not in path.parts:
+        files.insert(0, folder / path)
+    return next(filter(os.path.isfile, files), None)
 
 
 def nearby(folder: Path, name: str) -> Iterator[Path]:
@@ -185,23 +182,16 @@ def nearby(folder: Path, name: str) -> Iterator[Path]:
 def none_there(folder: Path, missing: Sequence[str]) -> NanogapError:
     """What to do where no picture is found: look at what is there first."""
     name = missing[0]
-    said = f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
     below = next(nearby(folder, name), None)
-    if below:
-        return NanogapError(f"{said}it is in {below.parent}: give that with --images")
-    if COCO.match(Path(name).name):
-        return NanogapError(f"{said}get COCO train2014 "
-                            "(images.cocodataset.org/zips/train2014.zip, 13 GB) and give its "
-                            "folder with --images")
     kinds = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
-    there = [file for file in folder.glob("*") if file.suffix.lower() in kinds]
-    holds = f"{len(there)} pictures, such as {there[0].name}" if there else "no picture"
-    return NanogapError(f"{said}that folder holds {holds}: give theirs with --images")
-
-
-def size_of(sizes: Sequence[Size | None], file: Path | None) -> Size | None:
-    """The size of an image as its annotations say, else as the picture says."""
-    size = next((size for size in sizes if size), None)
-    if size is None and file is not None:
-        size = open_image(file, upright=False).size
-    return size
+    there = [file.name for file in folder.glob("*") if file.suffix.lower() in kinds]
+    if below:
+        step = f"it is in {below.parent}: give that with --images"
+    elif COCO.match(Path(name).name):
+        step = ("get COCO train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB) and give "
+                "its folder with --images")
+    else:
+        holds = f"{len(there)} pictures, such as {there[0]}" if there else "no picture"
+        step = f"that folder holds {holds}: give theirs with --images"
+    return NanogapError(f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
+                        f"{step}")

@@ -49,6 +49,10 @@ class Format:
         x1, y1, x2, y2 = x1 / sides[0], y1 / sides[1], x2 / sides[0], y2 / sides[1]
         return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
 
+    def is_in(self, text: str) -> bool:
+        """Whether a text holds a box; if it is in pixels, of a picture of any size."""
+        return (self.pattern.search(text) if self.one is None else self.shares(text)) is not None
+
     def read(self, text: str, size: Size, resized: Size | None = None) -> Box | None:
         """The same in pixels; None also where it lies in the padding.
 
@@ -85,19 +89,10 @@ def format_argument(text: str) -> str:
     return text.lower().replace("_", "-")
 
 
-def with_numbers(texts: Sequence[str]) -> list[str]:
-    """Those that hold four numbers: the others have no box in any notation."""
-    return [text for text in texts if len(re.findall(r"\d+", text)) >= 4]
-
-
 def fitting(texts: Sequence[str]) -> list[str]:
     """Formats in which most of some texts hold a box, one of each notation first."""
-    def fits(form: Format) -> bool:
-        boxes = [form.pattern.search(text) if form.one is None else form.shares(text)
-                 for text in texts]
-        return 2 * sum(box is not None for box in boxes) > len(texts) > 0
-
-    return [name for name, form in FORMATS.items() if fits(form)]
+    return [name for name, form in FORMATS.items()
+            if 2 * sum(map(form.is_in, texts)) > len(texts)]
 
 
 def smart_resize(width: int, height: int, factor: int) -> Size:

@@ -13,13 +13,13 @@ A strategy of one's own that was edited loses its own answers: they are asked ag
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 
 from nanogap.checks.command import tell
-from nanogap.checks.output import check_file, claim, write_whole
+from nanogap.checks.output import check_file, write_whole
 from nanogap.errors import NanogapError
 
 KEYS = {"id", "image", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou",
@@ -128,11 +128,6 @@ def reading(path: Path, flag: str = "--resume:", otherwise: str = "read") -> Ite
     except OSError as error:
         raise NanogapError(f"{flag} {path} cannot be {otherwise} ({error.strerror}); mend that "
                            "and go on with --resume, or give a new file") from None
-
-
-def own(path: Path | None) -> AbstractContextManager[None]:
-    """Be the only run that writes to a file of answers; the first of its processes asks for all."""
-    return nullcontext() if path is None else claim("--out", path)
 
 
 def begin(path: Path | None, settings: dict, rank: int, world: int,

@@ -101,8 +101,8 @@ class Page:
 
 def are_cases(rows: Sequence[dict]) -> bool:
     """Whether rows are no points of lines: cases of the ablation, or tokens that nobody counted."""
-    return any(row["visual_tokens"] is None for row in rows) or any(
-        row["prune"] == "none" and row["mode"] not in MODES for row in rows)
+    return any(row["visual_tokens"] is None or row["prune"] == "none" and row["mode"] not in MODES
+               for row in rows)
 
 
 def top_of(rows: Sequence[dict]) -> float:

@@ -13,28 +13,17 @@ lmms-lab/RefCOCO is another: 8811 things and 23962 expressions, UNC's and Google
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from nanogap.checks.reading import read_bytes, read_documents
 from nanogap.errors import ItemError, NanogapError
-from nanogap.evaluate.data import (
-    Data,
-    Example,
-    check_units,
-    find_image,
-    none_there,
-    open_sized,
-    size_of,
-)
+from nanogap.evaluate.data import Data, Example, check_units, find_image, none_there, open_sized
 from nanogap.evaluate.refer import LARGEST, Entry, check_inside, checked, read_refs
+from nanogap.image import open_image
 
 CROP = re.compile(r"(?<=_\d{12})_\d+(?=\.|$)")     # behind the name of a picture of COCO's
-TO_LINES = ("two lines of Python make lines of JSON of it: `import pandas` and `pandas."
-            "read_parquet({0!r}).drop(columns='image', errors='ignore').to_json({1!r}, "
-            "orient='records', lines=True)`; then give --data {1}")
 
 
 @dataclass(frozen=True)
@@ -79,16 +68,15 @@ def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
     for where, item in read_documents(path, data):
         keys = set(item) if isinstance(item, dict) else set()
         form = form or form_of(where, keys)
-        sized = form.sized or not keys.isdisjoint({"width", "height"})
-        needed = {form.image, form.expression, form.box}
-        if sized:
-            needed |= {"width", "height"}
-        if needed - keys:
-            raise NanogapError(f"{where} lacks {', '.join(sorted(needed - keys))}, "
+        sides = {"width", "height"}
+        sized = form.sized or not keys.isdisjoint(sides)
+        lacking = ({form.image, form.expression, form.box} | (sides if sized else set())) - keys
+        if lacking:
+            raise NanogapError(f"{where} lacks {', '.join(sorted(lacking))}, "
                                f"which the form of {form.name} has")
-        image, said = item[form.image], item[form.expression]
-        group = image if form.image == "img_id" and isinstance(image, str) else ""
-        if group:                        # COCO_train2014_000000580957_4: the fourth of it
+        image, said, group = item[form.image], item[form.expression], ""
+        if form.image == "img_id" and isinstance(image, str):
+            group = image                # COCO_train2014_000000580957_4: the fourth of it
             known = re.match(r"COCO_\w+2014_\d{12}", group)
             image = (known[0] if known else re.sub(r"_\d+$", "", group)) + ".jpg"
         if form.image == "file_name" and isinstance(image, str):
@@ -113,8 +101,12 @@ def read_file(flag: str, path: Path, otherwise: str) -> bytes:
         raise NanogapError(f"{flag} {path} cannot be read ({what}); {otherwise}")
     data = read_bytes(path, LARGEST)
     if data.startswith(b"PAR1"):
-        lines = TO_LINES.format(str(path), str(path.with_suffix(".jsonl")))
-        raise NanogapError(f"{flag} {path} is a parquet file; {lines}")
+        lines = path.with_suffix(".jsonl")
+        raise NanogapError(
+            f"{flag} {path} is a parquet file; two lines of Python make lines of JSON of it: "
+            f"`import pandas` and `pandas.read_parquet({str(path)!r}).drop(columns='image', "
+            f"errors='ignore').to_json({str(lines)!r}, orient='records', lines=True)`; then give "
+            f"--data {lines}")
     return data
 
 
@@ -132,14 +124,17 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
     if json_like and split:
         raise NanogapError(f"{path} holds one split only; leave --split out")
     told, entries = read_annotations(path, data) if json_like else read_refs(path, split)
-    check_ids(entries)
-    check_units(path, [(entry.box, entry.size) for entry in entries])
     groups: dict[str, list[Entry]] = {}
     same: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for entry in entries:
+        if entry.id in seen:             # only one of its answers would count
+            raise NanogapError(f"{entry.where} is there twice; take one of them out")
+        seen.add(entry.id)
         groups.setdefault(entry.image, []).append(entry)
         if entry.group:
             same.setdefault(entry.group, []).append(entry.id)
+    check_units(path, [(entry.box, entry.size) for entry in entries])
     examples, missing, left_out = find_all(groups, images or path.parent, pictures)
     if missing and not examples:
         raise none_there(images or path.parent, missing)
@@ -163,8 +158,10 @@ def find_all(groups: dict[str, list[Entry]], folder: Path,
         if not questions:
             continue
         file = find_image(folder, name)
+        size = next((entry.size for entry in group if entry.size), None)
         try:
-            size = size_of([entry.size for entry in group], file)
+            if file and size is None:
+                size = open_image(file, upright=False).size
         except ItemError as error:
             left_out |= {entry.id: str(error) for entry in group}
             continue
@@ -176,12 +173,3 @@ def find_all(groups: dict[str, list[Entry]], folder: Path,
         opened = partial(open_sized, file or folder / name, size)
         examples.append(Example(number, name, size, opened, questions, file))
     return examples, missing, left_out
-
-
-def check_ids(entries: Sequence[Entry]) -> None:
-    """Refuse an expression that is there twice: only one of its answers would count."""
-    seen: set[str] = set()
-    for entry in entries:
-        if entry.id in seen:
-            raise NanogapError(f"{entry.where} is there twice; take one of them out")
-        seen.add(entry.id)

@@ -123,13 +123,12 @@ def read_instances(path: Path) -> tuple[dict, dict, dict]:
     if not path.is_file():
         raise NanogapError(f"{path} is not there, or is no regular file, and the pickle holds no "
                            "boxes; put instances.json of the refer API there")
+    documents = list(read_documents(path, read_bytes(path, LARGEST)))
     try:
-        (_, coco), = read_documents(path, read_bytes(path, LARGEST))
+        (_, coco), = documents
         return ({item["id"]: item["bbox"] for item in coco["annotations"]},
                 {item["id"]: (item["width"], item["height"]) for item in coco["images"]},
                 {item["id"]: item.get("file_name") for item in coco["images"]})
-    except NanogapError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise NanogapError(f"{path} does not have COCO's annotations and images ({error!r:.80}); "
                            "fetch it again") from None

@@ -96,14 +96,11 @@ def covers(data: Data) -> list[str]:
     """How many expressions a report is about, in a line for each reason why it is not all of them.
     """
     there = sum(len(example.questions) for example in data.examples)
-    asked = f"covers {there} of {data.expressions} expressions"
-    lines = []
-    if data.missing:
-        lines.append(f"{asked}: {missing(data)}")
+    reasons = [missing(data)] if data.missing else []
     if data.left_out:
         id_, why = next(iter(data.left_out.items()))
-        lines.append(f"{asked}: {len(data.left_out)} cannot be asked, such as {id_}: {why:.300}")
-    return lines
+        reasons.append(f"{len(data.left_out)} cannot be asked, such as {id_}: {why:.300}")
+    return [f"covers {there} of {data.expressions} expressions: {reason}" for reason in reasons]
 
 
 def unread(protocol: str, rows: Sequence[dict]) -> list[str]:

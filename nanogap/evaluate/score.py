@@ -12,14 +12,16 @@ is a little wider.
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from nanogap.checks.command import visible
 from nanogap.image import Box, Pad, iou
 
 # strategy, budget (a number, a share such as "25%"; None: the strategy's own), mode
 Run = tuple[str, int | str | None, str]
-Reading = tuple[Box | None, float]          # the box in pixels, or None; its IoU with the true one
+Reading = tuple[Box, float]                 # the box in pixels; its IoU with the true one
 
+OTHER_WORDS = "(its question has other words, which are not used here)"
 PROTOCOLS = {
     "pixels": "pixels: boxes in pixels of the original image, continuous areas, IoU >= 0.5",
     "minigpt": "minigpt: as MiniGPT-v2 counts, hundredths of the image's sides, sides + 1 pixel, "
@@ -27,11 +29,9 @@ PROTOCOLS = {
     "shikra": "shikra: as Shikra counts, thousandths of the padded square, one box to an answer, "
               "IoU > 0.5",
     "lmms-eval": "lmms-eval: as its task refcoco_bbox_rec counts, the numbers said are shares of "
-                 "the unpadded image, IoU >= 0.5 (its question has other words, which are not "
-                 "used here)",
+                 f"the unpadded image, IoU >= 0.5 {OTHER_WORDS}",
     "vlmevalkit": "vlmevalkit: as VLMEvalKit counts, shares, thousandths or pixels by the largest "
-                  "number said, IoU >= 0.5 (its question has other words, which are not used "
-                  "here)",
+                  f"number said, IoU >= 0.5 {OTHER_WORDS}",
 }
 TIMES = ("prefill_ms", "decode_ms")
 
@@ -39,7 +39,7 @@ TIMES = ("prefill_ms", "decode_ms")
 # ----- the protocols ------------------------------------------------------------------------------
 
 
-def minigpt(text: str, truth: Box, width: int, height: int) -> Reading:
+def minigpt(text: str, truth: Box, width: int, height: int) -> Reading | None:
     """As MiniGPT-v2's own evaluation reads and counts.
 
     A box must begin the answer, and there may be no other number in it.  Neither range nor order
@@ -50,25 +50,29 @@ def minigpt(text: str, truth: Box, width: int, height: int) -> Reading:
     numbers = re.findall(r"\d+", said)
     begins = re.match(r"\{<\d{1,3}><\d{1,3}><\d{1,3}><\d{1,3}>\}", said)
     if not begins or len(numbers) != 4:
-        return None, 0.0
+        return None
     x1, y1, x2, y2 = (int(number) / 100 for number in numbers)
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
-    return box, iou(with_last_pixel(box), with_last_pixel(truth))
+    return box, minigpt_iou(box, truth)
 
 
-BRACKET = r"\[\d(?:\.\d*)?(?:,\d(?:\.\d*)?){3}(?:;\d(?:\.\d*)?(?:,\d(?:\.\d*)?){3})*\]"
+def minigpt_iou(box: Box, truth: Box) -> float:
+    """IoU where the right and the lower sides are pixels that belong to the boxes."""
+    return iou(*((x1, y1, x2 + 1, y2 + 1) for x1, y1, x2, y2 in (box, truth)))
 
 
-def shikra(text: str, truth: Box, width: int, height: int) -> Reading:
+def shikra(text: str, truth: Box, width: int, height: int) -> Reading | None:
     """As Shikra's own evaluation does: boxes in thousandths of the padded square.
 
     There must be one bracket of the right form, with one box: no blanks, one digit before each
     point.  Other brackets do not count.
     source: shikras/shikra 1204f10, rec.py; box_process_function.py, PlainBoxFormatter
     """
-    found = re.findall(BRACKET, text)
+    number = r"\d(?:\.\d*)?"
+    four = rf"{number}(?:,{number}){{3}}"
+    found = re.findall(rf"\[{four}(?:;{four})*\]", text)
     if len(found) != 1 or ";" in found[0]:
-        return None, 0.0
+        return None
     said = [float(number) for number in found[0][1:-1].split(",")]
     side, offset = max(width, height), Pad().offset(width, height) * 2
     true = [float(f"{(v + pad) / side:.3f}") for v, pad in zip(truth, offset, strict=True)]
@@ -76,7 +80,7 @@ def shikra(text: str, truth: Box, width: int, height: int) -> Reading:
     return (x1, y1, x2, y2), iou(*([round(1000 * v, 3) for v in box] for box in (said, true)))
 
 
-def lmms_eval(text: str, truth: Box, width: int, height: int) -> Reading:
+def lmms_eval(text: str, truth: Box, width: int, height: int) -> Reading | None:
     """As lmms-eval's task refcoco_bbox_rec: the first four numbers in a bracket, of any range.
 
     They are shares of the picture, not of the padded square.  A digit stands before each point, and
@@ -86,13 +90,13 @@ def lmms_eval(text: str, truth: Box, width: int, height: int) -> Reading:
     number = r"(-?\d+(?:\.\d+)?)"
     match = re.search(rf"\[\s*{number},\s*{number},\s*{number},\s*{number}\s*\]", text)
     if not match:
-        return None, 0.0
+        return None
     x1, y1, x2, y2 = map(float, match.groups())
     true = truth[0] / width, truth[1] / height, truth[2] / width, truth[3] / height
     return (x1 * width, y1 * height, x2 * width, y2 * height), iou((x1, y1, x2, y2), true)
 
 
-def vlmevalkit(text: str, truth: Box, width: int, height: int) -> Reading:
+def vlmevalkit(text: str, truth: Box, width: int, height: int) -> Reading | None:
     """As VLMEvalKit: a bracket of four numbers, else the first four of the text.
 
     The largest of them says what they are.  The box is clipped, its corners are put in order.
@@ -102,7 +106,7 @@ def vlmevalkit(text: str, truth: Box, width: int, height: int) -> Reading:
     match = re.search(rf"\[\s*{between.join([f'({number})'] * 4)}\s*\]", text)
     numbers = match.groups() if match else re.findall(number, text)[:4]
     if len(numbers) < 4:
-        return None, 0.0
+        return None
     said = [float(number) for number in numbers]
     most = max(map(abs, said))
     one = 1 if most <= 1.5 else 1000 if most <= 1000 else None
@@ -116,26 +120,17 @@ READERS = {"minigpt": minigpt, "shikra": shikra, "lmms-eval": lmms_eval, "vlmeva
 
 
 def score(protocol: str, text: str, box: Box | None, truth: Box, width: int,
-          height: int) -> Reading:
+          height: int) -> tuple[Box | None, float]:
     """The box in pixels as a protocol reads the answer, and its IoU with the true one, 0 if none.
 
     box: as the answer's own format is read, in pixels; "pixels" takes it, the others read the text
     """
     if protocol == "pixels":
         return box, iou(box, truth) if box else 0.0
-    try:
-        said, overlap = READERS[protocol](text, truth, width, height)
-    except (ValueError, OverflowError):           # a number of hundreds of digits is in no picture
-        return None, 0.0
-    if said is None or not all(map(math.isfinite, said)):
-        return None, 0.0
-    return said, overlap
-
-
-def with_last_pixel(box: Box) -> Box:
-    """A box whose right and lower sides are counted as pixels that belong to it."""
-    x1, y1, x2, y2 = box
-    return x1, y1, x2 + 1, y2 + 1
+    found = None
+    with suppress(ValueError, OverflowError):     # a number of hundreds of digits is in no picture
+        found = READERS[protocol](text, truth, width, height)
+    return found if found and all(map(math.isfinite, found[0])) else (None, 0.0)
 
 
 def is_hit(iou: float, protocol: str) -> bool:
@@ -180,9 +175,9 @@ def summary(records: Sequence[dict], run: Run, protocol: str) -> dict:
             **{key: mean([r[key] for r in mine]) for key in ("padding", "visual_tokens", *TIMES)}}
 
 
-def number(value: float | None, form: str, width: int) -> str:
-    """A number for a column; what is not known is a dash."""
-    return f"{'-' if value is None else format(value, form):>{width}}"
+def number(value: float | None, form: str) -> str:
+    """A number for a cell; what is not known is a dash."""
+    return "-" if value is None else format(value, form)
 
 
 def budget(row: dict) -> str:
@@ -197,15 +192,14 @@ def table(rows: Sequence[dict]) -> str:
     timed = all(row[key] is not None for row in rows for key in TIMES)
     first = max(15, *(len(row["prune"]) for row in rows))
     modes = max(4, *(len(row["mode"]) for row in rows))
-    head = (f"{'prune':{first}} {'keep':>4}  {'tokens':>6}  {'mode':{modes}}  {'Acc@0.5':>7}  "
-            f"{'95 %':12}  {'mean IoU':>8}  {'no box':>6}  {'padding':>7}")
-    lines = [head + "   prefill    decode" if timed else head]
+    line = f"{{:{first}}} {{:>4}}  {{:>6}}  {{:{modes}}}" + "  {:>7}  {:12}  {:>8}  {:>6}  {:>7}"
+    line += "  {:>8}  {:>8}" if timed else ""
+    lines = [line.format("prune", "keep", "tokens", "mode", "Acc@0.5", "95 %", "mean IoU", "no box",
+                         "padding", "prefill", "decode")]
     for row in rows:
-        line = (f"{row['prune']:{first}} {budget(row):>4}  {number(row['visual_tokens'], '.4g', 6)}"
-                f"  {row['mode']:{modes}}  {row['accuracy']:7.3f}  "
-                f"{row['low']:.3f}..{row['high']:.3f}  {number(row['mean_iou'], '.3f', 8)}  "
-                f"{number(row['no_box'], '.3f', 6)}  {number(row['padding'], '.3f', 7)}")
-        if timed:
-            line += "".join(f"  {row[key]:5.0f} ms" for key in TIMES)
-        lines.append(line)
+        times = [f"{row[key]:.0f} ms" for key in TIMES] if timed else []
+        lines.append(line.format(
+            row["prune"], budget(row), number(row["visual_tokens"], ".4g"), row["mode"],
+            f"{row['accuracy']:.3f}", f"{row['low']:.3f}..{row['high']:.3f}",
+            *(number(row[key], ".3f") for key in ("mean_iou", "no_box", "padding")), *times))
     return "\n".join(map(visible, lines))        # strategies and modes may stand in a file

@@ -1,12 +1,12 @@
-"""Models for the tests of the evaluation: one that always says the same box, and a random one."""
+"""Models for the tests of the evaluation, and what its command says."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_config, write_checkpoint, write_finder
-
-BOX = "[0.10, 0.25, 0.50, 0.60]"
+from tests.evaluate.asking import BOX, run
+from tests.tiny import lines_of, tiny_config, write_checkpoint, write_finder
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +19,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that answers every question with BOX, one token, and stops."""
     return write_finder(folder, tmp_path_factory.mktemp("finder"), BOX)
+
+
+@pytest.fixture
+def printed(capsys) -> Callable[..., str]:
+    """What a command prints that does all that it was asked."""
+    def printed_by(*arguments: object) -> str:
+        capsys.readouterr()
+        assert run(*arguments) == 0
+        return capsys.readouterr().out
+
+    return printed_by
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """The one line that is said of a mistake, and nothing else is."""
+    def said_of(*arguments: object) -> str:
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        heard = capsys.readouterr()
+        assert lines_of(heard.err) == 1 and heard.out == ""
+        return heard.err
+
+    return said_of

@@ -1,7 +1,5 @@
 """The cases of the ablation, worked out by hand: P = 2, N = 8 visual tokens, A = 3."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,39 +7,39 @@ import nanogap
 from nanogap import gap
 from nanogap.evaluate import ablate
 from nanogap.ground import Answer
+from nanogap.llava import EncodedImage
 from nanogap.models import VLM
 from nanogap.prune import Kept
+from tests.evaluate.asking import MINI, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+EXPRESSION = "the man on the left"
 SHUFFLED = torch.tensor([5, 1, 6, 0, 7, 3, 2, 4])
 
 
 @pytest.fixture(scope="module")
 def model() -> VLM:
-    return nanogap.load(ROOT / "weights" / "mini", device="cpu", dtype="float32")
+    return nanogap.load(MINI, device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("name, visual, after", [
-    ("nothing changed", [2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12]),
-    ("IDs permuted", [7, 3, 8, 2, 9, 5, 4, 6], [10, 11, 12]),
-    ("IDs / 4, text moved", [2, 2, 2, 2, 3, 3, 3, 3], [4, 5, 6]),
-    ("IDs / 4, text not moved", [2, 2, 2, 2, 3, 3, 3, 3], [10, 11, 12]),
-    ("image and text + 100", [102, 103, 104, 105, 106, 107, 108, 109], [110, 111, 112]),
-    ("text collides", [2, 3, 4, 5, 6, 7, 8, 9], [6, 7, 8]),
-    ("text + 100", [2, 3, 4, 5, 6, 7, 8, 9], [110, 111, 112]),
-])
-def test_cases_in_raster_order_by_hand(name: str, visual: list, after: list):
+@pytest.fixture(scope="module")
+def image(model: VLM) -> EncodedImage:
+    return model.encode_image(ROOT / "image.jpg")
+
+
+@pytest.mark.parametrize("name, order, visual, after", [
+    ("nothing changed", range(8), [2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12]),
+    ("IDs permuted", range(8), [7, 3, 8, 2, 9, 5, 4, 6], [10, 11, 12]),
+    ("order permuted", SHUFFLED.tolist(), [7, 3, 8, 2, 9, 5, 4, 6], [10, 11, 12]),
+    ("IDs / 4, text moved", range(8), [2, 2, 2, 2, 3, 3, 3, 3], [4, 5, 6]),
+    ("IDs / 4, text not moved", range(8), [2, 2, 2, 2, 3, 3, 3, 3], [10, 11, 12]),
+    ("image and text + 100", range(8), [102, 103, 104, 105, 106, 107, 108, 109], [110, 111, 112]),
+    ("text collides", range(8), [2, 3, 4, 5, 6, 7, 8, 9], [6, 7, 8]),
+    ("text + 100", range(8), [2, 3, 4, 5, 6, 7, 8, 9], [110, 111, 112])])
+def test_cases_by_hand(name: str, order: list, visual: list, after: list):
     layout = ablate.lay_out(name, 2, 8, 3, SHUFFLED)
-    assert layout.order.tolist() == layout.kept.tolist() == list(range(8))
+    assert layout.order.tolist() == layout.kept.tolist() == list(order)
     assert layout.position_ids.tolist() == [0, 1, *visual, *after]
     assert layout.next_position == after[-1] + 1
-
-
-def test_a_permuted_order_takes_the_ids_along():
-    layout = ablate.lay_out("order permuted", 2, 8, 3, SHUFFLED)
-    assert layout.order.tolist() == layout.kept.tolist() == SHUFFLED.tolist()
-    assert layout.position_ids.tolist() == [0, 1, *(2 + SHUFFLED).tolist(), 10, 11, 12]
-    assert layout.next_position == 13
 
 
 def test_what_can_be_asked_of_a_pruned_sequence_are_the_other_modes():
@@ -49,22 +47,20 @@ def test_what_can_be_asked_of_a_pruned_sequence_are_the_other_modes():
     assert not set(ablate.WHOLE) & set(gap.MODES)
 
 
-def test_where_nothing_is_changed_the_model_says_what_it_says_in_mode_full(model: VLM):
-    image, expression = model.encode_image(ROOT / "image.jpg"), "the man on the left"
-    result = model.ground(image, expression, mode="full")
-    assert ablate.ask(model, image, expression, "nothing changed", 3) == (
+def test_where_nothing_is_changed_the_model_says_what_it_says_in_mode_full(model: VLM, image):
+    result = model.ground(image, EXPRESSION, mode="full")
+    assert ablate.ask(model, image, EXPRESSION, "nothing changed", 3) == (
         result.text, result.box, False)
     assert result.box is not None
 
 
-def test_the_seed_is_that_of_the_random_order(model: VLM):
-    image, expression = model.encode_image(ROOT / "image.jpg"), "the man on the left"
-    said = [ablate.ask(model, image, expression, "IDs permuted", seed) for seed in (0, 0, 1)]
+def test_the_seed_is_that_of_the_random_order(model: VLM, image):
+    said = [ablate.ask(model, image, EXPRESSION, "IDs permuted", seed) for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
 
 
-def test_where_the_order_is_permuted_tokens_are_fed_in_it(model: VLM, monkeypatch):
-    image, fed = model.encode_image(ROOT / "image.jpg"), {}
+def test_where_the_order_is_permuted_tokens_are_fed_in_it(model: VLM, image, monkeypatch):
+    fed = {}
 
     def caught(model: VLM, x: torch.Tensor, layout: gap.Layout, most: int) -> Answer:
         fed[layout.order] = x
@@ -72,18 +68,18 @@ def test_where_the_order_is_permuted_tokens_are_fed_in_it(model: VLM, monkeypatc
 
     monkeypatch.setattr(ablate, "greedy", caught)
     for name in ("nothing changed", "order permuted"):
-        ablate.ask(model, image, "the man on the left", name, 3)
+        ablate.ask(model, image, EXPRESSION, name, 3)
     (_, plain), (order, permuted) = fed.items()
-    P, A = model.around_image(model.prompt("the man on the left"))
+    P, A = model.around_image(model.prompt(EXPRESSION))
     assert order.tolist() != sorted(order.tolist()) == list(range(144))
     assert torch.allclose(permuted[0, P:-A], plain[0, P:-A][order], atol=1e-5)
     assert torch.equal(permuted[0, :P], plain[0, :P])
 
 
-def test_moving_every_id_changes_no_logit_and_moving_the_image_and_what_follows_does(model: VLM):
+def test_moving_every_id_changes_no_logit_and_moving_the_image_and_what_follows_does(
+        model: VLM, image):
     """So what "image and text + 100" changes is the distance to the text before, and that alone."""
-    image = model.encode_image(ROOT / "image.jpg")
-    input_ids = model.prompt("the man on the left")
+    input_ids = model.prompt(EXPRESSION)
     P, A = model.around_image(input_ids)
     everything = torch.arange(144)
 

@@ -1,52 +1,51 @@
 """Answers of any program, scored: three expressions by hand, and the evaluator's own file again."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from nanogap.checks.command import answer_for
-from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate import plot
-from tests.tiny import lines_of
+from tests.evaluate.asking import BOX, run, write_lines
 
 # A picture of 200 x 100: in the padded square of 200 x 200 it begins 50 pixels down.
+# BOX, which is of the square, is 20..100 x 0..70 of the picture.
 BOXES = [[20, 0, 100, 70], [20, 0, 100, 35], [120, 0, 190, 70]]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Three expressions; the picture itself is not there."""
-    return write(tmp_path / "data.jsonl", [
+    return write_lines(tmp_path / "data.jsonl", [
         {"image": "a.jpg", "expression": f"thing {i}", "box": box, "width": 200, "height": 100}
         for i, box in enumerate(BOXES)])
 
 
-def write(path: Path, items: list) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
+@pytest.fixture
+def given(data: Path) -> Callable[..., list]:
+    """A command that scores some lines."""
+    def asked(items: list, *flags: str) -> list:
+        file = write_lines(data.with_name("given.jsonl"), items)
+        return ["--score", file, "--data", data, *flags]
+
+    return asked
 
 
-def score(capsys, data: Path, items: list, *flags: str) -> str:
-    """What is printed for some lines."""
-    file = write(data.with_name("given.jsonl"), items)
-    argv = ["--score", str(file), "--data", str(data), *flags]
-    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 0
-    return capsys.readouterr().out
+@pytest.fixture
+def rows(given, printed) -> Callable[..., list[dict]]:
+    """The rows of their report."""
+    return lambda *given_: json.loads(printed(*given(*given_), "--json"))["runs"]
 
 
-def rows(capsys, data: Path, items: list, *flags: str) -> list[dict]:
-    return json.loads(score(capsys, data, items, *flags, "--json"))["runs"]
+ALL = [{"id": i, "text": BOX} for i in (1, 2, 3)]
 
 
-SAID = "[0.10, 0.25, 0.50, 0.60]"   # of the square: 20..100 x 0..70 in pixels of the picture
-
-
-def test_three_answers_by_hand(data: Path, capsys):
+def test_three_answers_by_hand(given, printed):
     """The first box is the true one, the second is twice as large, and the third is elsewhere."""
-    printed = score(capsys, data, [{"id": i, "text": f"It is at {SAID}."} for i in (1, 2, 3)])
-    head, protocol, columns, line = printed.splitlines()
+    said = printed(*given([{"id": i, "text": f"It is at {BOX}."} for i in (1, 2, 3)]))
+    head, protocol, columns, line = said.splitlines()
     assert head.endswith("given.jsonl, data.jsonl (nanogap): 3 expressions about 1 images, "
                          "3 expressions")
     assert protocol == "pixels: boxes in pixels of the original image, continuous areas, IoU >= 0.5"
@@ -55,53 +54,49 @@ def test_three_answers_by_hand(data: Path, capsys):
                             "-"]
 
 
-def test_a_box_is_in_pixels_and_its_words_are_not_read(data: Path, capsys):
+def test_a_box_is_in_pixels_and_its_words_are_not_read(rows):
     items = [{"id": str(i), "box": box} for i, box in enumerate(BOXES, 1)]
-    assert rows(capsys, data, items)[0]["mean_iou"] == 1.0
-    row, = rows(capsys, data, [items[0], items[1] | {"text": SAID}, {"id": 3, "box": None}])
+    assert rows(items)[0]["mean_iou"] == 1.0
+    row, = rows([items[0], items[1] | {"text": BOX}, {"id": 3, "box": None}])
     assert row["mean_iou"] == pytest.approx(2 / 3) and row["no_box"] == pytest.approx(1 / 3)
 
 
-def test_a_box_without_area_is_none(data: Path, capsys):
+def test_a_box_without_area_is_none(rows):
     items = [{"id": 1, "box": [100, 70, 20, 0]}, {"id": 2, "text": "[0.5, 0.5, 0.1, 0.1]"},
              {"id": 3, "text": "[0.10, 0.00, 0.50, 0.20]"}]                    # in the padding
-    assert rows(capsys, data, items)[0]["no_box"] == 1.0
+    assert rows(items)[0]["no_box"] == 1.0
 
 
-def test_the_protocol_decides_how_boxes_are_counted(data: Path, capsys):
+def test_the_protocol_decides_how_boxes_are_counted(given, rows, printed):
     """20 x 25 to 100 x 60 as lmms-eval takes it; MiniGPT-v2 reads a format of its own."""
-    said = [{"id": i, "text": SAID} for i in (1, 2, 3)]
-    row, = rows(capsys, data, said, "--protocol", "lmms-eval")
+    row, = rows(ALL, "--protocol", "lmms-eval")
     assert row["mean_iou"] == pytest.approx((0.5 + 10 / 60 + 0) / 3)
-    own = [{"id": i, "text": "{<10><0><50><70>}"} for i in (1, 2, 3)]
-    for given in (own, [{"id": i, "box": BOXES[0]} for i in (1, 2, 3)]):
-        row, = rows(capsys, data, given, "--protocol", "minigpt")
+    for own in ({"text": "{<10><0><50><70>}"}, {"box": BOXES[0]}):
+        row, = rows([{"id": i} | own for i in (1, 2, 3)], "--protocol", "minigpt")
         assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
-    assert "reads hardly any of these answers" in score(capsys, data, said, "--protocol", "minigpt")
+    assert "reads hardly any of these answers" in printed(*given(ALL, "--protocol", "minigpt"))
 
 
-def test_what_is_not_answered_counts_as_wrong_and_is_said(data: Path, capsys):
-    items = [{"id": 1, "text": SAID}]
-    printed = score(capsys, data, items).splitlines()
-    assert printed[2] == ("given, given: 2 of 3 expressions have no answer, and count as wrong")
-    assert printed[4].split()[4:6] == ["0.333", "0.061..0.792"]
-    row, = rows(capsys, data, items)
+def test_what_is_not_answered_counts_as_wrong_and_is_said(given, rows, printed):
+    said = printed(*given(ALL[:1])).splitlines()
+    assert said[2] == "given, given: 2 of 3 expressions have no answer, and count as wrong"
+    assert said[4].split()[4:6] == ["0.333", "0.061..0.792"]
+    row, = rows(ALL[:1])
     assert (row["unanswered"], row["expressions"], row["no_box"]) == (2, 3, 0)
 
 
-def test_lines_may_name_their_runs_and_what_was_measured(data: Path, capsys):
+def test_lines_may_name_their_runs_and_what_was_measured(rows):
     measured = {"prune": "mine", "keep": 64, "visual_tokens": 64, "padding": 0.5}
-    items = [{"id": i, "text": SAID, "mode": mode, **measured}
-             for mode in ("gap", "shifted") for i in (1, 2, 3)]
-    told = rows(capsys, data, items[:-1])
+    items = [line | measured | {"mode": mode} for mode in ("gap", "shifted") for line in ALL]
     assert [(r["prune"], r["keep"], r["mode"], r["visual_tokens"], r["padding"], r["unanswered"])
-            for r in told] == [("mine", 64, "gap", 64, 0.5, 0), ("mine", 64, "shifted", 64, 0.5, 1)]
+            for r in rows(items[:-1])] == [
+        ("mine", 64, "gap", 64, 0.5, 0), ("mine", 64, "shifted", 64, 0.5, 1)]
 
 
 @pytest.mark.parametrize("flags, tokens", [((), {}), (("--json",), {"visual_tokens": 64})])
-def test_the_picture_is_drawn(data: Path, capsys, flags: tuple, tokens: dict):
+def test_the_picture_is_drawn(data: Path, given, printed, flags: tuple, tokens: dict):
     picture = data.with_name("plot.png")
-    score(capsys, data, [{"id": 1, "text": SAID} | tokens], "--plot", str(picture), *flags)
+    printed(*given([ALL[0] | tokens], "--plot", picture, *flags))
     assert Image.open(picture).width == plot.WIDTH
 
 
@@ -124,49 +119,36 @@ def test_the_picture_is_drawn(data: Path, capsys, flags: tuple, tokens: dict):
     ([{"id": 1, "text": "x"}], ["--mode", "gap"], "--score asks no model, so --mode has nothing"),
     ([{"id": 1, "text": "x"}], ["--format", "best"], "invalid choice: 'best'"),
 ])
-def test_a_mistake_is_one_line_and_status_2(data: Path, capsys, items, flags, message):
-    file = write(data.with_name("given.jsonl"), items)
-    argv = ["--score", str(file), "--data", str(data), *flags]
-    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
-    heard = capsys.readouterr()
-    assert message in heard.err and lines_of(heard.err) == 1 and heard.out == ""
+def test_a_mistake_is_one_line_and_status_2(given, refused, items, flags, message):
+    assert message in refused(*given(items, *flags))
 
 
-def test_broken_files_are_named(data: Path, capsys):
-    for content, message in ((None, "cannot be read (No such file or directory); give a file of"),
-                             ('{"id": 1, "text": "x"}\n{"id"', "line 2 cannot be read (broken")):
-        file = data.with_name("given.jsonl")
-        if content:
-            file.write_text(content)
-        argv = ["--score", str(file), "--data", str(data)]
-        assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
-        assert message in capsys.readouterr().err
+@pytest.mark.parametrize("content, message", [
+    (None, "cannot be read (No such file or directory); give a file of"),
+    ('{"id": 1, "text": "x"}\n{"id"', "line 2 cannot be read (broken")])
+def test_broken_files_are_named(data: Path, refused, content: str | None, message: str):
+    file = data.with_name("given.jsonl")
+    if content:
+        file.write_text(content)
+    assert message in refused("--score", file, "--data", data)
 
 
-def test_an_image_whose_size_nobody_knows_is_refused(data: Path, capsys):
-    own = write(data, [{"image": "a.jpg", "expression": "thing", "box": BOXES[0]}])
-    file = write(data.with_name("given.jsonl"), [{"id": 1, "text": SAID}])
-    argv = ["--score", str(file), "--data", str(own)]
+def test_an_image_whose_size_nobody_knows_is_refused(data: Path, given, refused):
+    write_lines(data, [{"image": "a.jpg", "expression": "thing", "box": BOXES[0]}])
     Image.new("RGB", (200, 100)).save(data.with_name("b.jpg"))
-    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
-    assert "a.jpg" in capsys.readouterr().err
+    assert "a.jpg" in refused(*given(ALL[:1]))
     Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
-    assert answer_for("nanogap.evaluate", evaluate.main, argv) == 0
+    assert run(*given(ALL[:1])) == 0
 
 
 @pytest.mark.parametrize("protocol", ["pixels", "vlmevalkit", "lmms-eval"])
 def test_the_evaluators_own_file_gives_the_same_table(
-        finder: Path, data: Path, capsys, protocol: str):
+        finder: Path, data: Path, printed, refused, protocol: str):
     Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
     out = data.with_name("answers.jsonl")
-    shared = ["--data", str(data), "--protocol", protocol]
-    argv = ["--weights", str(finder), "--out", str(out), "--keep", "4", "8", "--device", "cpu"]
-    assert answer_for("nanogap.evaluate", evaluate.main, [*shared, *argv]) == 0
-    asked = capsys.readouterr().out.splitlines()
-    assert answer_for("nanogap.evaluate", evaluate.main, [*shared, "--score", str(out)]) == 0
-    scored = capsys.readouterr().out.splitlines()
+    shared = ["--data", data, "--protocol", protocol]
+    asked = printed(*shared, "--weights", finder, "--out", out, "--keep", 4, 8).splitlines()
+    scored = printed(*shared, "--score", out).splitlines()
     assert scored[1:] == asked[1:] and len(scored) == 3 + 7
     if protocol != "pixels":
-        argv = ["--data", str(data), "--score", str(out)]
-        assert answer_for("nanogap.evaluate", evaluate.main, argv) == 2
-        assert f"holds boxes as {protocol} reads them" in capsys.readouterr().err
+        assert f"holds boxes as {protocol} reads them" in refused("--data", data, "--score", out)

@@ -9,22 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
-from nanogap.checks.command import answer_for
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate import compare, plot
 from nanogap.evaluate.compare import Outcome
 from nanogap.evaluate.plot import TITLE
 from nanogap.show.draw import PAGE, PAPER
-from tests.tiny import lines_of, tiny_config, write_checkpoint
+from tests.evaluate.asking import MINI, SHIKRA, run, write_lines
+from tests.tiny import tiny_config, write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-MINI, SHIKRA = ROOT / "weights" / "mini", ROOT / "weights" / "mini-shikra"
 MODES = ("full", "shifted", "permuted", "gap")
-
-
-def run(*arguments: object) -> int:
-    argv = [*map(str, arguments), "--device", "cpu"]
-    return answer_for("nanogap.evaluate", evaluate.main, argv)
 
 
 def timeless(document: dict) -> dict:
@@ -44,12 +37,10 @@ def outcome(model: str, prune: str = "random", keep: str = "50%", **modes: float
 # ----- one command --------------------------------------------------------------------------------
 
 
-def test_several_models_answer_as_each_alone(capsys):
+def test_several_models_answer_as_each_alone(printed, capsys):
     asked = ["--limit", 3, "--keep", "50%", "25%", "--json"]
-    alone = []
-    for weights in (MINI, SHIKRA):
-        assert run("--weights", weights, *asked) == 0
-        alone.append(timeless(json.loads(capsys.readouterr().out)))
+    alone = [timeless(json.loads(printed("--weights", weights, *asked)))
+             for weights in (MINI, SHIKRA)]
     assert run("--weights", MINI, SHIKRA, *asked) == 0
     heard = capsys.readouterr()
     together = [timeless(document) for document in json.loads(heard.out)["models"]]
@@ -58,42 +49,36 @@ def test_several_models_answer_as_each_alone(capsys):
     assert f"model 2 of 2: {SHIKRA} ...\n" in heard.err
 
 
-def test_each_model_has_its_table_and_all_together_a_row_each(capsys):
-    assert run("--weights", MINI, SHIKRA, "--limit", 3, "--keep", "50%", "25%") == 0
-    parts = capsys.readouterr().out.split("\n\n")
-    assert [part.split(", ")[0] for part in parts[1:]] == [str(MINI), str(SHIKRA)]
+def test_each_model_has_its_table_and_all_together_a_row_each(printed):
+    said = printed("--weights", MINI, SHIKRA, "--limit", 3, "--keep", "50%", "25%")
+    together, *parts = said.split("\n\n")
+    assert [part.split(", ")[0] for part in parts] == [str(MINI), str(SHIKRA)]
     cells = {}
-    for name, part in zip(("mini", "mini-shikra"), parts[1:], strict=True):
+    for name, part in zip(("mini", "mini-shikra"), parts, strict=True):
         for line in part.rstrip().split("\n")[3:]:
             prune, keep, _, mode, share, interval, *_ = line.split()
             cells[name, prune, keep, mode] = [share, interval]
-    caption, head, *rows, counted = parts[0].rstrip().split("\n")
+    caption, head, *rows, counted = together.split("\n")
     assert counted == ("pixels: boxes in pixels of the original image, continuous areas, IoU >= "
                        "0.5; scenes:val, 3 of 3 expressions")
     assert caption.startswith("Acc@0.5 with 95 % intervals")
     assert re.split("  +", head) == ["model", "prune", "keep", "all tokens", *MODES[1:], "no box"]
-    said = [line.split() for line in rows]
-    assert [line[:3] for line in said] == [
-        [name, "random", keep] for keep in ("50%", "25%") for name in ("mini", "mini-shikra")]
-    for name, _, keep, *numbers in said:
-        tokens = {"50%": "72", "25%": "36"}[keep]
-        expected = [cells[name, "none", "144", "full"]]
-        expected += [cells[name, "random", tokens, mode] for mode in MODES[1:]]
-        assert numbers[:-1] == sum(expected, [])
+    assert [line.split()[:-1] for line in rows] == [
+        [name, "random", keep, *cells[name, "none", "144", "full"],
+         *sum((cells[name, "random", tokens, mode] for mode in MODES[1:]), [])]
+        for keep, tokens in (("50%", "72"), ("25%", "36")) for name in ("mini", "mini-shikra")]
 
 
-def test_half_of_the_tokens_is_one_row_whatever_number_it_is(folder, capsys):
+def test_half_of_the_tokens_is_one_row_whatever_number_it_is(folder, printed):
     """72 of 144 and 8 of 16."""
-    assert run("--weights", MINI, folder, "--limit", 1, "--mode", "gap") == 0
-    table = capsys.readouterr().out.split("\n\n")[0]
+    table = printed("--weights", MINI, folder, "--limit", 1, "--mode", "gap").split("\n\n")[0]
     assert [line.split()[:3] for line in table.split("\n")[2:4]] == [
         ["mini", "random", "50%"], [folder.name, "random", "50%"]]
 
 
-def test_a_model_given_twice_is_asked_once(folder, capsys):
-    assert run("--weights", folder, folder, "--limit", 1, "--mode", "full") == 0
-    printed = capsys.readouterr().out
-    assert printed.count("Acc@0.5") == 1 and "model" not in printed
+def test_a_model_given_twice_is_asked_once(folder, printed):
+    said = printed("--weights", folder, folder, "--limit", 1, "--mode", "full")
+    assert said.count("Acc@0.5") == 1 and "model" not in said
 
 
 def test_one_model_at_a_time_is_in_memory(folder, monkeypatch, capsys):
@@ -138,17 +123,14 @@ def test_each_model_keeps_its_answers_in_a_folder_and_goes_on_after_ctrl_c(
     assert re.search(r"2 models in \d+ s \.\.\.\n", capsys.readouterr().err)
 
 
-def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(
-        folder, tmp_path, monkeypatch, capsys):
+def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(folder, tmp_path, printed):
     """An expression that is too long for one of them."""
     Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
-    data = tmp_path / "a.jsonl"
-    line = {"image": "a.png", "expression": "the man", "box": [1, 2, 30, 31]}
-    data.write_text("".join(json.dumps(line | {"expression": words}) + "\n"
-                            for words in ("the man", "the man " * 300)))
+    data = write_lines(tmp_path / "a.jsonl", [
+        {"image": "a.png", "expression": words, "box": [1, 2, 30, 31]}
+        for words in ("the man", "the man " * 300)])
     picture = tmp_path / "x.png"
-    assert run("--weights", folder, MINI, "--data", data, "--mode", "full", "--plot", picture) == 0
-    said = capsys.readouterr().out
+    said = printed("--weights", folder, MINI, "--data", data, "--mode", "full", "--plot", picture)
     assert "no picture: the models could not be asked the same expressions" in said
     assert "1, 2 of 2 expressions" in said and not picture.exists()
 
@@ -156,62 +138,57 @@ def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(
 # ----- what one of them cannot do -----------------------------------------------------------------
 
 
-def test_a_strategy_that_a_model_cannot_run_is_left_out_in_a_line(folder, tmp_path, capsys):
+def test_a_strategy_that_a_model_cannot_run_is_left_out_in_a_line(
+        folder, tmp_path, printed, refused):
     picture = tmp_path / "x.png"
     asked = ["--limit", 1, "--prune", "text_similarity", "random", "trim", "--mode", "full", "gap"]
-    assert run("--weights", folder, MINI, *asked, "--plot", picture) == 0
-    table, tiny, mini = capsys.readouterr().out.split("\n\n")
-    without = [line for line in tiny.split("\n") if line.startswith("without ")]
-    assert len(without) == 1
-    assert without[0].startswith("without text_similarity, trim: to compare patches with words "
-                                 "takes CLIP's text tower")
+    said = printed("--weights", folder, MINI, *asked, "--plot", picture)
+    table, tiny, mini = said.split("\n\n")
+    without, = (line for line in tiny.split("\n") if line.startswith("without "))
+    assert without.startswith("without text_similarity, trim: to compare patches with words "
+                              "takes CLIP's text tower")
     assert [line.split()[0] for line in tiny.split("\n")[4:6]] == ["none", "random"]
     assert "trim  " not in tiny and "text_similarity  " not in tiny
     assert "without" not in mini
     assert [line.split()[:2] for line in table.split("\n")[2:6]] == [
         [folder.name, "random"], ["mini", "random"], ["mini", "text_similarity"], ["mini", "trim"]]
     assert Image.open(picture).width == plot.WIDTH
-    assert run("--weights", folder, MINI, *asked, "--json") == 0
-    models = json.loads(capsys.readouterr().out)["models"]
+    models = json.loads(printed("--weights", folder, MINI, *asked, "--json"))["models"]
     assert [list(model["cannot_run"]) for model in models] == [["text_similarity", "trim"], []]
-    assert run("--weights", folder, *asked) == 2             # alone it is an error
-    assert "takes CLIP's text tower" in capsys.readouterr().err
+    assert "takes CLIP's text tower" in refused("--weights", folder, *asked)   # alone: an error
 
 
-def test_a_model_that_can_run_none_of_them_shows_all_tokens(folder, capsys):
-    asked = ["--weights", folder, MINI, "--limit", 1, "--prune", "text_similarity"]
-    assert run(*asked, "--mode", "full", "gap") == 0
-    rows = capsys.readouterr().out.split("\n\n")[0].split("\n")[2:4]
+def test_a_model_that_can_run_none_of_them_shows_all_tokens(folder, printed):
+    said = printed("--weights", folder, MINI, "--limit", 1, "--prune", "text_similarity", "--mode",
+                   "full", "gap")
+    rows = said.split("\n\n")[0].split("\n")[2:4]
     assert [line.split()[:3] for line in rows] == [
         [folder.name, "none", "100%"], ["mini", "text_similarity", "50%"]]
     assert rows[0].split()[5] == "-"
-    assert run(*asked, "--mode", "gap") == 2
-    heard = capsys.readouterr()
-    assert f"{folder}: to compare patches with words takes" in heard.err and heard.out == ""
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prune", "random", "--keep", "auto"], "random cannot keep auto of 144"),
     (["--keep", "100"], "{folder}: random cannot keep 100 of 16 visual tokens: give a whole"),
+    (["--prune", "text_similarity", "--mode", "gap"], "{folder}: to compare patches with words "
+     "takes"),
     (["--prune", "fastv(layer=9)"], "fastv(layer=9) cannot cut before layer 9 of "),
     (["--out", "x.jsonl"], "several models have a file each, so give a folder"),
     (["--clip", "x"], "--clip is the CLIP of one model; give one of --weights at a time"),
     (["--ablate", "--plot", "x.png"], "--plot draws the --ablate of one model; give one of")])
 def test_a_mistake_is_one_line_before_any_model_is_asked(
-        folder, tmp_path, monkeypatch, capsys, arguments: list, message: str):
+        folder, tmp_path, monkeypatch, refused, arguments: list, message: str):
     monkeypatch.chdir(tmp_path)
-    assert run("--weights", MINI, folder, "--limit", 1, *arguments) == 2
-    heard = capsys.readouterr()
-    assert lines_of(heard.err) == 1 and heard.out == ""
-    assert message.replace("{folder}", str(folder)) in heard.err
+    said = refused("--weights", MINI, folder, "--limit", 1, *arguments)
+    assert message.replace("{folder}", str(folder)) in said
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_ablation_of_several_has_their_tables_only(folder, capsys):
-    other = write_checkpoint(folder.parent / "other", tiny_config(), seed=1)
-    assert run("--weights", folder, other, "--limit", 1, "--keep", 4, "--ablate",
-               "--max-new-tokens", 2) == 0
-    tables = capsys.readouterr().out.strip().split("\n\n")
+def test_the_ablation_of_several_has_their_tables_only(folder, tmp_path, printed):
+    other = write_checkpoint(tmp_path / "other", tiny_config(), seed=1)
+    said = printed("--weights", folder, other, "--limit", 1, "--keep", 4, "--ablate",
+                   "--max-new-tokens", 2)
+    tables = said.strip().split("\n\n")
     assert len(tables) == 2 and all("text collides" in table for table in tables)
 
 
@@ -255,11 +232,9 @@ def test_each_model_has_a_panel_and_each_mode_its_mark_in_it():
                for a, b in zip(panels, panels[1:], strict=False))
     assert panels[-1].right < picture.width == plot.WIDTH
     for panel in panels:
-        for at in (0, 1):
-            y = panel.y(at)
+        for y in (panel.y(0), panel.y(1)):
             for index, (mode, accuracy) in enumerate((("shifted", 0.1), ("gap", 0.5))):
-                x = panel.x(accuracy)
-                middle = panel.y(at) + compare.mark_at(index, 2)
+                x, middle = panel.x(accuracy), y + compare.mark_at(index, 2)
                 for beside in (-4, 4):
                     there = int(x + beside), int(middle + 2)
                     assert picture.getpixel(there) == colour_of(mode)
@@ -289,10 +264,3 @@ def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
     assert picture.getpixel((int(panel.x(0.9)), int(panel.y(0)))) == colour_of("full")
     assert picture.height == compare.draw_models([outcome("a", full=0.9, gap=0.5)]).height
     assert compare.draw_models([whole]).width == plot.WIDTH
-
-
-def test_a_refusal_names_its_model(folder, tmp_path, capsys):
-    assert run("--weights", MINI, folder, "--limit", 1, "--prune", "random", "--keep", 100,
-               "--mode", "gap") == 2
-    said = capsys.readouterr().err.strip().split("\n")[-1]
-    assert f"{folder}: random cannot keep 100 of" in said

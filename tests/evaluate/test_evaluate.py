@@ -13,15 +13,12 @@ import pytest
 from PIL import Image
 
 import nanogap
-from nanogap.checks.command import answer_for
 from nanogap.checks.loading import default_weights
-from nanogap.evaluate import __main__ as command
 from nanogap.evaluate import ablate, arguments, ask, journal, plot
 from nanogap.evaluate.data import Example, drawn_data, first
 from nanogap.models import VLM
-from tests.tiny import lines_of, tiny_config, write_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.evaluate.asking import BOX, MINI, ROOT, read_lines, run, timeless, write_lines
+from tests.tiny import tiny_config, write_checkpoint
 
 
 @pytest.fixture
@@ -35,19 +32,7 @@ def annotations(tmp_path: Path) -> Path:
     boxes = [[20, 0, 100, 70], [20, 0, 100, 35], [20, 0, 100, 34], [120, 0, 190, 70]]
     entries = [{"img_path": "a.jpg", "expression": f"thing {i}", "bbox": box, "width": 200,
                 "height": 100} for i, box in enumerate(boxes)]
-    entries.append(entries[0] | {"img_path": "gone.jpg"})
-    path = tmp_path / "shikra.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return path
-
-
-def run(*arguments: object) -> int:
-    argv = [*map(str, arguments), "--device", "cpu"]
-    return answer_for("nanogap.evaluate", command.main, argv)
-
-
-def report(capsys) -> dict:
-    return json.loads(capsys.readouterr().out)
+    return write_lines(tmp_path / "shikra.jsonl", [*entries, entries[0] | {"img_path": "gone.jpg"}])
 
 
 # ----- what is asked ------------------------------------------------------------------------------
@@ -73,21 +58,22 @@ class IMAGE:
     n_visual = n_patches = 16
 
 
+class Args:
+    mode, prune, keep, ablate = ["full", "gap"], ["random", "spatial"], ["50%", "4", "8"], False
+
+
 def test_mode_full_comes_once_and_the_same_budget_once():
-    class Args:
-        mode, prune, keep, ablate = ["full", "gap"], ["random", "spatial"], ["50%", "4", "8"], False
     assert ask.runs_asked(Args, IMAGE) == [
         ("none", 16, "full"), ("random", 8, "gap"), ("random", 4, "gap"), ("spatial", 8, "gap"),
         ("spatial", 4, "gap")]
 
 
-def test_the_ablation_asks_all_its_cases_in_place_of_modes():
-    class Args:
-        mode, prune, keep, ablate = ["full", "gap"], ["random"], ["4", "8"], True
+def test_the_ablation_asks_all_its_cases_in_place_of_modes(monkeypatch):
+    monkeypatch.setattr(Args, "ablate", True)
     runs = ask.runs_asked(Args, IMAGE)
-    assert len(runs) == len(ablate.WHOLE) + 2 * len(ablate.PRUNED)
+    assert len(runs) == len(ablate.WHOLE) + 2 * 2 * len(ablate.PRUNED)
     assert runs[0] == ("none", 16, "nothing changed")
-    assert runs[-1] == ("random", 8, "original, text collides")
+    assert runs[-1] == ("spatial", 4, "original, text collides")
 
 
 # ----- scores that are known ----------------------------------------------------------------------
@@ -98,20 +84,18 @@ def test_the_ablation_asks_all_its_cases_in_place_of_modes():
     ("vlmevalkit", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60]),
     ("lmms-eval", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60])])
 def test_boxes_are_mapped_back_and_scored_by_the_protocol(
-        finder, annotations: Path, capsys, protocol: str, ious: list, box: list):
+        finder, annotations: Path, printed, protocol: str, ious: list, box: list):
     out = annotations.with_name("answers.jsonl")
-    assert run("--weights", finder, "--data", annotations, "--mode", "full", "--protocol", protocol,
-               "--out", out, "--json") == 0
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    document = json.loads(printed("--weights", finder, "--data", annotations, "--mode", "full",
+                                  "--protocol", protocol, "--out", out, "--json"))
+    lines = timeless(out)
     assert [line["iou"] for line in lines] == pytest.approx(ious)
     assert lines[0]["box"] == pytest.approx(box)
-    assert lines[1] | {"box": 0, "iou": 0, "prefill_ms": 0, "decode_ms": 0} == {
+    assert lines[1] | {"box": 0, "iou": 0} == {
         "id": "2", "image": "a.jpg", "expression": "thing 1", "mode": "full", "prune": "none",
-        "keep": 16, "box": 0,
-        "text": "[0.10, 0.25, 0.50, 0.60]", "truth": [20, 0, 100, 35], "iou": 0, "cut_off": False,
+        "keep": 16, "box": 0, "text": BOX, "truth": [20, 0, 100, 35], "iou": 0, "cut_off": False,
         "visual_tokens": 16, "kept": list(range(16)), "padding": 0.5, "prefill_ms": 0,
         "decode_ms": 0}
-    document = report(capsys)
     assert document["protocol"] == protocol
     assert document["runs"][0]["accuracy"] == (0.5 if protocol == "pixels" else 0.25)
 
@@ -131,10 +115,10 @@ def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: P
     assert said.err == "1 images are missing, such as gone.jpg\n"
 
 
-def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path, capsys):
+def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path, printed):
     picture = annotations.with_name("plot.png")
-    assert run("--weights", finder, "--data", annotations, "--json", "--plot", picture) == 0
-    document = report(capsys)
+    document = json.loads(printed("--weights", finder, "--data", annotations, "--json", "--plot",
+                                  picture))
     assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol",
                              "max_new_tokens", "picture", "expressions", "of", "missing_images",
                              "left_out", "runs"}
@@ -149,7 +133,7 @@ def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path
 def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
     out = tmp_path / "answers.jsonl"
     assert run("--weights", folder, "--limit", 3, "--keep", 4, "--out", out) == 0
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = read_lines(out)
     assert [(line["mode"], line["id"]) for line in lines] == [
         (mode, f"val/0/{i}") for mode in ("full", "shifted", "permuted", "gap") for i in range(3)]
     assert all(set(line) == journal.KEYS for line in lines)
@@ -175,21 +159,18 @@ def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_
     assert asked == [[1], [1], [1], [7, 7, 7], [2, 2, 2]]
 
 
-def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, tmp_path, capsys):
+def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, tmp_path, printed):
     """A blank one among four about a picture: each is asked alone then, in the same words."""
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     lines = [{"image": "a.png", "expression": expression, "box": [1, 2, 30, 31]}
              for expression in ("the man", "the dog", "   ", "a car")]
     texts = []
-    for name, data in (("all", lines), ("whole", lines[:2] + lines[3:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in data))
-        out = tmp_path / f"{name}.out"
-        assert run("--weights", folder, "--data", tmp_path / f"{name}.jsonl", "--keep", 4,
-                   "--out", out) == 0
-        texts.append([(x["mode"], x["expression"], x["text"])
-                      for x in map(json.loads, out.read_text().splitlines())])
+    for name, items in (("whole", lines[:2] + lines[3:]), ("all", lines)):
+        data, out = write_lines(tmp_path / f"{name}.jsonl", items), tmp_path / f"{name}.out"
+        said = printed("--weights", folder, "--data", data, "--keep", 4, "--out", out)
+        texts.append([(x["mode"], x["expression"], x["text"]) for x in read_lines(out)])
     assert texts[0] == texts[1] and len(texts[0]) == 3 * 4
-    assert "the expression is empty" in capsys.readouterr().out
+    assert "the expression is empty" in said
 
 
 def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
@@ -199,7 +180,6 @@ def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_mis
 
     class Model:
         encode_image = staticmethod(lambda image: Image.new("RGB", (9, 9)))
-        parse_box = None
 
     class Args:
         seed, protocol, max_new_tokens = 10, "pixels", 64
@@ -210,25 +190,24 @@ def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_mis
     assert seeds == [10, 13]
 
 
-def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, capsys):
+def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, printed):
     picture = tmp_path / "plot.png"
-    assert run("--weights", folder, "--limit", 1, "--keep", 4, "--ablate", "--plot", picture,
-               "--json") == 0
-    assert [row["mode"] for row in report(capsys)["runs"]] == [*ablate.WHOLE, *ablate.PRUNED]
+    said = json.loads(printed("--weights", folder, "--limit", 1, "--keep", 4, "--ablate", "--plot",
+                              picture, "--json"))
+    assert [row["mode"] for row in said["runs"]] == [*ablate.WHOLE, *ablate.PRUNED]
     assert Image.open(picture).height > 14 * 40
 
 
-def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, capsys):
+def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, printed):
     file = tmp_path / "mine.py"
     file.write_text("import torch\nfrom nanogap.prune import Kept\n\n"
                     "def top_left(seen, budget, generator):\n"
                     "    return Kept(torch.arange(budget))\n")
     out = tmp_path / "answers.jsonl"
-    assert run("--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--prune",
-               f"{file}:top_left", "--out", out) == 0
-    answer = json.loads(out.read_text())
+    assert "top_left" in printed("--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap",
+                                 "--prune", f"{file}:top_left", "--out", out)
+    answer, = read_lines(out)
     assert (answer["prune"], answer["kept"]) == (f"{file}:top_left", [0, 1, 2])
-    assert "top_left" in capsys.readouterr().out
 
 
 STRATEGY = """from helper import count
@@ -247,104 +226,91 @@ def test_a_strategy_that_was_edited_loses_its_own_answers_and_no_others(folder, 
     asked = ["--weights", folder, "--limit", 2, "--keep", 3, "--mode", "full", "gap", "--prune",
              "random", f"{file}:mine", "--out", out]
     assert run(*asked) == 0
-    whole = out.read_text().splitlines()
+    whole, answers = out.read_text(), timeless(out)
     assert run(*asked, "--resume") == 0
-    assert out.read_text().splitlines() == whole and len(whole) == 6
+    assert out.read_text() == whole and len(answers) == 6
     capsys.readouterr()
     helper.write_text("count = 3   # edited\n")
     assert run(*asked, "--resume") == 0
     assert ":mine was edited: 2 answers are asked again ..." in capsys.readouterr().err
-    again = out.read_text().splitlines()
-    assert [line for line in again if ":mine" not in line] == [
-        line for line in whole if ":mine" not in line]
-    assert sorted(map(timeless_line, again)) == sorted(map(timeless_line, whole))
-    assert again != whole
+    lines, again = whole.splitlines(), out.read_text().splitlines()
+    assert again != lines and [line for line in again if ":mine" not in line] == [
+        line for line in lines if ":mine" not in line]
+    assert sorted(timeless(out), key=journal.name) == sorted(answers, key=journal.name)
 
 
-def timeless_line(line: str) -> str:
-    return json.dumps(json.loads(line) | {"prefill_ms": 0, "decode_ms": 0})
-
-
-def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, tmp_path, capsys):
+def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, tmp_path, printed):
     """3 layers of 16 tokens, of which 4 stay: before the last one (16 + 16 + 4) / 3."""
-    kept = []
     for layer, keep in ((1, 8), (2, 12)):
         out = tmp_path / f"{layer}.jsonl"
-        assert run("--weights", folder, "--limit", 1, "--keep", keep, "--mode", "gap", "--prune",
-                   f"fastv(layer={layer})", "--json", "--out", out) == 0
-        assert report(capsys)["runs"][0]["visual_tokens"] == keep
-        kept.append(len(json.loads(out.read_text())["kept"]))
-    assert kept == [4, 4]
+        said = printed("--weights", folder, "--limit", 1, "--keep", keep, "--mode", "gap",
+                       "--prune", f"fastv(layer={layer})", "--json", "--out", out)
+        assert json.loads(said)["runs"][0]["visual_tokens"] == keep
+        assert len(read_lines(out)[0]["kept"]) == 4
 
 
-def test_where_the_decoder_cuts_is_said_once_for_each_budget(folder, capsys):
+def test_where_the_decoder_cuts_is_said_once_for_each_budget(folder, printed):
     """The cluster that SparseVLM adds at each cut is counted."""
-    assert run("--weights", folder, "--limit", 1, "--keep", 9, 16, "--mode", "gap", "shifted",
-               "--prune", "random", "fastv", "sparsevlm") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "counted from 0" in line]
+    said = printed("--weights", folder, "--limit", 1, "--keep", 9, 16, "--mode", "gap", "shifted",
+                   "--prune", "random", "fastv", "sparsevlm")
     layers = "in 3 layers, counted from 0: visual tokens cut to"
-    assert lines == [f"fastv {layers} 5 from layer 1 on", f"fastv {layers} 16 from layer 1 on",
-                     f"sparsevlm {layers} 6 from layer 1 on, 5 from layer 2 on",
-                     f"sparsevlm {layers} 16 from layer 1 on, 16 from layer 2 on"]
+    assert [line for line in said.splitlines() if "counted from 0" in line] == [
+        f"fastv {layers} 5 from layer 1 on", f"fastv {layers} 16 from layer 1 on",
+        f"sparsevlm {layers} 6 from layer 1 on, 5 from layer 2 on",
+        f"sparsevlm {layers} 16 from layer 1 on, 16 from layer 2 on"]
 
 
-def test_the_weights_that_ship_are_found_from_any_folder(tmp_path, monkeypatch, capsys):
+def test_the_weights_that_ship_are_found_from_any_folder(tmp_path, monkeypatch, printed):
     monkeypatch.chdir(tmp_path)
-    assert run("--limit", 1, "--mode", "full") == 0
-    assert capsys.readouterr().out.startswith(str(default_weights()))
+    assert printed("--limit", 1, "--mode", "full").startswith(str(default_weights()))
 
 
 # ----- long runs ----------------------------------------------------------------------------------
 
 
-def timeless(path: Path) -> list[dict]:
-    return [json.loads(line) | {"prefill_ms": 0, "decode_ms": 0}
-            for line in path.read_text().splitlines()]
-
-
-def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(folder, tmp_path, capsys):
+def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(folder, tmp_path, printed):
     out = tmp_path / "answers.jsonl"
-    asked = ["--weights", folder, "--limit", 4, "--keep", 4, "--json"]
-    assert run(*asked, "--out", out) == 0
-    whole, told = timeless(out), report(capsys)
+    asked = ["--weights", folder, "--limit", 4, "--keep", 4, "--json", "--out", out]
+    told, whole = json.loads(printed(*asked)), timeless(out)
     eleven = out.read_bytes().splitlines(keepends=True)[:11]
     out.write_bytes(b"".join(eleven)[:-30])
-    assert run(*asked, "--out", out, "--resume") == 0
+    again = json.loads(printed(*asked, "--resume"))
     assert timeless(out) == whole and len(whole) == 16
-    again = report(capsys)
-    assert [r["no_box"] for r in again["runs"]] == [r["no_box"] for r in told["runs"]]
-    assert [r["expressions"] for r in again["runs"]] == [4] * 4
+    assert [(r["no_box"], r["expressions"]) for r in again["runs"]] == [
+        (r["no_box"], 4) for r in told["runs"]]
 
 
-def test_a_finished_run_can_be_extended_and_reported_on_in_part(folder, tmp_path, capsys):
+def test_a_finished_run_can_be_extended_and_reported_on_in_part(folder, tmp_path, printed):
     out = tmp_path / "answers.jsonl"
-    asked = ["--weights", folder, "--keep", 4, "--json"]
-    assert run(*asked, "--out", out, "--limit", 2, "--mode", "gap") == 0
+    asked = ["--weights", folder, "--keep", 4, "--json", "--out", out]
+    printed(*asked, "--limit", 2, "--mode", "gap")
     before = out.read_text()
-    assert run(*asked, "--out", out, "--limit", 3, "--mode", "gap", "shifted", "--resume") == 0
-    assert out.read_text().startswith(before) and len(timeless(out)) == 6
-    capsys.readouterr()
-    assert run(*asked, "--out", out, "--limit", 1, "--mode", "shifted", "--resume") == 0
-    assert [r["expressions"] for r in report(capsys)["runs"]] == [1]
+    printed(*asked, "--limit", 3, "--mode", "gap", "shifted", "--resume")
+    assert out.read_text().startswith(before) and len(read_lines(out)) == 6
+    part = json.loads(printed(*asked, "--limit", 1, "--mode", "shifted", "--resume"))
+    assert [r["expressions"] for r in part["runs"]] == [1]
 
 
 @pytest.mark.parametrize("other, what", [
     (["--seed", "1"], "seed, 0 and not 1"),
     (["--data", "scenes:test"], "data, scenes:val and not scenes:test;"),
     (["--protocol", "minigpt"], "protocol, pixels and not minigpt"),
-    (["--dtype", "bfloat16"], "dtype, float32 and not bfloat16")])
-def test_other_settings_are_not_mixed_into_a_file(folder, tmp_path, capsys, other, what):
+    (["--dtype", "bfloat16"], "dtype, float32 and not bfloat16"),
+    (["--max-new-tokens", "2"], "max_new_tokens, 64 and not 2"),
+    (["--weights", "{other}"], "weights, ")])
+def test_other_settings_are_not_mixed_into_a_file(folder, tmp_path, refused, other, what):
+    """Weights are told apart by their numbers, and not by their folder's name."""
+    another = write_checkpoint(tmp_path / folder.name, tiny_config(), seed=1)
+    other = [argument.format(other=another) for argument in other]
     out, asked = tmp_path / "answers.jsonl", ["--weights", folder, "--limit", 1, "--mode", "full"]
     assert run(*asked, "--out", out) == 0
     before = out.read_bytes()
-    assert run(*asked, "--out", out, "--resume", *other) == 2
-    assert f"was made with another {what}" in capsys.readouterr().err
+    assert f"was made with another {what}" in refused(*asked, "--out", out, "--resume", *other)
     assert out.read_bytes() == before
 
 
 def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
-    args = arguments.parse_arguments(["--weights", str(ROOT / "weights" / "mini"),
-                                     "--out", str(tmp_path / "a.jsonl")])
+    args = arguments.parse_arguments(["--weights", str(MINI), "--out", str(tmp_path / "a.jsonl")])
     model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
     before = ask.settings(args, model, data)
     assert before == ask.settings(args, model, data)
@@ -399,15 +365,16 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     (["--questions", "q.jsonl"], "--questions asks no model, so --weights has nothing to say"),
     (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say there"),
     (["--limit", "0"], "--limit 0 asks nothing"),
+    *[(["--max-new-tokens", bad], "argument --max-new-tokens: ")
+      for bad in ("0", "-1", "x", "9" * 30)],
+    (["--limit", 10 ** 9], "--limit 1000000000 is more than can be drawn"),
     (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),
     (["--plot", "x.txt"], "--plot x.txt: a picture cannot be written with that ending; use .png "
      "or .jpg"),
 ])
 def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
-        folder, tmp_path, capsys, arguments: list, message: str):
-    assert run("--weights", folder, "--out", tmp_path / "answers.jsonl", *arguments) == 2
-    heard = capsys.readouterr()
-    assert lines_of(heard.err) == 1 and message in heard.err and heard.out == ""
+        folder, tmp_path, refused, arguments: list, message: str):
+    assert message in refused("--weights", folder, "--out", tmp_path / "answers.jsonl", *arguments)
     assert not list(tmp_path.glob("answers*"))
 
 
@@ -416,22 +383,20 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
 
 def test_all_that_answers_depend_on_is_in_the_digest():
     """One number of every tensor, every setting, every word; CLIP's text tower as well."""
-    model = nanogap.load(ROOT / "weights" / "mini", "cpu")
+    model = nanogap.load(MINI, "cpu")
     seen = {ask.fingerprint(model)}
-    assert ask.fingerprint(nanogap.load(ROOT / "weights" / "mini", "cpu")) in seen
-    draw, count = random.Random(2), 1
+    assert ask.fingerprint(nanogap.load(MINI, "cpu")) in seen
+    draw = random.Random(2)
 
     def has_changed() -> None:
-        nonlocal count
-        seen.add(ask.fingerprint(model))
-        count += 1
-        assert len(seen) == count, "the digest is one that was there before"
+        digest = ask.fingerprint(model)
+        assert digest not in seen, "the digest is one that was there before"
+        seen.add(digest)
 
-    for part in (model,):
-        tensors = draw.sample(list(part.state_dict().values()), 30)
-        for tensor in [*tensors, *list(part.state_dict().values())[-2:]]:
-            tensor.view(-1)[draw.randrange(tensor.numel())] += 1
-            has_changed()
+    tensors = list(model.state_dict().values())
+    for tensor in [*draw.sample(tensors, 30), *tensors[-2:]]:
+        tensor.view(-1)[draw.randrange(tensor.numel())] += 1
+        has_changed()
     for name, config in (("config", model.config), ("text", model.config.text),
                          ("vision", model.config.vision)):
         for field in fields(config):
@@ -443,18 +408,15 @@ def test_all_that_answers_depend_on_is_in_the_digest():
             changed = replace(config, **{field.name: new})
             model.config = changed if name == "config" else replace(model.config, **{name: changed})
             has_changed()
-    model.frame = replace(model.frame, colour=(1, 2, 3))
-    has_changed()
-    model.template = replace(model.template, before="x")
-    has_changed()
-    model.tokenizer.add_tokens(["zzz"])
-    has_changed()
-    model.text_guide.tokenizer.add_tokens(["zzz"])
-    has_changed()
-    model.text_guide = None
-    has_changed()
-    model.half()
-    has_changed()
+    for change in (
+            lambda: setattr(model, "frame", replace(model.frame, colour=(1, 2, 3))),
+            lambda: setattr(model, "template", replace(model.template, before="x")),
+            lambda: model.tokenizer.add_tokens(["zzz"]),
+            lambda: model.text_guide.tokenizer.add_tokens(["zzz"]),
+            lambda: setattr(model, "text_guide", None),
+            model.half):
+        change()
+        has_changed()
 
 
 # ----- one bad item of thousands ------------------------------------------------------------------
@@ -476,50 +438,44 @@ def spoiled(path: Path, how: str) -> None:
         path.write_bytes({"empty": b"", "a text": b"hello", "a program": b"%!PS-Adobe-3.0"}[how])
 
 
-@pytest.mark.parametrize("sized", [True, False], ids=["sized", "own"])
-@pytest.mark.parametrize("how", ["gone", "cut off", "of another size", "a pipe", "empty", "a text",
-                                 "a program"])
+@pytest.mark.parametrize("how, sized", [
+    *((how, sized) for sized in (True, False)
+      for how in ("gone", "cut off", "a pipe", "empty", "a text", "a program")),
+    ("of another size", True)])
 def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
-        finder, tmp_path, capsys, how: str, sized: bool):
+        finder, tmp_path, printed, how: str, sized: bool):
     """b.jpg is the bad one; it comes first, for the first is looked at to begin with."""
-    if how == "of another size" and not sized:
-        pytest.skip("nothing says its size")
     size = {"width": 200, "height": 100} if sized else {}
-    entries = [{"image": name, "expression": "thing", "box": [20, 0, 100, 70]} | size
-               for name in ("b.jpg", "a.jpg", "b.jpg", "a.jpg", "a.jpg")]
-    data = tmp_path / "own.jsonl"
-    data.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    data = write_lines(tmp_path / "own.jsonl", [
+        {"image": name, "expression": "thing", "box": [20, 0, 100, 70]} | size
+        for name in ("b.jpg", "a.jpg", "b.jpg", "a.jpg", "a.jpg")])
     for name in ("a.jpg", "b.jpg"):
         WHOLE.save(tmp_path / name)
     spoiled(tmp_path / "b.jpg", how)
     asked = ["--weights", finder, "--data", data, "--out", tmp_path / "x.jsonl", "--mode", "full"]
     for again in ((), ("--resume",)):
-        assert run(*asked, *again) == 0
-        printed = capsys.readouterr().out
-        assert "covers 3 of 5 expressions: " in printed and "b.jpg" in printed
-        assert "5 expressions about 2 images, 3 expressions" in printed
+        said = printed(*asked, *again)
+        assert "covers 3 of 5 expressions: " in said and "b.jpg" in said
+        assert "5 expressions about 2 images, 3 expressions" in said
     (tmp_path / "b.jpg").unlink(missing_ok=True)
     WHOLE.save(tmp_path / "b.jpg")
-    assert run(*asked, "--resume") == 0                              # mended, it is asked after all
-    printed = capsys.readouterr().out
-    assert "covers" not in printed and "2 images, 5 expressions" in printed
+    said = printed(*asked, "--resume")                               # mended, it is asked after all
+    assert "covers" not in said and "2 images, 5 expressions" in said
 
 
 @pytest.mark.parametrize("bad", ["", "  ", "\n\t", "\ud800", "thing " * 5000])
 def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
-        finder, annotations: Path, capsys, bad: str):
-    lines = annotations.read_text().splitlines()
-    lines[1] = json.dumps(json.loads(lines[1]) | {"expression": bad})
-    annotations.write_text("\n".join(lines[:4]))
+        finder, annotations: Path, printed, bad: str):
+    lines = read_lines(annotations)[:4]
+    lines[1]["expression"] = bad
+    write_lines(annotations, lines)
     asked = ["--weights", finder, "--data", annotations, "--out", annotations.with_name("x.jsonl"),
              "--mode", "full", "gap"]
     for again in ((), ("--resume",)):
-        assert run(*asked, *again) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[2].startswith("covers 3 of 4 expressions: 1 cannot be asked, such as 2: ")
-        assert [line.split()[4] for line in lines[4:6]] == ["0.333", "0.333"]
-    assert run(*asked, "--resume", "--json") == 0
-    document = report(capsys)
+        said = printed(*asked, *again).splitlines()
+        assert said[2].startswith("covers 3 of 4 expressions: 1 cannot be asked, such as 2: ")
+        assert [line.split()[4] for line in said[4:6]] == ["0.333", "0.333"]
+    document = json.loads(printed(*asked, "--resume", "--json"))
     assert list(document["left_out"]) == ["2"]
     assert [row["expressions"] for row in document["runs"]] == [3, 3]
 
@@ -529,41 +485,23 @@ def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
     ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: thing"),
     ({"img_path": "broken.jpg"}, "none of the 1 images can be opened: ")])
 def test_where_nothing_can_be_asked_that_is_an_error(
-        finder, annotations: Path, capsys, change: dict, message: str):
+        finder, annotations: Path, refused, change: dict, message: str):
     annotations.with_name("broken.jpg").write_bytes(b"hello")
-    line = json.loads(annotations.read_text().splitlines()[0])
-    annotations.write_text(json.dumps(line | change))
-    assert run("--weights", finder, "--data", annotations, "--mode", "full") == 2
-    heard = capsys.readouterr()
-    assert message in heard.err and lines_of(heard.err) == 1
+    write_lines(annotations, [read_lines(annotations)[0] | change])
+    assert message in refused("--weights", finder, "--data", annotations, "--mode", "full")
 
 
 # ----- answers that are none ----------------------------------------------------------------------
 
 
-def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annotations, capsys):
+def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annotations, printed):
     """`finder` says a box, which is one token, and the end."""
     out = annotations.with_name("x.jsonl")
-    asked = ["--weights", finder, "--data", annotations, "--mode", "full", "gap", "--out", out]
-    assert run(*asked, "--max-new-tokens", 1) == 0
+    asked = ["--weights", finder, "--data", annotations, "--mode", "full", "gap"]
     assert ("8 of 8 answers were cut off before their end; give them more room with "
-            "--max-new-tokens") in capsys.readouterr().out
-    assert all(json.loads(line)["cut_off"] for line in out.read_text().splitlines())
-    assert run(*asked, "--resume", "--max-new-tokens", 2) == 2
-    assert "was made with another max_new_tokens, 1 and not 2" in capsys.readouterr().err
-    out.unlink(), out.with_name("x.jsonl.settings.json").unlink()
-    assert run(*asked, "--max-new-tokens", 2) == 0
-    assert "cut off" not in capsys.readouterr().out
-    for bad in (0, -1, "x", "9" * 30):
-        assert run(*asked, "--max-new-tokens", bad) == 2
-        assert "argument --max-new-tokens: " in capsys.readouterr().err
-
-
-def boxes_in(tmp_path: Path, side: int, box: list, count: int = 6) -> Path:
-    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
-    entry = {"image": "a.png", "expression": "thing", "box": box}
-    (tmp_path / "own.jsonl").write_text((json.dumps(entry) + "\n") * count)
-    return tmp_path / "own.jsonl"
+            "--max-new-tokens") in printed(*asked, "--max-new-tokens", 1, "--out", out)
+    assert all(line["cut_off"] for line in read_lines(out))
+    assert "cut off" not in printed(*asked, "--max-new-tokens", 2)
 
 
 @pytest.mark.parametrize("side, box, count, said", [
@@ -571,30 +509,25 @@ def boxes_in(tmp_path: Path, side: int, box: list, count: int = 6) -> Path:
     (200, [20, 30, 90, 101], 6, None), (199, [20, 30, 90, 100], 6, None),
     (200, [20, 30, 90, 100], 4, None)])
 def test_boxes_that_may_be_percent_are_wondered_at(
-        finder, tmp_path, capsys, side: int, box: list, count: int, said: str | None):
-    data = boxes_in(tmp_path, side, box, count)
-    assert run("--weights", finder, "--data", data, "--mode", "full") == 0
-    assert ("mean nothing" in capsys.readouterr().out) == (said is not None)
-    if said:
-        assert run("--weights", finder, "--data", data, "--mode", "full") == 0
-        assert f"if these are in {said} the numbers" in capsys.readouterr().out
-
-
-def test_more_scenes_than_memory_holds_are_refused_at_once(folder, capsys):
-    assert run("--weights", folder, "--limit", 10 ** 9) == 2
-    assert "--limit 1000000000 is more than can be drawn" in capsys.readouterr().err
+        finder, tmp_path, printed, side: int, box: list, count: int, said: str | None):
+    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+    entry = {"image": "a.png", "expression": "thing", "box": box}
+    data = write_lines(tmp_path / "own.jsonl", [entry] * count)
+    told = printed("--weights", finder, "--data", data, "--mode", "full")
+    assert ("mean nothing" in told) == (said is not None)
+    assert said is None or f"if these are in {said} the numbers" in told
 
 
 def test_what_stands_in_a_file_cannot_move_the_cursor(finder, annotations: Path, capsys):
     """Names of pictures, splits, strategies; an escape sequence is spelled out."""
-    entry = json.loads(annotations.read_text().splitlines()[0])
-    lines = [entry, entry | {"img_path": "\x1b[2Jgone\u202e.jpg"}]
-    annotations.write_text("\n".join(map(json.dumps, lines)))
-    given = annotations.with_name("given.jsonl")
-    given.write_text(json.dumps({"id": 1, "box": [1, 2, 3, 4], "prune": "\x1b[2J", "mode": "\x07"}))
+    entry = read_lines(annotations)[0]
+    gone = entry | {"img_path": "\x1b[2Jgone\u202e.jpg"}
+    write_lines(annotations, [entry, gone])
+    given = write_lines(annotations.with_name("given.jsonl"), [
+        {"id": 1, "box": [1, 2, 3, 4], "prune": "\x1b[2J", "mode": "\x07"}])
     assert run("--weights", finder, "--data", annotations, "--mode", "full") == 0
     assert run("--score", given, "--data", annotations) == 0
-    annotations.write_text(json.dumps(lines[1]))
+    write_lines(annotations, [gone])
     assert run("--weights", finder, "--data", annotations) == 2
     heard = capsys.readouterr()
     assert all(c.isprintable() or c == "\n" for c in heard.out + heard.err)
@@ -603,33 +536,17 @@ def test_what_stands_in_a_file_cannot_move_the_cursor(finder, annotations: Path,
 
 @pytest.mark.parametrize("bad", [" ", "thing " * 5000])
 def test_what_could_not_be_asked_may_be_mended_and_no_answer_is_lost(
-        finder, annotations: Path, capsys, bad: str):
-    lines = [json.loads(line) for line in annotations.read_text().splitlines()[:4]]
+        finder, annotations: Path, printed, refused, bad: str):
+    lines = read_lines(annotations)[:4]
     out = annotations.with_name("x.jsonl")
     asked = ["--weights", finder, "--data", annotations, "--out", out, "--mode", "full"]
-
-    def write(*changes: dict) -> None:
-        changed = [line | change for line, change in zip(lines, changes, strict=False)]
-        annotations.write_text("\n".join(map(json.dumps, [*changed, *lines[len(changes):]])))
-
-    write({}, {"expression": bad})
-    assert run(*asked) == 0
+    write_lines(annotations, [lines[0], lines[1] | {"expression": bad}, *lines[2:]])
+    printed(*asked)
     first = out.read_text()
-    write({}, {"expression": "thing 1"})
-    assert run(*asked, "--resume") == 0
-    assert out.read_text().startswith(first) and len(out.read_text().splitlines()) == 4
-    assert "covers" not in capsys.readouterr().out.split("IoU >= 0.5")[-1]
+    write_lines(annotations, lines)
+    assert "covers" not in printed(*asked, "--resume")
+    assert out.read_text().startswith(first) and len(read_lines(out)) == 4
     for change in ({"expression": "other"}, {"bbox": [20, 0, 100, 69]}):
-        write(change)
-        assert run(*asked, "--resume") == 2
-        said = capsys.readouterr().err
-        assert "x.jsonl has an answer to 1 in other data, " in said and lines_of(said) == 1
-    assert len(out.read_text().splitlines()) == 4
-
-
-def test_weights_are_told_apart_by_their_numbers_and_not_by_their_folder(folder, tmp_path, capsys):
-    out, asked = tmp_path / "answers.jsonl", ["--limit", 1, "--mode", "full"]
-    other = write_checkpoint(tmp_path / folder.name, tiny_config(), seed=1)
-    assert run(*asked, "--weights", folder, "--out", out) == 0
-    assert run(*asked, "--weights", other, "--out", out, "--resume") == 2
-    assert "was made with another weights" in capsys.readouterr().err
+        write_lines(annotations, [lines[0] | change, *lines[1:]])
+        assert "x.jsonl has an answer to 1 in other data, " in refused(*asked, "--resume")
+    assert len(read_lines(out)) == 4

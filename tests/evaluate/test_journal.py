@@ -48,7 +48,7 @@ def test_killed_at_any_byte_at_most_the_last_line_is_lost(path: Path):
 
 
 def test_the_settings_come_first_so_there_is_no_file_without_them(path: Path):
-    settings = path.with_name("answers.jsonl.settings.json")
+    settings = journal.settings_of(path)
     assert json.loads(settings.read_text()) == SETTINGS
     settings.unlink()
     with pytest.raises(NanogapError, match="settings.json is not there, which says how"):
@@ -57,32 +57,20 @@ def test_the_settings_come_first_so_there_is_no_file_without_them(path: Path):
 
 def test_killed_before_the_first_line_it_starts_again(tmp_path: Path):
     path = tmp_path / "new.jsonl"
-    journal.check_out(path, resume=True)
-    assert journal.earlier(path, SETTINGS) == ([], set())
-    write(path)
-    journal.check_out(path, resume=True)
-    assert journal.earlier(path, SETTINGS) == ([], set())
-
-
-@pytest.mark.parametrize("key, value", [("weights", "mini 9999"), ("seed", 1)])
-def test_other_settings_are_refused_by_name(path: Path, key: str, value: object):
-    message = f"made with another {key}, {SETTINGS[key]} and not {value}"
-    with pytest.raises(NanogapError, match=message):
-        journal.earlier(path, SETTINGS | {key: value})
-
-
-def test_a_file_that_exists_is_continued_or_left_alone(path: Path):
-    journal.check_out(path, resume=True)
-    with pytest.raises(NanogapError, match="answers.jsonl exists; continue it with --resume, or"):
-        journal.check_out(path, resume=False)
+    for _ in range(2):
+        journal.check_out(path, resume=True)
+        assert journal.earlier(path, SETTINGS) == ([], set())
+        write(path)
 
 
 @pytest.mark.parametrize("name, message", [
+    ("answers.jsonl", "answers.jsonl exists; continue it with --resume, or"),
     ("no/folder/x.jsonl", "in a folder that does not exist; make it with `mkdir -p .*no/folder`"),
     (".", "is a folder; give the path of a file to write")])
-def test_a_file_that_cannot_be_begun_is_refused(tmp_path: Path, name: str, message: str):
+def test_a_file_that_cannot_be_begun_is_refused(path: Path, name: str, message: str):
+    journal.check_out(path, resume=True)
     with pytest.raises(NanogapError, match=message):
-        journal.check_out(tmp_path / name, resume=False)
+        journal.check_out(path.parent / name, resume=False)
 
 
 @pytest.mark.parametrize("line", ['{"id": "b"}', "5", "{", ""])
@@ -100,23 +88,17 @@ def test_the_same_answer_counts_once(path: Path):
 
 
 def test_parts_of_several_processes_are_read_and_put_together(path: Path, one_process):
+    """Also where a kill in there left the whole file, and a part of it still."""
     write(path, "d", rank=0, world=2)
     write(path, "e", rank=1, world=2)
-    assert [p.name for p in journal.parts_of(path)] == [
-        "answers.jsonl", "answers.jsonl.part-0", "answers.jsonl.part-1"]
-    records = journal.earlier(path, SETTINGS)[0]
-    journal.put_together(path, records)
+    parts = [path.with_name(f"answers.jsonl.part-{rank}") for rank in (0, 1)]
+    assert journal.parts_of(path) == [path, *parts]
+    part = parts[0].read_text()
+    journal.put_together(path, journal.earlier(path, SETTINGS)[0])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == list("abcde")
     assert journal.parts_of(path) == [path]
-
-
-def test_killed_while_putting_together_nothing_is_lost(path: Path, one_process):
-    """The whole file is there and a part of it still is."""
-    write(path, "d", rank=0, world=2)
-    part = path.with_name("answers.jsonl.part-0").read_text()
-    journal.put_together(path, journal.earlier(path, SETTINGS)[0])
-    path.with_name("answers.jsonl.part-0").write_text(part)
-    assert [r["id"] for r in journal.earlier(path, SETTINGS)[0]] == list("abcd")
+    parts[0].write_text(part)
+    assert [r["id"] for r in journal.earlier(path, SETTINGS)[0]] == list("abcde")
 
 
 def test_a_strategy_that_was_edited_loses_its_answers_when_the_run_begins(tmp_path, capsys):

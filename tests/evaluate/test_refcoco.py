@@ -11,8 +11,8 @@ from PIL import Image
 from nanogap.errors import NanogapError
 from nanogap.evaluate.refcoco import Data, read_data
 from nanogap.image import open_image
+from tests.evaluate.asking import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path(os.environ.get("NANOGAP_REFCOCO", ROOT / "../shared/published/refcoco"))
 NAME = "COCO_train2014_000000000007"
 SIZE = {"width": 40, "height": 30}
@@ -67,6 +67,13 @@ def refs(folder: Path, refs: object = REFS, protocol: int = 0) -> Path:
     return write(folder, pickle.dumps(refs, protocol))
 
 
+def refused(message: str, *asked: object) -> str:
+    """What is said of annotations that cannot be read."""
+    with pytest.raises(NanogapError, match=message) as caught:
+        read_data(*asked)
+    return str(caught.value)
+
+
 def told(data: Data) -> list[tuple[str, list]]:
     return [(said, list(box)) for e in data.examples for _, said, box in e.questions]
 
@@ -104,17 +111,15 @@ class Harmless:
 @pytest.mark.parametrize("thing", [Evil(), Harmless(), print], ids=["os.system", "set", "print"])
 def test_a_pickle_that_names_anything_is_refused_and_runs_nothing(folder: Path, monkeypatch, thing):
     monkeypatch.chdir(folder)
-    with pytest.raises(NanogapError, match=r"is refused: it names \w+\.\w+, and what it sho"):
-        read_data(refs(folder, [*REFS, thing], 2), folder, "val")
+    path = refs(folder, [*REFS, thing], 2)
+    refused(r"is refused: it names \w+\.\w+, and what it sho", path, folder, "val")
     assert not (folder / "burgled").exists()
 
 
 def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
     for split, why in ((None, "several splits"), ("test", "no split 'test'")):
-        with pytest.raises(NanogapError, match=f"has {why}; choose .* --split: testA 1, val 2"):
-            read_data(refs(folder), folder, split)
-    with pytest.raises(NanogapError, match="holds one split only; leave --split out"):
-        read_data(write(folder, lines(QWEN)), folder, "val")
+        refused(f"has {why}; choose .* --split: testA 1, val 2", refs(folder), folder, split)
+    refused("holds one split only; leave --split out", write(folder, lines(QWEN)), folder, "val")
 
 
 def qwen(box: str) -> str:
@@ -150,22 +155,20 @@ def qwen(box: str) -> str:
     (qwen("[1, 1, 9, 9]").replace("40", '"40"'), "line 1: the image and the expression must"),
 ])
 def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, message: str):
-    with pytest.raises(NanogapError, match=message) as caught:
-        read_data(write(folder, text), folder)
-    assert str(folder / "any.file") in str(caught.value) and "\n" not in str(caught.value)
+    said = refused(message, write(folder, text), folder)
+    assert str(folder / "any.file") in said and "\n" not in said
 
 
-def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path):
+@pytest.mark.parametrize("text, message", [
+    ('{"annotations": []}', r"instances.json does not have .*KeyError\('images'\)"),
+    ('{"annotations": [], "images": []}', r"do not fit together \(KeyError\(71\)\)"),
+    (None, "is not there, or is .*put instances.json")])
+def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path, text: str | None, message: str):
     path = refs(folder)
-    (folder / "instances.json").write_text('{"annotations": []}')
-    with pytest.raises(NanogapError, match=r"instances.json does not have .*KeyError\('images'\)"):
-        read_data(path, folder, "val")
-    (folder / "instances.json").write_text('{"annotations": [], "images": []}')
-    with pytest.raises(NanogapError, match=r"do not fit together \(KeyError\(71\)\)"):
-        read_data(path, folder, "val")
     (folder / "instances.json").unlink()
-    with pytest.raises(NanogapError, match="is not there, or is .*put instances.json"):
-        read_data(path, folder, "val")
+    if text:
+        write(folder, text, "instances.json")
+    refused(message, path, folder, "val")
 
 
 def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
@@ -173,8 +176,8 @@ def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
     data = read_data(write(folder, lines(other[:2] + SHIKRA)), folder)
     assert (data.expressions, data.missing) == (5, ["COCO_train2014_000000000008.jpg"])
     assert [(e.number, len(e.questions)) for e in data.examples] == [(1, 3)]
-    with pytest.raises(NanogapError, match="none of the 1 images is in .*000008.jpg; get COCO"):
-        read_data(write(folder, lines(other)), folder)
+    path = write(folder, lines(other))
+    refused("none of the 1 images is in .*000008.jpg; get COCO", path, folder)
 
 
 def test_images_are_found_with_their_folders_without_them_and_beside_the_file(folder: Path):
@@ -187,19 +190,13 @@ def test_images_are_found_with_their_folders_without_them_and_beside_the_file(fo
     assert not read_data(path, deep).missing
 
 
-def test_an_image_of_another_size_is_another_image(folder: Path):
-    Image.new("RGB", (80, 60)).save(folder / f"{NAME}.jpg")
-    example, = read_data(write(folder, lines(QWEN)), folder).examples
-    with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
-        example.image()
-
-
-def test_an_image_of_ones_own_says_its_size_itself(folder: Path):
-    example, = read_data(write(folder, lines(OWN)), folder).examples
-    assert (example.name, example.size) == (f"{NAME}.jpg", (40, 30))
-    assert example.image().size == (40, 30)
-    example, = read_data(write(folder, lines([own | SIZE for own in OWN])), folder).examples
-    assert example.size == (40, 30)
+@pytest.mark.parametrize("entries", [QWEN, OWN, [own | SIZE for own in OWN]],
+                         ids=["Qwen's", "one's own", "one's own with a size"])
+def test_an_image_has_the_size_that_was_annotated_or_that_it_had(folder: Path, entries: list):
+    """In one's own form the picture says it itself; one of another size is another image."""
+    example, = read_data(write(folder, lines(entries)), folder).examples
+    assert Path(example.name).name == f"{NAME}.jpg"
+    assert example.size == example.image().size == (40, 30)
     Image.new("RGB", (80, 60)).save(folder / f"{NAME}.jpg")
     with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
         example.image()
@@ -256,12 +253,9 @@ def test_what_powershell_wrote_is_read(folder: Path, coding: str, text: str):
 
 
 def test_pictures_of_another_data_set_have_the_names_that_instances_json_says(folder: Path):
-    for name in ("ship_a.jpg", f"{NAME}.jpg"):
-        Image.new("RGB", (40, 30)).save(folder / name)
-    ships = json.loads(json.dumps(REFS[:1]).replace("COCO_7_71.jpg", "ship_a.jpg"))
-    path = refs(folder, ships)
-    text = json.dumps(INSTANCES).replace("7.jpg", "ship_a.jpg")
-    write(folder, text, "instances.json")
+    Image.new("RGB", (40, 30)).save(folder / "ship_a.jpg")
+    path = refs(folder, json.loads(json.dumps(REFS[:1]).replace("COCO_7_71.jpg", "ship_a.jpg")))
+    write(folder, json.dumps(INSTANCES).replace("7.jpg", "ship_a.jpg"), "instances.json")
     assert read_data(path, folder, "val").examples[0].name == "ship_a.jpg"
 
 
@@ -274,19 +268,17 @@ def test_minigpts_name_of_a_crop_is_the_pictures_and_a_number(folder: Path, stem
 
 def test_where_no_picture_is_found_what_is_there_decides_the_next_step(tmp_path: Path):
     """COCO's are to be fetched, others are not; and those in a folder below are named."""
-    own = lines([OWN[0] | SIZE | {"image": "ship.jpg"}])
-    with pytest.raises(NanogapError, match="holds no picture: give theirs with --images"):
-        read_data(write(tmp_path, own), None)
+    own = write(tmp_path, lines([OWN[0] | SIZE | {"image": "ship.jpg"}]), "own")
+    coco = write(tmp_path, lines(SHIKRA), "coco.jsonl")
+    refused("holds no picture: give theirs with --images", own, None)
     Image.new("RGB", (40, 30)).save(tmp_path / "other.jpg")
-    with pytest.raises(NanogapError, match="holds 1 pictures, such as other.jpg: give theirs"):
-        read_data(write(tmp_path, own), None)
+    refused("holds 1 pictures, such as other.jpg: give theirs", own, None)
     below = tmp_path / "coco" / "train2014"
     below.mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(below / f"{NAME}.jpg")
-    with pytest.raises(NanogapError, match=r"it is in .*coco/train2014: give that with --images"):
-        read_data(write(tmp_path, lines(SHIKRA)), None)
+    refused(r"it is in .*coco/train2014: give that with --images", coco, None)
     (below / f"{NAME}.jpg").rename(tmp_path / "000000000007.jpg")        # its name in 2017
-    assert not read_data(write(tmp_path, lines(SHIKRA)), None).missing
+    assert not read_data(coco, None).missing
 
 
 # ----- frames -------------------------------------------------------------------------------------
@@ -319,8 +311,7 @@ def test_boxes_that_are_no_pixels_are_refused(folder: Path, entries: list, scale
     wrong = [entry | {key: [scale * v / side for v, side in zip(entry[key], sides, strict=True)]}
              for entry in entries]
     why = "normalised and not in pixels" if scale == 1 else "boxes are in pixels here"
-    with pytest.raises(NanogapError, match=why):
-        read_data(write(folder, lines(wrong)), folder)
+    refused(why, write(folder, lines(wrong)), folder)
 
 
 # ----- files that someone made to do harm ---------------------------------------------------------
@@ -332,36 +323,28 @@ def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
     folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "secret.jpg")
-    entry = QWEN[0] | {"image": name.format(tmp_path)}
-    with pytest.raises(NanogapError, match="none of the 1 images is in"):
-        read_data(write(tmp_path, lines([entry])), folder)
+    path = write(tmp_path, lines([QWEN[0] | {"image": name.format(tmp_path)}]))
+    refused("none of the 1 images is in", path, folder)
     Image.new("RGB", (40, 30)).save(folder / "secret.jpg")
     if name.endswith("secret.jpg"):            # by its name alone it is found in the folder
-        read_data(write(tmp_path, lines([entry])), folder).examples[0].image()
-
-
-HUGE = 10 ** 5000                   # Python prints no number of so many digits
-NASTY = [HUGE, -HUGE, None, [], {}, "x", (1,), float("nan"), 1.5, b"x"]
+        read_data(path, folder).examples[0].image()
 
 
 def test_a_sentence_that_is_there_twice_is_refused(folder: Path):
     """Counted twice, it would be answered once."""
     twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
-    with pytest.raises(NanogapError, match="sentence 100 is there twice; take one of them out"):
-        read_data(refs(folder, twice), folder, "val")
+    refused("sentence 100 is there twice; take one of them out", refs(folder, twice), folder, "val")
 
 
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/full", ".", "/dev/null"])
 def test_a_file_that_is_no_file_is_not_read(folder: Path, monkeypatch, name: str):
     monkeypatch.chdir(folder)
     os.mkfifo("pipe")
-    with pytest.raises(NanogapError, match=r"--data .* cannot be read \("):
-        read_data(Path(name), folder)
+    refused(r"--data .* cannot be read \(", Path(name), folder)
     path = refs(folder)
     (folder / "instances.json").unlink()
     (folder / "instances.json").symlink_to(Path(name).absolute())
-    with pytest.raises(NanogapError, match=r"instances.json is not there, or is no regular file"):
-        read_data(path, folder, "val")
+    refused(r"instances.json is not there, or is no regular file", path, folder, "val")
 
 
 OTHERS = ["null", "true", "7", "-1", "0.5", "1e999", "NaN", '""', '" "', '"x"', '"\\ud800"', "[]",
