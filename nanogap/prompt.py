@@ -49,7 +49,9 @@ class Template:
 
 def check_expression(expression: str) -> None:
     """Reject what names nothing, or is no text."""
-    if not isinstance(expression, str) or not expression.strip():
+    if not isinstance(expression, str):
+        raise ItemError(f"an expression is a text, and this is of type {type(expression).__name__}")
+    if not expression.strip():
         raise ItemError("the expression is empty, so there is nothing to look for: name a thing, "
                         'such as "the man on the left"')
     if any("\ud800" <= letter <= "\udfff" for letter in expression):

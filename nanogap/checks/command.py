@@ -40,18 +40,17 @@ class Parser(argparse.ArgumentParser):
         raise NanogapError(f"{message}{quotes}; see `{self.prog} --help`")
 
 
-def whole_number(text: str) -> int:
-    """A whole number from 0 on, such as a seed."""
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from 0 on")
+def whole_number(text: str, least: int = 0) -> int:
+    """A whole number, such as a seed."""
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from {least} on, of "
+                                         "18 digits at most")
     return int(text)
 
 
 def count_argument(text: str) -> int:
     """A whole number from 1 on, such as how many tokens an answer may have."""
-    if not whole_number(text):
-        raise argparse.ArgumentTypeError("0 is not a whole number from 1 on")
-    return whole_number(text)
+    return whole_number(text, 1)
 
 
 def keep_argument(text: str) -> str:

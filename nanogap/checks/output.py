@@ -64,6 +64,7 @@ def check_file(flag: str, path: Path, what: str = "file") -> None:
 
 def check_picture(flag: str, path: Path, image: str | None = None) -> None:
     """Refuse a picture that could not be written, or would take the place of the image it shows."""
+    check_file(flag, path, "picture")
     try:
         Image.init()
         Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.EXTENSION[path.suffix.lower()])
@@ -72,7 +73,6 @@ def check_picture(flag: str, path: Path, image: str | None = None) -> None:
                            "use .png or .jpg") from None
     if image is not None and same(path, Path(image)):
         raise NanogapError(f"{flag} {path} is the image itself; give another path")
-    check_file(flag, path, "picture")
 
 
 def check_folder(flag: str, path: Path) -> None:

@@ -38,8 +38,8 @@ def read_plain(path: Path, limit: int = 1 << 28) -> Any:
         raise NanogapError(f"{path} is refused: {error}; get it from where it was "
                            "published") from None
     except Exception:                                         # a broken one raises almost anything
-        raise NanogapError(instead(path) or f"{path} is no whole pickle; download it again"
-                           ) from None
+        raise NanogapError(instead(path) or f"{path} holds no JSON, and is no whole pickle; "
+                           "download it again, or give another file") from None
 
 
 def read_saved(path: Path) -> Any:

@@ -145,7 +145,7 @@ def draw_names(page: Page, panel: Panel, runs: Sequence[tuple[str, str]]) -> Non
         y = panel.y(index)
         if prune != before:
             page.pen.line((20, y - ROW // 2, WIDTH - RIGHT, y - ROW // 2), plot.BAND)
-            page.text(20, y, shortened(prune, NAMES - 110, page.width), "lm")
+            page.text(20, y, shortened(prune.rpartition(":")[2], NAMES - 110, page.width), "lm")
         page.text(NAMES - 20, y, keep, "rm")
         before = prune
 

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from nanogap.checks.command import visible
-from nanogap.ground import Result
+from nanogap.ground import Keep, Result
 
 
 @dataclass(frozen=True)
 class Answered(Result):
     expression: str
-    prune: str               # name of the strategy
+    prune: str               # name of the strategy; empty where indices were given
     mode: str
     cells: Tensor            # (N, 4) which part of the picture each visual token shows, pixels
     cuts: list[tuple[int, int]] = field(default_factory=list)   # (layer, visual tokens from it on)
@@ -26,12 +26,14 @@ class Answered(Result):
 
     def __str__(self) -> str:
         box = "no box" if self.box is None else ", ".join(f"{v:.0f}" for v in self.box)
-        by = "" if self.mode == "full" else f" by {self.prune}"
+        by = f" by {self.prune}" if self.prune and self.mode != "full" else ""
         return (f"\"{' '.join(self.expression.split())}\": {box} ({self.mode}, "
                 f"{self.visual_tokens:g} of {len(self.cells)} visual tokens{by}); "
                 f"the model said {visible(self.text)}")
 
 
-def answered(result: Result, cells: Tensor, expression: str, prune: str, mode: str) -> Answered:
+def answered(result: Result, cells: Tensor, expression: str, prune: str, keep: Keep,
+             mode: str) -> Answered:
     """A result with what was asked beside it."""
+    prune = "" if isinstance(keep, Tensor | list | tuple) else prune
     return Answered(**vars(result), expression=expression, prune=prune, mode=mode, cells=cells)

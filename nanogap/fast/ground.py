@@ -40,7 +40,7 @@ def ground(model: Any, image: Image.Image | str | Path | EncodedImage, expressio
         result = lesson.ground(model, encoded, expression, name, keep, mode, seed,
                                max_new_tokens=max_new_tokens, question=question,
                                decode=partial(decode, drafts=drafts, next_pass=model.next_pass))
-    return answered(result, model.cells(encoded), expression, name, mode)
+    return answered(result, model.cells(encoded), expression, name, keep, mode)
 
 
 def check_lengths(model: Any, prompt: Tensor, image: EncodedImage, max_new_tokens: int) -> None:

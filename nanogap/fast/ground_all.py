@@ -72,7 +72,7 @@ def ground_runs(model: Any, image: Image.Image | str | Path | EncodedImage, runs
     for asked, lane in zip(runs, lanes, strict=True):
         name, mode = find(asked.prune), asked.mode
         if lane:
-            results.append([answered(result, cells, expression, name, mode)
+            results.append([answered(result, cells, expression, name, asked.keep, mode)
                             for result, expression in zip(lane.results(model, encoded),
                                                           asked.expressions, strict=True)])
         else:

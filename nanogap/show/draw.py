@@ -24,7 +24,7 @@ from nanogap.train.places import shared_area
 
 WIDTH, MAX_HEIGHT = 960, 1200                # of the image on the page, pixels
 MIN_WIDTH, MIN_HEIGHT, MARGIN = 640, 160, 14
-ROW, FONT_SIZE = 46, 28                      # of the legend
+ROW, FONT_SIZE, LEGEND = 46, 28, 104         # of the legend; where its words begin
 TAG_HEIGHT, TAG_SIZE = 36, 24                # of a name at its box, and of its letters
 EDGE = 2                                     # of ink around each line
 CLEAR = 14                                   # from the middle of a line to the nearest name
@@ -189,7 +189,14 @@ def draw_answers(image: Image.Image, kept: Sequence[int], cells: Tensor,
     """
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    width, height = max(size[0], MIN_WIDTH) + 2 * MARGIN, max(size[1], MIN_HEIGHT) + 2 * MARGIN
+    legend = [(answer.label if answer.box else f"{answer.label}, no box", STYLES[answer.mode])
+              for answer in answers]
+    if truth is not None:
+        legend.append(("the true box", TRUTH))
+    font = ImageFont.load_default(FONT_SIZE)
+    widest = LEGEND + math.ceil(max((font.getlength(text) for text, _ in legend), default=0))
+    width, height = max(size[0], MIN_WIDTH, widest), max(size[1], MIN_HEIGHT)
+    width, height = width + 2 * MARGIN, height + 2 * MARGIN
     left, top = (width - size[0]) // 2, (height - size[1]) // 2
 
     def on_page(box: Box) -> Box:
@@ -197,10 +204,6 @@ def draw_answers(image: Image.Image, kept: Sequence[int], cells: Tensor,
                 box[2] * scale + left, box[3] * scale + top)
 
     boxes = {answer.mode: on_page(answer.box) for answer in answers if answer.box is not None}
-    legend = [(answer.label if answer.box else f"{answer.label}, no box", STYLES[answer.mode])
-              for answer in answers]
-    if truth is not None:
-        legend.append(("the true box", TRUTH))
     lines = caption.split("\n")
     page = Image.new("RGB", (width, height + ROW * (len(lines) + len(legend)) + MARGIN), PAGE)
     cells = cells.cpu() * torch.tensor([size[0] / image.width, size[1] / image.height] * 2)
@@ -222,7 +225,7 @@ def draw_legend(pen: ImageDraw.ImageDraw, lines: Sequence[str], legend: Sequence
         y += ROW
     for text, style in legend:
         stroke(pen, [((MARGIN + 8, y, MARGIN + 78, y), style)])
-        pen.text((MARGIN + 104, y), text, font=font, fill=PAPER, anchor="lm")
+        pen.text((MARGIN + LEGEND, y), text, font=font, fill=PAPER, anchor="lm")
         y += ROW
 
 
@@ -250,7 +253,7 @@ def draw_results(image: Image.Image, cells: Tensor, expression: str, prune: str,
     """The picture of one query.
 
     cells:   (N, 4) which part of the image each visual token shows, pixels
-    prune:   the strategy's name
+    prune:   the strategy's name, if one chose
     results: by mode
     model:   its name
     """
@@ -258,7 +261,7 @@ def draw_results(image: Image.Image, cells: Tensor, expression: str, prune: str,
     are_patches = cells[:, 0] < cells[:, 2]                                    # (N,)
     pruned = f"all {int(are_patches.sum())} patches"
     if set(results) != {"full"}:
-        pruned = (f"{prune} keeps {int(are_patches[kept].sum())} of {int(are_patches.sum())} "
+        pruned = (f"{prune or 'your choice'} keeps {int(are_patches[kept].sum())} of {int(are_patches.sum())} "
                   "patches; the dimmed ones are dropped")
     answers = [DrawnBox(mode, label(mode, result, results.get("full")), result.box)
                for mode, result in results.items()]
