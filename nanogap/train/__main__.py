@@ -56,7 +56,7 @@ def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
 
 def check_new(out: Path) -> None:
     """Refuse a folder with weights in it; beside training.pt there may be some of its own."""
-    there = [path.name for path in out.glob("*.json")] + [p.name for p in out.glob("*.safetensors")]
+    there = [path.name for end in ("json", "safetensors") for path in out.glob(f"*.{end}")]
     if "config.json" in there or there and not (out / "training.pt").exists():
         raise NanogapError(f"--out {out} holds weights already ({min(there)}), and they are not "
                            "overwritten; give a new folder, or move them away")
@@ -115,7 +115,6 @@ def train_stages(recipe: Recipe, device: torch.device, seed: int, progress: Prog
         at_hand, model = (started(start, recipe.family) for _ in range(2))
     model.to(device)                          # the other prepares pictures and asks, on the CPU
     for stage in stages[progress.stage:]:
-        assert stage.asked is not None                                        # it is for CLIP alone
         ask = partial(conversations, at_hand, stage.asked)
         data = Scenes(f"{seed} {stage.name}", stage.images, recipe.pictures, at_hand.pixel_values,
                       ask, stage.draw)
