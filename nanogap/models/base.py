@@ -134,6 +134,10 @@ class VLM(Llava):
         """A question that follows an answer, about the same image."""
         return self.later.format(question)
 
+    def answer(self, box: Shares) -> str:
+        """What the model says of a box in its frame, without the end token."""
+        return self.box_format.say(box)
+
     def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> VisualTokens:
         """A picture with what a strategy needs to see of it, the whole question among it."""
         seen = super().see(image, set(needs) - {"question"}, expression)
