@@ -302,7 +302,7 @@ class LlavaNext(VLM):
     # ----- its files ------------------------------------------------------------------------------
 
     def settings(self, dtype: str) -> dict[str, dict]:
-        """What is written into each of these files."""
+        """The same files, with what LLaVA-1.6 adds."""
         files = super().settings(dtype)
         pinpoints = {"image_grid_pinpoints": self.config.pinpoints}
         files["config.json"] |= pinpoints

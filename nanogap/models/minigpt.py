@@ -24,12 +24,10 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
-from nanogap.image import to_pixel_values
 from nanogap.llama import LlamaForCausalLM
 from nanogap.llava import EncodedImage, LlavaConfig
 from nanogap.models.base import VLM
@@ -111,11 +109,6 @@ class MiniGPT(VLM):
         self.language_model = LlamaForCausalLM(config.text)
 
     # ----- what it sees ---------------------------------------------------------------------------
-
-    def pixel_values(self, image: Image.Image) -> Tensor:
-        """A picture -> (1, 3, S, S), stretched to a square, on the model's device."""
-        square = self.frame.fit(image, self.config.vision.image_size)
-        return to_pixel_values(square).to(self.device, self.dtype)
 
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
         """What it sees: grid x grid / 4 tokens; CLS is left out."""

@@ -15,13 +15,14 @@ The recipes are in recipes.py, the losses in objectives.py, the scenes in scenes
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from nanogap.checks.command import Parser, answer_for, path_argument, tell, whole_number
 from nanogap.checks.loading import check_place
@@ -31,12 +32,12 @@ from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import save
-from nanogap.train.batches import Scenes, captions
+from nanogap.train.batches import Ask, Scenes, captions
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.fit import Progress, fit
 from nanogap.train.objectives import clip_loss, llava_loss
 from nanogap.train.questions import conversations
-from nanogap.train.recipes import CPU, RECIPES, Recipe, recipe_for
+from nanogap.train.recipes import CPU, RECIPES, Recipe, TrainingStage, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
 
 
@@ -56,7 +57,7 @@ def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
 
 def check_new(out: Path) -> None:
     """Refuse a folder with weights in it; beside training.pt there may be some of its own."""
-    there = [path.name for path in out.glob("*.json")] + [p.name for p in out.glob("*.safetensors")]
+    there = [path.name for end in ("json", "safetensors") for path in out.glob(f"*.{end}")]
     if "config.json" in there or there and not (out / "training.pt").exists():
         raise NanogapError(f"--out {out} holds weights already ({min(there)}), and they are not "
                            "overwritten; give a new folder, or move them away")
@@ -106,39 +107,30 @@ def tell_if_short(recipe: Recipe, steps: list[int]) -> None:
 def train_stages(recipe: Recipe, device: torch.device, seed: int, progress: Progress, workers: int,
                  start: Path | None) -> tuple[VLM, CLIP | None, Tokenizer | None]:
     """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
+    def run(stage: TrainingStage, model: nn.Module, loss: Callable, ask: Ask) -> None:
+        data = Scenes(f"{seed} {stage.name.lower()}", stage.images, recipe.pictures,
+                      at_hand.pixel_values, ask, stage.draw)
+        fit(stage, model, partial(loss, device=device), data, progress, workers)
+
     stages = [stage.share(joined()[1]) for stage in recipe.stages]
     clip, words = None, None
+    # one model is trained; the one at hand prepares pictures and asks, on the CPU
     if start is None:
-        clip, words = train_clip(recipe, device, seed, progress, workers)
+        clip, words = new_clip(recipe, seed)
+        at_hand = new_model(recipe, seed, clip)
+        if progress.stage == 0:
+            run(stages[0], clip.to(device), partial(clip_loss, clip, words), captions)
+            progress.clip, progress.state = clip.state_dict(), {}
+            if joined()[0] == 0:
+                progress.save()
+        clip.load_state_dict(progress.clip)
         at_hand, model = (new_model(recipe, seed, clip) for _ in range(2))
     else:
         at_hand, model = (started(start, recipe.family) for _ in range(2))
-    model.to(device)                          # the other prepares pictures and asks, on the CPU
+    model.to(device)
     for stage in stages[progress.stage:]:
-        assert stage.asked is not None                                        # it is for CLIP alone
-        ask = partial(conversations, at_hand, stage.asked)
-        data = Scenes(f"{seed} {stage.name}", stage.images, recipe.pictures, at_hand.pixel_values,
-                      ask, stage.draw)
-        fit(stage, model, partial(llava_loss, model, device=device), data, progress, workers)
+        run(stage, model, partial(llava_loss, model), partial(conversations, at_hand, stage.asked))
     return model, clip, words
-
-
-def train_clip(recipe: Recipe, device: torch.device, seed: int, progress: Progress,
-               workers: int) -> tuple[CLIP, Tokenizer]:
-    """The first stage, if it was not done before."""
-    clip, words = new_clip(recipe, seed)
-    prepare = new_model(recipe, seed, clip).pixel_values
-    clip.to(device)
-    if progress.stage == 0:
-        stage = recipe.stages[0].share(joined()[1])
-        data = Scenes(f"{seed} clip", stage.images, recipe.pictures, prepare, captions, stage.draw)
-        fit(stage, clip, partial(clip_loss, clip, words, device=device), data, progress, workers)
-        progress.clip = clip.state_dict()
-        progress.state = {}
-        if joined()[0] == 0:
-            progress.save()
-    clip.load_state_dict(progress.clip)
-    return clip, words
 
 
 def command(argv: Sequence[str] | None) -> None:

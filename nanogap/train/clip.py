@@ -59,18 +59,17 @@ def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer,
               dtype: torch.dtype = torch.bfloat16) -> None:
     """Write both towers in the layout of openai/clip-vit-large-patch14-336."""
     folder.mkdir(parents=True, exist_ok=True)
-    start = tokenizer.token_to_id("<|startoftext|>")
-    end = tokenizer.token_to_id("<|endoftext|>")
+    start, end = map(tokenizer.token_to_id, ("<|startoftext|>", "<|endoftext|>"))
     width = clip.visual_projection.out_features
     shared = {"projection_dim": width, "hidden_act": "quick_gelu"}
-    tokens = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
-    text = asdict(clip.text_model.config) | shared | tokens
-    vision = asdict(clip.vision_model.config) | shared
     config = {
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": width,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "text_config": text | {"model_type": "clip_text_model"},
-        "vision_config": vision | {"model_type": "clip_vision_model"}}
+        "text_config": asdict(clip.text_model.config) | shared | {
+            "bos_token_id": start, "eos_token_id": end, "pad_token_id": end,
+            "model_type": "clip_text_model"},
+        "vision_config": asdict(clip.vision_model.config) | shared | {
+            "model_type": "clip_vision_model"}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
     save_tensors(folder / "model.safetensors", clip, dtype)

@@ -10,13 +10,14 @@ import io
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from nanogap.checks.command import tell
 from nanogap.checks.output import write_whole
@@ -35,7 +36,7 @@ SAVE_EVERY = 120.0     # seconds
 
 @dataclass
 class Progress:
-    """Where training stands; it is saved on the way, so that training can be interrupted."""
+    """Where training stands, saved on the way."""
 
     path: Path
     settings: dict
@@ -105,26 +106,6 @@ class Progress:
             dist.broadcast(chosen, 0)
         self.steps[self.stage] = int(chosen)
         return int(chosen)
-
-
-class Pace:
-    """How many steps a stage takes: as many as were given, or as fit into its minutes."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.by_minutes = progress.minutes is not None and progress.step == 0
-        self.begun = self.timed = time.time()
-
-    def steps(self, step: int) -> int:
-        """The number of steps, as it looks before this one."""
-        steps = self.progress.steps[self.progress.stage]
-        due = step > 0 and step % TIMED == 0 and step <= max(TIMED, steps / 2)
-        if not (self.by_minutes and due):
-            return steps
-        now = time.time()
-        seconds_per_step = (now - self.timed) / TIMED   # of the last: the first are slow on a GPU
-        self.timed = now
-        return self.progress.choose_steps(step, now - self.begun, seconds_per_step)
 
 
 class Report:
@@ -206,29 +187,30 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 def fit(stage: TrainingStage, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes,
         progress: Progress, workers: int) -> None:
     """One stage, from its first step or from where it was interrupted."""
+    rank, world = joined()
     steppers = optimizers(model, stage)
     progress.restore(model, steppers)
-    pace = Pace(progress)
-    report = Report(stage.name, progress.step, pace.begun)
-    saved = pace.begun
-    for step, batch in enumerate(batches_from(progress.step, data, workers), progress.step):
-        steps = pace.steps(step)
+    by_minutes = progress.minutes is not None and progress.step == 0
+    begun = saved = timed = time.time()
+    report = Report(stage.name, progress.step, begun)
+    own = range(progress.step * world + rank, sys.maxsize, world)             # of this process
+    batches = DataLoader(data, batch_size=None, num_workers=workers, sampler=own)
+    for step, batch in enumerate(batches, progress.step):
+        steps = progress.steps[progress.stage]
+        if by_minutes and step % TIMED == 0 and 0 < step <= max(TIMED, steps / 2):
+            now = time.time()
+            # by the last steps alone: the first are slow on a GPU
+            steps = progress.choose_steps(step, now - begun, (now - timed) / TIMED)
+            timed = now
         if step >= steps:
             break
         share = rate_share(step, steps, stage.rate_left)
         loss = take_step(model, steppers, loss_of(batch), share)
         now = time.time()
-        if joined()[0] > 0:                       # the first process reports and saves for all
+        if rank > 0:                              # the first process reports and saves for all
             continue
         report.add(loss, step + 1, steps, now)
         if now - saved > SAVE_EVERY:
             saved = now
             progress.keep(step + 1, model, steppers)
     progress.end_stage(model)
-
-
-def batches_from(step: int, data: Scenes, workers: int) -> Iterable[Batch]:
-    """The batches of this process, from a step on."""
-    rank, world = joined()
-    sampler = range(step * world + rank, sys.maxsize, world)
-    return torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, sampler=sampler)

@@ -28,11 +28,9 @@ def shared_area(a: Box, b: Box) -> float:
 
 def has_room(boxes: Sequence[Box]) -> bool:
     """Whether each box shares less than HIDDEN of its area with all the others together."""
-    for box in boxes:
-        shared = sum(shared_area(box, other) for other in boxes)   # its own is among them
-        if shared >= (1 + HIDDEN) * shared_area(box, box):
-            return False
-    return True
+    return all(   # a box is among the others, with all of its own area
+        sum(shared_area(box, other) for other in boxes) < (1 + HIDDEN) * shared_area(box, box)
+        for box in boxes)
 
 
 def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> dict[int, Box]:

@@ -7,11 +7,10 @@ Source: the kinds of answers are those of LLaVA-1.5's own mixture, arXiv 2310.03
 Letters: T tokens.
 """
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, chain
 
 from nanogap.models import VLM
@@ -31,12 +30,6 @@ class Mixture:
     hundredths: float = 1.0        # of boxes, and what is smaller
     find: float = 1.0              # the last token of a find; those before it weigh nothing
     word: float = 1.0              # tokens of short answers; all others weigh 1
-
-    def share(self, processes: int) -> "Mixture":
-        """What each of several processes asks of it."""
-        counts = ("boxes", "finds", "words", "descriptions")
-        return replace(self, **{name: math.ceil(getattr(self, name) / processes)
-                                for name in counts})
 
 
 @dataclass(frozen=True)
@@ -81,14 +74,12 @@ def converse(model: VLM, turns: Sequence[Turn]) -> Conversation:
     tokens: list[int] = []
     weights: list[float] = []
     for turn in turns:
-        if tokens:
-            asked = encode(model.tokenizer, model.follow(turn.question))
-        else:
-            asked = model.encode_question(turn.question).tolist()
+        asked = (encode(model.tokenizer, model.follow(turn.question)) if tokens
+                 else model.encode_question(turn.question).tolist())
         tokens += asked + turn.answer
         weights += [0.0] * len(asked) + turn.weights
-    return Conversation(turns[0].kind if len(turns) == 1 else "turns", turns[0].image, tokens,
-                        weights)
+    kind = turns[0].kind if len(turns) == 1 else "turns"
+    return Conversation(kind, turns[0].image, tokens, weights)
 
 
 def box_turns(model: VLM, scenes: list[Scene], mixture: Mixture,

@@ -59,32 +59,25 @@ def answers(model: VLM, hidden: Tensor, tokens: Tensor, weights: Tensor) -> Read
 
 
 class SharedPast:
-    """A cache for training: keys and values of new tokens, behind those of what they continue.
+    """A cache for training: rows of keys and values, which several sequences may continue.
 
-    Several sequences may continue one, and gradients flow into it from all of them.
-    past:    what they continue; None: nothing
-    parents: (B,) which sequence of `past` each of them continues
+    Gradients flow into them from all of these.
     """
 
     def __init__(self, past: "SharedPast | None" = None, parents: Tensor | None = None) -> None:
-        self.past = past
-        self.parents = parents
+        """parents: (B,) which sequence of `past` each of these continues; None, None: nothing."""
+        self.past, self.parents = past, parents
         self.rows: list[tuple[Tensor, Tensor]] = []   # (B, G, R, D) each, per layer
+        self.length: int = past.length if past else 0                         # R
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put k and v (B, G, T, D) behind the rows of the past; return all rows (B, G, R, D)."""
-        if self.past is not None:
+        if self.past:
             old_k, old_v = self.past.rows[layer]
             k = torch.cat([old_k[self.parents], k], dim=2)                    # (B, G, R, D)
             v = torch.cat([old_v[self.parents], v], dim=2)
         self.rows.append((k, v))
         return k, v
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """B and R, once its tokens were run."""
-        keys, _ = self.rows[0]
-        return keys.shape[0], keys.shape[2]
 
 
 def run(decoder: LlamaModel, x: Tensor, cache: SharedPast) -> Tensor:
@@ -92,8 +85,9 @@ def run(decoder: LlamaModel, x: Tensor, cache: SharedPast) -> Tensor:
 
     Nothing is pruned in training, so that the position ID of a token is its row.
     """
-    _, before = cache.past.shape if cache.past is not None else (0, 0)
-    rows = torch.arange(before + x.shape[1], device=x.device)                 # (R,)
+    before = cache.length
+    cache.length += x.shape[1]
+    rows = torch.arange(cache.length, device=x.device)                        # (R,)
     new = rows[before:]                                                       # (T,)
     mask = rows <= new[:, None]                                               # (T, R)
     return decoder(x, new, cache, mask)                               # type: ignore[arg-type]
@@ -117,9 +111,9 @@ def read_sharing(model: VLM, said: Sequence[Conversation], visual: Sequence[Tens
     """
     decoder, device = model.language_model.model, model.device
     P = said[0].tokens.index(model.config.image_token)
-    system = torch.tensor(said[0].tokens[:P], device=device)                  # (P,)
     below_system = SharedPast()
-    run(decoder, decoder.embed_tokens(system)[None], below_system)
+    system = torch.tensor([said[0].tokens[:P]], device=device)                # (1, P)
+    run(decoder, decoder.embed_tokens(system), below_system)
     read = []
     for N in dict.fromkeys(map(len, visual)):                                 # images of one length
         images = [i for i, features in enumerate(visual) if len(features) == N]
@@ -129,30 +123,25 @@ def read_sharing(model: VLM, said: Sequence[Conversation], visual: Sequence[Tens
         about = [replace(one, image=images.index(one.image)) for one in said if one.image in images]
         for kind in dict.fromkeys(one.kind for one in about):
             of_kind = [one for one in about if one.kind == kind]
-            read.append(read_kind(model, of_kind, below_images, P))
-    logits, targets, weights = zip(*read, strict=True)
-    return torch.cat(logits), torch.cat(targets), torch.cat(weights)
+            read.append(read_kind(model, of_kind, below_images, len(images), P))
+    logits, targets, weights = map(torch.cat, zip(*read, strict=True))
+    return logits, targets, weights
 
 
-def read_kind(model: VLM, said: Sequence[Conversation], past: SharedPast, P: int) -> Read:
-    """Conversations of one kind, behind their images and the P tokens before these."""
+def read_kind(model: VLM, said: Sequence[Conversation], past: SharedPast, B: int, P: int) -> Read:
+    """Conversations of one kind, behind their B images and the P tokens before these."""
     decoder, device = model.language_model.model, model.device
-    images, _ = past.shape
     # what all questions begin with is run once for each image; the token before the first one that
     # counts must stay in the rest, for its logits foretell it (commonprefix takes any sequences)
     texts = [one.tokens[P + 1:] for one in said]
-    shared = min(len(os.path.commonprefix(texts)), *(first_weighted(one) - P - 2 for one in said))
+    answered = min(next(at for at, weight in enumerate(one.weights) if weight) for one in said)
+    shared = min(len(os.path.commonprefix(texts)), answered - P - 2)
     head = torch.tensor(texts[0][:shared], device=device)                     # (shared,)
-    below_head = SharedPast(past, torch.arange(images, device=device))
-    run(decoder, decoder.embed_tokens(head).expand(images, -1, -1), below_head)
+    below_head = SharedPast(past, torch.arange(B, device=device))
+    run(decoder, decoder.embed_tokens(head).expand(B, -1, -1), below_head)
     # and then the rest of each
     tokens = padded([text[shared:] for text in texts], device)                # (Q, T)
     weights = padded([one.weights[P + 1 + shared:] for one in said], device)
     about = torch.tensor([one.image for one in said], device=device)          # (Q,)
     hidden = run(decoder, decoder.embed_tokens(tokens[:, :-1]), SharedPast(below_head, about))
     return answers(model, hidden, tokens, weights)
-
-
-def first_weighted(one: Conversation) -> int:
-    """Where in its tokens the first stands that counts in the loss."""
-    return next(at for at, weight in enumerate(one.weights) if weight > 0)

@@ -19,15 +19,20 @@ class TrainingStage:
     steps: int
     images: int               # of a step
     rate: float               # AdamW's
-    asked: Mixture | None = None
+    asked: Mixture = Mixture(boxes=0)   # CLIP's asks nothing
     muon_rate: float = 0.0    # 0: AdamW alone
     rate_left: float = 0.0    # the share of the rates that is left at the end
     draw: Draw = draw_scene
 
     def share(self, processes: int) -> "TrainingStage":
         """What each of several processes does of it."""
-        asked = self.asked and self.asked.share(processes)
-        return replace(self, images=math.ceil(self.images / processes), asked=asked)
+        def part(count: int) -> int:
+            return math.ceil(count / processes)
+
+        asked = self.asked
+        return replace(self, images=part(self.images), asked=replace(
+            asked, boxes=part(asked.boxes), finds=part(asked.finds), words=part(asked.words),
+            descriptions=part(asked.descriptions)))
 
 
 @dataclass(frozen=True)

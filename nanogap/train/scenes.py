@@ -1,11 +1,10 @@
 """Drawn scenes with referring expressions: what the mini model learns from.
 
-In:  a split's name and an index, or a Random.
-Out: an image, the things in it with tight boxes, and expressions, each true of exactly one thing.
-
     python -m nanogap.train.scenes SPLIT INDEX OUT.jpg [--size 672]
 
-The picture notes in its EXIF which scene it is, so that `run.py` can draw the true box.
+In:  a split's name and an index, or a Random.
+Out: an image, the things in it with tight boxes, and expressions, each true of exactly one thing.
+     The picture notes in its EXIF which scene it is, so that `run.py` can draw the true box.
 
 A thing can be told apart by its name ("the man in blue"), by its place among others of that name
 ("the man on the left"), or by a landmark ("the man left of the tree").  The same Random draws the
@@ -112,8 +111,7 @@ def names_of(things: Sequence[Thing]) -> dict[str, list[int]]:
     """Every name, such as "man", "man in blue" or "person", and the things (indices) it fits."""
     bearers: dict[str, list[int]] = {}
     for i, thing in enumerate(things):
-        nouns = [thing.kind, "person"] if thing.kind in PEOPLE else [thing.kind]
-        for noun in nouns:
+        for noun in [thing.kind, "person"] if thing.kind in PEOPLE else [thing.kind]:
             for name in (noun, named(noun, thing.colour)):
                 bearers.setdefault(name, []).append(i)
     return bearers
@@ -133,9 +131,7 @@ def expressions(things: Sequence[Thing], long: float, rng: Random) -> Iterator[t
     for group, name in groups.items():
         for form, i in superlatives({i: boxes[i] for i in group}, long).items():
             true[form, name, i] = [""]
-    for name, among in bearers.items():
-        if len(among) == 1:
-            true["name", name, among[0]] = [""]
+    true |= {("name", name, among[0]): [""] for name, among in bearers.items() if len(among) == 1}
     for j, other in enumerate(things):
         own_names = [name for name in (other.kind, named(other.kind, other.colour))
                      if bearers[name] == [j]]
@@ -157,11 +153,9 @@ def caption(things: Iterable[Thing], rng: Random) -> str:
     """Say what is there, in random order, and not where: "a man in blue and two green trees"."""
     parts = []
     for (kind, colour), count in contents(things).items():
-        if count > 1:
-            parts.append(f"{NUMBERS[count - 2]} {named(KINDS[kind][0], colour)}")
-        else:
-            words = named(kind, colour)
-            parts.append(f"an {words}" if words.startswith("o") else f"a {words}")   # an orange ...
+        noun = named(kind if count == 1 else KINDS[kind][0], colour)
+        article = "an" if noun.startswith("o") else "a"                       # an orange ...
+        parts.append(f"{(article, *NUMBERS)[count - 1]} {noun}")
     rng.shuffle(parts)
     *others, last = parts
     return f"{', '.join(others)} and {last}" if others else last

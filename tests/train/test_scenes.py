@@ -14,7 +14,6 @@ from statistics import median
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 
-from nanogap import NanogapError
 from nanogap.checks.command import answer_for
 from nanogap.train import scenes
 from nanogap.train.drawing import paint
@@ -92,10 +91,9 @@ def test_what_is_said_is_clear(things: list[Thing], some: set[tuple[str, int]], 
     assert not [text for text, _ in told if re.search(never, text)]
 
 
-def test_caption_says_what_is_there_and_not_where():
+def test_a_caption_says_what_is_there_in_any_order():
     things = [at("man", 20, 50, "blue"), at("tree", 50, 50, "green"), at("tree", 90, 50, "green"),
               at("car", 50, 90, "orange")]
-    assert caption(things, Random(0)).count("a man in blue") == 1
     told = {caption(things, Random(seed)) for seed in range(40)}
     assert "a man in blue, an orange car and two green trees" in told
     assert len(told) == 6  # the orders of three parts
@@ -154,8 +152,7 @@ def candidates(text: str, things: tuple[Thing, ...]) -> list[int]:
 def test_every_expression_means_the_thing_it_stands_with(drawn):
     assert sum(len(s.expressions) for s in drawn) > 6 * len(drawn)
     for s in drawn:
-        assert s.expressions
-        assert len({text for text, _ in s.expressions}) == len(s.expressions)
+        assert len({text for text, _ in s.expressions}) == len(s.expressions) > 0
         for text, i in s.expressions:
             assert candidates(text, s.things) == [i], (text, s.things)
 
@@ -201,22 +198,11 @@ def test_a_box_is_tight_around_what_is_drawn(kind, box):
         assert set(inwards) <= {0, 1}
 
 
-def fingerprint(s: scenes.Scene) -> str:
-    return hashlib.sha256(s.image.tobytes() + repr((s.things, s.expressions)).encode()).hexdigest()
+def test_things_and_expressions_stay_what_they_were_in_every_process(drawn):
+    """The mini model learned from these, and tables were made of them.
 
-
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_a_seed_draws_the_same_scene_in_every_process(seed: str):
-    """A string seeds Random through SHA-512; the order of a set of strings would differ."""
-    code = ("from tests.train.test_scenes import fingerprint, scene\n"
-            "print(*(fingerprint(scene('test', i, 168)) for i in range(20)))")
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
-                          env={**os.environ, "PYTHONHASHSEED": seed}, text=True).stdout
-    assert told.split() == [fingerprint(scene("test", i, 168)) for i in range(20)]
-
-
-def test_things_and_expressions_stay_what_they_were(drawn):
-    """The mini model learned from these, and tables were made of them."""
+    A string seeds Random through SHA-512; the order of a set of strings would differ.
+    """
     said = repr([(s.things, s.expressions) for s in drawn])
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "770baf59c51236a7"
 
@@ -229,7 +215,7 @@ def test_splits_and_indices_differ():
 def test_wide_tall_and_square_images_occur_with_the_long_side_as_asked(drawn):
     shapes = {s.image.size for s in drawn}
     assert {(168, 168), (168, 112), (112, 168)} <= shapes
-    assert {max(s.image.size) for s in drawn} == {168}
+    assert {max(shape) for shape in shapes} == {168}
     assert max(scene("test", 0, 801).image.size) == 801
 
 
@@ -245,31 +231,21 @@ def test_a_given_cast_is_drawn_in_full():
     assert scenes.contents(draw_scene(Random(0), 64, cast).things) == Counter(cast)
 
 
-@pytest.mark.parametrize("size", [31, 10 ** 9])
-def test_a_size_that_cannot_be_drawn_is_refused(size: int):
-    with pytest.raises(NanogapError, match=f"size {size} cannot be drawn: give 32 to 4096"):
-        draw_scene(Random(0), size)
-
-
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "nanogap.train.scenes", *words], cwd=ROOT,
-                          capture_output=True, text=True)
-
-
-def test_the_command_draws_the_same_in_another_process_and_prints_what_is_true_of_it(tmp_path):
-    """A string seeds Random through SHA-512; the order of a set of strings would differ."""
-    done = command("test", "7", str(tmp_path / "out.png"), "--size", "200")
-    assert done.returncode == 0
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_the_command_draws_the_same_in_another_process_and_prints_what_is_true_of_it(
+        seed: str, tmp_path):
+    words = ["-m", "nanogap.train.scenes", "test", "7", tmp_path / "out.png", "--size", "200"]
+    told = subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True,
+                          env={**os.environ, "PYTHONHASHSEED": seed}, text=True).stdout
     ours = scene("test", 7, 200)
     with Image.open(tmp_path / "out.png") as image:
         assert image.format == "PNG" and image.tobytes() == ours.image.tobytes()
-    assert done.stdout.splitlines() == [f"{text:40} {ours.things[i].box}"
-                                        for text, i in ours.expressions]
+    assert told.splitlines() == [f"{text:40} {ours.things[i].box}" for text, i in ours.expressions]
 
 
 def test_the_command_draws_the_image_that_ships(tmp_path):
     """But for what another version of Pillow may round."""
-    assert command("image", "1117", str(tmp_path / "image.jpg")).returncode == 0
+    scenes.command(["image", "1117", str(tmp_path / "image.jpg")])
     with Image.open(tmp_path / "image.jpg") as new, Image.open(ROOT / "image.jpg") as ours:
         assert new.format == "JPEG"
         assert max(ImageStat.Stat(ImageChops.difference(new, ours)).mean) < 0.5
@@ -285,7 +261,8 @@ def test_the_command_draws_the_image_that_ships(tmp_path):
     (["test", "-1", "out.jpg"], "argument index: '-1' is not a whole number from 0 on"),
     (["test", "9" * 100, "out.jpg"], "is not a whole number from 0 on"),
     (["\udcff", "7", "out.jpg"], "the split is not valid Unicode: type it in UTF-8"),
-    (["test", "7", "out.jpg", "--size", "20000"], "size 20000 cannot be drawn: give 32 to 4096"),
+    (["test", "7", "out.jpg", "--size", "4097"], "size 4097 cannot be drawn: give 32 to 4096"),
+    (["test", "7", "out.jpg", "--size", "31"], "size 31 cannot be drawn: give 32 to 4096"),
     (["test", "7"], "the following arguments are required: out"),
 ])
 def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path, monkeypatch, capsys):

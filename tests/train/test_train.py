@@ -1,5 +1,6 @@
 """Training: what it learns from, that shared prefixes change nothing, and that it continues."""
 
+import io
 import pickle
 import random
 from collections import Counter
@@ -46,17 +47,13 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
     return to_pixel_values(Pad().fit(image, 56))
 
 
-def no_pixels(_: Image.Image) -> torch.Tensor:
-    return torch.zeros(1, 3, 56, 56)
+def nothing(*_: object) -> None:
+    """No pixels, or no questions."""
 
 
 @pytest.fixture(scope="module")
 def model() -> VLM:
     return new_model(TINY, 0, new_clip(TINY, 0)[0])
-
-
-def nothing(*_: object) -> None:
-    return None
 
 
 def drawn(model: VLM, mixture: Mixture = MIXTURE) -> Batch:
@@ -108,26 +105,19 @@ def test_a_share_of_the_questions_comes_after_others_about_the_same_image(model:
 
 
 def test_hundredths_weigh_less_than_what_finds_the_thing_and_words_more(model: VLM):
-    said = drawn(model)[2]
-
-    def answers(kind: str) -> list[tuple[list[str | None], list[float]]]:
-        found = []
-        for one in said:
-            if one.kind == kind:
-                start = max(i for i, token in enumerate(one.tokens)
-                            if model.tokenizer.id_to_token(token) == ":") + 1
-                tokens = [model.tokenizer.id_to_token(token) for token in one.tokens[start:]]
-                found.append((tokens, one.weights[start:]))
-        return found
-
-    tokens, weights = answers("box")[0]
+    answers: dict[str, list[tuple[list, list]]] = {}      # (tokens, weights) of each kind
+    for one in drawn(model)[2]:
+        tokens = [model.tokenizer.id_to_token(token) for token in one.tokens]
+        start = len(tokens) - tokens[::-1].index(":")
+        answers.setdefault(one.kind, []).append((tokens[start:], one.weights[start:]))
+    tokens, weights = answers["box"][0]
     light = [at for at, weight in enumerate(weights) if weight == 0.25]
     assert len(tokens) == 25 and light == [4, 10, 16, 22]
     assert all(tokens[at - 2] == "." for at in light)
-    assert {weight for _, weights in answers("word") for weight in weights} == {3.0}
-    assert {weight for _, weights in answers("description") for weight in weights} == {1.0}
-    (*start, tenth), weights = answers("find")[0]
-    assert start == tokens[:3] and tenth and tenth.isdigit() and weights == [0.0, 0.0, 0.0, 20.0]
+    assert {weight for _, weights in answers["word"] for weight in weights} == {3.0}
+    assert {weight for _, weights in answers["description"] for weight in weights} == {1.0}
+    (*begun, tenth), weights = answers["find"][0]
+    assert begun == tokens[:3] and tenth.isdigit() and weights == [0.0, 0.0, 0.0, 20.0]
 
 
 @pytest.mark.parametrize("tokens, places", [
@@ -187,7 +177,7 @@ def test_training_never_touches_the_vision_tower_in_stage_one(model: VLM):
 
 
 def test_each_stage_draws_its_own_scenes():
-    data = [Scenes("test", 4, 56, no_pixels, nothing, stage.draw) for stage in recipes.CPU.stages]
+    data = [Scenes("test", 4, 56, nothing, nothing, stage.draw) for stage in recipes.CPU.stages]
     counts = [{len(drawn.things) for i in range(9) for drawn in scenes[i][1]} for scenes in data]
     assert [stage.name for stage in recipes.CPU.stages] == ["CLIP", "read", "find", "box"]
     assert counts.pop(1) == {1}
@@ -214,7 +204,7 @@ def test_two_of_three_scenes_can_show_things_alike():
         names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
         return [expression for expression, _ in drawn.expressions] == names
 
-    data = [Scenes("test", 4, 56, no_pixels, nothing, draw)
+    data = [Scenes("test", 4, 56, nothing, nothing, draw)
             for draw in (draw_often_alike, draw_scene)]
     often, any_scene = (sum(alike(drawn) for i in range(12) for drawn in scenes[i][1])
                         for scenes in data)
@@ -225,8 +215,8 @@ def test_batches_follow_from_the_seed_and_belong_to_no_split():
     def batch(seed: str, images: int = 2, index: int = 7) -> Batch:
         return Scenes(seed, images, 56, pixels_of, nothing)[index]
 
-    assert torch.equal(*(torch.cat(batch("0 llava")[0]) for _ in range(2)))
-    assert not torch.equal(*(torch.cat(batch(seed)[0]) for seed in ("0 llava", "1 llava")))
+    first, again, other = (torch.cat(batch(seed)[0]) for seed in ("0 llava", "0 llava", "1 llava"))
+    assert torch.equal(first, again) and not torch.equal(first, other)
     drawn = [s.things for s in batch("0 llava", 8, 0)[1]]
     assert scene("train", 0).things not in drawn and scene("val", 0).things not in drawn
 
@@ -312,7 +302,7 @@ def test_a_slow_start_does_not_shorten_a_training(tmp_path: Path, monkeypatch, c
 
 def test_workers_send_no_pictures():
     """Which would be most of what goes through their pipe; of a picture, training asks the size."""
-    drawn = Scenes("test", 2, 56, no_pixels, nothing)[3][1]
+    drawn = Scenes("test", 2, 56, nothing, nothing)[3][1]
     assert [s.image.mode for s in drawn] == ["1", "1"]
     assert {s.image.width for s in drawn} <= {56, 112}
     assert len(pickle.dumps(drawn)) < 10_000
@@ -324,30 +314,29 @@ def test_a_training_takes_steps_or_minutes(tmp_path: Path, capsys):
     assert "not allowed with argument --minutes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [
-    {"seed": 7},
-    {"seed": 0, "size": 56, "courses": ["CLIP", "read", "find", "box"]},      # of an older version
-])
-def test_a_training_with_other_settings_is_not_continued(tmp_path: Path, settings: dict):
-    torch.save({"settings": settings, "course": 1}, tmp_path / "training.pt")
-    message = "is of a training with other settings .* delete it to start anew"
-    with pytest.raises(NanogapError, match=message):
+def saved(state: dict) -> bytes:
+    data = io.BytesIO()
+    torch.save(state, data)
+    return data.getvalue()
+
+
+GOOD = {key: {} for key in Progress.KEPT}
+WHOLE = saved(GOOD)
+OTHER, BROKEN = "is of a training with other settings .*", "cannot be read .*"
+
+
+@pytest.mark.parametrize("data, message", [
+    (saved(GOOD | {"settings": {"seed": 7}}), OTHER),
+    (saved({"settings": {"seed": 0, "size": 56, "courses": ["CLIP", "read", "find", "box"]},
+            "course": 1}), OTHER),                                            # an older version
+    (b"", BROKEN), (b"not a saved state", BROKEN), (pickle.dumps([], protocol=2), BROKEN),
+    (WHOLE[:len(WHOLE) // 2], BROKEN), (WHOLE[:-1], BROKEN)])                 # cut off
+def test_a_state_that_is_broken_or_of_other_settings_is_not_continued(
+        data: bytes, message: str, tmp_path: Path):
+    (tmp_path / "training.pt").write_bytes(data)
+    with pytest.raises(NanogapError, match=f"training.pt {message} delete it to start anew"):
         train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
-
-
-def test_a_broken_state_is_refused(tmp_path: Path):
-    """Another file, one that was cut off, and one that holds something else."""
-    good = {key: {} for key in Progress.KEPT}
-    torch.save(good, tmp_path / "good.pt")
-    whole = (tmp_path / "good.pt").read_bytes()
-    out = tmp_path / "out"
-    out.mkdir()
-    for data in (b"", b"not a saved state", pickle.dumps([], protocol=2), whole[:len(whole) // 2],
-                 whole[:-1]):
-        (out / "training.pt").write_bytes(data)
-        with pytest.raises(NanogapError, match="training.pt cannot be read .* delete it to start"):
-            train.train(out, TINY, CPU, steps=[1, 1, 1, 1])
-    assert [path.name for path in out.iterdir()] == ["training.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
 
 
 def test_progress_is_told_by_time_and_at_the_end_of_a_stage(capsys):
