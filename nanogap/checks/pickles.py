@@ -38,7 +38,7 @@ def read_plain(path: Path, limit: int = 1 << 28) -> Any:
         raise NanogapError(f"{path} is refused: {error}; get it from where it was "
                            "published") from None
     except Exception:                                         # a broken one raises almost anything
-        raise NanogapError(instead(path) or f"{path} holds no JSON, and is no whole pickle; "
+        raise NanogapError(instead(path) or f"{path} is no whole pickle, and holds no JSON; "
                            "download it again, or give another file") from None
 
 

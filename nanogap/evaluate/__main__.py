@@ -249,12 +249,15 @@ def main(argv: Sequence[str] | None) -> None:
         data = data_asked(args)
         if data.missing and rank == 0:
             tell(missing(data))
-        if len(args.models) > 1:
-            ask_models(args, data, rank, world)
-            return
-        report = ask_model(args, data, rank, world)
-        if report is not None:
-            print_report(args, report)
+        try:
+            if len(args.models) > 1:
+                ask_models(args, data, rank, world)
+            elif report := ask_model(args, data, rank, world):
+                print_report(args, report)
+        except KeyboardInterrupt:
+            if args.out and rank == 0:
+                tell(f"stopped; the same command with --resume goes on with {args.out}")
+            raise
 
 
 if __name__ == "__main__":

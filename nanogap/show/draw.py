@@ -261,8 +261,8 @@ def draw_results(image: Image.Image, cells: Tensor, expression: str, prune: str,
     are_patches = cells[:, 0] < cells[:, 2]                                    # (N,)
     pruned = f"all {int(are_patches.sum())} patches"
     if set(results) != {"full"}:
-        pruned = (f"{prune or 'your choice'} keeps {int(are_patches[kept].sum())} of {int(are_patches.sum())} "
-                  "patches; the dimmed ones are dropped")
+        pruned = (f"{prune or 'your choice'} keeps {int(are_patches[kept].sum())} of "
+                  f"{int(are_patches.sum())} patches; the dimmed ones are dropped")
     answers = [DrawnBox(mode, label(mode, result, results.get("full")), result.box)
                for mode, result in results.items()]
     asked = f"\"{' '.join(expression.split())}\"" + (f", asked of {model}" if model else "")

@@ -159,6 +159,15 @@ def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_
     assert asked == [[1], [1], [1], [7, 7, 7], [2, 2, 2]]
 
 
+def test_one_that_is_stopped_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask, "answers", stopped)
+    assert run("--weights", folder, "--limit", 3, "--out", tmp_path / "a.jsonl") == 130
+    assert f"--resume goes on with {tmp_path / 'a.jsonl'}" in capsys.readouterr().err
+
+
 def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, tmp_path, printed):
     """A blank one among four about a picture: each is asked alone then, in the same words."""
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")

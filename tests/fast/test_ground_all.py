@@ -243,6 +243,7 @@ def test_in_mode_full_and_with_indices_no_strategy_is_asked(model, picture, monk
     full = model.ground_all(picture, THINGS, "fastv", 8, "full", max_new_tokens=2)
     own = model.ground_all(picture, THINGS, "fastv", torch.tensor([3, 1]), max_new_tokens=2)
     assert [len(result.keep) for result in full + own] == [16] * 5 + [2] * 5
+    assert "(gap, 2 of 16 visual tokens); the model said" in str(own[0])
 
 
 def test_one_expression_and_the_same_one_twice(model, picture):

@@ -52,6 +52,7 @@ EMPTY = "the expression is empty, so there is nothing to look"
 
 @pytest.mark.parametrize("expression, message", [
     ("", EMPTY), (" ", EMPTY), ("\n\t", EMPTY),
+    (3, "an expression is a text, and this is of type int"),
     ("the \udcff man", "the expression is not valid Unicode")])
 def test_what_names_nothing_or_is_no_text_is_rejected(expression: str, message: str):
     with pytest.raises(NanogapError, match=message):

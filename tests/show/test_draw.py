@@ -229,6 +229,14 @@ def test_a_line_is_cut_where_the_room_ends_and_not_before():
     assert shortened("人" * 9, 9, lambda text: 2 * len(text)) == "人..."
 
 
+def test_a_page_is_as_wide_as_its_legend():
+    words = "gap: position IDs kept, 72 tokens, IoU with full 0.93"
+    narrow = page((12, 120), DrawnBox("gap", "gap", None))
+    wide = page((12, 120), DrawnBox("gap", words, None))
+    border = (wide.width - MARGIN + 2, 1200, wide.width, wide.height)
+    assert wide.width > narrow.width and colours(wide, border) == {(27, 27, 27)}
+
+
 def test_a_figure_of_one_square_is_refused_of_a_model_that_sees_tiles(tmp_path: Path):
     with pytest.raises(NanogapError, match="a single square of patches, and the model sees tiles"):
         list(figures.make(["patches"], tiny_model("llava_next"), tmp_path))
