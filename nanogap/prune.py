@@ -69,6 +69,8 @@ def strategy(needs: Iterable[str] = (),
 
     finds_budget: whether it is called with budget None as well, and finds one itself
     """
+    if callable(needs):
+        raise NanogapError("write @strategy() with its parentheses")
     needs = frozenset(needs)
     if not needs <= set(FIELDS):
         raise NanogapError(f"no strategy can see {', '.join(needs - set(FIELDS))}: choose from "

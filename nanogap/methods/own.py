@@ -109,7 +109,14 @@ def refused(file: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise NanogapError(f"{file} cannot be imported ({reason:.300}); mend it there") from error
+        lines = lines_of(error, str(Path(file).resolve()))
+        place = f"in line {lines[-1]}" if lines else "there"
+        raise NanogapError(f"{file} cannot be imported ({reason:.300}); mend it {place}") from error
+
+
+def lines_of(error: BaseException, file: str) -> list[int | None]:
+    """The lines of a file that an error went through."""
+    return [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
 
 
 @contextmanager
@@ -147,8 +154,7 @@ def guarded(name: str, function: Strategy) -> Strategy:
             raise
         except (Exception, SystemExit) as error:
             code = getattr(unwrap(function), "__code__", None)
-            lines = [frame.lineno for frame in extract_tb(error.__traceback__)
-                     if code is not None and frame.filename == code.co_filename]
+            lines = lines_of(error, code.co_filename) if code else []
             reason = f"{type(error).__name__}: {error}"
             wrong(f"it fails ({reason:.300})", lines[-1] if lines else None)
         return checked(kept, seen.features, budget, wrong)
