@@ -38,7 +38,9 @@ from nanogap.llama import LlamaConfig, LlamaForCausalLM, LlamaModel
 from nanogap.llava import EncodedImage, clock_ms
 from nanogap.prune import Kept
 
-TOGETHER = 32   # questions in a cache at a time, and twice as many in a pass: both bound memory
+# What bounds memory: questions in a cache at a time, and twice as many in a pass; and the bytes of
+# all caches at a time, if there are several
+TOGETHER, CACHES = 32, 1 << 30
 ALL = -1        # whose the rows are that all questions share
 # Where a choice is drafted, its alternatives save a pass.  With more of them in a pass than these,
 # their rows take longer than that pass:
@@ -113,13 +115,24 @@ class Lane:
     decode_ms: float = 0.0
     mask: Tensor | None = None     # (T, R) for the next pass; none for what they share
 
-    def begin(self, config: LlamaConfig, longest: int) -> None:
-        """Make room for what the questions share, and for answers of at most `longest` tokens."""
-        S, device = self.x.shape[1], self.x.device
-        self.groups = [self.questions[i:i + TOGETHER]
+    def __post_init__(self) -> None:
+        self.groups = [self.questions[i:i + TOGETHER]                         # still to be answered
                        for i in range(0, len(self.questions), TOGETHER)]
-        room = max(sum(len(q.text) + longest for q in group) for group in self.groups)
-        self.cache = Cache(config, S + room, self.x)
+
+    def rows(self, longest: int) -> int:
+        """Rows for what the questions share, and for answers of at most `longest` tokens."""
+        return self.x.shape[1] + max(sum(len(q.text) + longest for q in group)
+                                     for group in self.groups)
+
+    def row_bytes(self, config: LlamaConfig) -> int:
+        """Keys and values of a token, in all layers."""
+        numbers = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return 2 * numbers * self.x.element_size()
+
+    def begin(self, config: LlamaConfig, longest: int) -> None:
+        """Make the cache."""
+        S, device = self.x.shape[1], self.x.device
+        self.cache = Cache(config, self.rows(longest), self.x)
         self.owner = torch.full((S,), ALL, device=device)                     # (R,)
         self.place = torch.zeros_like(self.owner)                             # (R,)
 
@@ -165,7 +178,7 @@ class Lane:
         """What `ground` returns for each question; its cache holds the rows that it saw."""
         times = {"vision_ms": image.vision_ms, "prefill_ms": self.prefill_ms / len(self.questions),
                  "decode_ms": self.decode_ms / len(self.questions)}
-        row_bytes = 2 * self.cache.keys[..., :1, :].nbytes
+        row_bytes = self.row_bytes(model.config.text)
         results = []
         for q in self.questions:
             text = model.tokenizer.decode(q.said)
@@ -186,16 +199,29 @@ class Lane:
 def ask(model: Any, lanes: Sequence[Lane], form: Form, max_new_tokens: int) -> None:
     """Answer the questions of all lanes: as many lanes at a time as there is room for."""
     longest = max_new_tokens + max(map(len, form), default=0)
-    lanes = list(lanes)
-    while lanes:
-        asked = [lanes.pop(0)]
-        while lanes and sum(min(len(lane.questions), TOGETHER)
-                            for lane in [*asked, lanes[0]]) <= 2 * TOGETHER:
-            asked.append(lanes.pop(0))
+    for asked in together(lanes, model.config.text, longest):
         begin(model.language_model.model, asked, longest)
         while asked:
             step(model.language_model, asked, form, max_new_tokens, model.end_tokens)
+            for lane in asked:
+                if not lane.groups:
+                    del lane.cache
             asked = [lane for lane in asked if lane.groups]
+
+
+def together(lanes: Sequence[Lane], config: LlamaConfig, longest: int) -> Iterator[list[Lane]]:
+    """Lanes that share their passes: as many as the bounds on memory allow, and one at least."""
+    asked: list[Lane] = []
+    questions = size = 0
+    for lane in lanes:
+        count, needed = len(lane.groups[0]), lane.rows(longest) * lane.row_bytes(config)
+        if asked and (questions + count > 2 * TOGETHER or size + needed > CACHES):
+            yield asked
+            asked, questions, size = [], 0, 0
+        asked.append(lane)
+        questions, size = questions + count, size + needed
+    if asked:
+        yield asked
 
 
 def begin(decoder: LlamaModel, lanes: Sequence[Lane], longest: int) -> None:

@@ -147,6 +147,23 @@ def test_several_prunings_at_once_say_what_each_says_by_itself(mini: VLM):
         assert differences(sum(together, []), sum(alone, []), "kv_bytes") == set()
 
 
+@pytest.mark.parametrize("bound, most, sizes", [
+    ("CACHES", 1 << 30, [3]), ("CACHES", 1, [1, 1, 1]), ("TOGETHER", 2, [2, 1])])
+def test_as_many_prunings_share_a_pass_as_memory_allows(model, picture, monkeypatch, bound: str,
+                                                        most: int, sizes: list[int]):
+    """And a cache is given up when its questions are answered."""
+    seen: list[list[Lane]] = []
+    begin = lanes.begin
+    monkeypatch.setattr(lanes, "begin", lambda decoder, asked, longest: (
+        seen.append(asked), begin(decoder, asked, longest)))
+    monkeypatch.setattr(lanes, bound, most)
+    runs = model.ground_runs(picture, [Asked(THINGS[:2], "random", 4)] * 3, max_new_tokens=3)
+    assert [len(asked) for asked in seen] == sizes
+    assert not any(hasattr(lane, "cache") for asked in seen for lane in asked)
+    alone = one_by_one(model, picture, THINGS[:2], "random", 4, max_new_tokens=3)
+    assert [[r.tokens for r in run] for run in runs] == [[r.tokens for r in alone]] * 3
+
+
 # ----- where everything stands --------------------------------------------------------------------
 
 
