@@ -104,7 +104,7 @@ def choose(model: Llava, encoded: EncodedImage, expression: str, prune: str, kee
            seed: int) -> Kept:
     """Which visual tokens the decoder is fed: all, those asked for, or those of a strategy."""
     if mode == "full":
-        return Kept(torch.arange(encoded.n_visual))
+        keep = torch.arange(encoded.n_visual)
     if isinstance(keep, Tensor | list | tuple):
         return Kept(torch.as_tensor(keep).cpu())
     budget = budget_of(keep, encoded.n_patches, prune)

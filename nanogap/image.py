@@ -47,23 +47,29 @@ def open_image(image: Image.Image | str | os.PathLike, upright: bool = True) -> 
 
 
 def to_rgb(image: Image.Image, upright: bool) -> Image.Image:
-    """Any Pillow image as a new one in RGB; transparent parts show the padding colour."""
+    """Any Pillow image as a new one in RGB."""
     image.load()
     if upright:
         with suppress(Exception):             # broken EXIF turns nothing
             image = ImageOps.exif_transpose(image)
+    if image.mode != "RGB" or image.has_transparency_data or min(image.size) == 0:
+        image = flattened(image)
+    image = image.convert("RGB")                                              # a copy, always
+    image.info = {}
+    return image
+
+
+def flattened(image: Image.Image) -> Image.Image:
+    """Of 16 bits the upper 8; transparent parts show the padding colour."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
     if image.mode in ("I", "F") or min(image.size) == 0:
         raise ItemError(f"the image has {image.width} x {image.height} pixels of mode "
                         f"{image.mode}; save it with 8 bits a channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (*PAD_COLOUR, 255))
-        image = Image.alpha_composite(ground, image)
-    image = image.convert("RGB")                                              # a copy, always
-    image.info = {}
-    return image
+    if not image.has_transparency_data:
+        return image
+    ground = Image.new("RGBA", image.size, (*PAD_COLOUR, 255))
+    return Image.alpha_composite(ground, image.convert("RGBA"))
 
 
 def to_pixel_values(square: Image.Image, mean: Sequence[float] = CLIP_MEAN,
@@ -101,11 +107,9 @@ class Pad:
         return (side - width) // 2, (side - height) // 2
 
     def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """Map a box from the padded square that the model saw to pixels of the original image.
+        """A box (x1, y1, x2, y2) in shares of the padded square -> pixels of the picture.
 
-        box:     (x1, y1, x2, y2), each in [0, 1] of the square
-        returns: (x1, y1, x2, y2) in pixels of the width x height image, clipped to it
-        source:  LLaVA pads to a square before resizing, so boxes live in that square
+        It is clipped to the picture, which has width x height pixels.
         """
         side, (dx, dy) = max(width, height), self.offset(width, height)
         x1, x2 = (min(max(x * side - dx, 0.0), float(width)) for x in (box[0], box[2]))

@@ -65,8 +65,7 @@ def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) of every head by their angles: half-split RoPE.
 
-    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D).  Checkpoints on the hub have it so; the
-    original LLaMA code pairs neighbours (x[2i], x[2i+1]), with weights to match.
+    x: (B, H, T, D); cos, sin: (T, D) or (B, 1, T, D).  LLaMA's own code pairs x[2i] and x[2i + 1].
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -152,7 +152,8 @@ class Llava(nn.Module):
     def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> VisualTokens:
         """A picture with what a strategy needs to see of it, and nothing else."""
         missing = set(needs) - set(image.fields) - {"text"}
-        image.fields |= self.fields(image, missing)
+        if missing:
+            image.fields |= self.fields(image, missing)
         if "projected" in missing:
             image.fields["projected"] = self.project(image.features)          # (N, C')
         if "aligned" in missing:
@@ -205,13 +206,11 @@ class Llava(nn.Module):
 
     def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
         """What is kept of a picture, in that order, as the decoder is fed it (K + M, C')."""
-        features = kept.features
+        features, device = kept.features, self.device
         if features is None:
-            features = image.features[kept.ranked.to(self.device)]            # (K, C)
-        features = features[order.to(self.device)]
-        if kept.added is not None:
-            features = torch.cat([features, kept.added])                      # (K + M, C)
-        return self.project(features)
+            features = image.features[kept.ranked.to(device)]                 # (K, C)
+        added = [] if kept.added is None else [kept.added]
+        return self.project(torch.cat([features[order.to(device)], *added]))
 
     def box_in(self, text: str, width: int, height: int) -> Box | None:
         """The box that an answer holds, in pixels; None if there is none outside the padding."""

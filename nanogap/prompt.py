@@ -38,11 +38,8 @@ class Template:
         return self.before, self.after.format(question)
 
     def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
-        """Token IDs of the whole prompt, BOS first, with one `image_token` in the image's place.
-
-        The text after the image is encoded on its own, as LLaVA does, so it gets a "▁" of its own.
-        """
-        before, after = self.around(question)
+        """Token IDs of the whole prompt, BOS first, with one `image_token` in the image's place."""
+        before, after = self.around(question)      # encoded apart, as LLaVA does: each gets a "▁"
         start = [bos] * self.starts + encode(tokenizer, before)
         return [*start, image_token, *encode(tokenizer, after)]
 
@@ -52,8 +49,7 @@ def check_expression(expression: str) -> None:
     if not isinstance(expression, str):
         raise ItemError(f"an expression is a text, and this is of type {type(expression).__name__}")
     if not expression.strip():
-        raise ItemError("the expression is empty, so there is nothing to look for: name a thing, "
-                        'such as "the man on the left"')
+        raise ItemError('the expression is empty; name a thing, such as "the man on the left"')
     if any("\ud800" <= letter <= "\udfff" for letter in expression):
         raise ItemError("the expression is not valid Unicode: type it in UTF-8")
 

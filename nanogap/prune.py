@@ -94,9 +94,9 @@ def needs_of(name: str) -> frozenset[str]:
 
 def budget_of(keep: int | str | None, n_visual: int, prune: str) -> int | None:
     """How many visual tokens to keep: 64, "64" or "25%"; None or "auto": the strategy can tell."""
-    needs_of(prune)
+    needs_of(prune)                                              # refuses an unknown name
     finds_budget = getattr(STRATEGIES[prune], "finds_budget", False)
-    if finds_budget and (keep is None or keep == "auto"):
+    if finds_budget and keep in (None, "auto"):
         return None
     words, budget = str(keep), 0
     with suppress(ValueError):                                   # words that are no number
@@ -105,9 +105,9 @@ def budget_of(keep: int | str | None, n_visual: int, prune: str) -> int | None:
         elif 0 < float(words[:-1]) <= 100:
             budget = max(1, round(n_visual * float(words[:-1]) / 100))
     if not 1 <= budget <= n_visual:
-        auto = ", or auto" if finds_budget else ""
         raise NanogapError(f"{prune} cannot keep {keep!s:.80} of {n_visual} visual tokens: give a "
-                           f"whole number from 1 to {n_visual}, or a share such as 25%{auto}")
+                           f"whole number from 1 to {n_visual}, or a share such as 25%"
+                           + ", or auto" * finds_budget)
     return budget
 
 

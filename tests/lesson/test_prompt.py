@@ -47,7 +47,7 @@ def test_any_text_is_encoded_and_can_be_read_back_and_no_token_in_it_is_special(
     assert tokenizer.decode(encode(tokenizer, expression)) == expression
 
 
-EMPTY = "the expression is empty, so there is nothing to look"
+EMPTY = "the expression is empty; name a thing"
 
 
 @pytest.mark.parametrize("expression, message", [
