@@ -22,6 +22,7 @@ from tests.tiny import IMAGE_TOKEN, draw, tiny_config, tiny_tokenizer, write_sha
 
 PIECES = IMAGE_TOKEN               # of the tiny tokenizer, before its special tokens
 VISION = tiny_config().vision
+WIDE = CLIPVisionConfig(128, 64, 3, 2, image_size=56, patch_size=14)     # 64 channels a head
 DECODER = tiny_config(vocab_size=PIECES, rms_norm_eps=1e-6).text
 CLIP_TEXT = CLIPTextConfig(16, 32, 1, 2, vocab_size=300)
 TEXT_KEYS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -126,10 +127,10 @@ def write_clip(folder: Path, name: str = "pytorch_model.bin") -> Path:
     return folder
 
 
-def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: bool = False,
-                vision: CLIPVisionConfig = VISION) -> Path:
-    """LLaVA-1.5, or 1.6 with `tiles`; the tower apart or `inside`."""
+def write_llava(folder: Path, files: str = "bin", tiles: bool = False) -> Path:
+    """LLaVA-1.5, or 1.6 with `tiles`, which holds its tower."""
     folder.mkdir(parents=True)
+    vision = WIDE if tiles else VISION
     C, hidden = vision.hidden_size, DECODER.hidden_size
     tensors = llama_tensors(DECODER, torch.float32)
     for i, ours, shape in ((0, "linear_1", (hidden, C)), (2, "linear_2", (hidden, hidden))):
@@ -138,7 +139,6 @@ def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: b
         tensors[f"{name}.bias"] = draw(f"{ours}.bias", (hidden,), 0)
     if tiles:
         tensors["model.image_newline"] = draw("image_newline", (hidden,), 0)
-    if inside:
         tensors |= {f"model.vision_tower.vision_tower.{name}": value
                     for name, value in tower_tensors(vision, torch.float32).items()
                     if name.startswith("vision_model.")}
