@@ -6,8 +6,8 @@ The numbers are those of tests/tiny.py: a tensor's name there, and not the piece
 """
 
 import json
-import re
 import struct
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -199,7 +199,7 @@ def write_delta(folder: Path) -> Path:
 # ----- MiniGPT-v2 ---------------------------------------------------------------------------------
 
 EVA = CLIPVisionConfig(88, 16, 3, 1, image_size=28, patch_size=14)
-LORA = "llama_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
+RANK = 8
 
 
 def eva_tensors(blocks: int) -> dict[str, Tensor]:
@@ -212,29 +212,35 @@ def eva_tensors(blocks: int) -> dict[str, Tensor]:
     return tensors | {"relative_position_index": torch.arange(4)}
 
 
-def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False, settings: object = None,
+def lora_name(layer: int, kind: str, half: str, newer: bool = False) -> str:
+    """newer: as a newer peft has it"""
+    return (f"llama_model.base_model.model.model.layers.{layer}.self_attn.{kind}_proj."
+            f"lora_{half}{'.default' if newer else ''}.weight")
+
+
+def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False,
                   legacy: bool = False) -> dict[str, Path]:
-    """Llama-2, EVA and the checkpoint of a training; newer: names as a newer peft has them."""
+    """Llama-2, EVA and the checkpoint of a training; newer: as it might be written today."""
     base = write_llama(folder / "llama-2", rms_norm_eps=1e-5)
     vision, checkpoint = folder / "eva_vit_g.pth", folder / "minigptv2_checkpoint.pth"
     torch.save(eva_tensors(blocks), vision, _use_new_zipfile_serialization=not legacy)
-    hidden, rank = DECODER.hidden_size, 8
-    model = {"llama_proj.weight": (hidden, 4 * EVA.hidden_size), "llama_proj.bias": (hidden,)}
-    for i in range(DECODER.num_hidden_layers):
+    hidden = DECODER.hidden_size
+    shapes = {"llama_proj.weight": (hidden, 4 * EVA.hidden_size), "llama_proj.bias": (hidden,)}
+    for layer in range(DECODER.num_hidden_layers):
         for kind in "qv":
-            model[LORA.format(i, kind, "A")] = (rank, hidden)
-            model[LORA.format(i, kind, "B")] = (hidden, rank)
-    tensors = {name: draw(name, shape, 3) for name, shape in model.items()}
+            shapes[lora_name(layer, kind, "A", newer)] = (RANK, hidden)
+            shapes[lora_name(layer, kind, "B", newer)] = (hidden, RANK)
+    tensors = {name: draw(name, shape, 3) for name, shape in shapes.items()}
     if newer:
-        tensors = {re.sub("_([AB]).weight$", r"_\1.default.weight", name): value
-                   for name, value in tensors.items()}
+        tensors["ln_vision.weight"] = torch.full((88,), 3.0)
     name = "llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    settings = {
+        "run": {"task": "image_text_pretrain"},
+        "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": RANK, "lora_alpha": 16}}
     torch.save({
         "model": tensors | {name: torch.rand(8)}, "epoch": 3, "scaler": {"scale": 65536.0},
         "optimizer": {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.rand(4)}},
                       "param_groups": [{"lr": 1e-5, "params": [0]}]},
-        "config": settings if settings is not None else {
-            "run": {"task": "image_text_pretrain"},
-            "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": rank, "lora_alpha": 16}},
+        "config": Namespace(**settings) if newer else settings,
     }, checkpoint, _use_new_zipfile_serialization=not legacy)
     return {"base": base, "vision": vision, "checkpoint": checkpoint}
