@@ -125,6 +125,9 @@ def llava(base: Path, clip: Path | None = None) -> Recipe:
     """
     piece = Piece(base, LLAVA)
     config = piece.config(*KINDS)
+    if not config.get("mm_vision_tower"):
+        raise NanogapError(f"{piece.path} is not in LLaVA's own layout; give it to run.py as it is "
+                           f"by --weights, or get one that is with {LLAVA}")
     require(config, LLAVA_KEYS, str(piece.path / "config.json"))
     tiles = config.get("image_aspect_ratio") == "anyres"
     model = "llava_next" if tiles else "llava"

@@ -30,16 +30,16 @@ from tests.models.test_reference import PUBLISHED, assert_same, live, needs_publ
 from tests.pieces import (
     DECODER,
     PIECES,
-    VISION,
     WIDE,
     eva_tensors,
     llama_tensors,
     lora_name,
+    original,
     sentencepiece,
     tower_tensors,
-    write_bins,
     write_clip,
     write_delta,
+    write_files,
     write_llama,
     write_llava,
     write_minigpt,
@@ -142,15 +142,12 @@ def test_a_tokenizer_model_that_is_broken_or_anothers_is_named(
 # ----- LLaVA's own layout -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files, tower", [
-    ("bin", "pytorch_model.bin"), ("legacy", "pytorch_model.bin"),
-    ("safetensors", "model.safetensors")])
-def test_llava_in_its_own_layout_gives_the_logits_of_the_hubs(
-        files: str, tower: str, tmp_path: Path):
+@pytest.mark.parametrize("files", ["bin", "legacy", "safetensors"])
+def test_llava_in_its_own_layout_gives_the_logits_of_the_hubs(files: str, tmp_path: Path):
     """The same numbers under the hub's names, and 576 rows of embeddings in place of 640."""
     hub = write_checkpoint(tmp_path / "hub", tiny_config(vocab_size=PIECES + 80))
     own = write_llava(tmp_path / "own", files)
-    out = made("llava", tmp_path / "out", base=own, clip=write_clip(tmp_path / "clip", tower))
+    out = made("llava", tmp_path / "out", base=own, clip=write_clip(tmp_path / "clip", files))
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
         "tokenizer.json"]
@@ -182,13 +179,6 @@ def test_llava_1_6_keeps_the_tower_that_it_holds_and_turns_the_pinpoints(tmp_pat
         tiny_next_config(), vision=WIDE, image_grid_pinpoints=((112, 56), (56, 112), (112, 112))))
     assert_same(logits(out), logits(hub))
     assert nanogap.load(out, "cpu").config.vision == WIDE
-
-
-def original(name: str) -> str:
-    """A name of the hub's in LLaVA's own layout: LLaMA's names, and CLIP's tower inside."""
-    name = name.replace("language_model.", "").replace("linear_1", "0").replace("linear_2", "2")
-    name = name.replace("multi_modal_projector.", "model.mm_projector.")
-    return name.replace("vision_tower.", "model.vision_tower.vision_tower.")
 
 
 @needs_published
@@ -227,7 +217,7 @@ def test_shikra_is_llama_and_the_difference_added_in_float16(files: str, tmp_pat
     base = write_llama(tmp_path / "llama", files)
     delta, clip = write_delta(tmp_path / "delta"), write_clip(tmp_path / "clip")
     out = made("shikra", tmp_path / "out", base=base, delta=delta, clip=clip)
-    found, llama = tensors_in(out), llama_tensors(DECODER, torch.float16)
+    found, llama = tensors_in(out), llama_tensors(torch.float16)
     changes: dict[str, Tensor] = {}
     for path in delta.glob("*.bin"):
         changes |= torch.load(path, weights_only=True)
@@ -240,7 +230,7 @@ def test_shikra_is_llama_and_the_difference_added_in_float16(files: str, tmp_pat
     for name in ("weight", "bias"):
         assert torch.equal(found[f"multi_modal_projector.{name}"],
                            changes[f"model.mm_projector.{name}"])
-    tower = tower_tensors(VISION, torch.float16)
+    tower = tower_tensors(torch.float16)
     name = "vision_model.encoder.layers.2.mlp.fc1.weight"
     assert torch.equal(found[f"vision_tower.{name}"], tower[name])
     assert {value.dtype for value in found.values()} == {torch.float16}
@@ -276,7 +266,7 @@ def test_minigpt_is_put_together_of_three_pieces(newer: bool, legacy: bool, tmp_
     """Newer: other names of LoRA, settings in a namespace, and `ln_vision` is there."""
     pieces = write_minigpt(tmp_path, newer=newer, legacy=legacy)
     out = made("minigpt-v2", tmp_path / "out", **pieces)
-    found, llama, eva = tensors_in(out), llama_tensors(DECODER, torch.float16), eva_tensors(3)
+    found, llama, eva = tensors_in(out), llama_tensors(torch.float16), eva_tensors(3)
     trained = torch.load(pieces["checkpoint"], weights_only=False)["model"]
     for kind in "qv":
         name = f"model.layers.2.self_attn.{kind}_proj.weight"
@@ -384,12 +374,13 @@ BROKEN: list[tuple[str, Change, str]] = [
      "mm_projector_type is 'linear'; nanogap implements 'mlp2x_gelu' only"),
     ("llava", keys("llava/config.json", model_type="llava_mpt"),
      "llava/config.json describes a 'llava_mpt' model, not 'llava'; get one with `hf download"),
+    ("llava", keys("llava/config.json", mm_vision_tower=None), "or get one that is with `hf down"),
     ("llava", keys("llava/config.json", rope_scaling={"type": "linear", "factor": 2.0}),
      "llava: config.json: rope_scaling is"),
     ("llava", keys("llava/config.json", num_hidden_layers=2),
      "layers.2.self_attn.q_proj.weight is not a part of this model; give the piece"),
     ("llava", keys("llava/config.json", hidden_size=128),
-     "is [576, 64], and config.json makes it [576, 128]: the pieces belong to different models"),
+     "is [64, 32], and config.json makes it [128, 32]: the pieces belong to different models"),
     ("llava", keys("clip/config.json", model_type="siglip"),
      "describes a 'siglip' model, not a 'clip'"),
     ("llava", keys("clip/config.json", vision_config={"image_size": 224, "patch_size": 14}),
@@ -462,7 +453,7 @@ def test_each_gigabyte_is_told(
     monkeypatch.setattr(writer, "GB", 100_000)
     made("llava", pieces / "out", **given("llava", pieces))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "1 of 9.9 GB ..." and lines[-1] == "9 of 9.9 GB ..."
+    assert lines[0] == "2 of 9.9 GB ..." and lines[-1] == "9 of 9.9 GB ..."
 
 
 def test_stopped_in_the_middle_it_leaves_nothing(pieces: Path, monkeypatch: pytest.MonkeyPatch):
@@ -506,7 +497,7 @@ def test_no_more_than_one_shard_and_one_result_is_in_memory(tmp_path: Path):
         state = MODELS["llava"](replace(tiny_config(), text=wide)).state_dict()
     tensors = {original(name): torch.full(value.shape, 0.5, dtype=torch.float16)
                for name, value in state.items() if not name.startswith("vision_tower.")}
-    write_bins(own, tensors, 6, legacy=True)
+    write_files(own, tensors, "legacy", 6)
     keys("config.json", hidden_size=1024, intermediate_size=64, num_hidden_layers=12,
          num_attention_heads=8, num_key_value_heads=8)(own)
     total = sum(value.nbytes for value in tensors.values())
