@@ -96,19 +96,16 @@ def write(recipe: Recipe, out: Path) -> None:
 def check_parts(recipe: Recipe, model: VLM) -> None:
     """Every part belongs to the model and has its shape, and none is missing."""
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    missing = dict.fromkeys(expected)
     for name, part in recipe.parts.items():
-        ours, shape = our_name(name, model.rename), part.empty.shape
-        if ours not in expected:
-            raise NanogapError(f"{part.where()} is not a part of this model; give the piece that "
-                               "was published for it")
-        if shape != expected[ours] and not fits(model, ours, shape):
-            raise NanogapError(f"{part.where()} is {list(shape)}, and config.json makes it "
-                               f"{list(expected[ours])}: the pieces belong to different models")
-        missing.pop(ours, None)
-    if missing:
-        name = our_name(next(iter(missing)), model.on_disk)
-        raise NanogapError(f"the pieces lack {len(missing)} of {len(expected)} tensors, such as "
+        ours, found = our_name(name, model.rename), part.empty.shape
+        shape = expected.pop(ours, None)
+        if shape is None or (shape != found and not fits(model, ours, found)):
+            raise NanogapError(f"{part.where()} is {list(found)}, and the model of config.json has "
+                               f"{list(shape) if shape else 'nothing'} there: the pieces belong "
+                               "to different models")
+    if expected:
+        name = our_name(next(iter(expected)), model.on_disk)
+        raise NanogapError(f"the pieces lack {len(expected)} of the model's tensors, such as "
                            f"{name}; get them again, whole")
 
 

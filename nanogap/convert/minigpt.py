@@ -20,7 +20,6 @@ LLAMA_2 = ("`hf download meta-llama/Llama-2-7b-chat-hf --exclude '*.bin*' "
            "--local-dir weights/llama-2-7b-chat-hf` (13 GB)")
 EVA = "the link to it in MiniGPT-4's minigpt4/models/eva_vit.py (2 GB)"
 CHECKPOINT = "the link to it in MiniGPT-4's README"
-EVA_HEAD = 88                # channels of a head
 LORA = r"^llama_model\.base_model\.model\.(.+)\.lora_[AB](\.default)?\.weight$"
 EVA_NAMES = r"^(cls_token|pos_embed|patch_embed\.|blocks\.([12]?\d|3[0-8])\.)"     # 39 of 40 blocks
 
@@ -63,12 +62,12 @@ def training_settings(checkpoint: Path) -> dict:
 
 
 def eva_sizes(eva: Piece, image_size: int) -> dict:
-    """vision_config, from the tower's tensors."""
+    """vision_config, from the tower's tensors; its heads have 88 channels each."""
     channels, _, _, patch = eva.empty("patch_embed.proj.weight").shape
     inner = len(eva.empty("blocks.0.mlp.fc1.weight"))
     depth = len([name for name in eva.found if re.search(EVA_NAMES + r"mlp\.fc1\.weight", name)])
     return {"model_type": "eva_vit_g", "hidden_size": channels, "intermediate_size": inner,
-            "num_hidden_layers": depth, "num_attention_heads": channels // EVA_HEAD,
+            "num_hidden_layers": depth, "num_attention_heads": channels // 88,
             "image_size": image_size, "patch_size": patch, "hidden_act": "gelu"}
 
 

@@ -114,7 +114,6 @@ LLAVA_KEYS: Table = {
     "mm_resampler_type": (None,), "mm_patch_merge_type": ("flat", "spatial_unpad"),
     "image_aspect_ratio": ("pad", "anyres")}
 INSIDE = "model.vision_tower.vision_tower.vision_model."   # a tower that 1.6 holds
-CLIP_HEAD = 64                                             # channels of a head, in all of CLIP's
 
 
 def llava(base: Path, clip: Path | None = None) -> Recipe:
@@ -163,13 +162,13 @@ def with_rows(old: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def tower_sizes(piece: Piece) -> CLIPVisionConfig:
-    """The sizes of a vision tower that a LLaVA holds, from its tensors."""
+    """The sizes of a vision tower that a LLaVA holds; CLIP's heads have 64 channels each."""
     hidden, _, _, patch = piece.empty(f"{INSIDE}embeddings.patch_embedding.weight").shape
     positions = len(piece.empty(f"{INSIDE}embeddings.position_embedding.weight"))
     inner = len(piece.empty(f"{INSIDE}encoder.layers.0.mlp.fc1.weight"))
     layers = sum(name.endswith("mlp.fc1.weight") for name in piece.found)
     side = patch * math.isqrt(positions - 1)
-    return CLIPVisionConfig(hidden, inner, layers, hidden // CLIP_HEAD, side, patch)
+    return CLIPVisionConfig(hidden, inner, layers, hidden // 64, side, patch)
 
 
 # ----- Shikra -------------------------------------------------------------------------------------
