@@ -68,38 +68,28 @@ def help_of(target: str, *recipe: str) -> str:
 
 
 def what_is_wrong_with(command: str) -> str | None:
-    """Why a command cannot be meant: no such program, module, file, flag, strategy or mode."""
+    """Why a command cannot be meant: no such file, flag, strategy or mode."""
     program, *words = shlex.split(command)
-    if words[:1] == ["install"] and "-r" not in words:
-        return None                                          # a package by its name
-    if program in ("pip", "bash"):
-        files = [word for word in words if re.search(r"\.txt$|^\.ci/", word)]
-        return None if files and all((ROOT / file).is_file() for file in files) else "no such file"
     if program == "hf":
         return None if find_spec("huggingface_hub") else "hf does not come with the requirements"
-    if "-m" in words:
-        target, words = words[words.index("-m") + 1], words[words.index("-m") + 2:]
-    elif words and words[0].endswith(".py"):
-        target, words = words[0], words[1:]
-    else:
-        return "neither a script nor a module"
-    if target == "pytest":
-        missing = [word for word in words if "/" in word and not (ROOT / word).exists()]
-        return f"no {missing[0]}" if missing else None
-    module = ROOT / target.replace(".", "/")
-    files = (ROOT / target, module.with_suffix(".py"), module / "__main__.py")
-    if not any(file.is_file() for file in files):
-        return f"there is no {target}"
-    if target.startswith("tests."):
-        return None
-    flags = set(re.findall(r"--[\w-]+", help_of(target, *words[:target == "nanogap.convert"])))
-    flag, choices = None, {"--prune": STRATEGIES, "--mode": MODES}
     for word in words:
-        flag = word if word.startswith("--") else flag
-        if word.startswith("--") and word not in flags:
-            return f"{target} has no {word}"
+        if re.search(r"^(tests|\.ci)/|\.(py|txt)$", word) and not (ROOT / word).exists():
+            return f"there is no {word}"
+    if "-m" in words:
+        words = words[words.index("-m") + 1:]
+    if program not in ("python", "torchrun") or words[0].startswith(("pytest", "tests.")):
+        return None
+    recipe = words[1:2] if words[0] == "nanogap.convert" else []
+    flags = re.findall(r"--[\w-]+", help_of(words[0], *recipe))
+    flag, choices = None, {"--prune": STRATEGIES, "--mode": MODES}
+    for word in words[1:]:
+        if word.startswith("--"):
+            flag = word
+            if flag not in flags:
+                return f"{words[0]} has no {flag}"
+            continue
         name = word.split("(")[0]                  # name(setting=value), FILE.py:NAME
-        if word != flag and ":" not in name and name not in choices.get(flag, [name]):
+        if ":" not in name and name not in choices.get(flag, [name]):
             return f"{flag} has no {word}"
     return None
 

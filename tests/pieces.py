@@ -6,8 +6,8 @@ The numbers are those of tests/tiny.py: a tensor's name there, and not the piece
 """
 
 import json
-import re
 import struct
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,14 +15,24 @@ import torch
 from torch import Tensor
 
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
-from nanogap.llama import LlamaConfig, LlamaForCausalLM
+from nanogap.llama import LlamaForCausalLM
 from nanogap.models.eva import EvaTower
 from nanogap.train.clip import CLIP
-from tests.tiny import IMAGE_TOKEN, draw, tiny_config, tiny_tokenizer, write_shards
+from tests.tiny import (
+    IMAGE_TOKEN,
+    draw,
+    tiny_config,
+    tiny_next_config,
+    tiny_tensors,
+    tiny_tokenizer,
+    write_shards,
+)
 
 PIECES = IMAGE_TOKEN               # of the tiny tokenizer, before its special tokens
 VISION = tiny_config().vision
+WIDE = CLIPVisionConfig(128, 64, 3, 2, image_size=56, patch_size=14)     # 64 channels a head
 DECODER = tiny_config(vocab_size=PIECES, rms_norm_eps=1e-6).text
+OLD_BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 CLIP_TEXT = CLIPTextConfig(16, 32, 1, 2, vocab_size=300)
 TEXT_KEYS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
              "num_attention_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
@@ -70,42 +80,35 @@ def write_tokenizer_model(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(sentencepiece(scores))
 
 
-def write_bins(folder: Path, tensors: dict[str, Tensor], count: int = 2,
-               legacy: bool = False) -> None:
-    """pytorch_model-0000N-of-0000M.bin and their index, or one pytorch_model.bin."""
+def write_files(folder: Path, tensors: dict[str, Tensor], files: str, count: int = 2) -> None:
+    """Shards of a kind: "bin", "legacy" for those of older versions, or "safetensors"."""
+    if files == "safetensors":
+        return write_shards(folder, tensors, count)
+
     def write(path: Path, part: dict[str, Tensor]) -> None:
         torch.save({name: value.clone() for name, value in part.items()}, path,
-                   _use_new_zipfile_serialization=not legacy)
+                   _use_new_zipfile_serialization=files == "bin")
+
     write_shards(folder, tensors, count, "pytorch_model.bin", write)
-
-
-def write_files(folder: Path, tensors: dict[str, Tensor], files: str) -> None:
-    """Two shards of a kind: "bin", "legacy" for those of older versions, or "safetensors"."""
-    if files == "safetensors":
-        write_shards(folder, tensors, 2)
-    else:
-        write_bins(folder, tensors, 2, legacy=files == "legacy")
 
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))
 
 
-def llama_tensors(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def llama_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
     """A decoder under the names of LLaMA's own repositories, old buffers included."""
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {name: t.shape for name, t in LlamaForCausalLM(DECODER).state_dict().items()}
     tensors = {name: draw(f"language_model.{name}", shape, 0).to(dtype)
                for name, shape in shapes.items()}
-    for i in range(config.num_hidden_layers):
-        tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
-    return tensors
+    return tensors | {OLD_BUFFER: torch.rand(8)}
 
 
-def tower_tensors(config: CLIPVisionConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def tower_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
     """A vision tower under CLIP's own names."""
     with torch.device("meta"):
-        clip = CLIP(config, CLIP_TEXT, 16)
+        clip = CLIP(VISION, CLIP_TEXT, 16)
     return {name: draw(name.replace("vision_model.", "vision_tower."), value.shape, 0).to(dtype)
             for name, value in clip.state_dict().items()}
 
@@ -113,46 +116,43 @@ def tower_tensors(config: CLIPVisionConfig, dtype: torch.dtype) -> dict[str, Ten
 # ----- LLaVA's own layout -------------------------------------------------------------------------
 
 
-def write_clip(folder: Path, name: str = "pytorch_model.bin") -> Path:
+def write_clip(folder: Path, files: str = "bin") -> Path:
     """A CLIP as OpenAI's repositories hold it, in float32 and with a buffer of older versions."""
     folder.mkdir(parents=True)
-    tensors = tower_tensors(VISION, torch.float32)
+    tensors = tower_tensors(torch.float32)
     tensors["vision_model.embeddings.position_ids"] = torch.arange(VISION.grid ** 2 + 1)[None]
-    write = write_bins if name.endswith(".bin") else write_shards
-    write(folder, tensors, 1)
+    write_files(folder, tensors, files, 1)
     write_json(folder / "config.json", {
         "model_type": "clip", "projection_dim": 16, "text_config": asdict(CLIP_TEXT),
         "vision_config": asdict(VISION), "text_config_dict": asdict(CLIP_TEXT)})
     return folder
 
 
-def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: bool = False,
-                vision: CLIPVisionConfig = VISION) -> Path:
-    """LLaVA-1.5, or 1.6 with `tiles`; the tower apart or `inside`."""
+def original(name: str) -> str:
+    """A name of the hub's in LLaVA's own layout: LLaMA's names, and CLIP's tower inside."""
+    name = name.replace("language_model.", "").replace("linear_1", "0").replace("linear_2", "2")
+    name = name.replace("multi_modal_projector.", "model.mm_projector.")
+    name = name.replace("image_newline", "model.image_newline")
+    return name.replace("vision_tower.", "model.vision_tower.vision_tower.")
+
+
+def write_llava(folder: Path, files: str = "bin", tiles: bool = False) -> Path:
+    """LLaVA-1.5, or 1.6 with `tiles`, which holds its tower."""
     folder.mkdir(parents=True)
-    C, hidden = vision.hidden_size, DECODER.hidden_size
-    tensors = llama_tensors(DECODER, torch.float32)
-    for i, ours, shape in ((0, "linear_1", (hidden, C)), (2, "linear_2", (hidden, hidden))):
-        name, ours = f"model.mm_projector.{i}", f"multi_modal_projector.{ours}"
-        tensors[f"{name}.weight"] = draw(f"{ours}.weight", shape, 0)
-        tensors[f"{name}.bias"] = draw(f"{ours}.bias", (hidden,), 0)
+    config, own = tiny_config(vocab_size=PIECES), {"image_aspect_ratio": "pad"}
     if tiles:
-        tensors["model.image_newline"] = draw("image_newline", (hidden,), 0)
-    if inside:
-        tensors |= {f"model.vision_tower.vision_tower.{name}": value
-                    for name, value in tower_tensors(vision, torch.float32).items()
-                    if name.startswith("vision_model.")}
-    write_files(folder, tensors, files)
-    size = vision.image_size
-    grids = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]        # (width, height)
-    own: dict = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
-                 "image_grid_pinpoints": grids} if tiles else {"image_aspect_ratio": "pad"}
+        config = replace(tiny_next_config(vocab_size=PIECES), vision=WIDE)
+        own = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
+               "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}    # (width, height)
+    tensors = {original(name): value for name, value in tiny_tensors(config).items()
+               if tiles or not name.startswith("vision_tower.")}
+    write_files(folder, tensors | {OLD_BUFFER: torch.rand(8)}, files)
     write_json(folder / "config.json", TEXT_KEYS | own | {
         "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
         "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 4,
         "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": C, "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
         "mm_resampler_type": None, "use_mm_proj": True})
     write_tokenizer_model(folder)
     return folder
@@ -164,7 +164,7 @@ def write_llava(folder: Path, inside: bool = False, files: str = "bin", tiles: b
 def write_llama(folder: Path, files: str = "bin", **config: object) -> Path:
     """LLaMA-7B as huggyllama/llama-7b has it, or Llama-2."""
     folder.mkdir(parents=True)
-    write_files(folder, llama_tensors(DECODER, torch.float16), files)
+    write_files(folder, llama_tensors(torch.float16), files)
     write_json(folder / "config.json", TEXT_KEYS | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama"} | config)
     write_tokenizer_model(folder)
@@ -175,7 +175,7 @@ def write_delta(folder: Path) -> Path:
     """Shikra's difference to it: three more rows of embeddings, a projector, buffers of zeros."""
     folder.mkdir(parents=True)
     hidden, C = DECODER.hidden_size, VISION.hidden_size
-    shapes = {name: value.shape for name, value in llama_tensors(DECODER, torch.float16).items()}
+    shapes = {name: value.shape for name, value in llama_tensors(torch.float16).items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         shapes[name] = (PIECES + 3, hidden)
     tensors = {
@@ -183,12 +183,12 @@ def write_delta(folder: Path) -> Path:
         0.25 * draw(f"delta {name}", shape, 1).half() for name, shape in shapes.items()}
     tensors["model.mm_projector.weight"] = draw("weight", (hidden, C), 2).half()
     tensors["model.mm_projector.bias"] = draw("bias", (hidden,), 2).half()
-    write_bins(folder, tensors)
+    write_files(folder, tensors, "bin")
     write_json(folder / "config.json", TEXT_KEYS | {
         "architectures": ["ShikraLlamaForCausalLM"], "model_type": "shikra",
         "vocab_size": PIECES + 3, "mm_vision_tower": "openai/clip-vit-large-patch14",
-        "mm_vision_select_layer": -2, "mm_hidden_size": C,
-        "mm_use_im_start_end": True, "use_mm_proj": True})
+        "mm_vision_select_layer": -2, "mm_hidden_size": C, "mm_use_im_start_end": True,
+        "use_mm_proj": True})
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     write_json(folder / "added_tokens.json", {
         "<im_patch>": PIECES, "<im_start>": PIECES + 1, "<im_end>": PIECES + 2})
@@ -199,7 +199,7 @@ def write_delta(folder: Path) -> Path:
 # ----- MiniGPT-v2 ---------------------------------------------------------------------------------
 
 EVA = CLIPVisionConfig(88, 16, 3, 1, image_size=28, patch_size=14)
-LORA = "llama_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
+RANK = 8
 
 
 def eva_tensors(blocks: int) -> dict[str, Tensor]:
@@ -212,29 +212,35 @@ def eva_tensors(blocks: int) -> dict[str, Tensor]:
     return tensors | {"relative_position_index": torch.arange(4)}
 
 
-def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False, settings: object = None,
+def lora_name(layer: int, kind: str, half: str, newer: bool = False) -> str:
+    """newer: as a newer peft has it"""
+    return (f"llama_model.base_model.model.model.layers.{layer}.self_attn.{kind}_proj."
+            f"lora_{half}{'.default' if newer else ''}.weight")
+
+
+def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False,
                   legacy: bool = False) -> dict[str, Path]:
-    """Llama-2, EVA and the checkpoint of a training; newer: names as a newer peft has them."""
+    """Llama-2, EVA and the checkpoint of a training; newer: as it might be written today."""
     base = write_llama(folder / "llama-2", rms_norm_eps=1e-5)
     vision, checkpoint = folder / "eva_vit_g.pth", folder / "minigptv2_checkpoint.pth"
     torch.save(eva_tensors(blocks), vision, _use_new_zipfile_serialization=not legacy)
-    hidden, rank = DECODER.hidden_size, 8
-    model = {"llama_proj.weight": (hidden, 4 * EVA.hidden_size), "llama_proj.bias": (hidden,)}
-    for i in range(DECODER.num_hidden_layers):
+    hidden = DECODER.hidden_size
+    shapes = {"llama_proj.weight": (hidden, 4 * EVA.hidden_size), "llama_proj.bias": (hidden,)}
+    for layer in range(DECODER.num_hidden_layers):
         for kind in "qv":
-            model[LORA.format(i, kind, "A")] = (rank, hidden)
-            model[LORA.format(i, kind, "B")] = (hidden, rank)
-    tensors = {name: draw(name, shape, 3) for name, shape in model.items()}
+            shapes[lora_name(layer, kind, "A", newer)] = (RANK, hidden)
+            shapes[lora_name(layer, kind, "B", newer)] = (hidden, RANK)
+    tensors = {name: draw(name, shape, 3) for name, shape in shapes.items()}
+    tensors[f"llama_model.base_model.model.{OLD_BUFFER}"] = torch.rand(8)
     if newer:
-        tensors = {re.sub("_([AB]).weight$", r"_\1.default.weight", name): value
-                   for name, value in tensors.items()}
-    name = "llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
+        tensors["ln_vision.weight"] = torch.full((88,), 3.0)
+    settings = {
+        "run": {"task": "image_text_pretrain"},
+        "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": RANK, "lora_alpha": 16}}
     torch.save({
-        "model": tensors | {name: torch.rand(8)}, "epoch": 3, "scaler": {"scale": 65536.0},
+        "model": tensors, "epoch": 3, "scaler": {"scale": 65536.0},
         "optimizer": {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.rand(4)}},
                       "param_groups": [{"lr": 1e-5, "params": [0]}]},
-        "config": settings if settings is not None else {
-            "run": {"task": "image_text_pretrain"},
-            "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": rank, "lora_alpha": 16}},
+        "config": Namespace(**settings) if newer else settings,
     }, checkpoint, _use_new_zipfile_serialization=not legacy)
     return {"base": base, "vision": vision, "checkpoint": checkpoint}

@@ -1,7 +1,7 @@
-"""The pieces of a published model: every tensor's name and shape at once, its numbers when needed.
+"""The pieces of a published model: names and shapes at once, numbers when they are needed.
 
 In:  a folder with shards and their index, or one file that torch.save wrote.
-Out: parts of the new checkpoint, each a shape and a way to make it.
+Out: parts of the new checkpoint, each made of tensors of the pieces.
 
 Numbers are mapped into memory, and of each piece one file is open at a time.  (Files of torch
 before 1.6 cannot be mapped: of these one is read whole.)
@@ -9,7 +9,6 @@ before 1.6 cannot be mapped: of these one is read whole.)
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,72 +17,60 @@ from torch import Size, Tensor
 
 from nanogap.checks.belongs import tensors_of
 from nanogap.checks.explain import check_readable, weight_files
+from nanogap.checks.loading import snapshot
 from nanogap.checks.pickles import of_model, read_saved
-from nanogap.checks.reading import printable
-from nanogap.checks.silent import refuse_adapter
+from nanogap.checks.reading import printable, read_json
+from nanogap.checks.silent import refuse_adapter, refuse_quantised
 from nanogap.errors import NanogapError
 from nanogap.models.saving import our_name
 from nanogap.weights import DTYPES, UNUSED
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of the new checkpoint."""
-
-    shape: Size
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-    source: str               # the file that it comes from, and its name there
 
 
 class Piece:
     """The tensors of a folder or a file, by their names in it."""
 
     def __init__(self, path: Path, download: str) -> None:
-        """
-        download: the command that gets it, for errors
-        raises:   NanogapError where it is missing or broken, or holds an adapter
-        """
-        self.path, self.download = path, download
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, Size] = {}
-        self.dtypes: dict[str, str] = {}
+        """download: the command that gets it, for errors"""
+        self.path, self.download = snapshot(path), download
+        self.found: dict[str, tuple[Path, Size, str]] = {}         # file, shape and precision
         self.open: tuple[Path, dict[str, Tensor]] | None = None    # a pickle, read or mapped
-        if not path.exists():
+        if not self.path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
-        refuse_adapter(path)
-        for file in weight_files(path, download) if path.is_dir() else [path]:
+        refuse_adapter(self.path)
+        for file in weight_files(self.path, download) if self.path.is_dir() else [path]:
             check_readable(file)
             for name, shape, dtype in tensors_of(file):
-                if re.search(UNUSED, name):
-                    continue
-                if name in self.files:
-                    raise NanogapError(f"{file} holds {printable(name)}, which {self.files[name]} "
-                                       f"holds as well; get them again with {self.download}")
-                self.files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
+                if not re.search(UNUSED, name):
+                    self.found[name] = (file, shape, dtype)
 
-    def shape(self, name: str) -> Size:
-        """The shape of a tensor that must be there, and be of numbers that weights have."""
-        if name not in self.files:
-            raise NanogapError(f"{self.path} lacks {printable(name)}; get it whole with "
-                               f"{self.download}")
-        if self.dtypes[name] not in DTYPES:
-            raise NanogapError(f"{self.where(name)} is torch.{self.dtypes[name]}, and weights are "
-                               f"{', '.join(DTYPES)}; get them again with {self.download}")
-        return self.shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Its precision."""
-        self.shape(name)
-        return DTYPES[self.dtypes[name]]
+    def config(self, *kinds: str) -> dict:
+        """Its config.json, which must be of one `model_type` of these, and not quantised."""
+        file = self.path / "config.json"
+        config = read_json(file)
+        if config.get("model_type") not in kinds:
+            raise NanogapError(f"{file} describes a {config.get('model_type')!r:.80} model, not "
+                               f"{kinds[0]!r}; get one with {self.download}")
+        refuse_quantised(self.path, config)
+        return config
 
     def where(self, name: str) -> str:
         """The file that holds a tensor, and its name there, for messages."""
-        return f"{self.files[name]}: {printable(name)}"
+        return f"{self.found[name][0]}: {printable(name)}"
+
+    def empty(self, name: str) -> Tensor:
+        """A tensor without its numbers; it must be there, and of a precision that weights have."""
+        if name not in self.found:
+            raise NanogapError(f"{self.path} lacks {printable(name)}; get it whole with "
+                               f"{self.download}")
+        _, shape, dtype = self.found[name]
+        if dtype not in DTYPES:
+            raise NanogapError(f"{self.where(name)} is torch.{dtype}, and weights are "
+                               f"{', '.join(DTYPES)}; get it with {self.download}")
+        return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
     def get(self, name: str) -> Tensor:
-        """The numbers of a tensor, mapped into memory."""
-        file = self.files[name]
+        """A tensor with its numbers, mapped into memory."""
+        file = self.found[name][0]
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(name)
@@ -92,17 +79,39 @@ class Piece:
             self.open = (file, of_model(read_saved(file)))
         return self.open[1][name]
 
-    def part(self, name: str, dtype: torch.dtype | None = None) -> Part:
-        """A tensor as it is, or in another precision."""
-        shape, dtype = self.shape(name), dtype or self.dtype(name)
-        return Part(shape, dtype, lambda: self.get(name).to(dtype), self.where(name))
 
-    def parts(self, rename: Sequence[tuple[str, str]], dtype: torch.dtype | None = None,
-              wanted: str = "") -> dict[str, Part]:
-        """All of them, under new names.
+class Part:
+    """A tensor of the new checkpoint, and how it is made."""
 
-        rename: patterns, and what takes their place; a name that none fits stays as it is
-        wanted: pattern of the names that a model takes, where it leaves the others
-        """
-        return {our_name(name, rename): self.part(name, dtype)
-                for name in self.files if re.search(wanted, name)}
+    def __init__(self, make: Callable[..., Tensor], *sources: tuple[Piece, str]) -> None:
+        """make: what makes it of the tensors in `sources`, each a piece and a name there"""
+        self.make, self.sources = make, sources
+        empty = [piece.empty(name) for piece, name in sources]
+        try:
+            self.empty = make(*empty)    # without numbers: what shape and precision will it have?
+        except RuntimeError:
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in empty)
+            raise NanogapError(f"{self.where()} are {shapes}, which do not go together: the pieces "
+                               "belong to different models") from None
+
+    def where(self) -> str:
+        """Where it comes from, for messages."""
+        return " and ".join(piece.where(name) for piece, name in self.sources)
+
+    def tensor(self) -> Tensor:
+        """It, with its numbers."""
+        return self.make(*(piece.get(name) for piece, name in self.sources))
+
+
+def parts_of(piece: Piece, rename: Sequence[tuple[str, str]], dtype: torch.dtype | None = None,
+             wanted: str = "") -> dict[str, Part]:
+    """All tensors of a piece under new names, as they are or in another precision.
+
+    rename: patterns, and what takes their place; a name that none fits stays as it is
+    wanted: pattern of the names that a model takes, where it leaves the others
+    """
+    def same(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype or tensor.dtype)
+
+    return {our_name(name, rename): Part(same, (piece, name))
+            for name in piece.found if re.search(wanted, name)}

@@ -1,68 +1,31 @@
-"""What is made of what: one function for each form in which a model is published.
+"""What is made of what, for LLaVA and Shikra; for MiniGPT-v2: nanogap/convert/minigpt.py.
 
 In:  the pieces.  Out: a recipe: what config.json says, the tokenizer, and every tensor of the new
 folder with the way to make it.
-
-    llava       LLaVA's own layout of 1.5 and 1.6: other names, the vision tower apart or inside
-    shikra      a difference to LLaMA-7B, and CLIP: nanogap/convert/shikra.py
-    minigpt_v2  Llama-2-7b-chat, EVA's tower, and what was trained: nanogap/convert/minigpt.py
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Size, Tensor
+from torch import Tensor
 
 from nanogap import weights
-from nanogap.checks import silent
+from nanogap.checks.command import shown
 from nanogap.checks.explain import look_at_clip
 from nanogap.checks.loading import snapshot
-from nanogap.checks.reading import printable, read_json
+from nanogap.checks.silent import Table, check_clip, require
 from nanogap.clip import CLIPVisionConfig
-from nanogap.convert.pieces import Part, Piece
+from nanogap.convert.pieces import Part, Piece, parts_of
 from nanogap.convert.sentencepiece import read_llama_tokenizer
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS
-
-
-def download(what: str, gigabytes: float) -> str:
-    """The command that gets a repository of the hub, or some of its files."""
-    folder = what.split()[0].split("/")[1].lower()
-    return f"`hf download {what} --local-dir weights/{folder}` ({gigabytes} GB)"
-
-
-LLAVA = download("liuhaotian/llava-v1.5-7b", 14)
-CLIPS = {   # by the picture's side in pixels, the two that are published
-    224: download("openai/clip-vit-large-patch14 model.safetensors config.json tokenizer.json",
-                  1.7),
-    336: download("openai/clip-vit-large-patch14-336 pytorch_model.bin config.json tokenizer.json",
-                  1.7)}
-
-# names in LLaVA's layout, and Shikra's -> the hub's
-LLAVA_NAMES = (
-    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),               # 1.6: inside
-    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
-    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-    (r"^model\.mm_projector\.", "multi_modal_projector."),                    # Shikra: one Linear
-    (r"^model\.image_newline$", "image_newline"),
-    (r"^(model\.(embed_tokens|layers|norm)\.|lm_head\.)", r"language_model.\1"))
-ROWS = ("model.embed_tokens.weight", "lm_head.weight")     # a row for each token
-HEAD = 64                                                  # channels of a head, in all of CLIP's
-# keys of a decoder's config.json that say something of it
-DECODER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling",
-           "rope_parameters", "max_position_embeddings", "hidden_act", "attention_bias",
-           "mlp_bias", "sliding_window", "partial_rotary_factor")
-# what would change an answer and is not implemented: key -> the values that change nothing
-LLAVA_KEYS: silent.Table = {
-    "mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",),
-    "mm_use_im_start_end": (False,), "mm_use_im_patch_token": (False,),
-    "mm_resampler_type": (None,), "mm_patch_merge_type": ("flat", "spatial_unpad"),
-    "image_aspect_ratio": ("pad", "anyres")}
+from nanogap.models.saving import our_name
 
 
 @dataclass(frozen=True)
@@ -71,23 +34,26 @@ class Recipe:
 
     config: dict              # config.json: what cannot be told from the tensors
     tokenizer: Tokenizer
-    dtype: torch.dtype
     parts: dict[str, Part]    # by name on disk
-    pieces: dict[str, Piece]  # the piece to which names belong that begin so; "": all others
+    source: Path              # of the config, for messages
 
 
 # ----- what several need --------------------------------------------------------------------------
 
-
-def config_of(kind: str, folder: Path, download: str) -> dict:
-    """The config.json of a piece that must be of that `model_type`, and not quantised."""
-    config = read_json(folder / "config.json")
-    found = config.get("model_type")
-    if found != kind:
-        raise NanogapError(f"{folder / 'config.json'} describes a {found!r:.80} model, not "
-                           f"{kind!r}; get it with {download}")
-    silent.refuse_quantised(folder, config)
-    return config
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"     # a row for each token
+# keys of a decoder's config.json that say something of it
+DECODER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling",
+           "rope_parameters", "max_position_embeddings", "hidden_act", "attention_bias",
+           "mlp_bias", "sliding_window", "partial_rotary_factor")
+# names in LLaVA's layout, and Shikra's -> the hub's
+LLAVA_NAMES = (
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),               # 1.6: inside
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.mm_projector\.", "multi_modal_projector."),                    # Shikra: one Linear
+    (r"^model\.image_newline$", "image_newline"),
+    (r"^(model\.(embed_tokens|layers|norm)\.|lm_head\.)", r"language_model.\1"))
 
 
 def decoder_config(config: dict, kind: str, rows: int) -> dict:
@@ -96,154 +62,155 @@ def decoder_config(config: dict, kind: str, rows: int) -> dict:
     return text | {"model_type": kind, "vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def config_with_clip(config: dict, vision: CLIPVisionConfig) -> dict:
-    """What is the same in config.json of each model with a CLIP's tower.
+def read_tokenizer(piece: Piece, special_tokens: Sequence[str], rows: int) -> Tokenizer:
+    """The tokenizer of a piece, of as many tokens as there are rows of embeddings."""
+    file = piece.path / "tokenizer.model"
+    tokenizer = read_llama_tokenizer(file, special_tokens)
+    if tokenizer.get_vocab_size() != rows:
+        raise NanogapError(f"{file} makes {tokenizer.get_vocab_size()} tokens, and the "
+                           f"embeddings have {rows} rows; give the one of this model")
+    return tokenizer
 
-    config: as the model is published
+
+def read_clip(path: Path | None, config: dict,
+              dtype: torch.dtype) -> tuple[CLIPVisionConfig, dict[str, Part]]:
+    """A CLIP whose tower a model took as it is: the tower's sizes and its tensors.
+
+    config: of the model, as it is published
     """
+    of_336 = str(config.get("mm_vision_tower")).endswith("-336")
+    download = MODELS["llava" if of_336 else "shikra"].clip_download
+    if path is None:
+        raise NanogapError(f"the vision tower is apart; get it with {download} and give it by "
+                           "--clip")
+    folder = snapshot(path)
+    look_at_clip(folder, download)
+    check_clip(folder)
+    sizes = weights.read_json(folder / "config.json")["vision_config"]
+    vision = replace(weights.VIT_B_32, **weights.known(CLIPVisionConfig, sizes))
+    if vision.image_size == (224 if of_336 else 336):
+        raise NanogapError(f"{folder} is a CLIP for {vision.image_size} pixels, and the model was "
+                           f"trained with another; get it with {download}")
+    clip = Piece(folder, download)
+    return vision, parts_of(clip, ((r"^", "vision_tower."),), dtype, wanted=r"^vision_model\.")
+
+
+def config_with_clip(config: dict, vision: CLIPVisionConfig) -> dict:
+    """What is the same in config.json of each model with a CLIP's tower."""
     return {"vision_feature_layer": config.get("mm_vision_select_layer", -2),
             "vision_config": asdict(vision) | {"model_type": "clip_vision_model",
                                                "hidden_act": "quick_gelu"}}
 
 
-def read_tokenizer(folder: Path, special_tokens: Sequence[str], rows: int) -> Tokenizer:
-    """The tokenizer of a piece whose embeddings have so many rows."""
-    tokenizer = read_llama_tokenizer(folder / "tokenizer.model", special_tokens)
-    pieces = tokenizer.get_vocab_size()
-    if pieces != rows:
-        raise NanogapError(f"{folder / 'tokenizer.model'} makes {pieces} tokens, and the "
-                           f"embeddings have {rows} rows; give the one of this model")
-    return tokenizer
-
-
-def rows_of(piece: Piece) -> int:
-    """How many embeddings a decoder has, of tokens that it reads and of those that it says."""
-    shapes = [piece.shape(name) for name in ROWS]
-    if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
-        raise NanogapError(f"{piece.path} has embeddings {list(shapes[0])} ({ROWS[0]}) and "
-                           f"{list(shapes[1])} ({ROWS[1]}); get them again with {piece.download}")
-    return shapes[0][0]
-
-
-def clip_vision(folder: Path, download: str) -> CLIPVisionConfig:
-    """The sizes of a CLIP's vision tower, whose own files must agree with one another."""
-    look_at_clip(folder, download)
-    silent.check_clip(folder)
-    config = weights.read_json(folder / "config.json")
-    vision = replace(weights.VIT_B_32, **weights.known(CLIPVisionConfig, config["vision_config"]))
-    file, processor = silent.read_processor(folder)
-    silent.check_pixels(f"{folder / file}", processor, {"model_type": "clip"}, silent.PIXELS,
-                        vision)
-    return vision
-
-
-def read_clip(path: Path | None, config: dict, source: Path,
-              dtype: torch.dtype) -> tuple[CLIPVisionConfig, Piece, dict[str, Part]]:
-    """A CLIP whose tower a model took as it is: the tower's sizes and its tensors.
-
-    config, source: what the model's config.json says, and the folder that it stands in
-    """
-    name = printable(str(config.get("mm_vision_tower")))
-    side, other = (336, 224) if name.endswith("-336") else (224, 336)
-    if path is None:
-        raise NanogapError(f"{source} holds no vision tower ({name} is its own); get it with "
-                           f"{CLIPS[side]} and give it by --clip")
-    folder = snapshot(path)
-    vision = clip_vision(folder, CLIPS[side])
-    if vision.image_size == other and vision.hidden_size == CLIPVisionConfig().hidden_size:
-        raise NanogapError(f"{folder} is a CLIP for {other} pixels, and {source} was trained with "
-                           f"{name}; get that with {CLIPS[side]}")
-    silent.require(config, {"mm_hidden_size": (vision.hidden_size,)}, str(source / "config.json"))
-    piece = Piece(folder, CLIPS[side])
-    to_hub = ((r"^vision_model\.", "vision_tower.vision_model."),)
-    return vision, piece, piece.parts(to_hub, dtype, wanted=r"^vision_model\.")
-
-
 # ----- LLaVA --------------------------------------------------------------------------------------
+
+LLAVA = "`hf download liuhaotian/llava-v1.5-7b --local-dir weights/llava-v1.5-7b` (14 GB)"
+# `model_type` in LLaVA's own layout -> its decoder's
+KINDS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+# what would change an answer and is not implemented: key -> the values that change nothing
+LLAVA_KEYS: Table = {
+    "mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",),
+    "mm_use_im_start_end": (False,), "mm_use_im_patch_token": (False,),
+    "mm_resampler_type": (None,), "mm_patch_merge_type": ("flat", "spatial_unpad"),
+    "image_aspect_ratio": ("pad", "anyres")}
+INSIDE = "model.vision_tower.vision_tower.vision_model."   # a tower that 1.6 holds
 
 
 def llava(base: Path, clip: Path | None = None) -> Recipe:
     """LLaVA-1.5 and 1.6 as liuhaotian's repositories hold them.
 
     base: config.json with LLaVA's own keys, tokenizer.model, shards
-    clip: the CLIP that the tower comes from; where a tower is in `base`, only its sizes are read
+    clip: the CLIP that the tower comes from; not needed where the tower is in `base`
     """
-    base = snapshot(base)
-    config = read_json(base / "config.json")
-    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
-    kind = config.get("model_type")
-    if kind not in kinds or "mm_vision_tower" not in config:
-        raise NanogapError(f"{base / 'config.json'} describes a {kind!r:.80} model in another "
-                           "layout than LLaVA's own (it would have mm_vision_tower); give a folder "
-                           f"such as {LLAVA} makes")
-    silent.refuse_quantised(base, config)
-    silent.require(config, LLAVA_KEYS, str(base / "config.json"))
     piece = Piece(base, LLAVA)
+    config = piece.config(*KINDS)
+    if not config.get("mm_vision_tower"):
+        raise NanogapError(f"{piece.path} is not in LLaVA's own layout; give it to run.py as it is "
+                           f"by --weights, or get one that is with {LLAVA}")
+    require(config, LLAVA_KEYS, str(piece.path / "config.json"))
     tiles = config.get("image_aspect_ratio") == "anyres"
     model = "llava_next" if tiles else "llava"
-    rows = rows_of(piece)
-    special = MODELS[model].special_tokens
-    tokenizer = read_tokenizer(base, special, rows + len(special))
-    dtype = piece.dtype(ROWS[0])
-    parts = piece.parts(LLAVA_NAMES, dtype)
-    new_rows = 64 * math.ceil((rows + len(special)) / 64)                     # as the hub has it
-    for name in ROWS:
-        parts[f"language_model.{name}"] = with_rows(piece, name, new_rows, dtype)
-    pieces = {"": piece}
-    if not any(name.startswith("vision_tower.") for name in parts):
-        vision, pieces["vision_tower."], tower = read_clip(clip, config, base, dtype)
-        parts |= tower
-    elif clip:
-        vision = clip_vision(snapshot(clip), MODELS[model].clip_download)
+    special, embeddings = MODELS[model].special_tokens, piece.empty(EMBEDDINGS)
+    rows, dtype = len(embeddings), embeddings.dtype
+    tokenizer = read_tokenizer(piece, special, rows + len(special))
+    parts = parts_of(piece, LLAVA_NAMES, dtype)
+    if any(name.startswith(INSIDE) for name in piece.found):
+        vision = tower_sizes(piece)
     else:
-        vision = tower_sizes(parts, base)
+        vision, tower = read_clip(clip, config, dtype)
+        parts |= tower
+    more_rows = 64 * math.ceil((rows + len(special)) / 64)                    # as the hub has it
+    for name in (EMBEDDINGS, HEAD):
+        longer = partial(with_rows, rows=more_rows, dtype=dtype)
+        parts[f"language_model.{name}"] = Part(longer, (piece, name))
     new = config_with_clip(config, vision) | {
-        "model_type": model, "image_token_index": rows, "projector_hidden_act": "gelu",
-        "text_config": decoder_config(config, kinds[kind], new_rows)}
-    if tiles:
-        new["image_grid_pinpoints"] = pinpoints(config, base)
-    return Recipe(new, tokenizer, dtype, parts, pieces)
+        "model_type": model, "torch_dtype": str(dtype), "image_token_index": rows,
+        "text_config": decoder_config(config, KINDS[config["model_type"]], more_rows)}
+    if tiles:   # LLaVA's own code reads (width, height), and the hub's the reverse
+        new["image_grid_pinpoints"] = [
+            pair[::-1] for pair in config.get("image_grid_pinpoints") or []]
+    return Recipe(new, tokenizer, parts, piece.path)
 
 
-def pinpoints(config: dict, base: Path) -> list[list[int]]:
-    """The sizes of canvases; LLaVA's own code reads (width, height), and the hub's the reverse."""
-    found = config.get("image_grid_pinpoints")
-    if not isinstance(found, list) or not all(
-            isinstance(pair, list) and len(pair) == 2 for pair in found):
-        raise NanogapError(f"{base / 'config.json'}: image_grid_pinpoints is {found!r:.80}, not "
-                           "pairs of width and height; give the one that was published")
-    return [[height, width] for width, height in found]
-
-
-def with_rows(piece: Piece, name: str, rows: int, dtype: torch.dtype) -> Part:
+def with_rows(old: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """Embeddings with rows for <image> and <pad>, and up to a round number, as the hub has them.
 
     They are the mean of the others, so no such token is ever the likeliest.
     """
-    def make() -> Tensor:
-        old = piece.get(name).to(dtype)
-        new = old.new_empty(rows, *old.shape[1:])
-        new[:len(old)] = old
-        new[len(old):] = old.mean(0, dtype=torch.float32)
-        return new
-
-    source = f"{piece.where(name)}, with rows for new tokens,"
-    return Part(Size((rows, *piece.shape(name)[1:])), dtype, make, source)
+    mean = old.to(dtype).mean(0, keepdim=True, dtype=torch.float32).to(dtype)
+    return torch.cat([old.to(dtype), mean.expand(rows - len(old), -1)])
 
 
-def tower_sizes(parts: dict[str, Part], base: Path) -> CLIPVisionConfig:
-    """The sizes of a vision tower, from its tensors; CLIP's heads have 64 channels each."""
-    prefix = "vision_tower.vision_model."
-    shapes = {name.removeprefix(prefix): part.shape for name, part in parts.items()}
-    layers = {name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}
-    try:
-        hidden, _, _, patch = shapes["embeddings.patch_embedding.weight"]
-        grid = math.isqrt(shapes["embeddings.position_embedding.weight"][0] - 1)
-        inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
-    except (KeyError, ValueError):
-        raise NanogapError(f"{base} holds a vision tower that is no CLIP's, or not all of it; "
-                           "get it again, whole") from None
-    if hidden % HEAD:
-        raise NanogapError(f"{base} holds a vision tower of {hidden} channels, and how many heads "
-                           "it has cannot be told; give the CLIP that it comes from by --clip")
-    return CLIPVisionConfig(hidden, inner, len(layers), hidden // HEAD, grid * patch, patch)
+def tower_sizes(piece: Piece) -> CLIPVisionConfig:
+    """The sizes of a vision tower that a LLaVA holds; CLIP's heads have 64 channels each."""
+    hidden, _, _, patch = piece.empty(f"{INSIDE}embeddings.patch_embedding.weight").shape
+    positions = len(piece.empty(f"{INSIDE}embeddings.position_embedding.weight"))
+    inner = len(piece.empty(f"{INSIDE}encoder.layers.0.mlp.fc1.weight"))
+    layers = sum(name.endswith("mlp.fc1.weight") for name in piece.found)
+    side = patch * math.isqrt(positions - 1)
+    return CLIPVisionConfig(hidden, inner, layers, hidden // 64, side, patch)
+
+
+# ----- Shikra -------------------------------------------------------------------------------------
+
+LLAMA = "`hf download huggyllama/llama-7b --exclude '*.bin*' --local-dir weights/llama-7b` (13 GB)"
+DELTA = "`hf download shikras/shikra-7b-delta-v1 --local-dir weights/shikra-7b-delta-v1` (13 GB)"
+SHIKRA_KEYS: Table = {"mm_use_im_start_end": (True,), "mm_vision_select_feature": ("patch",)}
+
+
+def shikra(base: Path, delta: Path, clip: Path) -> Recipe:
+    """Shikra-7B: what is published is a difference to LLaMA-7B, and no vision tower.
+
+    source: mllm/models/shikra/apply_delta.py of shikras/shikra, which adds in float16
+    """
+    llama, difference = Piece(base, LLAMA), Piece(delta, DELTA)
+    config = difference.config("shikra")
+    require(config, SHIKRA_KEYS, str(difference.path / "config.json"))
+    of_base = llama.config("llama")
+    for key in DECODER:
+        a, b = of_base.get(key), config.get(key)
+        if a is not None and b is not None and a != b:
+            raise NanogapError(f"{llama.path / 'config.json'}: {key} is {shown(a)}, and that of "
+                               f"{difference.path} {shown(b)}: the pieces belong to different "
+                               f"models; get the base with {LLAMA}")
+    special, rows = MODELS["shikra"].special_tokens, len(difference.empty(EMBEDDINGS))
+    tokenizer = read_tokenizer(difference, special, rows)
+    parts = parts_of(difference, LLAVA_NAMES, torch.float16)
+    for name in difference.found:
+        if not name.startswith("model.mm_projector."):
+            more = len(special) if name in (EMBEDDINGS, HEAD) else 0
+            parts[our_name(name, LLAVA_NAMES)] = Part(
+                partial(added, more), (difference, name), (llama, name))
+    vision, tower = read_clip(clip, config, torch.float16)
+    new = config_with_clip(config, vision) | {
+        "model_type": "shikra", "torch_dtype": "float16", "image_token_index": rows - len(special),
+        "text_config": decoder_config(config, "llama", rows)}
+    return Recipe(new, tokenizer, parts | tower, difference.path)
+
+
+def added(more: int, difference: Tensor, base: Tensor) -> Tensor:
+    """The sum; in rows of Shikra's own tokens, `more` behind LLaMA's, the difference is all."""
+    base = base.to(torch.float16)
+    if more:
+        base = F.pad(base, (0, 0, 0, more))
+    return difference.to(torch.float16) + base
