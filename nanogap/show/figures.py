@@ -26,7 +26,8 @@ from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, ranked
 from nanogap.show.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
-from nanogap.show.sweep import EXPRESSION, GREY, IMAGE, Sweep, true_box
+from nanogap.show.sweep import EXPRESSION, GREY, IMAGE, Sweep
+from nanogap.show.table import true_box
 
 SIDE, LABEL, FONT_SIZE = 240, 42, 22          # of a small picture and the line below it, pixels
 PATCH = 40                                    # of a square before it is made small, pixels
@@ -76,8 +77,7 @@ def answer(model: VLM) -> Image.Image:
     encoded = model.encode_image(IMAGE)
     results = {mode: model.ground(encoded, EXPRESSION, "random", "50%", mode)
                for mode in ("full", "shifted", "gap")}
-    return draw_results(open_image(IMAGE), model.cells(encoded), EXPRESSION, "random", results,
-                        true_box(), "weights/mini")
+    return draw_results(open_image(IMAGE), results, true_box(IMAGE, EXPRESSION), "weights/mini")
 
 
 # ----- chapters 1 and 2 ---------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap.checks.loading import TOP
 from nanogap.ground import Result
-from nanogap.image import Box, iou, open_image
+from nanogap.image import iou, open_image
 from nanogap.models import VLM
-from nanogap.show.draw import MARGIN, PAGE, PAPER, STYLES, TRUTH, Style, dim_dropped, sides, stroke
-from nanogap.train.scenes import scene_of
+from nanogap.show.draw import MARGIN, PAGE, PAPER, STYLES, TRUTH, Style, dim_dropped, stroke
+from nanogap.show.table import true_box
 
 IMAGE = TOP / "image.jpg"
 EXPRESSION = "the man on the left"
@@ -27,13 +27,6 @@ GREY = "#5a5a5a"
 MS = 160                                               # a frame is shown so long
 
 
-def true_box() -> Box:
-    """Where the one who is asked for is in image.jpg, a drawn scene that notes which, pixels."""
-    drawn = scene_of(IMAGE)
-    assert drawn is not None
-    return drawn.things[dict(drawn.expressions)[EXPRESSION]].box
-
-
 class Sweep:
     """image.jpg, asked one question with fewer and fewer patches."""
 
@@ -41,7 +34,9 @@ class Sweep:
         encoded = model.encode_image(IMAGE)
         self.picture = open_image(IMAGE)
         self.cells = model.cells(encoded)                                     # (N, 4)
-        self.truth = true_box()
+        truth = true_box(IMAGE, EXPRESSION)
+        assert truth is not None
+        self.truth = truth
         self.results = {
             share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode, seed=0)
                     for mode in SIDES} for share in SHARES}
@@ -57,7 +52,7 @@ class Sweep:
         for box, style in ((result.box, said), (self.truth, (TRUTH[0], 3, (1, 16)))):
             if box is not None:
                 x1, y1, x2, y2 = (v * scale for v in box)
-                stroke(ImageDraw.Draw(panel), [(line, style) for line in sides((x1, y1, x2, y2))])
+                stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
         return panel
 
     def score(self, result: Result) -> str:

@@ -21,7 +21,6 @@ from nanogap.checks import loading
 from nanogap.gap import MODES
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
-from nanogap.show.explain import columns
 from nanogap.show.table import print_table
 from tests.checks.test_output import broken_pipe
 from tests.tiny import lines_of, write_checkpoint, write_finder
@@ -122,7 +121,7 @@ def test_in_the_table_a_missing_box_is_a_dash_and_words_are_cut_around_a_box(
     print_table(document, VLM.box_format.pattern)
     lines = capsys.readouterr().out.splitlines()[1:5]
     assert [re.split(r"  1\.0 *", line)[1] for line in lines] == [
-        "a man\\n\\x1b[31m in blue, to the l...", "人" * 16 + "...", f"the m... {BOX}...", ""]
+        "a man\\n\\x1b[31m in blue, to the l...", "人" * 33 + "...", f"the m... {BOX}...", ""]
     assert all(re.search(r"0\.\.56 +- +2 ms +3 ms +1\.0", line) for line in lines)
     assert len({line.index("  2 ms") for line in lines}) == 1            # one below the other
 
@@ -222,8 +221,8 @@ def test_any_expression_works_and_is_explained_in_80_columns(
     out = said("--explain", "--mode", "gap", "--keep", "50%", where=expression, weights=weights)
     lines = out.split("\n")[1:]
     table = next(i for i, line in enumerate(lines) if line.startswith("mode  "))
-    assert max(columns(line) for line in lines[:table]) <= 80
-    assert max(columns(line) for line in lines[table:]) <= 130
+    assert max(len(line) for line in lines[:table]) <= 80
+    assert max(len(line) for line in lines[table:]) <= 130
     assert all(line.isprintable() for line in lines)
     assert Image.open("answer.png").size == (988, 660)        # with two lines of caption
 
