@@ -2,9 +2,7 @@
 
     python -m nanogap.show.figures                      all of them, into nanogap/show/figures
     python -m nanogap.show.figures places --out DIR     one of them, elsewhere
-    python -m nanogap.show.figures sweep                the one that moves, sweep.webp, and a still
 
-In:  weights, and image.jpg.  Out: small PNG files, and one WebP.
 Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
@@ -61,15 +59,16 @@ class Square:
         self.seen = model.see(self.encoded, {"cls_attention"}, "")
         self.rows, self.columns = self.seen.rows, self.seen.columns
         self.picture = model.frame.fit(open_image(IMAGE), self.columns * PATCH)
-        self.cells = model.frame.cells(self.rows, self.columns, *self.picture.size)   # (N, 4)
+        cells = model.frame.cells(self.rows, self.columns, *self.picture.size)        # (N, 4)
+        self.cells = cells
+        self.corners = cells.int().tolist()   # x1, y1, x2, y2 of each patch
 
-    def cell(self, index: int) -> tuple[int, int, int, int]:
-        """Where the patch with that raster index lies: x1, y1, x2, y2."""
-        x1, y1, x2, y2 = self.cells[index].int().tolist()
-        return x1, y1, x2, y2
+    def with_kept(self, kept: torch.Tensor) -> Image.Image:
+        """The square with dropped patches dimmed; kept: raster indices (K,)."""
+        return dim_dropped(self.picture, kept.tolist(), self.cells)
 
 
-# ----- the README ---------------------------------------------------------------------------------
+# ----- chapters 1 and 2 ---------------------------------------------------------------------------
 
 
 def answer(model: VLM) -> Image.Image:
@@ -80,17 +79,13 @@ def answer(model: VLM) -> Image.Image:
     return draw_results(open_image(IMAGE), results, true_box(IMAGE, EXPRESSION), "weights/mini")
 
 
-# ----- chapters 1 and 2 ---------------------------------------------------------------------------
-
-
 def patches(model: VLM) -> Image.Image:
     """The image as a square, the raster index of each patch, and what CLS attends to."""
     square = Square(model)
     ruled = square.picture.copy()
     pen = ImageDraw.Draw(ruled)
     font = ImageFont.load_default(21)
-    for index in range(square.rows * square.columns):
-        x1, y1, x2, y2 = square.cell(index)
+    for index, (x1, y1, x2, y2) in enumerate(square.corners):
         pen.rectangle((x1, y1, x2, y2), outline=PAGE)
         pen.text(((x1 + x2) / 2, (y1 + y2) / 2), str(index), PAGE, font, anchor="mm",
                  stroke_width=2, stroke_fill=PAPER)
@@ -144,19 +139,19 @@ def line(model: VLM) -> Image.Image:
 def places(model: VLM) -> Image.Image:
     """image.jpg put together again: each kept patch in the cell that its position ID names."""
     square = Square(model)
-    N = square.rows * square.columns
+    N = len(square.cells)
     ranked = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     panels = []
     for mode in ("full", "gap", "shifted", "permuted"):
         layout = gap.lay_out(ranked if mode == "full" else ranked[:N // 2], 0, N, 0, mode)
         canvas = Image.new("RGB", square.picture.size, GREY)
         for index, at in zip(layout.kept.tolist(), layout.position_ids.tolist(), strict=True):
-            canvas.paste(square.picture.crop(square.cell(index)), square.cell(at))
+            canvas.paste(square.picture.crop(square.corners[index]), square.corners[at])
         panels.append((canvas, f"{mode}, {len(layout.kept)} tokens"))
     return sheet(panels, 4)
 
 
-# ----- chapter 10 ---------------------------------------------------------------------------------
+# ----- chapter 10 and appendix D ------------------------------------------------------------------
 
 
 def strategies(model: VLM) -> Image.Image:
@@ -168,27 +163,23 @@ def strategies(model: VLM) -> Image.Image:
     panels = []
     for name in STRATEGIES:
         budget = "50%" if prunes_there(name) else "25%"
-        result = model.ground(square.encoded, EXPRESSION, name, budget, "gap", max_new_tokens=1)
-        dimmed = dim_dropped(square.picture, result.keep.tolist(), square.cells)
-        panels.append((dimmed, f"{name}, {len(result.keep)}"))
+        kept = model.ground(square.encoded, EXPRESSION, name, budget, max_new_tokens=1).keep
+        panels.append((square.with_kept(kept), f"{name}, {len(kept)}"))
     return sheet(panels, 4)
-
-
-# ----- appendix D ---------------------------------------------------------------------------------
 
 
 def axes(model: VLM) -> Image.Image:
     """The patches of image.jpg that ivc keeps as axes of RoPE, and all that it keeps."""
     square = Square(model)
-    N = square.rows * square.columns
-    P = model.prompt(EXPRESSION).tolist().index(model.config.image_token)
+    N = len(square.cells)
+    P, _ = model.around_image(model.prompt(EXPRESSION))
     cos, sin = model.language_model.model.angles(torch.arange(P, P + N)[None], torch.float32)
-    chosen = {f"{words}, {round(0.05 * N)}": ranked(turn.flatten(0, -2).mean(-1), round(0.05 * N))
-              for words, turn in (("RoPE turns least", cos), ("by a quarter", sin))}
-    kept = model.ground(square.encoded, EXPRESSION, "ivc", None, "gap", max_new_tokens=1).keep
-    chosen[f"all that ivc keeps, {len(kept)}"] = kept
-    return sheet([(dim_dropped(square.picture, indices.tolist(), square.cells), label)
-                  for label, indices in chosen.items()], 3, 324)
+    few = round(0.05 * N)
+    least, quarter = (ranked(turn.flatten(0, -2).mean(-1), few) for turn in (cos, sin))
+    kept = model.ground(square.encoded, EXPRESSION, "ivc", None, max_new_tokens=1).keep
+    return sheet([(square.with_kept(least), f"RoPE turns least, {few}"),
+                  (square.with_kept(quarter), f"by a quarter, {few}"),
+                  (square.with_kept(kept), f"all that ivc keeps, {len(kept)}")], 3, 324)
 
 
 # ----- the command --------------------------------------------------------------------------------
@@ -196,13 +187,12 @@ def axes(model: VLM) -> Image.Image:
 
 FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
     draw.__name__: draw for draw in (answer, patches, line, places, strategies, axes)}
-MOVING = "sweep"
 
 
 def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
     """Draw some of the pictures; their paths."""
     for name in names:
-        if name == MOVING:
+        if name == "sweep":
             sweep = Sweep(model)
             picture = sweep.still()
             frames, shown = sweep.frames()
@@ -211,30 +201,28 @@ def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
             yield out / "sweep.webp"
         else:
             picture = FIGURES[name](model)
-        path = out / f"{name}.png"
         small = picture.quantize(255, dither=Image.Dither.NONE)
-        save_picture("--out", path, small, optimize=True)
-        yield path
+        save_picture("--out", out / f"{name}.png", small, optimize=True)
+        yield out / f"{name}.png"
 
 
 def command(argv: Sequence[str] | None) -> None:
     """Draw the pictures that were asked for."""
-    known = [*FIGURES, MOVING]
+    names = [*FIGURES, "sweep"]
     parser = Parser(prog="python -m nanogap.show.figures",
                     description="Draw the pictures of the README and of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help=f"any of {', '.join(known)} (default: all)")
+                        help=f"any of {', '.join(names)} (default: all)")
     parser.add_argument("--weights", type=path_argument, default=MINI, metavar="DIR",
                         help="default: weights/mini")
     parser.add_argument("--out", type=path_argument, default=PACKAGE / "show" / "figures",
                         metavar="DIR", help="default: nanogap/show/figures")
     args = parser.parse_args(argv)
-    unknown = set(args.names) - set(known)
-    if unknown:
-        raise NanogapError(f"there is no picture {min(unknown)!r}: choose from {', '.join(known)}")
+    for name in set(args.names) - set(names):
+        raise NanogapError(f"there is no picture {name!r}: choose from {', '.join(names)}")
     check_folder("--out", args.out)
     model = load(folder_of(args.weights), "cpu", "float32")
-    for path in make(args.names or known, model, args.out):
+    for path in make(args.names or names, model, args.out):
         print(path, flush=True)
 
 

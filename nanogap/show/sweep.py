@@ -1,7 +1,5 @@
 """The picture that moves: fewer and fewer patches, the box under renumbered IDs beside GAP's.
 
-In:  a model, and image.jpg.  Out: frames, and a still of some of them.
-
 Nothing is chosen by its result: it is the question of the README, seed 0, and every share from
 100 % to 10 % in even steps, those in which GAP fails as well.  A smaller share keeps a part of what
 a larger one keeps, for `random` takes the first so many of one random order.
@@ -13,7 +11,7 @@ from nanogap.checks.loading import TOP
 from nanogap.ground import Result
 from nanogap.image import iou, open_image
 from nanogap.models import VLM
-from nanogap.show.draw import MARGIN, PAGE, PAPER, STYLES, TRUTH, Style, dim_dropped, stroke
+from nanogap.show.draw import MARGIN, PAGE, PAPER, STYLES, TRUTH, dim_dropped, stroke
 from nanogap.show.table import true_box
 
 IMAGE = TOP / "image.jpg"
@@ -32,23 +30,22 @@ class Sweep:
 
     def __init__(self, model: VLM) -> None:
         encoded = model.encode_image(IMAGE)
-        self.picture = open_image(IMAGE)
-        self.cells = model.cells(encoded)                                     # (N, 4)
         truth = true_box(IMAGE, EXPRESSION)
         assert truth is not None
         self.truth = truth
+        self.picture = open_image(IMAGE)
+        self.cells = model.cells(encoded)                                     # (N, 4)
         self.results = {
-            share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode, seed=0)
+            share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
                     for mode in SIDES} for share in SHARES}
 
     def panel(self, result: Result, mode: str, width: int) -> Image.Image:
         """The picture with what was kept, the box that was said, and the true one dotted."""
         scale = width / self.picture.width
-        size = width, round(self.picture.height * scale)
-        small = self.picture.resize(size, Image.Resampling.LANCZOS)
+        small = self.picture.resize((width, round(self.picture.height * scale)),
+                                    Image.Resampling.LANCZOS)
         panel = dim_dropped(small, result.keep.tolist(), self.cells * scale)
-        thick = 5 if width == PANEL else 3
-        said: Style = (STYLES[mode][0], thick, None)
+        said = STYLES[mode][0], 5 if width == PANEL else 3, None
         for box, style in ((result.box, said), (self.truth, (TRUTH[0], 3, (1, 16)))):
             if box is not None:
                 x1, y1, x2, y2 = (v * scale for v in box)
@@ -61,18 +58,19 @@ class Sweep:
 
     def frame(self, share: float) -> Image.Image:
         """Both modes side by side, with their IoU, and how much is kept."""
-        panels = {mode: self.panel(self.results[share][mode], mode, PANEL) for mode in SIDES}
-        below = LINE + panels["gap"].height
+        below = LINE + round(self.picture.height * PANEL / self.picture.width)
         page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
         pen = ImageDraw.Draw(page)
         font, large = ImageFont.load_default(22), ImageFont.load_default(28)
-        for (mode, panel), x in zip(panels.items(), (MARGIN, WIDTH - PANEL - MARGIN), strict=True):
-            colour, y = STYLES[mode][0], below + LINE / 2
-            page.paste(panel, (x, LINE))
+        x, y = MARGIN, below + LINE / 2
+        for mode, result in self.results[share].items():
+            colour = STYLES[mode][0]
+            page.paste(self.panel(result, mode, PANEL), (x, LINE))
             pen.text((x, LINE / 2), SIDES[mode], colour, font, anchor="lm")
-            pen.text((x, y), self.score(self.results[share][mode]), colour, large, anchor="lm")
+            pen.text((x, y), self.score(result), colour, large, anchor="lm")
             pen.text((x + 140, y), "dotted: the true box", PAPER, font, anchor="lm")
-        kept, y = len(self.results[share]["gap"].keep), below + 3 * LINE / 2
+            x = WIDTH - PANEL - MARGIN
+        kept, y = len(result.keep), below + 3 * LINE / 2
         told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {len(self.cells)}"
         pen.text((MARGIN, y), told, PAPER, font, anchor="lm")
         full = WIDTH - 2 * MARGIN
@@ -94,14 +92,15 @@ class Sweep:
         page = Image.new("RGB", (WIDTH, 4 * LINE + 2 * height + MARGIN), PAGE)
         pen = ImageDraw.Draw(page)
         font, small = ImageFont.load_default(22), ImageFont.load_default(18)
-        for row, (mode, title) in enumerate(SIDES.items()):
-            y = LINE + row * (height + 2 * LINE)
+        y = LINE
+        for mode, title in SIDES.items():
             pen.text((MARGIN, y - LINE / 2), title, STYLES[mode][0], font, anchor="lm")
             for column, share in enumerate(STILLS):
                 x, result = MARGIN + column * (STILL + 8), self.results[share][mode]
                 page.paste(self.panel(result, mode, STILL), (x, y))
                 told = f"{share} %, {self.score(result)}"
                 pen.text((x, y + height + LINE / 2 - 2), told, PAPER, small, anchor="lm")
+            y += height + 2 * LINE
         told = f"\"{EXPRESSION}\"; IoU with the true box, dotted"
         pen.text((WIDTH - MARGIN, LINE / 2), told, PAPER, small, anchor="rm")
         return page
