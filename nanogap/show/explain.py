@@ -85,28 +85,27 @@ def explain_prompt(model: VLM, result: Answered, input_ids: Tensor, image: Encod
     print(f"   position IDs: P = {P} tokens | K = {K} {said}{added} | A = {A} tokens")
     parts = ids[:P], ids[P:P + K + M], ids[P + K + M:]
     print_wrapped(" | ".join(ranges(part) for part in parts))
-    tokens = prompt_tokens(model, result, input_ids, image, M)
+    places = [*range(P), *(P + index for index in result.keep.tolist()), *[None] * M,
+              *range(P + image.n_visual, P + image.n_visual + A)]             # before pruning
     ends = {0, 1, P - 1, P, P + 1, P + 2, P + K - 1, P + K + M - 1, P + K + M, len(ids) - 1}
     shown: list[Sequence] = []
     for row in sorted(ends):
         if row and row - 1 not in ends:
             shown.append([".."] * 6)
-        shown.append([*tokens[row], ids[row], row])
+        shown.append([*token_at(places[row], model, input_ids, image), ids[row], row])
     print_across(["token", "token ID", "keep", "ID before", "ID now", "cache row"], shown)
 
 
-def prompt_tokens(model: VLM, result: Answered, input_ids: Tensor, image: EncodedImage,
-                  n_added: int) -> list[tuple]:
-    """Each token of what was fed: its name, token ID, keep, and position ID before pruning."""
+def token_at(place: int | None, model: VLM, input_ids: Tensor, image: EncodedImage) -> list:
+    """Name, token ID, keep and position ID of the token at a place of the unpruned prompt."""
+    if place is None:
+        return ["added", "", "", ""]
     P, _ = model.around_image(input_ids)
-    newlines = model.newlines(image)
-    text = [(piece(model, token)[:20], token, "") for token in input_ids.tolist()]
-    before = [(*token, place) for place, token in enumerate(text[:P])]
-    kept = [("newline" if index in newlines else "patch", "", index, P + index)
-            for index in result.keep.tolist()]
-    added = [("added", "", "", "")] * n_added
-    after = [(*token, place) for place, token in enumerate(text[P + 1:], P + image.n_visual)]
-    return [*before, *kept, *added, *after]
+    index = place - P
+    if 0 <= index < image.n_visual:
+        return ["newline" if index in model.newlines(image) else "patch", "", index, place]
+    token = int(input_ids[place if index < 0 else place - image.n_visual + 1])
+    return [piece(model, token)[:20], token, "", place]
 
 
 def explain_answer(model: VLM, result: Answered) -> None:
