@@ -207,7 +207,7 @@ def test_no_draft_means_a_pass_for_each_token_and_the_same_words(said: Callable[
 
 
 @pytest.mark.parametrize("expression", [
-    "左边的人", "الرجل على اليسار", "😀", "the man\non the\tleft", "\x1b[31mred\x07", "<image>", "</s>",
+    "左边的人", "الرجل على اليسار", "😀", "the man\non the\tleft", "\x1b[31mred\x07", "<image>",
     "{0} {x} %s \\", "x" * 90])
 def test_any_expression_works_and_is_explained_in_80_columns(
         expression: str, said: Callable[..., str], weights: Path):
