@@ -10,9 +10,8 @@ import os
 import signal
 
 if __name__ == "__main__":
-    gc.disable()                             # until all is imported: see answer_for
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback from an import
+    gc.disable()                                             # see answer_for
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback from an import
 
 import argparse
 import json

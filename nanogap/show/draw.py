@@ -124,9 +124,7 @@ def draw_boxes(pen: ImageDraw.ImageDraw, boxes: Mapping[str, Box], truth: Box | 
 
 def shortened(text: str, room: float, measure: Callable[[str], float]) -> str:
     """As much of a line as there is room for."""
-    text = " ".join(text.split())
-    if len(text) > 200:
-        text = text[:200] + "..."
+    text = " ".join(text.split())[:200]                       # there is no room for more
     while text and measure(text) > room:
         text = text.removesuffix("...")[:-1] + "..."
     return text
