@@ -10,7 +10,7 @@ import os
 import signal
 
 if __name__ == "__main__":
-    gc.disable()                                             # see answer_for
+    gc.disable()                                             # imports leave none: see answer_for
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback from an import
 
 import argparse
