@@ -16,35 +16,46 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
 from nanogap.checks.command import Parser, answer_for, path_argument
-from nanogap.checks.loading import MINI, PACKAGE, folder_of, load
+from nanogap.checks.loading import MINI, PACKAGE, TOP, folder_of, load
 from nanogap.checks.output import check_folder, save_picture
 from nanogap.errors import NanogapError
-from nanogap.image import open_image
+from nanogap.ground import Result
+from nanogap.image import iou, open_image
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, ranked
-from nanogap.show.draw import MARGIN, PAGE, PAPER, dim_dropped, draw_results
-from nanogap.show.sweep import EXPRESSION, GREY, IMAGE, Sweep
+from nanogap.show.draw import (
+    MARGIN,
+    PAGE,
+    PAPER,
+    STYLES,
+    TRUTH,
+    dim_dropped,
+    draw_results,
+    stroke,
+)
 from nanogap.show.table import true_box
 
 SIDE, LABEL, FONT_SIZE = 240, 42, 22          # of a small picture and the line below it, pixels
 PATCH = 40                                    # of a square before it is made small, pixels
-HEAT = "#ff9a00"
+HEAT, GREY = "#ff9a00", "#5a5a5a"
+IMAGE, EXPRESSION = TOP / "image.jpg", "the man on the left"
 
 
 def sheet(panels: Sequence[tuple[Image.Image, str]], columns: int, side: int = SIDE) -> Image.Image:
-    """Small pictures in rows, each with a line of text below."""
+    """Small pictures of one shape in rows, each with a line of text below."""
+    high = round(side * panels[0][0].height / panels[0][0].width)
     rows = math.ceil(len(panels) / columns)
     page = Image.new("RGB", (columns * (side + MARGIN) + MARGIN,
-                             rows * (side + LABEL) + 2 * MARGIN), PAGE)
+                             rows * (high + LABEL) + 2 * MARGIN), PAGE)
     pen = ImageDraw.Draw(page)
     font = ImageFont.load_default(FONT_SIZE)
     for i, (picture, label) in enumerate(panels):
         row, column = divmod(i, columns)
         x = MARGIN + column * (side + MARGIN)
-        y = MARGIN + row * (side + LABEL)
-        page.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        pen.text((x, y + side + LABEL / 2 - 2), label, font=font, fill=PAPER, anchor="lm")
+        y = MARGIN + row * (high + LABEL)
+        page.paste(picture.resize((side, high), Image.Resampling.LANCZOS), (x, y))
+        pen.text((x, y + high + LABEL / 2 - 2), label, font=font, fill=PAPER, anchor="lm")
     return page
 
 
@@ -180,6 +191,88 @@ def axes(model: VLM) -> Image.Image:
     return sheet([(square.with_kept(least), f"RoPE turns least, {few}"),
                   (square.with_kept(quarter), f"by a quarter, {few}"),
                   (square.with_kept(kept), f"all that ivc keeps, {len(kept)}")], 3, 324)
+
+
+# ----- the README ---------------------------------------------------------------------------------
+
+SHARES = [100 - 2.5 * step for step in range(37)]      # percent
+STILLS = (100, 75, 50, 25, 10)
+SIDES = {"shifted": "renumbered position IDs", "gap": "GAP: original position IDs"}
+WIDTH, PANEL, LINE = 900, 430, 40                      # of a frame, a picture, a line of text
+MS = 160                                               # a frame is shown so long
+
+
+class Sweep:
+    """image.jpg, asked one question with fewer and fewer patches.
+
+    Nothing is chosen by its result: it is the question of the README, seed 0, and every share from
+    100 % to 10 % in even steps, those in which GAP fails as well.  A smaller share keeps a part of
+    what a larger one keeps, for `random` takes the first so many of one random order.
+    """
+
+    def __init__(self, model: VLM) -> None:
+        encoded = model.encode_image(IMAGE)
+        truth = true_box(IMAGE, EXPRESSION)
+        assert truth is not None
+        self.truth = truth
+        self.picture = open_image(IMAGE)
+        self.cells = model.cells(encoded)                                     # (N, 4)
+        self.results = {
+            share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
+                    for mode in SIDES} for share in SHARES}
+
+    def panel(self, result: Result, mode: str) -> Image.Image:
+        """The picture with what was kept, the box that was said, and the true one dotted."""
+        scale = PANEL / self.picture.width
+        small = self.picture.resize((PANEL, round(self.picture.height * scale)),
+                                    Image.Resampling.LANCZOS)
+        panel = dim_dropped(small, result.keep.tolist(), self.cells * scale)
+        said = STYLES[mode][0], 5, None
+        for box, style in ((result.box, said), (self.truth, (TRUTH[0], 3, (1, 16)))):
+            if box is not None:
+                x1, y1, x2, y2 = (v * scale for v in box)
+                stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
+        return panel
+
+    def score(self, result: Result) -> str:
+        """IoU with the true box, as it is written."""
+        return f"IoU {iou(result.box, self.truth):.2f}" if result.box else "no box"
+
+    def frame(self, share: float) -> Image.Image:
+        """Both modes side by side, with their IoU, and how much is kept."""
+        below = LINE + round(self.picture.height * PANEL / self.picture.width)
+        page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
+        pen = ImageDraw.Draw(page)
+        font, large = ImageFont.load_default(22), ImageFont.load_default(28)
+        x, y = MARGIN, below + LINE / 2
+        for mode, result in self.results[share].items():
+            colour = STYLES[mode][0]
+            page.paste(self.panel(result, mode), (x, LINE))
+            pen.text((x, LINE / 2), SIDES[mode], colour, font, anchor="lm")
+            pen.text((x, y), self.score(result), colour, large, anchor="lm")
+            pen.text((x + 140, y), "dotted: the true box", PAPER, font, anchor="lm")
+            x = WIDTH - PANEL - MARGIN
+        kept, y = len(result.keep), below + 3 * LINE / 2
+        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {len(self.cells)}"
+        pen.text((MARGIN, y), told, PAPER, font, anchor="lm")
+        full = WIDTH - 2 * MARGIN
+        for length, colour in ((full, GREY), (full * share / 100, PAPER)):
+            pen.rectangle((MARGIN, y + 22, MARGIN + length, y + 36), colour)
+        return page
+
+    def frames(self) -> tuple[list[Image.Image], list[int]]:
+        """From all patches to the fewest and back, and how long each is shown, milliseconds."""
+        down = [self.frame(share) for share in SHARES]
+        frames = [*down, *down[-2:0:-1]]
+        shown = [MS] * len(frames)
+        shown[0] = shown[len(down) - 1] = 8 * MS
+        return frames, shown
+
+    def still(self) -> Image.Image:
+        """Some of the shares beside one another, for places that do not move."""
+        shown = [(self.results[share][mode], mode, share) for mode in SIDES for share in STILLS]
+        return sheet([(self.panel(result, mode), f"{mode}, {share} %: {self.score(result)}")
+                      for result, mode, share in shown], len(STILLS))
 
 
 # ----- the command --------------------------------------------------------------------------------
