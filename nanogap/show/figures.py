@@ -19,7 +19,7 @@ from nanogap.checks.command import Parser, answer_for, path_argument
 from nanogap.checks.loading import MINI, PACKAGE, TOP, folder_of, load
 from nanogap.checks.output import check_folder, save_picture
 from nanogap.errors import NanogapError
-from nanogap.ground import Result
+from nanogap.fast.answered import Answered
 from nanogap.image import iou, open_image
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
@@ -70,9 +70,8 @@ class Square:
         self.seen = model.see(self.encoded, {"cls_attention"}, "")
         self.rows, self.columns = self.seen.rows, self.seen.columns
         self.picture = model.frame.fit(open_image(IMAGE), self.columns * PATCH)
-        cells = model.frame.cells(self.rows, self.columns, *self.picture.size)        # (N, 4)
-        self.cells = cells
-        self.corners = cells.int().tolist()   # x1, y1, x2, y2 of each patch
+        self.cells = model.frame.cells(self.rows, self.columns, *self.picture.size)   # (N, 4)
+        self.corners = self.cells.int().tolist()      # x1, y1, x2, y2 of each patch
 
     def with_kept(self, kept: torch.Tensor) -> Image.Image:
         """The square with dropped patches dimmed; kept: raster indices (K,)."""
@@ -216,17 +215,16 @@ class Sweep:
         assert truth is not None
         self.truth = truth
         self.picture = open_image(IMAGE)
-        self.cells = model.cells(encoded)                                     # (N, 4)
         self.results = {
             share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
                     for mode in SIDES} for share in SHARES}
 
-    def panel(self, result: Result, mode: str) -> Image.Image:
+    def panel(self, result: Answered, mode: str) -> Image.Image:
         """The picture with what was kept, the box that was said, and the true one dotted."""
         scale = PANEL / self.picture.width
         small = self.picture.resize((PANEL, round(self.picture.height * scale)),
                                     Image.Resampling.LANCZOS)
-        panel = dim_dropped(small, result.keep.tolist(), self.cells * scale)
+        panel = dim_dropped(small, result.keep.tolist(), result.cells * scale)
         said = STYLES[mode][0], 5, None
         for box, style in ((result.box, said), (self.truth, (TRUTH[0], 3, (1, 16)))):
             if box is not None:
@@ -234,7 +232,7 @@ class Sweep:
                 stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
         return panel
 
-    def score(self, result: Result) -> str:
+    def score(self, result: Answered) -> str:
         """IoU with the true box, as it is written."""
         return f"IoU {iou(result.box, self.truth):.2f}" if result.box else "no box"
 
@@ -253,7 +251,7 @@ class Sweep:
             pen.text((x + 140, y), "dotted: the true box", PAPER, font, anchor="lm")
             x = WIDTH - PANEL - MARGIN
         kept, y = len(result.keep), below + 3 * LINE / 2
-        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {len(self.cells)}"
+        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {len(result.cells)}"
         pen.text((MARGIN, y), told, PAPER, font, anchor="lm")
         full = WIDTH - 2 * MARGIN
         for length, colour in ((full, GREY), (full * share / 100, PAPER)):
