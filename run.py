@@ -41,6 +41,7 @@ from nanogap.ground import MAX_NEW_TOKENS
 from nanogap.image import open_image
 from nanogap.llava import EncodedImage
 from nanogap.methods import find
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of
 from nanogap.show.draw import draw_results
@@ -115,7 +116,10 @@ def load(args: argparse.Namespace) -> tuple[VLM, EncodedImage, int | None]:
         model = nanogap.load(args.weights, device, dtype, args.clip, args.pack)
     with patience("looking at the image"):
         encoded = model.encode_image(image)
-    return model, encoded, budget_of(args.keep, encoded.n_patches, prune)
+        keep = budget_of(args.keep, encoded.n_patches, prune)
+        if set(args.mode) != {"full"} and not prunes_there(prune):   # what it needs to see is kept
+            model.select(encoded, args.expression, prune, keep, args.seed)
+    return model, encoded, keep
 
 
 def ask(args: argparse.Namespace, model: VLM, image: EncodedImage,
