@@ -10,9 +10,8 @@ import os
 import signal
 
 if __name__ == "__main__":
-    gc.disable()                             # until all is imported: see answer_for
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback from an import
+    gc.disable()                                             # imports leave none: see answer_for
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback from an import
 
 import argparse
 import json
@@ -20,10 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 import nanogap
 from nanogap import NanogapError
@@ -37,24 +33,29 @@ from nanogap.checks.command import (
     tell,
     whole_number,
 )
-from nanogap.checks.loading import MINI, default_weights, folder_of
+from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_picture, save_picture
 from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS
-from nanogap.image import Box, open_image
+from nanogap.image import open_image
 from nanogap.llava import EncodedImage
 from nanogap.methods import find
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of
-from nanogap.show.draw import agreement, draw_results
+from nanogap.show.draw import draw_results
 from nanogap.show.explain import explain
-from nanogap.show.table import print_notes, print_table
-from nanogap.train.scenes import scene_of, words_never_taught
+from nanogap.show.table import print_heading, print_notes, print_table, report
 from nanogap.weights import DTYPES
 
-# ----- what was asked -----------------------------------------------------------------------------
+
+def run(argv: Sequence[str] | None) -> None:
+    """Answer one command line."""
+    args = parse(argv)
+    model, image, keep = load(args)
+    results = ask(args, model, image, keep)
+    show(args, model, image, keep, results)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -97,21 +98,60 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true",
         help="print one JSON document instead of the table: boxes in pixels, times in ms")
     add("--explain", action="store_true", help="print every shape and every ID on the way")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.weights = folder_of(args.weights) if args.weights else default_weights()
+    return args
 
 
-# ----- load ---------------------------------------------------------------------------------------
+def load(args: argparse.Namespace) -> tuple[VLM, EncodedImage, int | None]:
+    """The model, the image as it sees it, and how many visual tokens to keep."""
+    if not args.expression.strip():
+        raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
+    image = open_image(args.image)                  # mistakes that need no model are found first
+    check_picture("--out", args.out, args.image)
+    prune = find(args.prune)
+    device = None if args.device == "auto" else args.device
+    dtype = None if args.dtype == "auto" else args.dtype
+    with patience(f"loading {args.weights}"):
+        model = nanogap.load(args.weights, device, dtype, args.clip, args.pack)
+    with patience("looking at the image"):
+        encoded = model.encode_image(image)
+        keep = budget_of(args.keep, encoded.n_patches, prune)
+        if set(args.mode) != {"full"} and not prunes_there(prune):   # what it needs to see is kept
+            model.select(encoded, args.expression, prune, keep, args.seed)
+    return model, encoded, keep
 
 
-@dataclass(frozen=True)
-class Asked:
-    """All that the modes have in common."""
+def ask(args: argparse.Namespace, model: VLM, image: EncodedImage,
+        keep: int | None) -> dict[str, Answered]:
+    """The answer in each mode, in the order in which these were given."""
+    with patience("warming up"):     # or the first mode would pay for what the others reuse
+        mode = "gap" if model.device.type == "cpu" else "full"     # CUDA loads kernels by shape
+        model.ground(image, "warm up", "random", 1, mode, max_new_tokens=8)
+    results = {}
+    for mode in dict.fromkeys(args.mode):
+        with patience(f"answering in mode {mode}"):
+            results[mode] = model.ground(image, args.expression, args.prune, keep, mode, args.seed,
+                                         max_new_tokens=args.max_new_tokens, drafts=args.drafts)
+    return results
 
-    model: VLM
-    image: Image.Image
-    encoded: EncodedImage
-    prune: str                # name of a strategy
-    keep: int | None          # its budget
+
+def show(args: argparse.Namespace, model: VLM, image: EncodedImage, keep: int | None,
+         results: dict[str, Answered]) -> None:
+    """Save the picture, and print the table or the document."""
+    document = report(args, model, keep, results)
+    picture = draw_results(open_image(args.image), results, document["true_box"],
+                           "/".join(args.weights.parts[-2:]))
+    save_picture("--out", args.out, picture)
+    if args.json:
+        print(json.dumps(document))
+        return
+    print_heading(document)
+    if args.explain:
+        explain(model, image, args.expression, results)
+    print_table(document, model.box_format.pattern)
+    print_notes(model, results)
+    print(f"picture: {args.out}")
 
 
 @contextmanager
@@ -126,126 +166,9 @@ def patience(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def load(args: argparse.Namespace) -> Asked:
-    """Load the model and encode the image; mistakes that need no model are found first."""
-    if not args.expression.strip():
-        raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
-    image = open_image(args.image)
-    check_picture("--out", args.out, args.image)
-    prune = find(args.prune)
-    device = None if args.device == "auto" else args.device
-    dtype = None if args.dtype == "auto" else args.dtype
-    with patience(f"loading {args.weights}"):
-        model = nanogap.load(args.weights, device, dtype, args.clip, args.pack)
-    with patience("looking at the image"):
-        encoded = model.encode_image(image)
-        keep = budget_of(args.keep, encoded.n_patches, prune)
-        if set(args.mode) != {"full"} and not prunes_there(prune):   # what it needs to see is kept
-            model.select(encoded, args.expression, prune, keep, args.seed)
-    return Asked(model, image, encoded, prune, keep)
-
-
-# ----- ask ----------------------------------------------------------------------------------------
-
-
-def ask(args: argparse.Namespace, query: Asked) -> dict[str, Answered]:
-    """The answer in each mode, in the order in which these were given."""
-    with patience("warming up"):     # or the first mode would pay for what the others reuse
-        if query.model.device.type == "cpu":
-            query.model.ground(query.encoded, "warm up", "random", 1, "gap", max_new_tokens=1)
-        else:                                          # kernels are loaded by shape
-            query.model.ground(query.encoded, "warm up", mode="full", max_new_tokens=8)
-    results = {}
-    for mode in dict.fromkeys(args.mode):
-        with patience(f"answering in mode {mode}"):
-            results[mode] = query.model.ground(
-                query.encoded, args.expression, query.prune, query.keep, mode, args.seed,
-                max_new_tokens=args.max_new_tokens, drafts=args.drafts)
-    return results
-
-
-# ----- show ---------------------------------------------------------------------------------------
-
-
-def true_box(args: argparse.Namespace) -> Box | None:
-    """In pixels, where the picture is a drawn scene and the expression one of its own."""
-    drawn = scene_of(args.image)
-    told = dict(drawn.expressions).get(" ".join(args.expression.split())) if drawn else None
-    return None if drawn is None or told is None else drawn.things[told].box
-
-
-def show(args: argparse.Namespace, query: Asked, results: dict[str, Answered]) -> None:
-    """Save the picture, and print the table or the document."""
-    document = report(args, query, results)
-    cells = query.model.cells(query.encoded)
-    picture = draw_results(query.image, cells, args.expression, query.prune, results,
-                           document["true_box"], "/".join(args.weights.parts[-2:]))
-    save_picture("--out", args.out, picture)
-    if args.json:
-        print(json.dumps(document))
-        return
-    print(f"{document['weights']} on {document['device']}, {document['dtype']}")
-    if args.weights.resolve().parent == MINI.parent and args.weights.name.startswith("mini"):
-        print("These weights know drawn scenes only; "
-              "for photographs see \"Real weights\" in README.md.")
-        unknown = words_never_taught(args.expression)
-        if unknown:
-            print(f"They were never taught {', '.join(map(json.dumps, unknown))}, "
-                  "so the box is a guess; README.md names the words that they know.")
-    if args.explain:
-        explain(query.model, query.encoded, args.expression, results)
-    print_table(document, query.model.box_format.pattern)
-    print_notes(query.model, results)
-    print(f"picture: {args.out}")
-
-
-def report(args: argparse.Namespace, query: Asked, results: dict[str, Answered]) -> dict:
-    """The JSON document; the table shows the same numbers."""
-    full = results.get("full")
-    runs = []
-    for mode, result in results.items():
-        runs.append({
-            "mode": mode,
-            "visual_tokens": result.visual_tokens,
-            "box": [round(v, 2) for v in result.box] if result.box else None,
-            "text": result.text,
-            "cut_off": result.cut_off,
-            "iou_with_full": agreement(result, full),
-            "position_ids": [int(result.position_ids[0]), int(result.position_ids[-1])],
-            "next_position": result.next_position,
-            "timings": result.timings,
-            "kv_bytes": result.kv_bytes,
-            "kept": result.keep.tolist(),
-        })
-    return {
-        "image": args.image,
-        "expression": args.expression,
-        "weights": str(args.weights),
-        "device": str(query.model.device),
-        "dtype": str(query.model.dtype).removeprefix("torch."),
-        "prune": args.prune,
-        "keep": query.keep,
-        "seed": args.seed,
-        "true_box": true_box(args),
-        "runs": runs,
-        "picture": str(args.out),
-    }
-
-
-# ----- the command --------------------------------------------------------------------------------
-
-
-def run(args: argparse.Namespace) -> None:
-    """Answer one command line."""
-    args.weights = folder_of(args.weights) if args.weights else default_weights()
-    query = load(args)
-    results = ask(args, query)
-    show(args, query, results)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 2 after a mistake of the user's."""
-    return answer_for("run.py", lambda arguments: run(parse(arguments)), argv)
+    return answer_for("run.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """What a pruning program did to its position IDs, in one sentence: a check for code of your own.
 
-In:  the IDs of the unpruned prompt, and those that reached RoPE after pruning (see `catch_ids`).
-Out: a sentence such as "shifted: the patches are numbered 3 to 6 without gaps; the text ...".
-
 This file imports torch and nothing else: copy it into any repository.
 RoPE sees differences of IDs only.  So where all IDs are moved by one number, "instead of" names
 what would be right with that number, and a last clause names the number.

@@ -1,20 +1,75 @@
-"""The table of a query: a line for each mode, and what the numbers do not say.
+"""The JSON document of a query, and the table, which shows the same numbers."""
 
-In:  the JSON document of run.py, which holds the same numbers.  Out: text on stdout.
-"""
-
+import json
 import re
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from nanogap.checks.command import visible
+from nanogap.checks.loading import HERE
 from nanogap.fast.answered import Answered
-from nanogap.image import iou
+from nanogap.image import Box, iou
 from nanogap.methods.in_decoder import cuts_in_words
 from nanogap.models import VLM
-from nanogap.show.draw import shortened
-from nanogap.show.explain import columns
+from nanogap.show.draw import agreement, shortened
+from nanogap.train.scenes import scene_of, words_never_taught
 
 WORDS = 36       # columns for them: the longest box of a model is 35
+
+
+def true_box(image: str | Path, expression: str) -> Box | None:
+    """In pixels, where the picture is a drawn scene and the expression one of its own."""
+    drawn = scene_of(image)
+    thing = dict(drawn.expressions).get(" ".join(expression.split())) if drawn else None
+    return None if drawn is None or thing is None else drawn.things[thing].box
+
+
+def report(args: Namespace, model: VLM, keep: int | None, results: Mapping[str, Answered]) -> dict:
+    """The JSON document.
+
+    args: those of run.py
+    keep: the strategy's budget
+    """
+    runs = [{
+        "mode": mode,
+        "visual_tokens": result.visual_tokens,
+        "box": [round(v, 2) for v in result.box] if result.box else None,
+        "text": result.text,
+        "cut_off": result.cut_off,
+        "iou_with_full": agreement(result, results.get("full")),
+        "position_ids": [int(result.position_ids[0]), int(result.position_ids[-1])],
+        "next_position": result.next_position,
+        "timings": result.timings,
+        "kv_bytes": result.kv_bytes,
+        "kept": result.keep.tolist(),
+    } for mode, result in results.items()]
+    return {
+        "image": args.image,
+        "expression": args.expression,
+        "weights": str(args.weights),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prune": args.prune,
+        "keep": keep,
+        "seed": args.seed,
+        "true_box": true_box(args.image, args.expression),
+        "runs": runs,
+        "picture": str(args.out),
+    }
+
+
+def print_heading(document: dict) -> None:
+    """What answers, and what it knows."""
+    weights = Path(document["weights"])
+    print(f"{weights} on {document['device']}, {document['dtype']}")
+    if weights.resolve().parent == HERE and weights.name.startswith("mini"):
+        print("These weights know drawn scenes only; "
+              "for photographs see \"Real weights\" in README.md.")
+        unknown = words_never_taught(document["expression"])
+        if unknown:
+            print(f"They were never taught {', '.join(map(json.dumps, unknown))}, "
+                  "so the box is a guess; README.md names the words that they know.")
 
 
 def print_table(document: dict, box_pattern: re.Pattern[str]) -> None:
@@ -54,10 +109,10 @@ def in_pixels(box: Sequence[float] | None) -> str:
 def words(text: str, box_pattern: re.Pattern[str]) -> str:
     """What the model said, cut to the column's width; a box in it stays whole."""
     box = box_pattern.search(text)
-    if box is None or columns(text) <= WORDS:
-        return shortened(text, WORDS, columns)
-    room = max(3, WORDS - 4 - columns(box[0]))
-    before = shortened(text[:box.start()], room, columns)
+    if box is None or len(text) <= WORDS:
+        return shortened(text, WORDS, len)
+    room = max(3, WORDS - 4 - len(box[0]))
+    before = shortened(text[:box.start()], room, len)
     return f"{before} {box[0]}".lstrip() + ("..." if text[box.end():] else "")
 
 

@@ -1,12 +1,12 @@
-"""The command, run in this process on tiny checkpoints, and a few times as a person runs it.
+"""The command, run in this process on tiny checkpoints, and once as a person runs it.
 
 One checkpoint, `weights`, is random and babbles.  The other, `finder`, always says the same box:
 its layers add nothing to the last token of the prompt, and the table of tokens does the rest.
 """
 
 import json
-import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +21,7 @@ from nanogap.checks import loading
 from nanogap.gap import MODES
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
-from nanogap.show.explain import columns
 from nanogap.show.table import print_table
-from tests.checks.test_output import broken_pipe
 from tests.tiny import lines_of, write_checkpoint, write_finder
 
 ROOT = Path(run.__file__).parent
@@ -112,17 +110,17 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(said: Callabl
 
 def test_in_the_table_a_missing_box_is_a_dash_and_words_are_cut_around_a_box(
         capsys: pytest.CaptureFixture):
-    timings = {"vision_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0}
-    common = {"visual_tokens": 4, "position_ids": [0, 56], "kv_bytes": 2 ** 20, "timings": timings,
-              "box": None, "iou_with_full": None}
-    words = ["a man\n\x1b[31m in blue, to the left of the dog", "人" * 40,
+    common = {"visual_tokens": 4, "position_ids": [0, 56], "kv_bytes": 2 ** 20, "box": None,
+              "timings": {"vision_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0},
+              "iou_with_full": None}
+    words = ["a man\n\x1b[31m in blue, to the left of the dog",
              f"the man on the left, as I see him, is at {BOX}, left of the tree", ""]
     document = {"true_box": None, "runs": [{"mode": mode, "text": text, **common} for mode, text in
-                                           zip(list(MODES)[:4], words, strict=True)]}
+                                           zip(list(MODES)[:3], words, strict=True)]}
     print_table(document, VLM.box_format.pattern)
-    lines = capsys.readouterr().out.splitlines()[1:5]
+    lines = capsys.readouterr().out.splitlines()[1:4]
     assert [re.split(r"  1\.0 *", line)[1] for line in lines] == [
-        "a man\\n\\x1b[31m in blue, to the l...", "人" * 16 + "...", f"the m... {BOX}...", ""]
+        "a man\\n\\x1b[31m in blue, to the l...", f"the m... {BOX}...", ""]
     assert all(re.search(r"0\.\.56 +- +2 ms +3 ms +1\.0", line) for line in lines)
     assert len({line.index("  2 ms") for line in lines}) == 1            # one below the other
 
@@ -132,11 +130,9 @@ def test_modes_are_run_in_the_order_given_and_once_each(said: Callable[..., str]
     assert [(r["mode"], r["iou_with_full"]) for r in runs] == [("permuted", None), ("gap", None)]
 
 
-def test_the_same_seed_keeps_the_same_patches_and_another_seed_others(said: Callable[..., str]):
-    def shown(seed: str) -> str:
-        out = said("--mode", "gap", "--seed", seed, "--explain")
-        return out.partition("4 of 16 patches stay:")[2][:100]
-    assert shown("0") == shown("0") != shown("1")
+def test_another_seed_keeps_other_patches(said: Callable[..., str]):
+    kept = [json.loads(said("--json", "--seed", seed))["runs"][2]["kept"] for seed in "001"]
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_a_strategy_that_finds_its_own_budget_is_given_none(said: Callable[..., str]):
@@ -153,10 +149,10 @@ def test_a_strategy_of_ones_own_is_given_by_its_file_and_name(said: Callable[...
     assert json.loads(said(*own, "--json"))["prune"] == "mine.py:corner"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_is_answered_and_drawn(mode: str, said: Callable[..., str]):
-    row = said("--mode", mode).splitlines()[2]
-    assert row.startswith(f"{mode} ") and row.endswith(f"  {BOX}")
+def test_every_mode_is_answered_and_drawn(said: Callable[..., str]):
+    lines = said("--mode", *MODES).splitlines()[2:2 + len(MODES)]
+    for mode, row in zip(MODES, lines, strict=True):
+        assert row.startswith(f"{mode} ") and row.endswith(f"  {BOX}")
     assert Path("answer.png").exists()
 
 
@@ -194,15 +190,12 @@ def test_an_answer_shows_itself_in_a_line_and_in_a_picture(photo: str, finder: P
 
 @pytest.mark.parametrize("argv, cuts", [
     (["fastv(layer=2)", "--keep", "12"], "4 from layer 2 on"),
-    (["pyramiddrop", "--keep", "auto"], "8 from layer 1 on, 4 from layer 2 on"),
-    (["sparsevlm", "--keep", "9"], "6 from layer 1 on, 5 from layer 2 on"),
-    (["random"], None)])
+    (["pyramiddrop", "--keep", "auto"], "8 from layer 1 on, 4 from layer 2 on")])
 def test_the_table_says_where_the_decoder_cuts(
-        argv: list[str], cuts: str | None, said: Callable[..., str]):
-    """With the one cluster that SparseVLM adds at each cut."""
-    lines = [line for line in said("--prune", *argv).splitlines() if "counted from 0" in line]
-    assert lines == ([f"{argv[0]} in 3 layers, counted from 0: visual tokens cut to {cuts}."]
-                     if cuts else [])
+        argv: list[str], cuts: str, said: Callable[..., str]):
+    line = f"{argv[0]} in 3 layers, counted from 0: visual tokens cut to {cuts}."
+    assert line in said("--prune", *argv).splitlines()
+    assert "counted from 0" not in said("--prune", "random")
 
 
 def test_no_draft_means_a_pass_for_each_token_and_the_same_words(said: Callable[..., str]):
@@ -214,16 +207,14 @@ def test_no_draft_means_a_pass_for_each_token_and_the_same_words(said: Callable[
 
 
 @pytest.mark.parametrize("expression", [
-    "左边的人", "الرجل على اليسار", "😀 👩‍👩‍👧",
-    "\u202eright to left", "the man\non the\tleft", "\x1b[31mred\x07", "<image>",
-    "</s>", '"; rm -rf', "{0} {x} %s \\", "the man " * 12, "x" * 90])
+    "左边的人", "الرجل على اليسار", "😀", "the man\non the\tleft", "\x1b[31mred\x07", "<image>",
+    "{0} {x} %s \\", "x" * 90])
 def test_any_expression_works_and_is_explained_in_80_columns(
         expression: str, said: Callable[..., str], weights: Path):
     out = said("--explain", "--mode", "gap", "--keep", "50%", where=expression, weights=weights)
     lines = out.split("\n")[1:]
     table = next(i for i, line in enumerate(lines) if line.startswith("mode  "))
-    assert max(columns(line) for line in lines[:table]) <= 80
-    assert max(columns(line) for line in lines[table:]) <= 130
+    assert max(len(line) for line in lines[:table]) <= 80
     assert all(line.isprintable() for line in lines)
     assert Image.open("answer.png").size == (988, 660)        # with two lines of caption
 
@@ -239,18 +230,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
     lines = [line for line in err.splitlines(True) if not line.endswith(" ...\n")]
     err = "".join(lines)                                      # without those of a slow machine
     assert err.startswith("run.py: ") and lines_of(err) == 1 and err.endswith("\n")
-    assert "Traceback" not in out + err and "picture:" not in out
-    assert sorted(Path().rglob("*")) == before
+    assert "picture:" not in out and sorted(Path().rglob("*")) == before
     return err.removeprefix("run.py: ").removesuffix("\n")
-
-
-KEEP = ("is not a number of visual tokens such as 64, nor a share such as 25% or 9.8%, "
-        "nor \"auto\"; see `python run.py --help`")
-RANGE = "of 16 visual tokens: give a whole number from 1 to 16, or a share such as 25%"
-EMPTY = 'the expression is empty; name a thing, such as "the man on the left"'
-LONG = "the expression is too long: with the image and room for the answer the model "
-ENDING = "a picture cannot be written with that ending; use .png or .jpg"
-FOLDER = "would be in a folder that does not exist; make it with `mkdir -p "
 
 
 def test_the_default_weights_are_found_from_any_folder(
@@ -265,87 +246,54 @@ def test_the_default_weights_are_found_from_any_folder(
     assert loading.default_weights() == Path("weights/mini")
 
 
+FORM = "is not a number of visual tokens such as 64, nor a share such as 25% or 9.8%"
+RANGE = "of 16 visual tokens: give a whole number from 1 to 16, or a share such as 25%"
+
+
 @pytest.mark.parametrize("keep, message", [
-    *((keep, f"argument --keep: {keep!r} {KEEP}") for keep in (
-        "0", "-3", "", "1.5", "0%", "nan", "1e3", "٣", "1_0", " 5")),
-    *((keep, f"random cannot keep {keep} {RANGE}") for keep in ("auto", "17", "101%", "99999999")),
-    ("9" * 5000, "argument --keep: '" + "9" * 79 + " " + KEEP),
-])
+    *((keep, f"argument --keep: {keep!r} {FORM}") for keep in ("0", "-3", "1.5", "0%", "nan")),
+    *((keep, f"random cannot keep {keep} {RANGE}") for keep in ("auto", "17", "101%"))])
 @pytest.mark.parametrize("mode", ["gap", "full"])
-def test_keep_out_of_range_is_refused_in_every_mode(
+def test_keep_out_of_range_is_refused_in_every_mode_and_a_picture_of_before_stays(
         keep: str, message: str, mode: str, photo: str, finder: Path,
         capsys: pytest.CaptureFixture):
-    argv = [photo, "x", "--weights", str(finder), "--mode", mode, "--keep", keep]
-    assert refused(argv, capsys) == message
-
-
-@pytest.mark.parametrize("argv, message", [
-    ("missing.png x".split(),
-     "missing.png cannot be read as an image (No such file or directory); give the path of a "),
-    (". x".split(), ". cannot be read as an image (Is a directory); give the path of a whole "),
-    (["photo.png"], "the following arguments are required: EXPRESSION; see `python run.py --help`"),
-    ("photo.png x y".split(), "unrecognized arguments: y (several words want quotes around them); "
-                              "see `python run.py --help`"),
-    *((["photo.png", expression], message) for expression, message in (
-        ("", EMPTY), (" \t\n\u3000", EMPTY), ("a" * 20000, f"{LONG}would need 20131 "),
-        ("人" * 20000, LONG),
-        ("a\udcff", "the expression is not valid Unicode: "))),       # how argv shows a stray byte
-    *((f"photo.png x {flags}".split(), message) for flags, message in (
-        ("--prune magic", "unknown strategy 'magic': choose from random, spatial, "),
-        ("--prune nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py"),
-        ("--mode gap Full", "argument --mode: invalid choice: 'Full' (choose from "),
-        ("--device tpu", "argument --device: invalid choice: 'tpu' (choose from "),
-        ("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from "),
-        ("--seed -1", "argument --seed: '-1' is not a whole number from 0 on"),
-        ("--weights nowhere",
-         "nowhere is not a folder; get the published weights with `hf download"),
-        ("--weights .",
-         ". has no config.json, so it is not a checkpoint; get the published weights with `hf "))),
-    # before any work
-    *((f"photo.png x --weights nowhere --out {out}".split(), f"--out {out}{message}")
-      for out, message in (
-        ("answer", f": {ENDING}"), ("answer.txt", f": {ENDING}"),
-        ("answer.xbm", f": {ENDING}"),                        # knows black and white only
-        ("no/such/a.png", f" {FOLDER}"), ("photo.png/a.png", f" {FOLDER}"),
-        ("folder.png", " is a folder; give the path of a picture to write"),
-        ("photo.png", " is the image itself; give another path")))])
-def test_a_mistake_is_one_line_and_status_2(
-        argv: list[str], message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
-    Path("folder.png").mkdir()
-    assert refused(["--weights", str(finder), *argv], capsys).startswith(message)
-
-
-def test_a_mistake_leaves_an_earlier_picture_alone(
-        photo: str, finder: Path, capsys: pytest.CaptureFixture):
     Path("answer.png").write_bytes(b"from before")
-    refused([photo, "x", "--weights", str(finder), "--keep", "17"], capsys)
+    argv = [photo, "x", "--weights", str(finder), "--mode", mode, "--keep", keep]
+    assert refused(argv, capsys).startswith(message)
     assert Path("answer.png").read_bytes() == b"from before"
 
 
-# ----- as a person runs it ------------------------------------------------------------------------
-
-
-def command(*argv: str, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-W", "default", ROOT / "run.py", *argv],
-                          capture_output=True, timeout=120, **options)
-
-
-def only_progress(stderr: bytes) -> bool:
-    return all(re.fullmatch(rb"(loading|looking|answering) .* \.\.\.", line)
-               for line in stderr.splitlines())
+@pytest.mark.parametrize("argv, message", [
+    ("missing.png x", "missing.png cannot be read as an image (No such file or directory); give "),
+    ("photo.png", "the following arguments are required: EXPRESSION; see `python run.py --help`"),
+    ("photo.png x y", "unrecognized arguments: y (several words want quotes around them); "),
+    ("photo.png ' '", "the expression is empty; name a thing, such as "),
+    (f"photo.png {'a' * 20000}", "the expression is too long: with the image and room for the "),
+    ("photo.png x --prune magic", "unknown strategy 'magic': choose from random, spatial, "),
+    ("photo.png x --prune nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py"),
+    ("photo.png x --mode gap Full", "argument --mode: invalid choice: 'Full' (choose from "),
+    ("photo.png x --device tpu", "argument --device: invalid choice: 'tpu' (choose from "),
+    ("photo.png x --seed -1", "argument --seed: '-1' is not a whole number from 0 on"),
+    ("photo.png x --weights nowhere", "nowhere is not a folder; get the published weights with "),
+    ("photo.png x --weights .", ". has no config.json, so it is not a checkpoint; get the "),
+    # before any work
+    *((f"photo.png x --weights nowhere --out {out}", f"--out {out}{message}") for out, message in (
+        ("answer", ": a picture cannot be written with that ending; use .png or .jpg"),
+        ("no/such/a.png", " would be in a folder that does not exist; make it with `mkdir -p "),
+        ("folder.png", " is a folder; give the path of a picture to write"),
+        ("photo.png", " is the image itself; give another path")))])
+def test_a_mistake_is_one_line_and_status_2(
+        argv: str, message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
+    Path("folder.png").mkdir()
+    asked = ["--weights", str(finder), *shlex.split(argv)]
+    assert refused(asked, capsys).startswith(message)
 
 
 def test_as_a_command_stdout_is_the_document_and_stderr_is_quiet(photo: str, finder: Path):
-    done = command(photo, "x", "--weights", str(finder), "--json")
-    assert done.returncode == 0 and only_progress(done.stderr), done.stderr.decode()
+    done = subprocess.run([sys.executable, "-W", "default", ROOT / "run.py", photo, "x",
+                           "--weights", finder, "--json"], capture_output=True, timeout=120)
+    progress = re.compile(rb"(loading|looking|warming|answering) .* \.\.\.")
+    assert done.returncode == 0, done.stderr.decode()
+    assert all(progress.fullmatch(line) for line in done.stderr.splitlines())
     assert json.loads(done.stdout)["runs"][2]["mode"] == "gap" and done.stdout.count(b"\n") == 1
     assert Image.open("answer.png").format == "PNG"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="pipes are other things elsewhere")
-def test_as_a_command_it_may_lose_its_reader(photo: str, finder: Path):
-    """`| head -1` closes the pipe before the table is written: no line, and not a success."""
-    done = command(photo, "x", "--weights", str(finder), "--mode", "gap",
-                   env=os.environ | {"PYTHONUNBUFFERED": ""},          # buffered, as it usually is
-                   preexec_fn=lambda: os.dup2(broken_pipe(), 1))
-    assert done.returncode == 141 and only_progress(done.stderr), done.stderr.decode()

@@ -35,25 +35,6 @@ WIDE = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],                 # a token, and a gri
                [0, 1, 2, 3, 4, 1, 2, 3, 4]])
 
 
-# ----- keep_ids of gap.py: IDs of three numbers ---------------------------------------------------
-
-
-def test_the_answer_goes_on_behind_the_largest_id_even_where_its_token_is_dropped():
-    """A grid of 2 x 4 tokens at the end: the largest ID is a width, and no text follows."""
-    ids, next_position = keep_ids(WIDE, tensor([0, 1, 6]))
-    assert (ids.tolist(), next_position) == ([[0, 1, 1], [0, 1, 2], [0, 1, 2]], 5)
-
-
-def test_several_images_each_stand_behind_all_of_the_one_before():
-    """Two images of 2 x 2 tokens: the second begins at 4, two IDs and a token behind the first."""
-    ids_of_all = tensor([[0, 1, 1, 1, 1, 3, 4, 4, 4, 4, 6],
-                         [0, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6],
-                         [0, 1, 2, 1, 2, 3, 4, 5, 4, 5, 6]])
-    ids, next_position = keep_ids(ids_of_all, tensor([0, 2, 5, 8, 9, 10]))
-    assert ids.tolist() == [[0, 1, 3, 4, 4, 6], [0, 1, 3, 5, 5, 6], [0, 2, 3, 4, 5, 6]]
-    assert next_position == 7
-
-
 # ----- a case for each sentence -------------------------------------------------------------------
 
 STAYS = "the text after them keeps its IDs"
@@ -239,6 +220,7 @@ def test_vllms_efficient_video_sampling_lets_the_text_of_a_tall_grid_collide():
                    "last token.")])
 def test_behind_an_image_at_the_end_programs_count_in_two_ways(last: int, answer: Any, said: str):
     """Largest ID 4, last token (1, 2, 4): forward says 5, generate (2, 3, 5)."""
+    assert keep_ids(WIDE, tensor([0, 1, 6]))[1] == 5       # also where the largest is dropped
     assert explain_ids(WIDE, WIDE[:, [0, 1, 1 + last]], 1, 8, 0, [0, last], answer) == said
 
 
@@ -292,69 +274,38 @@ def test_numbers_that_do_not_fit_are_refused(ids_of_all, fed, keep, answer, mess
 # ----- prompts by chance --------------------------------------------------------------------------
 
 
-def number(draw: random.Random, start: int) -> tuple[Tensor, int, int, int]:
-    """An unpruned prompt (D, T) of either kind, and P, N, A; its text begins at `start`."""
-    P, A = draw.randint(0, 4), draw.randint(0, 3)
+def number(draw: random.Random, D: int, P: int, A: int) -> Tensor:
+    """The IDs (D, P + N + A) of an unpruned prompt about a grid of patches."""
     rows, columns = draw.randint(2, 5), draw.randint(2, 5)
-    N, three = rows * columns, draw.random() < 0.5
+    N = rows * columns
     row, column = arange(N) // columns, arange(N) % columns
-    image = P + (torch.stack([0 * row, row, column]) if three else arange(N)[None])
-    behind = P + (max(rows, columns) if three else N)
-    D = len(image)
-    text = arange(P).expand(D, -1), (behind + arange(A)).expand(D, -1)
-    return start + torch.cat([text[0], image, text[1]], 1), P, N, A
+    image = P + (torch.stack([0 * row, row, column]) if D == 3 else arange(N)[None])
+    behind = P + (max(rows, columns) if D == 3 else N)
+    return torch.cat([arange(P).expand(D, -1), image, (behind + arange(A)).expand(D, -1)], 1)
 
 
-def prune(draw: random.Random, start: int) -> tuple[list[str], tuple, dict[str, Any]]:
-    """What is to be said, the first five arguments, and the others, of one way to prune."""
-    ids, P, N, A = number(draw, start)
-    D, K = len(ids), draw.randint(2, N - 2)
-    keep = sorted(draw.sample(range(N), K))
-    if keep[-1] - keep[0] == K - 1:                        # without gaps: another sentence's
-        return prune(draw, start)
-    way = draw.choice(["kept", "shifted", "permuted", "ranked", "collides", "time"])
-    if way in ("permuted", "ranked"):
-        keep = keep[1:] + keep[:1]
-    added = draw.randint(0, min(2, N - K - 1))
-    visual = ids[:, [P + index for index in [*keep, *[N - 1] * added]]]
-    compact = (start + P + arange(K + added)).expand(D, -1)
-    after, answer = ids[:, P + N:], int(ids.max()) + 1
-    if way in ("shifted", "permuted"):
-        visual = compact
-        after = (compact[:, -1:] + 1 + arange(A)).expand(D, -1)
-        answer = start + P + K + added + A
-    elif way == "collides" and A:
-        after = (visual.max() - draw.randint(0, 1) + arange(A)).expand(D, -1)
-        answer = int(after.max()) + 1
-    elif way == "time" and D == 3:
-        visual = torch.cat([compact[:1], visual[1:]])
-    if torch.equal(visual, compact) and way not in ("shifted", "permuted"):
-        return prune(draw, start)                          # the diagonal of a grid, time renumbered
-    moved = draw.choice([0, 0, 1, -3, 9])
-    fed = torch.cat([ids[:, :P], visual, after], 1) + moved
-    more: dict[str, Any] = {"keep": keep + [-1] * added, "answer": answer + moved}
-    name = {"collides": "text collides" if A else "kept",
-            "time": "time renumbered" if D == 3 else "kept"}.get(way, way)
-    names = [name]
-    if draw.random() < 0.5:                                # without keep
-        del more["keep"]
-        names = ["shifted", "kept or shifted"] if name in ("shifted", "permuted") else [name]
-    if not P and moved and ("keep" not in more or name not in ("kept", "ranked", "text collides")):
-        return prune(draw, start)                          # nothing tells by how much all is moved
-    return names, (ids, fed, P, N, A), more
-
-
-@pytest.mark.parametrize("start", [0, 40])
-def test_prompts_by_chance_are_explained_rightly(start: int):
-    draw, seen = random.Random(start), set()
-    for _ in range(3000):
-        names, told, more = prune(draw, start)
-        said = explain_ids(*told, **more)
-        assert said.startswith(tuple(names)), (names, said, told, more)
-        assert ("all IDs are moved by" in said) <= (int(told[1].min()) != int(told[0].min())) or (
-            not told[2])
-        seen.add((names[0], "keep" in more, len(told[0])))
-    assert len(seen) == 2 * (2 * 5 + 1) - 2
+@pytest.mark.parametrize("D", [1, 3])
+@pytest.mark.parametrize("moved", [0, 9, -3])
+@pytest.mark.parametrize("way", ["kept", "ranked", "shifted", "permuted"])
+def test_prompts_by_chance_are_explained_rightly(way: str, moved: int, D: int):
+    draw = random.Random(0)
+    for _ in range(200):
+        P, A = draw.randint(1, 4), draw.randint(0, 3)
+        ids = number(draw, D, P, A)
+        N = ids.shape[1] - P - A
+        keep = sorted(draw.sample(range(N - 1), draw.randint(2, N - 2)))
+        keep[-1] = N - 1                                   # so that there is a gap
+        K, answer = len(keep), int(ids.max()) + 1
+        if way in ("ranked", "permuted"):
+            keep = keep[1:] + keep[:1]
+        stays = [*range(P), *(P + index for index in keep), *range(P + N, P + N + A)]
+        fed = ids[:, stays]
+        if way in ("shifted", "permuted"):
+            fed = arange(P + K + A).expand(D, -1)
+            answer = P + K + A
+        said = explain_ids(ids, fed + moved, P, N, A, keep, answer + moved)
+        assert said.startswith(way), (said, ids, fed, keep)
+        assert ("all IDs are moved by" in said) == bool(moved)
 
 
 # ----- the file -----------------------------------------------------------------------------------

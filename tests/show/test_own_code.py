@@ -10,7 +10,6 @@ By hand, 3 tokens of text, 16 visual tokens of which 2, 5, 9 and 14 stay, 4 toke
 """
 
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -226,36 +225,6 @@ def test_one_call_says_what_a_loop_says_that_names_every_id(each: Asked):
     assert words == decode(each, given)
 
 
-def test_renumbered_the_same_call_gives_other_logits(each: Asked):
-    given = each.prune(KEEP[:3])
-    mask = ONES[:, :10]
-    kept = each.model(**given, attention_mask=mask).logits
-    given["position_ids"] = arange(10).expand(given["position_ids"].shape)
-    assert not close(each.model(**given, attention_mask=mask).logits, kept)
-
-
-@pytest.mark.parametrize("family, more", [
-    *product(["llava", "qwen"], [{"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 2},
-                                 {"num_beams": 2}, {"cache_implementation": "static"}]),
-    ("llava", {"assistant_model": "Llava"})], ids=str)
-def test_the_one_call_works_with(family: str, more: dict, request: pytest.FixtureRequest):
-    """Each counts on from the prompt's last ID, and all but beams say the same words."""
-    asked = request.getfixturevalue(family)
-    if "assistant_model" in more:
-        more = {"assistant_model": make(more["assistant_model"])}
-    given = asked.prune(KEEP)
-    with catch_ids(asked.model) as passes:
-        words = generate(asked, given, 5, **more)
-    fed = torch.cat([ids[..., :1, :] for ids in passes], -1)                  # of the first beam
-    assert torch.equal(fed[..., :11], given["position_ids"])
-    assert fed[..., 11:].min() == asked.next_position
-    if "num_beams" in more:
-        seen = given["mm_encoder_outputs"]["image"].pooler_output
-        assert [len(tokens) for tokens in seen] == [4, 4]   # so make it anew for the next call
-    else:
-        assert words == decode(asked, given, 5)
-
-
 def with_embeds(asked: Asked, given: dict[str, Any]) -> dict[str, Any]:
     """The same for releases before 5.18: features in the place of the embeddings of <image>."""
     x = asked.model.get_input_embeddings()(given["input_ids"])
@@ -295,29 +264,11 @@ def test_with_no_mask_and_no_cache_a_gap_is_the_border_of_two_sequences(llava: A
     assert close(last_logits(llava, given), right) and not close(alone, right)
 
 
-def test_gemma3_builds_its_mask_before_its_cache(gemma: Asked):
-    given = gemma.prune(KEEP)
-    del given["token_type_ids"]
-    right = last_logits(gemma, given, attention_mask=ONES)
-    assert not close(last_logits(gemma, given, use_cache=True), right)
-    cache = transformers.DynamicCache()
-    assert close(last_logits(gemma, given, past_key_values=cache), right)
-
-
 def test_without_token_types_gemma3_lets_image_tokens_see_only_backwards(gemma: Asked):
     given = gemma.prune(KEEP)
     both_ways = gemma.model(**given, attention_mask=ONES).logits
     del given["token_type_ids"]
     assert not close(gemma.model(**given, attention_mask=ONES).logits, both_ways)
-
-
-def test_gradient_checkpointing_makes_no_cache_so_it_needs_a_mask(llava: Asked):
-    model = make("Llava").train()
-    given = llava.prune(KEEP)
-    plain = model(**given).logits
-    model.gradient_checkpointing_enable()
-    assert not close(model(**given).logits, plain)
-    assert close(model(**given, attention_mask=ONES).logits, plain)
 
 
 def test_ids_of_three_numbers_are_never_taken_for_packed_sequences(qwen: Asked):
@@ -395,27 +346,6 @@ def test_rope_deltas_of_another_picture_number_what_has_no_ids(qwen: Asked):
     assert explain_ids(qwen.ids_of_all, passes[1], 3, 16, 4, KEEP, passes[2]) == (
         "answer moved: every patch keeps its ID; the text after them keeps its IDs; the answer "
         "begins at -45 instead of 11, as rope_deltas of -56, another prompt's, would have it.")
-
-
-def test_a_loop_that_gives_ids_to_the_prompt_alone_answers_too_early(qwen: Asked):
-    """The unpruned prompt's rope_deltas are still there, and are added to the cache's length."""
-    qwen.model(input_ids=qwen.input_ids, **qwen.pixels)
-    with catch_ids(qwen.model) as passes:
-        out = qwen.model(**qwen.prune(KEEP), attention_mask=ONES)
-        qwen.model(input_ids=tensor([[7]]), past_key_values=out.past_key_values)
-    assert explain_ids(qwen.ids_of_all, passes[0], 3, 16, 4, KEEP, passes[1]) == (
-        "answer counted from the cache: every patch keeps its ID; the text after them keeps its "
-        "IDs; the answer begins at -1, the length of the cache plus the unpruned prompt's "
-        "rope_deltas, instead of 11.")
-
-
-def test_a_qwen_that_is_given_no_ids_renumbers_all_three(qwen: Asked):
-    given = with_embeds(qwen, qwen.prune(KEEP))
-    with catch_ids(qwen.model) as passes:
-        generate(qwen, {"inputs_embeds": given["inputs_embeds"]}, 2)
-    assert explain_ids(qwen.ids_of_all, passes[0], 3, 16, 4, KEEP, passes[1]) == (
-        "shifted, text not moved: the patches are numbered 3 to 6 without gaps; "
-        "the text after them keeps its IDs; the answer begins at 11.")
 
 
 def test_a_row_that_is_padded_on_the_left_says_what_it_says_alone(llava: Asked):
