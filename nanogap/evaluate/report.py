@@ -31,8 +31,7 @@ class Report(NamedTuple):
 def print_report(args: argparse.Namespace, report: Report) -> None:
     """Print the table or the JSON document, and draw the picture."""
     if args.plot:
-        save_picture("--plot", args.plot, plot.draw_rows(report.rows)
-                     if plot.are_cases(report.rows) else plot.draw_panels(report.rows))
+        save_picture("--plot", args.plot, plot.draw(plot.panels_of(report.rows)))
     if args.json:
         print(json.dumps(document(report, args.plot), allow_nan=False))
         return
@@ -65,23 +64,18 @@ def print_comparison(args: argparse.Namespace, reports: Sequence[Report]) -> Non
     names = compare.names_of([report.made["weights"] for report in reports])
     found = [outcome for name, report in zip(names, reports, strict=True)
              for outcome in compare.outcomes(name, report.rows, report.budgets)]
-    alike = all(report.data.left_out.keys() == reports[0].data.left_out.keys()
-                for report in reports)
-    picture = args.plot if alike else None
-    if picture:
-        save_picture("--plot", picture, compare.draw_models(found))
+    if args.plot:
+        save_picture("--plot", args.plot, plot.draw(compare.panels_of(found)))
     if args.json:
-        documents = [document(report, picture) for report in reports]
+        documents = [document(report, args.plot) for report in reports]
         print(json.dumps({"models": documents}, allow_nan=False))
         return
     count = ", ".join(dict.fromkeys(str(report.rows[0]["expressions"]) for report in reports))
     about = f"{reports[0].data.name}, {count} of {reports[0].data.expressions} expressions"
     if not args.ablate:
         print(compare.table(found), visible(f"{PROTOCOLS[args.protocol]}; {about}"), sep="\n")
-    if picture:
-        print(f"picture: {picture}")
-    elif args.plot:
-        print("no picture: the models could not be asked the same expressions")
+    if args.plot:
+        print(f"picture: {args.plot}")
     for report in reports:
         print()
         print_table(args, report)

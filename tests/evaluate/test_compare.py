@@ -7,14 +7,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image
 
 from nanogap.evaluate import __main__ as evaluate
 from nanogap.evaluate import compare, plot
 from nanogap.evaluate.compare import Outcome
-from nanogap.evaluate.plot import TITLE
-from nanogap.show.draw import PAGE, PAPER
-from tests.evaluate.asking import MINI, SHIKRA, run, write_lines
+from tests.evaluate.asking import MINI, SHIKRA, run
 from tests.tiny import tiny_config, write_checkpoint
 
 MODES = ("full", "shifted", "permuted", "gap")
@@ -28,10 +26,6 @@ def timeless(document: dict) -> dict:
 def row(accuracy: float, no_box: float = 0.0) -> dict:
     return {"accuracy": accuracy, "low": max(accuracy - 0.05, 0), "high": accuracy + 0.05,
             "no_box": no_box}
-
-
-def outcome(model: str, prune: str = "random", keep: str = "50%", **modes: float) -> Outcome:
-    return Outcome(model, prune, keep, {mode: row(share) for mode, share in modes.items()})
 
 
 # ----- one command --------------------------------------------------------------------------------
@@ -123,18 +117,6 @@ def test_each_model_keeps_its_answers_in_a_folder_and_goes_on_after_ctrl_c(
     assert re.search(r"2 models in \d+ s \.\.\.\n", capsys.readouterr().err)
 
 
-def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(folder, tmp_path, printed):
-    """An expression that is too long for one of them."""
-    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
-    data = write_lines(tmp_path / "a.jsonl", [
-        {"image": "a.png", "expression": words, "box": [1, 2, 30, 31]}
-        for words in ("the man", "the man " * 300)])
-    picture = tmp_path / "x.png"
-    said = printed("--weights", folder, MINI, "--data", data, "--mode", "full", "--plot", picture)
-    assert "no picture: the models could not be asked the same expressions" in said
-    assert "1, 2 of 2 expressions" in said and not picture.exists()
-
-
 # ----- what one of them cannot do -----------------------------------------------------------------
 
 
@@ -205,62 +187,3 @@ def test_no_box_is_the_highest_share_in_the_row():
     line = compare.table([Outcome("mini", "random", "50%", rows)]).split("\n")[2]
     assert line.split() == ["mini", "random", "50%", "0.900", "0.850..0.950", "0.100",
                             "0.050..0.150", "0.500", "0.450..0.550", "0.250"]
-
-
-# ----- the picture --------------------------------------------------------------------------------
-
-
-def colour_of(mode: str) -> tuple:
-    return ImageColor.getrgb(plot.line_of(mode).colour)
-
-
-def count(picture: Image.Image, what: str, box: tuple) -> int:
-    """How many pixels in a box have a colour, or that of a mode."""
-    colour = ImageColor.getrgb(what) if what.startswith("#") else colour_of(what)
-    piece = picture.crop(tuple(int(v) for v in box))
-    return {found: n for n, found in piece.getcolors(piece.width * piece.height)}.get(colour, 0)
-
-
-def test_each_model_has_a_panel_and_each_mode_its_mark_in_it():
-    """0.9 of the axis, which ends at 1.0, is all tokens; 0.5 is GAP, 0.1 shifted."""
-    models = ("mini", "mini-next", "mini-shikra", "mini-minigpt")
-    found = [outcome(model, prune, full=0.9, shifted=0.1, gap=0.5)
-             for model in models for prune in ("random", "trim")]
-    picture = compare.draw_models(found)
-    panels = [compare.panel_of(index, 4, 1.0, 2) for index in range(4)]
-    assert all(a.right < b.left and a.top == b.top
-               for a, b in zip(panels, panels[1:], strict=False))
-    assert panels[-1].right < picture.width == plot.WIDTH
-    for panel in panels:
-        for y in (panel.y(0), panel.y(1)):
-            for index, (mode, accuracy) in enumerate((("shifted", 0.1), ("gap", 0.5))):
-                x, middle = panel.x(accuracy), y + compare.mark_at(index, 2)
-                for beside in (-4, 4):
-                    there = int(x + beside), int(middle + 2)
-                    assert picture.getpixel(there) == colour_of(mode)
-                assert count(picture, mode, (x - 9, y - 20, x + 9, y + 20)) > 60
-                assert count(picture, mode, (x + 14, y - 20, panel.right, y + 20)) == 0
-        title = (panel.left, panel.top - TITLE, panel.right, panel.top)
-        assert count(picture, PAPER, title) > 50
-
-
-def test_all_tokens_are_a_line_down_every_panel_with_their_interval_as_a_band():
-    found = [outcome(model, prune, full=share, gap=0.5)
-             for model, share in (("a", 0.9), ("b", 0.7)) for prune in ("random", "trim")]
-    picture = compare.draw_models(found)
-    for index, share in enumerate((0.9, 0.7)):
-        panel = compare.panel_of(index, 2, 1.0, 2)
-        for y in (panel.top + 4, panel.y(1) + 12):
-            assert picture.getpixel((int(panel.x(share)), int(y))) == colour_of("full")
-            at = int(panel.x(share + 0.03)), int(y)
-            assert picture.getpixel(at) == ImageColor.getrgb(plot.BAND)
-            assert picture.getpixel((int(panel.x(0.58)), int(y))) == ImageColor.getrgb(PAGE)
-
-
-def test_a_model_with_all_tokens_alone_has_its_line_and_no_row_of_its_own():
-    whole = Outcome("b", *compare.ALONE, {"full": row(0.9)})
-    picture = compare.draw_models([outcome("a", full=0.9, gap=0.5), whole])
-    panel = compare.panel_of(1, 2, 1.0, 1)
-    assert picture.getpixel((int(panel.x(0.9)), int(panel.y(0)))) == colour_of("full")
-    assert picture.height == compare.draw_models([outcome("a", full=0.9, gap=0.5)]).height
-    assert compare.draw_models([whole]).width == plot.WIDTH
