@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from nanogap.evaluate.score import budget
 from nanogap.show.draw import PAGE, PAPER, STYLES
 
-WIDTH, MARGIN, LINE = 1200, 24, 40           # of the page; at its sides; of a line of text; pixels
+WIDTH, MARGIN = 1200, 24                     # of the page, and at its sides; pixels
+LINE, FONT_SIZE = 40, 24                     # of a line of text, and its letters
 TITLE, SCALE = 60, 60                        # above a panel, and below it
 LONGEST, APART = 500, 40                     # of a label, and between panels
 MOST = 4                                     # panels beside each other
@@ -42,22 +43,6 @@ class Panel(NamedTuple):
     rows: dict[str, Marks]                   # by label
 
 
-class Place(NamedTuple):
-    """Where a panel lies on the page, pixels."""
-
-    left: float
-    top: float
-    width: float
-    row: float                               # height of one
-
-    def x(self, share: float) -> float:
-        return self.left + self.width * share
-
-    def y(self, index: float) -> float:
-        """The upper side of a row; of index + 0.5, its middle."""
-        return self.top + self.row * index
-
-
 def panels_of(rows: Sequence[dict]) -> list[Panel]:
     """A panel for each strategy, in it a row for each budget.
 
@@ -81,7 +66,7 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
 
 def draw(panels: Sequence[Panel]) -> Image.Image:
     """All panels to one scale, their labels at the left, and one legend."""
-    font = ImageFont.load_default(LINE * 0.6)
+    font = ImageFont.load_default(FONT_SIZE)
     labels = list(dict.fromkeys(label for panel in panels for label in panel.rows)) or [""]
     rows = [marks for panel in panels for marks in panel.rows.values()]
     modes = list(dict.fromkeys(mode for marks in rows for mode in marks if mode in STYLES))
@@ -101,12 +86,12 @@ def draw(panels: Sequence[Panel]) -> Image.Image:
     pen.text((MARGIN, LINE), "share found, with 95 % intervals", PAPER, anchor="lm")
     for index, panel in enumerate(panels):
         left = names + (width + APART) * (index % columns)
-        place = Place(left, LINE + height * (index // columns) + TITLE, width, row)
+        top = LINE + height * (index // columns) + TITLE
         if index % columns == 0:
             for number, label in enumerate(labels):
-                words = cut(pen, label, LONGEST)
-                pen.text((names - MARGIN, place.y(number + 0.5)), words, PAPER, anchor="rm")
-        draw_panel(pen, place, panel, labels)
+                pen.text((names - MARGIN, top + row * (number + 0.5)), cut(pen, label, LONGEST),
+                         PAPER, anchor="rm")
+        draw_panel(pen, panel, labels, (left, top, width), row)
     return page.crop((0, 0, WIDTH, int(draw_legend(pen, modes, bottom))))
 
 
@@ -117,36 +102,41 @@ def cut(pen: ImageDraw.ImageDraw, text: str, room: float) -> str:
     return text
 
 
-def draw_panel(pen: ImageDraw.ImageDraw, place: Place, panel: Panel, labels: Sequence[str]) -> None:
-    """The title, a grid of shares, all tokens, and the rows."""
-    right, bottom = place.x(1), place.y(len(labels))
+def draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, labels: Sequence[str],
+               place: tuple[float, float, float], height: float) -> None:
+    """The title, a grid of shares, all tokens, and a row for each label.
+
+    place:  left, top and width, pixels
+    height: of a row
+    """
+    left, top, width = place
+    bottom = top + height * len(labels)
+
+    def x(share: float) -> float:
+        return left + width * share
+
+    pen.text((left, top - 12), cut(pen, panel.title, width), PAPER, anchor="ls")
     for row in panel.whole:
-        pen.rectangle((place.x(row["low"]), place.top, place.x(row["high"]), bottom), BAND)
+        pen.rectangle((x(row["low"]), top, x(row["high"]), bottom), BAND)
     for share, name in SHARES.items():
-        pen.line((place.x(share), place.top, place.x(share), bottom), GRID)
-        pen.text((place.x(share), bottom + 10), name, PAPER, anchor="mt")
+        pen.line((x(share), top, x(share), bottom), GRID)
+        pen.text((x(share), bottom + 10), name, PAPER, anchor="mt")
     for row in panel.whole:
-        x = place.x(row["accuracy"])
-        pen.line((x, place.top, x, bottom), STYLES["full"][0], 4)
+        pen.line((x(row["accuracy"]), top, x(row["accuracy"]), bottom), STYLES["full"][0], 4)
     for index, label in enumerate(labels):
-        pen.line((place.left, place.y(index), right, place.y(index)), GRID)
-        if label in panel.rows:
-            draw_row(pen, place, index + 0.5, panel.rows[label])
-        elif label:
-            pen.text((place.left + 12, place.y(index + 0.5)), "not asked", FAINT, anchor="lm")
-    pen.text((place.left, place.top - 12), cut(pen, panel.title, place.width), PAPER, anchor="ls")
+        upper = top + height * index
+        pen.line((left, upper, left + width, upper), GRID)
+        marks = panel.rows.get(label, {})
+        if label and not marks:
+            pen.text((left + 12, upper + height / 2), "not asked", FAINT, anchor="lm")
+        y = upper + height / 2 - STEP * (len(marks) - 1) / 2
+        for mode, row in marks.items():
+            draw_mark(pen, mode, y, x(row["low"]), x(row["accuracy"]), x(row["high"]))
+            y += STEP
 
 
-def draw_row(pen: ImageDraw.ImageDraw, place: Place, middle: float, marks: Marks) -> None:
-    """A mark and its interval for each mode, one below the other."""
-    y = place.y(middle) - STEP * (len(marks) - 1) / 2
-    for mode, row in marks.items():
-        draw_mark(pen, place.x(row["low"]), place.x(row["high"]), place.x(row["accuracy"]), y, mode)
-        y += STEP
-
-
-def draw_mark(pen: ImageDraw.ImageDraw, low: float, high: float, x: float, y: float,
-              mode: str) -> None:
+def draw_mark(pen: ImageDraw.ImageDraw, mode: str, y: float, low: float, x: float,
+              high: float) -> None:
     """The mark of a mode on its line; one that has no style is grey."""
     colour = STYLES[mode][0] if mode in STYLES else FAINT
     corners, turn = MARKERS.get(mode, (32, 0))
@@ -165,7 +155,7 @@ def draw_legend(pen: ImageDraw.ImageDraw, modes: Sequence[str], top: float) -> f
         if mode == "full":
             pen.line((x, y, x + 60, y), STYLES[mode][0], 4)
         else:
-            draw_mark(pen, x, x + 60, x + 30, y, mode)
+            draw_mark(pen, mode, y, x, x + 30, x + 60)
         pen.text((x + 72, y), name, PAPER, anchor="lm")
         x += width + APART
     return y + LINE
