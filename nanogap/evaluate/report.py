@@ -27,9 +27,8 @@ class Report(NamedTuple):
 def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     """Draw the picture, and print the tables or the JSON document; several models are compared."""
     several = len(args.models) > 1
-    found = outcomes_of(reports) if several else []
+    panels = panels_of(reports) if several else plot.panels_of(reports[0].rows)
     if args.plot:
-        panels = compare.panels_of(found) if several else plot.panels_of(reports[0].rows)
         save_picture("--plot", args.plot, plot.draw(panels))
     if args.json:
         documents = [document(report, args.plot) for report in reports]
@@ -38,7 +37,7 @@ def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     if several and not args.ablate:
         data = reports[0].data
         counts = ", ".join(dict.fromkeys(str(report.rows[0]["expressions"]) for report in reports))
-        print(compare.table(found))
+        print(compare.table(panels))
         print(visible(f"{PROTOCOLS[args.protocol]}; {data.name}, {counts} of {data.expressions} "
                       "expressions"))
     for report in reports:
@@ -49,13 +48,11 @@ def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
         print(f"picture: {args.plot}")
 
 
-def outcomes_of(reports: Sequence[Report]) -> list[compare.Outcome]:
-    """What became of each model, put together by strategy and budget."""
+def panels_of(reports: Sequence[Report]) -> list[plot.Panel]:
+    """A panel for each of several models."""
     names = compare.names_of([report.made["weights"] for report in reports])
-    found = []
-    for name, report in zip(names, reports, strict=True):
-        found += compare.outcomes(name, report.rows, report.budgets)
-    return found
+    return [compare.panel_of(name, report.rows, report.budgets)
+            for name, report in zip(names, reports, strict=True)]
 
 
 def document(report: Report, picture: object) -> dict:

@@ -148,7 +148,9 @@ def test_models_are_named_by_their_folders_unless_two_have_one_name():
 
 
 def test_no_box_is_the_highest_share_in_the_row():
-    rows = {mode: {"accuracy": 0.5, "low": 0.4, "high": 0.6, "no_box": no_box}
-            for mode, no_box in (("full", 0.0), ("shifted", 0.25), ("gap", 0.125))}
-    line = compare.table([compare.Outcome("mini", "random", "50%", rows)]).split("\n")[2]
+    rows = [{"accuracy": 0.5, "low": 0.4, "high": 0.6, "no_box": no_box, "mode": mode, "keep": 72,
+             "prune": "none" if mode == "full" else "random"}
+            for mode, no_box in (("full", 0.0), ("shifted", 0.25), ("gap", 0.125))]
+    panel = compare.panel_of("mini", rows, {("random", "50%"): 72})
+    line = compare.table([panel]).split("\n")[2]
     assert line.split() == ["mini", "random", "50%", *["0.500", "0.400..0.600"] * 3, "0.250"]

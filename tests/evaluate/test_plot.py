@@ -3,13 +3,12 @@
 from PIL import Image, ImageColor
 
 from nanogap.evaluate import compare, plot
-from nanogap.evaluate.compare import Outcome
 from nanogap.gap import MODES
 from nanogap.show.draw import STYLES
 
 
 def row(mode: str, accuracy: float, prune: str = "random", keep: int | None = 72) -> dict:
-    return {"mode": mode, "prune": prune, "keep": keep, "accuracy": accuracy, "no_box": 0.0,
+    return {"mode": mode, "prune": prune, "keep": keep, "accuracy": accuracy,
             "visual_tokens": keep, "low": max(accuracy - 0.1, 0), "high": min(accuracy + 0.1, 1)}
 
 
@@ -68,12 +67,11 @@ def test_cases_that_are_no_modes_have_a_row_each():
 
 
 def test_several_models_have_a_panel_each_and_what_one_of_them_cannot_do_is_said():
-    whole, gap = row("full", 0.9, "none", 144), row("gap", 0.5)
-    rows = {"full": whole, "gap": gap}
-    found = [Outcome("mini", "random", "50%", rows), Outcome("mini", "trim", "50%", rows),
-             Outcome("other", "random", "50%", rows), Outcome("third", "none", "100%", rows)]
-    mini, other, third = compare.panels_of(found)
-    assert mini == ("mini", [whole], {"random 50%": {"gap": gap}, "trim 50%": {"gap": gap}})
+    whole, gap, trim = row("full", 0.9, "none", 144), row("gap", 0.5), row("gap", 0.5, "trim")
+    budgets = {("random", "50%"): 72, ("trim", "50%"): 72}
+    mini = compare.panel_of("mini", [whole, gap, trim], budgets)
+    other = compare.panel_of("other", [whole, gap], budgets)
+    assert mini == ("mini", [whole], {"random 50%": {"gap": gap}, "trim 50%": {"gap": trim}})
     assert list(other.rows) == ["random 50%"]
     picture = plot.draw([mini, other])
     assert columns(picture, plot.FAINT) and not columns(plot.draw([mini]), plot.FAINT)
