@@ -26,11 +26,12 @@ from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
 from nanogap.evaluate.answers import How, read_answers, write_questions
 from nanogap.evaluate.arguments import parse_arguments
-from nanogap.evaluate.data import Data, Example, drawn_data, first
+from nanogap.evaluate.data import Data, drawn_data, first
 from nanogap.evaluate.refcoco import read_data
 from nanogap.evaluate.report import Report, missing, print_reports
 from nanogap.evaluate.score import Run, summary
 from nanogap.fast.processes import gather, join
+from nanogap.llava import EncodedImage
 from nanogap.methods import in_decoder
 from nanogap.models import VLM
 
@@ -73,12 +74,6 @@ def write_file(args: argparse.Namespace) -> None:
     print(write_questions(args.questions, examples, same))
 
 
-def load_asked(args: argparse.Namespace) -> VLM:
-    """The model, where and in the precision in which it was asked for."""
-    device, dtype = (None if value == "auto" else value for value in (args.device, args.dtype))
-    return load(args.weights, device, dtype, args.clip, pack=False)       # see ask.settings
-
-
 def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict]) -> None:
     """Refuse answers to other questions than the data's.  What was not answered may be mended."""
     asked = {id_: (example.name, expression, list(truth)) for example in data.examples
@@ -90,16 +85,37 @@ def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict
                                "data; give that data, or a new file")
 
 
+def cannot_run(args: argparse.Namespace, model: VLM, image: EncodedImage) -> dict[str, str]:
+    """Which strategies a model cannot run, and why: each is asked for one token.
+
+    raises: NanogapError where it can run none of them, or is the only model
+    """
+    why: dict[str, str] = {}
+    for name in args.prune:
+        alone = argparse.Namespace(**vars(args) | {"prune": [name]})
+        try:
+            runs = ask.runs_asked(alone, image, model.pictures_alike)
+            ask.rehearse(model, image, runs, args.seed)
+        except NanogapError as error:
+            why[name] = str(error)
+            if len(args.models) == 1:
+                raise
+    if len(why) == len(args.prune):
+        raise NanogapError(f"{args.weights}: {why[args.prune[0]]}")
+    return why
+
+
 def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Report | None:
     """Answer every expression in every run; of several processes the first one has the report."""
-    model = load_asked(args)
+    model = load(args.weights, args.device, args.dtype, args.clip, pack=False)   # see ask.settings
     made = ask.settings(args, model, data)
     examples = first(data.examples, args.limit)
     earlier, edited = journal.earlier(args.out, made)
     check_questions(args, data, earlier)
     image = ask.first_whole(model, examples)
+    lacking = cannot_run(args, model, image)
+    args.prune = [name for name in args.prune if name not in lacking]
     runs = ask.runs_asked(args, image, model.pictures_alike)
-    ask.rehearse(model, image, runs, args.seed)
 
     done = {journal.name(record) for record in earlier}
     todo = [(example, run, question) for example in examples[rank::world] for run in runs
@@ -129,8 +145,8 @@ def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Re
     made["weights"] = str(args.weights)
     notes = cut_notes(runs, image.n_visual, model)
     if len(args.models) > 1:
-        made["cannot_run"] = args.cannot_run
-        notes = [f"without {name}: {why}" for name, why in args.cannot_run.items()] + notes
+        made["cannot_run"] = lacking
+        notes = [f"without {name}: {why}" for name, why in lacking.items()] + notes
     return Report(title, made, replace(data, left_out=data.left_out | left_out), rows, notes,
                   ask.budgets_asked(args, image, model.pictures_alike))
 
@@ -147,43 +163,15 @@ def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM) -> list[str]:
     return notes
 
 
-def cannot_run(args: argparse.Namespace, examples: Sequence[Example]) -> dict[str, str]:
-    """Which strategies a model cannot run, and why: each is asked for one token.
-
-    raises: NanogapError where it can run none of them
-    """
-    model = load_asked(args)
-    image = ask.first_whole(model, examples)
-    why: dict[str, str] = {}
-    for run in ask.runs_asked(args, image, model.pictures_alike):
-        try:
-            ask.rehearse(model, image, [run], args.seed)
-        except NanogapError as error:
-            why[run[0]] = str(error)
-            if "none" in why or len(why) == len(args.prune):
-                raise
-    return why
-
-
 def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> None:
-    """Ask one model after the other, and report; only one at a time is in memory.
-
-    Several are all tried out first: a mistake in the last one would show after hours.
-    """
-    models = [argparse.Namespace(**vars(args) | {"weights": folder, "out": out})
-              for folder, out in zip(args.models, args.outs, strict=True)]
-    if len(models) > 1:
-        for mine in models:
-            try:
-                mine.cannot_run = cannot_run(mine, first(data.examples, args.limit))
-            except NanogapError as error:
-                raise NanogapError(f"{mine.weights}: {error}") from None
-            mine.prune = [name for name in args.prune if name not in mine.cannot_run]
+    """Ask one model after the other, and report; only one at a time is in memory."""
     reports: list[Report] = []
+    several = len(args.models) > 1
     try:
-        for number, mine in enumerate(models, 1):
-            if rank == 0 and len(models) > 1:
-                tell(f"model {number} of {len(models)}: {mine.weights} ...")
+        for number, (folder, out) in enumerate(zip(args.models, args.outs, strict=True), 1):
+            if several and rank == 0:
+                tell(f"model {number} of {len(args.models)}: {folder} ...")
+            mine = argparse.Namespace(**vars(args) | {"weights": folder, "out": out})
             report = ask_model(mine, data, rank, world)
             if report is not None:                          # the first process has it
                 reports.append(report)

@@ -13,7 +13,7 @@ from nanogap.checks.command import (
     path_argument,
     whole_number,
 )
-from nanogap.checks.loading import default_weights
+from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_apart, check_folder, check_picture
 from nanogap.errors import NanogapError
 from nanogap.evaluate import compare, journal
@@ -100,7 +100,12 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     check_apart({"--out": args.out, "--plot": args.plot, "--questions": args.questions})
     if args.plot:
         check_picture("--plot", args.plot)
-    args.weights = args.models[0]
+    for folder in args.models[1:]:                          # the first is loaded at once
+        if not (folder_of(folder) / "config.json").is_file():
+            raise NanogapError(f"--weights {folder} holds no config.json; give the folder of a "
+                               "checkpoint")
+    args.device = None if args.device == "auto" else args.device
+    args.dtype = None if args.dtype == "auto" else args.dtype
     args.outs = outs_of(args)
     for file in filter(None, args.outs):
         journal.check_out(file, args.resume)
