@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from nanogap.checks.command import visible
 from nanogap.evaluate.score import budget
 from nanogap.show.draw import PAGE, PAPER, STYLES
 
@@ -59,8 +60,8 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
             title, label = "", row["mode"]
             if row["prune"] != "none":
                 label = f"{row['prune']} {budget(row)}: {label}"
-        panel = panels.setdefault(title, Panel(title, whole, {}))
-        panel.rows.setdefault(label, {})[row["mode"]] = row
+        panel = panels.setdefault(title, Panel(visible(title), whole, {}))
+        panel.rows.setdefault(visible(label), {})[row["mode"]] = row
     return list(panels.values()) or [Panel("", whole, {})]
 
 

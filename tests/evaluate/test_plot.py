@@ -60,9 +60,9 @@ def test_there_is_a_panel_for_each_strategy_and_a_row_for_each_budget():
 
 def test_cases_that_are_no_modes_have_a_row_each():
     """Those of --ablate, and of answers that nobody named."""
-    rows = [row("IDs permuted", 0.1, "none"), row("gap", 0.5), row("given", 0.5, "given", None)]
+    rows = [row("IDs permuted", 0.1, "none"), row("gap", 0.5), row("given", 0.5, "a\nb", None)]
     panel, = plot.panels_of(rows)
-    assert list(panel.rows) == ["IDs permuted", "random 72: gap", "given -: given"]
+    assert list(panel.rows) == ["IDs permuted", "random 72: gap", "a\\nb -: given"]
     assert columns(plot.draw([panel]), plot.FAINT)
 
 
