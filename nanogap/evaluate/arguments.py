@@ -1,14 +1,11 @@
-"""The command line of the evaluation: its arguments, checked as far as they can be without a model.
-
-In:  the words of a command line.  Out: arguments that do not contradict each other.
-"""
+"""The command line of the evaluation: arguments that do not contradict each other."""
 
 import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanogap import methods, prune
+from nanogap import methods
 from nanogap.checks.command import (
     Parser,
     count_argument,
@@ -16,7 +13,7 @@ from nanogap.checks.command import (
     path_argument,
     whole_number,
 )
-from nanogap.checks.loading import default_weights
+from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_apart, check_folder, check_picture
 from nanogap.errors import NanogapError
 from nanogap.evaluate import compare, journal
@@ -24,16 +21,18 @@ from nanogap.evaluate.formats import FORMATS, format_argument
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS
+from nanogap.prune import STRATEGIES
 from nanogap.weights import DTYPES
 
 DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
+OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
 
 
 def size_argument(text: str) -> tuple[int, int] | int:
     """--resized: a size such as 644x476, or what sides are a multiple of, such as 28."""
-    found = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", text)
-    if not found or not all(int(number) for number in found.groups("1")):
+    found = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text)
+    if not found:
         raise argparse.ArgumentTypeError(f"{text!r:.80} is no size such as 644x476, nor a number "
                                          "such as 28, of which sides are a multiple")
     return (int(found[1]), int(found[2])) if found[2] else int(found[1])
@@ -43,19 +42,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.evaluate", description=ABOUT)
     add = parser.add_argument
-    found = str(default_weights()).replace("%", "%%")
     add("--weights", nargs="+", type=path_argument, metavar="DIR",
-        help=f"several are compared (default: {found})")
+        help="several are compared (default: llava-1.5-7b-hf if it is there, or else mini)")
     add("--data", default="scenes:val", metavar="FILE|scenes[:SPLIT]",
-        help="drawn scenes, or annotations: refs(unc).p of RefCOCO, the JSON of MiniGPT-v2, "
-             "Shikra, Qwen-VL, VLM-R1 or lmms-lab, or lines of your own, "
-             '{"image", "expression", "box": [x1, y1, x2, y2] in pixels} (default: %(default)s)')
+        help="drawn scenes, or annotations: RefCOCO's refs(unc).p, the JSON of several projects, "
+             'or lines of {"image", "expression", "box": [x1, y1, x2, y2] in pixels} '
+             "(default: %(default)s)")
     add("--split", help="of refs(unc).p, such as val")
     add("--images", type=path_argument, metavar="DIR",
         help="COCO train2014 (default: the file's folder)")
     add("--prune", nargs="+", metavar="NAME|FILE.py:NAME",
-        help=f"any of {', '.join(prune.STRATEGIES)}, or of your own; settings stand behind the "
-             'name, "fastv(layer=2)" (default: random)')
+        help=f"any of {', '.join(STRATEGIES)}, or of your own; settings stand behind the name, "
+             '"fastv(layer=2)" (default: random)')
     add("--keep", nargs="+", type=keep_argument, metavar="N|N%|auto",
         help="visual tokens, or a share of them (default: 50%%); auto: what the strategy finds")
     add("--mode", nargs="+", choices=MODES, metavar="MODE",
@@ -69,23 +67,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--questions", type=path_argument, metavar="FILE.jsonl",
         help="ask no model: write the questions (and drawn pictures) for another program")
     add("--score", type=path_argument, metavar="FILE.jsonl",
-        help='ask no model: score the answers of any program, lines of {"id", "box"} in pixels, '
-             'or {"id", "text"}; an id is a number, from 1, of an annotation in its file, sent_id '
-             "of refs(unc).p, or as --questions and --out have it, such as val/0/0")
+        help='ask no model: score the answers of any program, lines of {"id", "text"}, or {"id", '
+             '"box"} in pixels; ids count annotations from 1, or are sent_id, or as in --out')
     add("--format", "--family", choices=FORMATS, type=format_argument,
         help="how boxes stand in the texts that --score reads (default: llava)")
     add("--resized", type=size_argument, metavar="WxH|N",
-        help="of pictures as the model saw them, where --format says boxes in pixels of these: a "
-             "size, or what sides were rounded to a multiple of")
+        help="of pictures as qwen2.5-vl saw them: a size, or of what sides were multiples")
     add("--protocol", choices=PROTOCOLS, default="pixels",
-        help="whose way to read an answer and to count it (default: %(default)s, the model's own "
-             "format)")
-    add("--limit", type=whole_number, help="expressions (default: all; 500 of drawn scenes)")
+        help="whose way to read an answer and to count it (default: %(default)s)")
+    add("--limit", type=count_argument, help="expressions (default: all; 500 of drawn scenes)")
     add("--out", type=path_argument, metavar="FILE.jsonl|DIR",
         help="one line per answer, as it comes; of several models a file each in a folder")
     add("--resume", action="store_true", help="go on with --out where it stopped")
     add("--json", action="store_true", help="print one JSON document instead of the table")
-    add("--plot", type=path_argument, metavar="PICTURE", help="draw accuracy over the tokens kept")
+    add("--plot", type=path_argument, metavar="PICTURE", help="draw the accuracies")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--no-pack", action="store_true", help="leave matrices as they are on a CPU: slower")
@@ -94,26 +89,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse arguments that contradict each other, before any work is done."""
-    for alone, other in (("score", "questions"), ("questions", "score")):
-        flags = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume", other)
-        asked = [flag for flag in flags if getattr(args, flag)]
-        if getattr(args, alone) and asked:
-            raise NanogapError(f"--{alone} asks no model, so --{asked[0]} has nothing to say "
-                               "there; leave one of them out")
-    folders: dict[Path, Path] = {}                  # a link to a model is that model
-    for folder in args.weights or [default_weights()]:
-        folders.setdefault(folder.resolve(), folder)
-    args.models = list(folders.values())
-    args.weights = args.models[0]
+    """Refuse arguments that contradict each other, and fill in those that were left out.
+
+    returns: them, with all `models`, and the file of answers of each in `outs`
+    """
+    args.models = list(dict.fromkeys(args.weights or [default_weights()]))
     for is_made, message in mistakes(args):
         if is_made:
             raise NanogapError(message)
     check_apart({"--out": args.out, "--plot": args.plot, "--questions": args.questions})
     if args.plot:
         check_picture("--plot", args.plot)
-    check_outs(args)
-    args.prune = [methods.find(name) for name in args.prune or ["random"]]
+    for folder in args.models[1:]:                          # the first is loaded at once
+        if not (folder_of(folder) / "config.json").is_file():
+            raise NanogapError(f"--weights {folder} holds no config.json; give the folder of a "
+                               "checkpoint")
+    args.device = None if args.device == "auto" else args.device
+    args.dtype = None if args.dtype == "auto" else args.dtype
+    args.outs = outs_of(args)
+    for file in filter(None, args.outs):
+        journal.check_out(file, args.resume)
+    args.prune = list(dict.fromkeys(methods.find(name) for name in args.prune or ["random"]))
     args.keep = args.keep or ["50%"]
     args.mode = args.mode or DEFAULT_MODES
     return args
@@ -123,25 +119,23 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     """What would be a contradiction: whether it is there, and what is said of it then."""
     several = len(args.models) > 1
     drawn = args.data.partition(":")[0] == "scenes"
+    alone = "--score" if args.score else "--questions"
+    asked = [flag for flag in OF_A_MODEL if getattr(args, flag)] or [""]
     return [
-        (not args.score and (args.format or args.resized),
-         "--format says how --score reads answers; config.json says it of a model that is asked, "
-         "so leave it out"),
+        (args.score and args.questions, "--score and --questions ask no model; give one of them"),
+        ((args.score or args.questions) and asked[0],
+         f"{alone} asks no model, so --{asked[0]} has nothing to say there; leave one of them out"),
+        (args.format and not args.score,
+         "--format says how --score reads answers; a model has its own, so leave it out"),
         (args.resized and args.format != "qwen2.5-vl",
          "--resized is for a --format that says boxes in pixels: qwen2.5-vl"),
         (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
-        (args.resume and not args.out,
-         "--resume needs the file to go on with: give it with --out"),
-        (args.limit == 0, "--limit 0 asks nothing; give a number of expressions"),
+        (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
         (drawn and (args.split or args.images),
-         "--split and --images are for annotations of RefCOCO; for drawn scenes give --data "
-         "scenes:SPLIT"),
-        (several and args.clip,
-         "--clip is the CLIP of one model; give one of --weights at a time, or put each one's "
-         "into its folder, as clip_text"),
+         "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
+        (several and args.clip, "--clip is the CLIP of one model; give one of --weights at a time"),
         (several and args.ablate and args.plot,
-         "--plot draws the --ablate of one model; give one of --weights at a time, or leave "
-         "--plot out"),
+         "--plot draws the --ablate of one model; give one of --weights at a time"),
         (several and args.out and (args.out.suffix == ".jsonl" or args.out.is_file()),
          f"--out {args.out}: several models have a file each, so give a folder")]
 
@@ -153,10 +147,3 @@ def outs_of(args: argparse.Namespace) -> list[Path | None]:
     check_folder("--out", args.out)
     names = compare.names_of(args.models)
     return [args.out / f"{name.strip('/').replace('/', '_')}.jsonl" for name in names]
-
-
-def check_outs(args: argparse.Namespace) -> None:
-    """Refuse files of answers that could not be written, or hold what would be lost."""
-    for file in outs_of(args):
-        if file:
-            journal.check_out(file, args.resume)

@@ -1,12 +1,8 @@
-"""The report: a table for people, a document for programs, and a picture.
-
-In:  what became of all that was asked.  Out: text on stdout, and a picture where one was asked for.
-"""
+"""The report: a table for people, a document for programs, and a picture."""
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from nanogap.checks.command import visible
@@ -28,17 +24,35 @@ class Report(NamedTuple):
     budgets: Budgets = {}      # what each budget that was asked is in the model
 
 
-def print_report(args: argparse.Namespace, report: Report) -> None:
-    """Print the table or the JSON document, and draw the picture."""
+def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
+    """Draw the picture, and print the tables or the JSON document; several models are compared."""
+    several = len(args.models) > 1
+    panels = panels_of(reports) if several else plot.panels_of(reports[0].rows)
     if args.plot:
-        save_picture("--plot", args.plot, plot.draw_rows(report.rows)
-                     if plot.are_cases(report.rows) else plot.draw_panels(report.rows))
+        save_picture("--plot", args.plot, plot.draw(panels))
     if args.json:
-        print(json.dumps(document(report, args.plot), allow_nan=False))
+        documents = [document(report, args.plot) for report in reports]
+        print(json.dumps({"models": documents} if several else documents[0], allow_nan=False))
         return
-    print_table(args, report)
+    if several and not args.ablate:
+        data = reports[0].data
+        counts = ", ".join(dict.fromkeys(str(report.rows[0]["expressions"]) for report in reports))
+        print(compare.table(panels))
+        print(visible(f"{PROTOCOLS[args.protocol]}; {data.name}, {counts} of {data.expressions} "
+                      "expressions"))
+    for report in reports:
+        if several:
+            print()
+        print_table(args, report)
     if args.plot:
         print(f"picture: {args.plot}")
+
+
+def panels_of(reports: Sequence[Report]) -> list[plot.Panel]:
+    """A panel for each of several models."""
+    names = compare.names_of([report.made["weights"] for report in reports])
+    return [compare.panel_of(name, report.rows, report.budgets)
+            for name, report in zip(names, reports, strict=True)]
 
 
 def document(report: Report, picture: object) -> dict:
@@ -50,41 +64,22 @@ def document(report: Report, picture: object) -> dict:
 
 
 def print_table(args: argparse.Namespace, report: Report) -> None:
-    """The table, below what it is about."""
+    """The table, below what it is about and above what spoils it."""
+    rows = report.rows
     boxes = [(box, example.size) for example in report.data.examples
              for *_, box in example.questions]
-    for line in (report.title, PROTOCOLS[args.protocol], *covers(report.data),
-                 *doubts("annotations", boxes), *report.notes,
-                 *unread(args.protocol, report.rows)):
+    lines = [report.title, PROTOCOLS[args.protocol], *covers(report.data),
+             *doubts("annotations", boxes), *report.notes]
+    if args.protocol != "pixels" and all((row["no_box"] or 0) > 0.9 for row in rows):
+        lines.append(f"protocol {args.protocol} reads hardly any of these answers: it is made for "
+                     "the format of another model")
+    for line in lines:
         print(visible(line))
-    print(table(report.rows), *cut_off(report.rows), sep="\n")
-
-
-def print_comparison(args: argparse.Namespace, reports: Sequence[Report]) -> None:
-    """What is said of several models together, and then of each."""
-    names = compare.names_of([report.made["weights"] for report in reports])
-    found = [outcome for name, report in zip(names, reports, strict=True)
-             for outcome in compare.outcomes(name, report.rows, report.budgets)]
-    alike = all(report.data.left_out.keys() == reports[0].data.left_out.keys()
-                for report in reports)
-    picture = args.plot if alike else None
-    if picture:
-        save_picture("--plot", picture, compare.draw_models(found))
-    if args.json:
-        documents = [document(report, picture) for report in reports]
-        print(json.dumps({"models": documents}, allow_nan=False))
-        return
-    count = ", ".join(dict.fromkeys(str(report.rows[0]["expressions"]) for report in reports))
-    about = f"{reports[0].data.name}, {count} of {reports[0].data.expressions} expressions"
-    if not args.ablate:
-        print(compare.table(found), visible(f"{PROTOCOLS[args.protocol]}; {about}"), sep="\n")
-    if picture:
-        print(f"picture: {picture}")
-    elif args.plot:
-        print("no picture: the models could not be asked the same expressions")
-    for report in reports:
-        print()
-        print_table(args, report)
+    print(table(rows))
+    cut_off = sum(round((row["cut_off"] or 0) * row["expressions"]) for row in rows)
+    if cut_off:
+        print(f"{cut_off} of {sum(row['expressions'] for row in rows)} answers were cut off before "
+              "their end; give them more room with --max-new-tokens")
 
 
 def missing(data: Data) -> str:
@@ -93,36 +88,11 @@ def missing(data: Data) -> str:
 
 
 def covers(data: Data) -> list[str]:
-    """How many expressions a report is about, in a line for each reason why it is not all of them.
-    """
-    there = sum(len(example.questions) for example in data.examples)
+    """How many expressions a report is about, and a reason why it is not all of them."""
+    there = sum(id_ not in data.left_out for example in data.examples
+                for id_, *_ in example.questions)
     reasons = [missing(data)] if data.missing else []
     if data.left_out:
         id_, why = next(iter(data.left_out.items()))
         reasons.append(f"{len(data.left_out)} cannot be asked, such as {id_}: {why:.300}")
     return [f"covers {there} of {data.expressions} expressions: {reason}" for reason in reasons]
-
-
-def unread(protocol: str, rows: Sequence[dict]) -> list[str]:
-    """A word where another project's reader finds next to no box: it reads its own format only."""
-    if protocol == "pixels" or not all((row["no_box"] or 0) > 0.9 for row in rows):
-        return []
-    return [f"protocol {protocol} reads hardly any of these answers: it is made for the format of "
-            "another model"]
-
-
-def cut_off(rows: Sequence[dict]) -> list[str]:
-    """How many answers had no room to end: such a one is no answer without a box."""
-    count = sum(round((row["cut_off"] or 0) * row["expressions"]) for row in rows)
-    if not count:
-        return []
-    return [f"{count} of {sum(row['expressions'] for row in rows)} answers were cut off before "
-            "their end; give them more room with --max-new-tokens"]
-
-
-def without(data: Data, left_out: dict[str, str]) -> Data:
-    """The data without the expressions that turned out to be such as cannot be asked."""
-    examples = [replace(example, questions=[question for question in example.questions
-                                            if question[0] not in left_out])
-                for example in data.examples]
-    return replace(data, examples=examples, left_out=data.left_out | left_out)

@@ -1,12 +1,8 @@
-"""What counts as found: boxes against the true ones, and how sure the share of hits is.
-
-In:  answers, one record each.  Out: accuracy, its 95 % interval and other means, a row per run.
+"""What counts as found: answers, one record each -> accuracy, its 95 % interval, a row per run.
 
 Each project that publishes scores reads an answer in a way of its own, and odd answers, which
 pruned models give, are right under one and wrong under another.  So each protocol has a reader
 here: a text, the true box and the size of the picture -> the box that it reads, and its IoU.
-The interval takes expressions for independent; those about one image are not quite, so the true one
-is a little wider.
 """
 
 import math
@@ -34,9 +30,6 @@ PROTOCOLS = {
                   f"number said, IoU >= 0.5 {OTHER_WORDS}",
 }
 TIMES = ("prefill_ms", "decode_ms")
-
-
-# ----- the protocols ------------------------------------------------------------------------------
 
 
 def minigpt(text: str, truth: Box, width: int, height: int) -> Reading | None:
@@ -138,11 +131,11 @@ def is_hit(iou: float, protocol: str) -> bool:
     return iou > 0.5 if protocol in ("minigpt", "shikra") else iou >= 0.5
 
 
-# ----- a row for each run -------------------------------------------------------------------------
-
-
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson: right also near 0 and 1, where the usual one is not."""
+    """95 % interval of a share, by Wilson: right also near 0 and 1, where the usual one is not.
+
+    It takes expressions for independent; those about one image are not quite.
+    """
     if count == 0:
         return 0.0, 1.0
     share = hits / count
@@ -175,11 +168,6 @@ def summary(records: Sequence[dict], run: Run, protocol: str) -> dict:
             **{key: mean([r[key] for r in mine]) for key in ("padding", "visual_tokens", *TIMES)}}
 
 
-def number(value: float | None, form: str) -> str:
-    """A number for a cell; what is not known is a dash."""
-    return "-" if value is None else format(value, form)
-
-
 def budget(row: dict) -> str:
     """What was asked to be kept."""
     if row["keep"] is not None:
@@ -188,18 +176,25 @@ def budget(row: dict) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The rows for the terminal; times are means, and have no column unless all rows have them."""
+    """The rows for the terminal; times are means, and have no column unless all rows have them.
+
+    What is not known is a dash.
+    """
     timed = all(row[key] is not None for row in rows for key in TIMES)
     first = max(15, *(len(row["prune"]) for row in rows))
     modes = max(4, *(len(row["mode"]) for row in rows))
     line = f"{{:{first}}} {{:>4}}  {{:>6}}  {{:{modes}}}" + "  {:>7}  {:12}  {:>8}  {:>6}  {:>7}"
-    line += "  {:>8}  {:>8}" if timed else ""
-    lines = [line.format("prune", "keep", "tokens", "mode", "Acc@0.5", "95 %", "mean IoU", "no box",
-                         "padding", "prefill", "decode")]
+    heads = ["prune", "keep", "tokens", "mode", "Acc@0.5", "95 %", "mean IoU", "no box", "padding"]
+    if timed:
+        line += "  {:>8}  {:>8}"
+        heads += ["prefill", "decode"]
+    lines = [line.format(*heads)]
     for row in rows:
+        tokens = "-" if row["visual_tokens"] is None else f"{row['visual_tokens']:.4g}"
+        means = ["-" if row[key] is None else f"{row[key]:.3f}"
+                 for key in ("mean_iou", "no_box", "padding")]
         times = [f"{row[key]:.0f} ms" for key in TIMES] if timed else []
-        lines.append(line.format(
-            row["prune"], budget(row), number(row["visual_tokens"], ".4g"), row["mode"],
-            f"{row['accuracy']:.3f}", f"{row['low']:.3f}..{row['high']:.3f}",
-            *(number(row[key], ".3f") for key in ("mean_iou", "no_box", "padding")), *times))
+        lines.append(line.format(row["prune"], budget(row), tokens, row["mode"],
+                                 f"{row['accuracy']:.3f}", f"{row['low']:.3f}..{row['high']:.3f}",
+                                 *means, *times))
     return "\n".join(map(visible, lines))        # strategies and modes may stand in a file

@@ -2,11 +2,10 @@
 # ruff: noqa: F811
 
 import json
-import os
-import random
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from PIL import Image
 
 import nanogap
 from nanogap.checks.loading import default_weights
-from nanogap.evaluate import ablate, arguments, ask, journal, plot
-from nanogap.evaluate.data import Example, drawn_data, first
+from nanogap.evaluate import ablate, ask, journal, plot
+from nanogap.evaluate.data import drawn_data, first
 from nanogap.models import VLM
 from tests.evaluate.asking import BOX, MINI, ROOT, read_lines, run, timeless, write_lines
 from tests.tiny import tiny_config, write_checkpoint
@@ -52,30 +51,6 @@ def test_the_limit_counts_expressions_and_not_images():
     assert first(examples, None) == examples
 
 
-class IMAGE:
-    """16 visual tokens in one view."""
-
-    n_visual = n_patches = 16
-
-
-class Args:
-    mode, prune, keep, ablate = ["full", "gap"], ["random", "spatial"], ["50%", "4", "8"], False
-
-
-def test_mode_full_comes_once_and_the_same_budget_once():
-    assert ask.runs_asked(Args, IMAGE) == [
-        ("none", 16, "full"), ("random", 8, "gap"), ("random", 4, "gap"), ("spatial", 8, "gap"),
-        ("spatial", 4, "gap")]
-
-
-def test_the_ablation_asks_all_its_cases_in_place_of_modes(monkeypatch):
-    monkeypatch.setattr(Args, "ablate", True)
-    runs = ask.runs_asked(Args, IMAGE)
-    assert len(runs) == len(ablate.WHOLE) + 2 * 2 * len(ablate.PRUNED)
-    assert runs[0] == ("none", 16, "nothing changed")
-    assert runs[-1] == ("spatial", 4, "original, text collides")
-
-
 # ----- scores that are known ----------------------------------------------------------------------
 
 
@@ -101,7 +76,8 @@ def test_boxes_are_mapped_back_and_scored_by_the_protocol(
 
 
 def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: Path, capsys):
-    assert run("--weights", finder, "--data", annotations, "--keep", "50%", "25%") == 0
+    """Half of 16 tokens are 8, and asked once."""
+    assert run("--weights", finder, "--data", annotations, "--keep", "50%", 8, "25%") == 0
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert lines[0].endswith("shikra.jsonl (Shikra): 5 expressions about 2 images, 4 expressions, "
@@ -182,23 +158,6 @@ def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, t
     assert "the expression is empty" in said
 
 
-def test_each_image_seeds_what_is_random_by_its_number_also_where_others_are_missing(monkeypatch):
-    seeds = []
-    monkeypatch.setattr(ask, "ask", lambda model, image, asked, seed, *more:
-                        seeds.append(seed) or [[{"text": "", "box": None}]])
-
-    class Model:
-        encode_image = staticmethod(lambda image: Image.new("RGB", (9, 9)))
-
-    class Args:
-        seed, protocol, max_new_tokens = 10, "pixels", 64
-
-    todo = [(Example(number, "a.jpg", (9, 9), lambda: None, []), ("random", 4, "gap"),
-             ("x", "thing", (0, 0, 1, 1))) for number in (0, 3)]
-    assert len(list(ask.answers(Model, todo, Args, {}))) == 2
-    assert seeds == [10, 13]
-
-
 def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, printed):
     picture = tmp_path / "plot.png"
     said = json.loads(printed("--weights", folder, "--limit", 1, "--keep", 4, "--ablate", "--plot",
@@ -248,25 +207,15 @@ def test_a_strategy_that_was_edited_loses_its_own_answers_and_no_others(folder, 
     assert sorted(timeless(out), key=journal.name) == sorted(answers, key=journal.name)
 
 
-def test_the_layer_of_fastv_is_the_one_that_was_asked_for(folder, tmp_path, printed):
-    """3 layers of 16 tokens, of which 4 stay: before the last one (16 + 16 + 4) / 3."""
-    for layer, keep in ((1, 8), (2, 12)):
-        out = tmp_path / f"{layer}.jsonl"
-        said = printed("--weights", folder, "--limit", 1, "--keep", keep, "--mode", "gap",
-                       "--prune", f"fastv(layer={layer})", "--json", "--out", out)
-        assert json.loads(said)["runs"][0]["visual_tokens"] == keep
-        assert len(read_lines(out)[0]["kept"]) == 4
-
-
 def test_where_the_decoder_cuts_is_said_once_for_each_budget(folder, printed):
     """The cluster that SparseVLM adds at each cut is counted."""
-    said = printed("--weights", folder, "--limit", 1, "--keep", 9, 16, "--mode", "gap", "shifted",
-                   "--prune", "random", "fastv", "sparsevlm")
-    layers = "in 3 layers, counted from 0: visual tokens cut to"
+    said = printed("--weights", folder, "--limit", 1, "--keep", 12, 16, "--mode", "gap", "shifted",
+                   "--prune", "random", "fastv(layer=2)", "sparsevlm")
+    cut = "in 3 layers, counted from 0: visual tokens cut to"
     assert [line for line in said.splitlines() if "counted from 0" in line] == [
-        f"fastv {layers} 5 from layer 1 on", f"fastv {layers} 16 from layer 1 on",
-        f"sparsevlm {layers} 6 from layer 1 on, 5 from layer 2 on",
-        f"sparsevlm {layers} 16 from layer 1 on, 16 from layer 2 on"]
+        f"fastv(layer=2) {cut} 4 from layer 2 on", f"fastv(layer=2) {cut} 16 from layer 2 on",
+        f"sparsevlm {cut} 12 from layer 1 on, 8 from layer 2 on",
+        f"sparsevlm {cut} 16 from layer 1 on, 16 from layer 2 on"]
 
 
 def test_the_weights_that_ship_are_found_from_any_folder(tmp_path, monkeypatch, printed):
@@ -318,15 +267,6 @@ def test_other_settings_are_not_mixed_into_a_file(folder, tmp_path, refused, oth
     assert out.read_bytes() == before
 
 
-def test_the_clip_that_reads_the_expression_is_a_setting(tmp_path):
-    args = arguments.parse_arguments(["--weights", str(MINI), "--out", str(tmp_path / "a.jsonl")])
-    model, data = nanogap.load(args.weights, "cpu"), drawn_data("val", 1)
-    before = ask.settings(args, model, data)
-    assert before == ask.settings(args, model, data)
-    model.text_guide.text_projection.weight.mul_(2)
-    assert before["weights"] != ask.settings(args, model, data)["weights"]
-
-
 def test_progress_says_rate_and_time_to_go(folder, capsys, monkeypatch):
     monkeypatch.setattr(ask, "TELL_EVERY", 0.0)
     monkeypatch.setattr("nanogap.evaluate.data.TELL_EVERY", 0.0)
@@ -365,18 +305,14 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
     (["--prune", "mine.py:best"], "there is no file mine.py; give FILE.py:NAME"),
     (["--prune", "random", "--keep", "auto"], "random cannot keep auto of 1"),
     (["--ablate", "--mode", "gap"], "--ablate has its own modes"),
-    (["--ablate", "--keep", "auto"], "random cannot keep auto of 1"),
     (["--prune", "fastv(layer=3)"], "fastv(layer=3) cannot cut before layer 3 of 3"),
     (["--prune", "random", "sparsevlm", "--keep", "6"], "sparsevlm cannot keep 6 of 16 visual "
      "tokens in the mean over 3 layers, of which 1 see all: keep from 7 to 16"),
     (["--format", "llava"], "--format says how --score reads answers"),
-    (["--resized", "28"], "--format says how --score reads answers"),
+    (["--resized", "28"], "--resized is for a --format that says boxes in pixels"),
     (["--questions", "q.jsonl"], "--questions asks no model, so --weights has nothing to say"),
     (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say there"),
-    (["--limit", "0"], "--limit 0 asks nothing"),
-    *[(["--max-new-tokens", bad], "argument --max-new-tokens: ")
-      for bad in ("0", "-1", "x", "9" * 30)],
-    (["--limit", 10 ** 9], "--limit 1000000000 is more than can be drawn"),
+    (["--limit", "0"], "argument --limit: '0' is not a whole number from 1 on"),
     (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),
     (["--plot", "x.txt"], "--plot x.txt: a picture cannot be written with that ending; use .png "
      "or .jpg"),
@@ -391,47 +327,27 @@ def test_a_mistake_is_one_line_and_status_2_and_leaves_no_file(
 
 
 def test_all_that_answers_depend_on_is_in_the_digest():
-    """One number of every tensor, every setting, every word; CLIP's text tower as well."""
+    """Numbers, settings and words; those of CLIP's text tower as well."""
     model = nanogap.load(MINI, "cpu")
     seen = {ask.fingerprint(model)}
     assert ask.fingerprint(nanogap.load(MINI, "cpu")) in seen
-    draw = random.Random(2)
-
-    def has_changed() -> None:
-        digest = ask.fingerprint(model)
-        assert digest not in seen, "the digest is one that was there before"
-        seen.add(digest)
-
-    tensors = list(model.state_dict().values())
-    for tensor in [*draw.sample(tensors, 30), *tensors[-2:]]:
-        tensor.view(-1)[draw.randrange(tensor.numel())] += 1
-        has_changed()
-    for name, config in (("config", model.config), ("text", model.config.text),
-                         ("vision", model.config.vision)):
-        for field in fields(config):
-            value = getattr(config, field.name)
-            if not isinstance(value, int | float | tuple | str | bool):
-                continue
-            new = (9.5,) if isinstance(value, tuple) else f"{value}x" if isinstance(
-                value, str) else value + 1
-            changed = replace(config, **{field.name: new})
-            model.config = changed if name == "config" else replace(model.config, **{name: changed})
-            has_changed()
-    for change in (
-            lambda: setattr(model, "frame", replace(model.frame, colour=(1, 2, 3))),
-            lambda: setattr(model, "template", replace(model.template, before="x")),
-            lambda: model.tokenizer.add_tokens(["zzz"]),
-            lambda: model.text_guide.tokenizer.add_tokens(["zzz"]),
-            lambda: setattr(model, "text_guide", None),
-            model.half):
+    changes = [
+        *(partial(value.view(-1)[-1].add_, 1) for value in list(model.state_dict().values())[::9]),
+        lambda: model.text_guide.text_projection.weight.mul_(2),
+        lambda: setattr(model, "config", replace(model.config, image_token=9)),
+        lambda: setattr(model, "frame", replace(model.frame, colour=(1, 2, 3))),
+        lambda: setattr(model, "template", replace(model.template, before="x")),
+        lambda: model.tokenizer.add_tokens(["zzz"]),
+        lambda: model.text_guide.tokenizer.add_tokens(["zzz"]),
+        lambda: setattr(model, "text_guide", None),
+        model.half]
+    for number, change in enumerate(changes, 2):
         change()
-        has_changed()
+        seen.add(ask.fingerprint(model))
+        assert len(seen) == number
 
 
 # ----- one bad item of thousands ------------------------------------------------------------------
-
-WHOLE = Image.new("RGB", (200, 100))
-
 
 def spoiled(path: Path, how: str) -> None:
     """A picture that cannot be asked about."""
@@ -441,15 +357,12 @@ def spoiled(path: Path, how: str) -> None:
         path.write_bytes(path.read_bytes()[:-1000])
     elif how == "of another size":
         Image.new("RGB", (100, 200)).save(path)
-    elif how == "a pipe":
-        os.mkfifo(path)
-    elif how != "gone":
-        path.write_bytes({"empty": b"", "a text": b"hello", "a program": b"%!PS-Adobe-3.0"}[how])
+    elif how == "a text":
+        path.write_text("hello")
 
 
 @pytest.mark.parametrize("how, sized", [
-    *((how, sized) for sized in (True, False)
-      for how in ("gone", "cut off", "a pipe", "empty", "a text", "a program")),
+    ("gone", True), ("gone", False), ("cut off", True), ("cut off", False), ("a text", True),
     ("of another size", True)])
 def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
         finder, tmp_path, printed, how: str, sized: bool):
@@ -459,7 +372,7 @@ def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
         {"image": name, "expression": "thing", "box": [20, 0, 100, 70]} | size
         for name in ("b.jpg", "a.jpg", "b.jpg", "a.jpg", "a.jpg")])
     for name in ("a.jpg", "b.jpg"):
-        WHOLE.save(tmp_path / name)
+        Image.new("RGB", (200, 100)).save(tmp_path / name)
     spoiled(tmp_path / "b.jpg", how)
     asked = ["--weights", finder, "--data", data, "--out", tmp_path / "x.jsonl", "--mode", "full"]
     for again in ((), ("--resume",)):
@@ -467,12 +380,12 @@ def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
         assert "covers 3 of 5 expressions: " in said and "b.jpg" in said
         assert "5 expressions about 2 images, 3 expressions" in said
     (tmp_path / "b.jpg").unlink(missing_ok=True)
-    WHOLE.save(tmp_path / "b.jpg")
+    Image.new("RGB", (200, 100)).save(tmp_path / "b.jpg")
     said = printed(*asked, "--resume")                               # mended, it is asked after all
     assert "covers" not in said and "2 images, 5 expressions" in said
 
 
-@pytest.mark.parametrize("bad", ["", "  ", "\n\t", "\ud800", "thing " * 5000])
+@pytest.mark.parametrize("bad", ["", "\ud800", "thing " * 5000])
 def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
         finder, annotations: Path, printed, bad: str):
     lines = read_lines(annotations)[:4]
@@ -515,8 +428,7 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annot
 
 @pytest.mark.parametrize("side, box, count, said", [
     (200, [20, 30, 90, 100], 6, "percent"), (2000, [20, 30, 900, 1000], 6, "thousandths"),
-    (200, [20, 30, 90, 101], 6, None), (199, [20, 30, 90, 100], 6, None),
-    (200, [20, 30, 90, 100], 4, None)])
+    (200, [20, 30, 90, 101], 6, None)])
 def test_boxes_that_may_be_percent_are_wondered_at(
         finder, tmp_path, printed, side: int, box: list, count: int, said: str | None):
     Image.new("RGB", (side, side)).save(tmp_path / "a.png")
@@ -557,5 +469,5 @@ def test_what_could_not_be_asked_may_be_mended_and_no_answer_is_lost(
     assert out.read_text().startswith(first) and len(read_lines(out)) == 4
     for change in ({"expression": "other"}, {"bbox": [20, 0, 100, 69]}):
         write_lines(annotations, [lines[0] | change, *lines[1:]])
-        assert "x.jsonl has an answer to 1 in other data, " in refused(*asked, "--resume")
+        assert "x.jsonl has an answer to 1 in other data; " in refused(*asked, "--resume")
     assert len(read_lines(out)) == 4

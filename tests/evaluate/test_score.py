@@ -1,16 +1,14 @@
-"""What counts as found: each project's way to read an answer, worked by hand, and read again.
+"""What counts as found: each project's way to read an answer, worked by hand.
 
 A picture of 200 x 100; the true box is 20..100 x 0..70.  In the padded square of 200 x 200 the
 picture begins 50 pixels down.
 """
 
 import json
-import random
 
 import pytest
 
 from nanogap.evaluate.score import PROTOCOLS, READERS, is_hit, score, summary, table, wilson
-from nanogap.image import iou
 
 TRUTH, SIZE = (20.0, 0.0, 100.0, 70.0), (200, 100)
 
@@ -30,13 +28,8 @@ def test_wilsons_interval_by_hand():
 def test_a_share_is_never_below_none_or_above_all():
     """Rounding leads just below 0 for 0 of 15, which would be printed as -0.000."""
     for count in range(1, 200):
-        low, high = wilson(0, count)
-        assert f"{low:.3f}" == "0.000" and 0 < high < 1
-        low, high = wilson(count, count)
-        assert high <= 1 and 0 < low < 1
-
-
-# ----- each protocol by hand ----------------------------------------------------------------------
+        assert f"{wilson(0, count)[0]:.3f}" == "0.000"
+        assert wilson(count, count)[1] <= 1
 
 
 READINGS: dict[str, list[tuple[str, tuple | None]]] = {
@@ -125,103 +118,6 @@ def test_words_are_no_box(protocol: str):
     assert score(protocol, "over there", None, TRUTH, *SIZE) == (None, 0.0)
 
 
-# ----- a second, plain reading of each rule -------------------------------------------------------
-
-
-def minigpt_again(text: str) -> list[float] | None:
-    said = "".join(text.split("<unk>")).replace(" ", "").strip()
-    numbers, digits = [], ""
-    for c in said + "x":
-        if c.isdigit():
-            digits += c
-        elif digits:
-            numbers.append(digits)
-            digits = ""
-    if len(numbers) != 4 or not all(1 <= len(number) <= 3 for number in numbers):
-        return None
-    form = "{" + "".join(f"<{number}>" for number in numbers) + "}"
-    return [int(n) * side / 100 for n, side in zip(numbers, SIZE * 2, strict=True)] \
-        if said.startswith(form) else None
-
-
-def shikra_again(text: str) -> list[float] | None:
-    found = []
-    for at, c in enumerate(text):
-        inside = text[at + 1:text.find("]", at)] if c == "[" and "]" in text[at:] else ""
-        boxes = [box.split(",") for box in inside.split(";")]
-        if inside and all(len(box) == 4 and all(is_shikras(n) for n in box) for box in boxes):
-            found.append(boxes)
-    if len(found) != 1 or len(found[0]) != 1:
-        return None
-    return [float(n) * 200 - pad for n, pad in zip(found[0][0], (0, 50, 0, 50), strict=True)]
-
-
-def is_shikras(number: str) -> bool:
-    whole, point, rest = number.partition(".")
-    return len(whole) == 1 and whole.isdigit() and (not rest or rest.isdigit())
-
-
-def lmms_eval_again(text: str) -> list[float] | None:
-    for start in [i for i, c in enumerate(text) if c == "["]:
-        inside = text[start + 1:].partition("]")[0]
-        if "]" not in text[start:] or "[" in inside:
-            continue
-        parts = inside.split(",")
-        parts = [part.lstrip() for part in parts]
-        parts[-1] = parts[-1].rstrip()
-        if len(parts) == 4 and all(is_lmms_evals(part) for part in parts):
-            return [float(n) * side for n, side in zip(parts, SIZE * 2, strict=True)]
-    return None
-
-
-def is_lmms_evals(number: str) -> bool:
-    whole, point, rest = number.removeprefix("-").partition(".")
-    return whole.isdigit() and (rest.isdigit() if point else not rest)
-
-
-PIECES = ["[", "]", "{", "}", "<", ">", ",", ", ", " ", ";", "<unk>", "0.1", "0.25", ".5", "0.600",
-          "10", "50", "-0.1", "1.2", "the man ", "Answer: ", "[0.1,0.2,0.5,0.6]",
-          "{<1><2><50><60>}",
-          "[0.10, 0.20, 0.50, 0.60]", "[0.1,0.2,0.5", "<10><0>"]
-
-
-def generated(count: int) -> list[str]:
-    """Answers of pieces: most are odd, and some are whole boxes with something around them."""
-    draw = random.Random(5)
-    return ["".join(draw.choices(PIECES, k=draw.randint(1, 6))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("protocol, again", [
-    ("minigpt", minigpt_again), ("shikra", shikra_again), ("lmms-eval", lmms_eval_again)])
-def test_generated_answers_are_read_as_a_plain_reading_of_the_rule_does(protocol: str, again):
-    read = 0
-    for text in generated(6000):
-        box, expected = box_of(protocol, text), again(text)
-        assert (box is None) == (expected is None), text
-        if box:
-            assert box == pytest.approx(tuple(expected)), text
-            read += 1
-    assert read > 80
-
-
-def test_vlmevalkit_reads_whatever_has_four_numbers():
-    draw = random.Random(3)
-    for _ in range(2000):
-        most = draw.choice([1, 1.5, 30, 1000, 5000])
-        numbers = [round(draw.uniform(-most / 9, most), 2) for _ in range(4)]
-        text = draw.choice(["[{}, {}, {}, {}]", "({},{}),({},{})", "x {} y {} to {} and {}"])
-        most = max(map(abs, numbers))
-        by = 1 if most <= 1.5 else 1000 if most <= 1000 else None
-        x1, y1, x2, y2 = (min(max(v if by is None else v / by * side, 0), side)
-                          for v, side in zip(numbers, SIZE * 2, strict=True))
-        plain = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        box, overlap = score("vlmevalkit", text.format(*numbers), None, TRUTH, *SIZE)
-        assert box == pytest.approx(plain) and overlap == pytest.approx(iou(plain, TRUTH))
-
-
-# ----- a row of the table -------------------------------------------------------------------------
-
-
 def record(iou: float, box: list | None, tokens: float = 8, keep: int | None = 8) -> dict:
     return {"prune": "trim", "keep": keep, "mode": "gap", "iou": iou, "box": box, "text": "",
             "cut_off": False, "padding": 0.25, "visual_tokens": tokens, "prefill_ms": 10 * tokens,
@@ -244,10 +140,6 @@ def test_a_row_counts_hits_boxes_and_means_of_its_own_run_only():
 def test_an_expression_without_an_answer_is_wrong_and_no_answer_without_a_box():
     row = summary([*FOUR, record(0.0, None) | {"text": None}], ("trim", 8, "gap"), "pixels")
     assert (row["accuracy"], row["no_box"]) == (2 / 5, 1 / 4)
-
-
-def test_the_protocol_decides_whether_just_half_counts():
-    assert summary(FOUR, ("trim", 8, "gap"), "minigpt")["accuracy"] == 0.25
 
 
 def test_a_budget_that_the_strategy_finds_is_auto_and_its_tokens_are_a_mean():
