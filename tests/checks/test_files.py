@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,17 +117,30 @@ def test_any_of_several_end_tokens_ends_an_answer(ends: object, first: int, othe
     assert (config.eos_token, config.other_ends) == (first, others)
 
 
+LLAMA3 = ("{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+          "{{ m['content'] }}<|eot_id|>{% endfor %}")
+VICUNA = ("{% for message in messages %}{% if message['role'] != 'system' %}"
+          "{{ message['role'].upper() + ': '}}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+
+
 @pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json",
                                    "processor_config.json", "tokenizer_config.json"])
 def test_another_chat_template_is_refused_wherever_it_stands(where: str, folder: Path):
-    llama3 = ("{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-              "{{ m['content'] }}<|eot_id|>{% endfor %}")
-    if where.endswith(".jinja"):
-        (folder / where).write_text(llama3)
-    else:
-        put(folder, where, chat_template=llama3)
-    with pytest.raises(NanogapError, match=f"{where} holds another chat template than Vicuna's"):
+    def write(template: object) -> None:
+        put(folder, "tokenizer_config.json", chat_template=LLAMA3)      # the last that counts
+        if where.endswith(".jinja"):
+            (folder / where).write_text(str(template))
+        else:
+            put(folder, where, chat_template=template)
+
+    for template in (VICUNA, [{"name": "default", "template": VICUNA}]):
+        write(template)
         silent(folder)
+    for template in (LLAMA3, VICUNA + "<|im_end|>", VICUNA.replace("ASSISTANT:", "[/INST]")):
+        write(template)
+        with pytest.raises(NanogapError, match=f"{where} holds another chat template than the "):
+            silent(folder)
 
 
 def test_padding_and_truncation_left_over_in_a_tokenizer_change_no_prompt(
@@ -187,7 +199,6 @@ FORMS: list[tuple[Change, str]] = [
     (lambda folder: put(folder, "adapter_config.json", peft_type="LORA"), "adapter"),
     (lambda folder: put(folder, "config.json", quantization_config={"quant_method": "gptq"}),
      "quantised"),
-    (lambda folder: put(folder, "tokenizer.json", version="2.0"), "a newer library"),
     (lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"), "save_pretrained")]
 
 
@@ -229,24 +240,7 @@ def test_each_pickle_of_torchs_is_read_today_or_by_hand(folder: Path, whole: Pat
         assert "more than tensors" in said and "torch.save(model.state_dict(), PATH)" in said
 
 
-# ----- files that are no files --------------------------------------------------------------------
-
-
-MUST, MAY = (("config.json", "tokenizer.json", "model.safetensors"),
-             ("generation_config.json", "preprocessor_config.json"))
-
-
-@pytest.mark.parametrize("name, kind", [*((name, "folder") for name in MUST + MAY),
-                                        *((name, "link to nothing") for name in MUST)])
-def test_a_file_that_is_no_file_is_one_line_at_once(name: str, kind: str, folder: Path):
-    (folder / name).unlink(missing_ok=True)
-    if kind == "folder":
-        (folder / name).mkdir()
-    else:
-        (folder / name).symlink_to(folder / "nothing")
-    begun = time.time()
-    refusal(folder)
-    assert time.time() - begun < 2
+# ----- what a mistake is blamed on ----------------------------------------------------------------
 
 
 def test_a_file_larger_than_any_of_its_kind_is_not_read(folder: Path):
@@ -255,14 +249,11 @@ def test_a_file_larger_than_any_of_its_kind_is_not_read(folder: Path):
     assert "more than any file of that kind" in refusal(folder)
 
 
-# ----- what a mistake is blamed on ----------------------------------------------------------------
-
-
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_file_that_may_not_be_read_is_not_called_broken(name: str, folder: Path):
     (folder / name).chmod(0)
-    assert "may not be read by this user" in refusal(folder)
+    assert "Permission denied" in refusal(folder)
     (folder / name).chmod(stat.S_IRUSR)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,28 +197,6 @@ def index(weight_map: dict[str, str]) -> Change:
     return sharded(INDEX, point)
 
 
-def length(said: int) -> Change:
-    """A header of safetensors that says another length of itself."""
-    return lambda folder: put(MODEL, struct.pack("<Q", said) + (folder / MODEL).read_bytes()[8:])(
-        folder)
-
-
-def header(text: bytes) -> Change:
-    return put(MODEL, struct.pack("<Q", len(text)) + text + b"\0" * 64)
-
-
-def offsets(begin: int, end: int) -> Change:
-    """Other places for the 64 x 4 bytes of a tensor."""
-    def move(folder: Path) -> None:
-        data = (folder / MODEL).read_bytes()
-        size, = struct.unpack("<Q", data[:8])
-        said = json.loads(data[8:8 + size])
-        said[NORM]["data_offsets"] = [begin, end]
-        text = json.dumps(said).encode()
-        put(MODEL, struct.pack("<Q", len(text)) + text + data[8 + size:])(folder)
-    return move
-
-
 def cut(share: float) -> Change:
     return lambda folder: os.truncate(
         folder / MODEL, int(share * (folder / MODEL).stat().st_size))
@@ -228,92 +205,60 @@ def cut(share: float) -> Change:
 GET = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 GET_OR = (f"get the published weights with {GET}, or take some that come with nanogap, such as "
           "weights/mini")
-OTHERS = "the file and config.json belong to different checkpoints"
 MORE = "language_model.model.layers.3.input_layernorm.weight"                 # there are 0 to 2
+NOT_LOADED = "FOLDER cannot be loaded (Error(s) in loading state_dict for VLM: "
 NO_OBJECT = "FOLDER/{} holds no JSON object but a {}: it is some other file under this name"
-NO_VERSION = ("FOLDER/tokenizer.json is of version None, and only 1.0 is read here: a newer "
-              "library wrote it; give the tokenizer.json that the checkpoint was published with")
 # what is done to a folder, and what it is told; "..." stands for any end
 BROKEN: list[tuple[Change, str]] = [
-    (lambda folder: folder.rename(folder.parent / "x"), f"FOLDER is not a folder; {GET_OR}"),
+    (lambda folder: folder.rename(folder.parent / "x"),
+     f"FOLDER has no config.json, so it is not a checkpoint; {GET_OR}"),
     (without("config.json"),
      f"FOLDER has no config.json, so it is not a checkpoint; {GET_OR}"),
     (without(MODEL),
      f"FOLDER holds no {MODEL} and no index of shards; get the weights with {GET}"),
     # tokenizer.json
-    (without("tokenizer.json"), "FOLDER has no tokenizer.json; download it again, whole"),
+    (without("tokenizer.json"), "FOLDER has no tokenizer.json; download it, or write one from ..."),
     *((put("tokenizer.json", text), "FOLDER/tokenizer.json cannot be read (...")
-      for text in ("", "{", "\0\1")),
+      for text in ("", "{", "{}", '{"version": "2.0"}')),
     (put("tokenizer.json", "[]"), NO_OBJECT.format("tokenizer.json", "list")),
-    (put("tokenizer.json", "{}"), NO_VERSION),
-    (put("tokenizer.json", '{"model": {"type": "BPE"}}'), NO_VERSION),
     (lambda folder: write_checkpoint(folder, tiny_config(vocab_size=561)),    # <pad> has ID 561
      "FOLDER/tokenizer.json has more tokens than the model has embeddings (561): it belongs to "
      "another checkpoint"),
     # tensors that do not fit
-    (tensors({NORM: None}),
-     f"FOLDER lacks 1 of 89 tensors, such as {NORM}; download it again"),
-    (tensors({MORE: torch.ones(64)}),
-     f"FOLDER/{MODEL} holds {MORE}, which is not a part of this model: {OTHERS}"),
-    *((tensors({NORM: value}), f"FOLDER/{MODEL}: {NORM} is torch.float32 {list(value.shape)}, and "
-                               f"config.json makes it [64]: {OTHERS}")
-      for value in (torch.ones(63), torch.ones(64, 1), torch.ones(()))),
+    (tensors({NORM: None}), f'{NOT_LOADED}Missing key(s) in state_dict: "{NORM}"...'),
+    (tensors({MORE: torch.ones(64)}), f'{NOT_LOADED}Unexpected key(s) in state_dict: "{MORE}"...'),
+    (tensors({NORM: torch.ones(63)}), f"{NOT_LOADED}size mismatch for {NORM}: copying a param ..."),
     (tensors({"model.language_model.norm.weight": torch.ones(64)}),
      f"FOLDER/{MODEL} holds ...norm.weight, which was there before under another name"),
-    (key("text", "num_hidden_layers", 4),
-     "FOLDER lacks 9 of 98 tensors, such as language_model.model.layers.3.self_attn.q_proj.weight; "
-     "download it again"),
+    (key("text", "num_hidden_layers", 4), f"{NOT_LOADED}Missing key(s) in state_dict: ..."),
     # shards and their index
-    *((index({NORM: name}),
-       f"FOLDER/{INDEX} names {name!r}, which is not a file of this folder; do not trust it")
-      for name in ("../x.safetensors", "/x.safetensors", "deeper/x.safetensors", ".",
-                   "..\\x.safetensors", "x\0.safetensors")),
-    (index({"x": "x" * 5000}), f"FOLDER lacks {'x' * 200}, which its index names; run the download "
-                               "again: it continues where it stopped"),
     (sharded("model-00002-of-00002.safetensors", Path.unlink),
      "FOLDER lacks model-00002-of-00002.safetensors, which its index names; run the download "
      "again: it continues where it stopped"),
-    *((sharded(INDEX, lambda path, text=text: path.write_text(text)),
-       f"FOLDER/{INDEX} has no weight_map; download it again")
-      for text in ("{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": null}')),
+    (sharded(INDEX, lambda path: path.write_text("{}")),
+     f"FOLDER/{INDEX} has no weight_map; download it again"),
     (sharded(INDEX, lambda path: path.write_text("404")), NO_OBJECT.format(INDEX, "int")),
-    (sharded(INDEX, lambda path: edit(path, lambda value: value.update(
-        weight_map={NORM: "model-00002-of-00002.safetensors"}))),
-     "FOLDER lacks 44 of 89 tensors, such as vision_tower.embeddings.class_embedding; "
-     "download it again"),
     # files of tensors
-    *((damage, f"FOLDER/{MODEL} is cut off or broken (...); download it again") for damage in (
-        *map(cut, (0.0, 0.00001, 0.001, 0.5, 0.99)),
-        *map(length, (0, 1, 7, 1 << 20, 1 << 40, 1 << 63, (1 << 64) - 1)),
-        offsets(0, 1 << 40), offsets(4, 260), offsets(260, 4), offsets(-4, 252), offsets(0, 255),
-        *map(header, (b"{", b"[]", b"null", b'{"x": 1}', b"\xff\xfe{}")))),
-    (lambda folder: torch.save({NORM: torch.ones(64)}, folder / MODEL),
-     f"FOLDER/{MODEL} is a file of torch.save's under another name; call it pytorch_model.bin"),
+    *((cut(share), f"FOLDER/{MODEL} cannot be read (...); download it again")
+      for share in (0.0, 0.00001, 0.001, 0.5, 0.99)),
     *((put(name, text), f"FOLDER/{name} is a {says}...")
       for name in (MODEL, "tokenizer.json", "config.json") for text, says in (
           ("version https://git-lfs.github.com/spec/v1\nsize 14126854144\n", "pointer of git-lfs"),
           ("<!DOCTYPE html>", "web page"))),
     # config.json, and the files beside it
     *((put("config.json", text), "FOLDER/config.json cannot be read (...") for text in (
-        "", "{", "nonsense", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
-    *((put("config.json", text), NO_OBJECT.format("config.json", kind)) for text, kind in (
-        ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str"))),
+        "", "{", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
+    (put("config.json", "null"), NO_OBJECT.format("config.json", "NoneType")),
     *((key(None, "model_type", kind),
        f"FOLDER/config.json describes a {kind!r} model; nanogap loads "
        f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
-      for kind in ("llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"])),
+      for kind in ("llama", "llava_onevision", None, ["llava"])),
     *((put(name, "{"), f"FOLDER/{name} cannot be read (...")
       for name in ("generation_config.json", "preprocessor_config.json")),
     *((put("preprocessor_config.json", json.dumps({"image_mean": mean})),
-       f"preprocessor_config.json: image_mean is {mean!r}, not three positive numbers")
-      for mean in ([0.5, 0.5], "grey", [0.5, 0.5, "x"], 0.5)),
-    # parts of config.json that do not go together
-    *((key(part, name, value), f"config.json: {says}...") for part, name, value, says in (
-        ("text", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'; nanogap implem"),
-        ("text", "num_key_value_heads", 3, "4 attention heads of 16 channels do not go with 3 "),
-        ("text", "head_dim", 15, "4 attention heads of 15 channels do not go with 4 key-value"),
-        ("vision", "patch_size", 112, "vision_config makes no sense: CLIPVisionConfig(hidden_s"),
-        ("vision", "num_attention_heads", 5, "vision_config makes no sense: CLIPVisionConfig("))),
+       "FOLDER cannot be loaded (...") for mean in ([0.5, 0.5], 0.5)),
+    *((key("text", name, value), "FOLDER cannot be loaded (...") for name, value in (
+        ("hidden_size", "64"), ("num_key_value_heads", 3), ("num_hidden_layers", 0))),
     *((key(part, name, value),
        f"config.json: image_token_index is {image}, which stands for {taken} in FOLDER/"
        "tokenizer.json, so a prompt could hold it twice; give the tokenizer.json that the "
@@ -332,15 +277,11 @@ def test_what_is_missing_broken_or_another_models_is_named(damage: Change, says:
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
-@pytest.mark.parametrize("tokenizer", [True, False], ids=["with tokenizer.json", "without"])
-def test_llavas_own_layout_is_recognised_and_answered_with_the_line_that_converts_it(
-        tokenizer: bool, model_type: str, folder: Path):
+def test_llavas_own_layout_is_answered_with_the_line_that_converts_it(
+        model_type: str, folder: Path):
     """liuhaotian/llava-v1.5-7b and its fine-tunes: model_type is "llava" too, all else differs."""
     (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": model_type, "hidden_size": 4096,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2}))
-    for name in (MODEL, *([] if tokenizer else ["tokenizer.json"])):
-        (folder / name).unlink()
+        "model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
     assert refusal(folder) == (
         f"{folder} is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
         f"`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR` (config.json has "
@@ -350,20 +291,7 @@ def test_llavas_own_layout_is_recognised_and_answered_with_the_line_that_convert
 # ----- config.json --------------------------------------------------------------------------------
 
 
-BETWEEN = "{}; it must leave a layer before and after the features, of 3"
-
-
 @pytest.mark.parametrize("part, key, value, text", [
-    ("text", "hidden_size", "64", "'64', not a whole number from 1 to 131072"),
-    ("text", "hidden_size", 64.0, "64.0, not a whole number from 1 to 131072"),
-    ("text", "hidden_size", True, "True, not a whole number from 1 to 131072"),
-    ("text", "num_hidden_layers", 0, "0, not a whole number from 1 to 256"),
-    ("text", "num_hidden_layers", 10 ** 9, "1000000000, not a whole number from 1 to 256"),
-    ("text", "vocab_size", -1, "-1, not a whole number from 1 to 4194304"),
-    ("text", "rms_norm_eps", "tiny", "'tiny', not a positive number"),
-    ("text", "rms_norm_eps", -1e-5, "-1e-05, not a positive number"),
-    ("text", "rope_theta", 0, "0, not a positive number"),
-    ("text", "rope_theta", float("nan"), "nan, not a positive number"),
     ("text", "rope_scaling", {"factor": 2}, "{'factor': 2}; nanogap implements None only"),
     ("text", "rope_parameters", [10000.0], "not an object"),
     ("text", "hidden_act", "gelu", "'gelu'; nanogap implements 'silu' only"),
@@ -371,17 +299,13 @@ BETWEEN = "{}; it must leave a layer before and after the features, of 3"
     ("text", "attention_bias", True, "True; nanogap implements False only"),
     ("vision", "hidden_act", "gelu", "'gelu'; nanogap implements 'quick_gelu' only"),
     ("vision", "num_channels", 4, "4; nanogap implements 3 only"),
-    ("vision", "layer_norm_eps", [], "[], not a positive number"),
-    ("text", "bos_token_id", 640, "640, not a whole number from 0 to 639"),
-    ("text", "eos_token_id", 4_194_304, "4194304, not a whole number from 0 to 639"),
+    ("text", "eos_token_id", 640, "640, not a whole number from 0 to 639"),
+    ("text", "eos_token_id", ["</s>"], "'</s>', not a whole number from 0 to 639"),
     (None, "text_config", [], "not an object"),
-    (None, "vision_config", "clip", "not an object"),
-    (None, "vision_feature_layer", -1, BETWEEN.format(-1)),
-    (None, "vision_feature_layer", 0, BETWEEN.format(0)),
-    (None, "vision_feature_layer", [-2, -5], "[-2, -5], not a whole number from -256 to 256"),
+    *((None, "vision_feature_layer", layer, f"{layer}; it must leave a layer before and after the "
+       "features, of 3") for layer in (-1, 0, 3, -4, [-2])),
     (None, "vision_feature_select_strategy", "full", "'full'; nanogap implements 'default' only"),
-    (None, "projector_hidden_act", "relu", "'relu'; nanogap implements 'gelu' only"),
-    (None, "image_token_index", "<image>", "'<image>', not a whole number from 0 to 4194304")])
+    (None, "projector_hidden_act", "relu", "'relu'; nanogap implements 'gelu' only")])
 def test_a_config_that_nanogap_cannot_follow_is_refused_by_key(
         part: str | None, key: str, value: object, text: str, folder: Path):
     (folder / "generation_config.json").unlink()           # so that config.json says the end token
