@@ -7,6 +7,7 @@ Out: the mistake: what is wrong, and the next step.
 import fnmatch
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 
 DOWNLOAD, CLIP_DOWNLOAD = MODELS["llava"].download, MODELS["llava"].clip_download
+GET = (f"get the published weights with {DOWNLOAD}, or take some that come with nanogap, such as "
+       "weights/mini")
 OWN_LAYOUT = ("is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
               "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`")
 DELTA = ("is Shikra as it is published, a difference to LLaMA-7B; add them with `python -m "
@@ -28,10 +31,6 @@ DELTA = ("is Shikra as it is published, a difference to LLaMA-7B; add them with 
 MINIGPT = ("is or holds one of the pieces in which MiniGPT-v2 is published; put them together with "
            "`python -m nanogap.convert minigpt-v2 --base DIR --vision eva_vit_g.pth "
            "--checkpoint minigptv2_checkpoint.pth --out DIR`")
-TRAINING = ("holds the state of a training and no checkpoint yet; gather it into one with the "
-            "library that wrote it (zero_to_fp32.py, accelerate merge-weights)")
-STOPPED = "holds a download that stopped; run it again: it continues"
-CONVERT = "save it for PyTorch with `from_pretrained(FOLDER, {})` and save_pretrained"
 # what a folder may hold in place of a checkpoint: patterns of a file's name, and what that says
 OTHERS = {
     "adapter_model.*": ADAPTER,
@@ -42,15 +41,6 @@ OTHERS = {
     "minigpt*.pth": MINIGPT,
     "*.gguf": "holds GGUF files, which are llama.cpp's; give the checkpoint that they were made "
               "from",
-    "tf_model.h5": "holds weights of TensorFlow; " + CONVERT.format("from_tf=True"),
-    "flax_model.msgpack": "holds weights of Flax; " + CONVERT.format("from_flax=True"),
-    "*.distcp": TRAINING,
-    "global_step*": TRAINING,
-    "pytorch_model_fsdp*": TRAINING,
-    "*.incomplete": STOPPED,
-    "*.aria2": STOPPED,
-    "*.part": STOPPED,
-    "*.crdownload": STOPPED,
     "models--*": "is the hub's cache; give a folder in it, such as {folder}/models--OWNER--NAME"}
 # names of tensors that tell what a file is
 NAMES = {
@@ -65,28 +55,30 @@ def explain(folder: Path, error: BaseException, clip: Path | None = None) -> Nan
     if lacks_memory(error):
         return unreadable(folder, error)
     try:
-        weight_files(folder, look_at(folder))
+        config = look_at(folder, MODELS, GET)
+        weight_files(folder, MODELS[config["model_type"]].download)
         if clip is not None:
             look_at_clip(clip)
             weight_files(clip, CLIP_DOWNLOAD)
         if isinstance(error, NanogapError):
             return error
-        for one in (folder, clip):
-            if one is not None:
-                check_files(one)
+        check_files(folder)
+        if clip is not None:
+            check_files(clip)
     except NanogapError as found:
         return found
     return NanogapError(f"{folder} cannot be loaded ({one_line(error)}); get all of its files "
                         "again, of one checkpoint")
 
 
-def look_at(folder: Path) -> str:
-    """Refuse a folder that is no checkpoint of one of MODELS; returns what gets it anew."""
+def look_at(folder: Path, known: Collection[str], step: str) -> dict:
+    """config.json of a checkpoint of a known `model_type`; or what the folder is instead.
+
+    step: how to get one that is
+    """
     if not (folder / "config.json").exists():
         raise NanogapError(other_form(folder) or
-                           f"{folder} has no config.json, so it is not a checkpoint; get the "
-                           f"published weights with {DOWNLOAD}, or take some that come with "
-                           "nanogap, such as weights/mini")
+                           f"{folder} is not a folder with a config.json; {step}")
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
     found = config.get("model_type")
@@ -95,25 +87,16 @@ def look_at(folder: Path) -> str:
         raise NanogapError(say(folder, DELTA))
     if own and found != "minigpt_v2":
         raise NanogapError(f"{say(folder, OWN_LAYOUT)} (config.json has {own})")
-    if not isinstance(found, str) or found not in MODELS:
-        known = ", ".join(map(repr, MODELS))
-        raise NanogapError(f"{folder / 'config.json'} describes a {found!r:.80} model; "
-                           f"nanogap loads {known} (in the layout of llava-hf)")
+    if found not in list(known):
+        raise NanogapError(f"{folder / 'config.json'} describes a {found!r:.80} model, and here "
+                           f"nanogap loads {', '.join(known)} (in the layout of the hub); {step}")
     refuse_quantised(folder, config)
-    return MODELS[found].download
+    return config
 
 
 def look_at_clip(folder: Path, download: str = CLIP_DOWNLOAD) -> None:
     """The same for a CLIP; download: what gets it."""
-    if not (folder / "config.json").exists():
-        raise NanogapError(other_form(folder) or f"{folder} has no config.json, so it is no CLIP; "
-                           f"get it with {download}")
-    refuse_adapter(folder)
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "clip":
-        raise NanogapError(f"{folder / 'config.json'} describes a "
-                           f"{config.get('model_type')!r:.80} model, not a 'clip'")
-    refuse_quantised(folder, config)
+    look_at(folder, ["clip"], f"get the CLIP with {download}")
 
 
 def say(folder: Path, text: str) -> str:
@@ -128,9 +111,6 @@ def other_form(folder: Path) -> str | None:
         if fnmatch.filter(names, pattern):
             return say(folder, says)
     return None
-
-
-# ----- its files ----------------------------------------------------------------------------------
 
 
 def check_files(folder: Path) -> None:
@@ -180,20 +160,12 @@ def check_readable(path: Path) -> None:
     except Exception as error:               # an unpickler raises almost anything
         if isinstance(error, OSError) or lacks_memory(error):
             raise unreadable(path, error) from None
-        raise broken(path, error) from None
-
-
-def broken(path: Path, error: Exception) -> NanogapError:
-    """What a file of tensors is that cannot be read."""
-    found = instead(path)
-    if found:
-        return NanogapError(found)
-    foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))    # torch's words
-    step = "download it again"
-    if foreign or "more than tensors" in str(error):
-        step = "save it again with `torch.save(model.state_dict(), PATH)`"
-    why = f"it holds a {printable(foreign[1])}" if foreign else one_line(error)
-    return NanogapError(f"{path} cannot be read ({why}); {step}")
+        foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))    # torch's words
+        why = f"it holds a {printable(foreign[1])}" if foreign else one_line(error)
+        step = "download it again"
+        if foreign or "more than tensors" in why:
+            step = "save it again with `torch.save(model.state_dict(), PATH)`"
+        raise NanogapError(instead(path) or f"{path} cannot be read ({why}); {step}") from None
 
 
 def fits(model: nn.Module, name: str, shape: Size) -> bool:

@@ -50,9 +50,6 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     return model
 
 
-# ----- where --------------------------------------------------------------------------------------
-
-
 def default_weights() -> Path:
     """llava-1.5-7b-hf if it was downloaded, otherwise the mini weights that ship."""
     weights = REAL if REAL.is_dir() else MINI
@@ -86,9 +83,6 @@ def snapshot(folder: Path) -> Path:
         raise NanogapError(f"{snapshots} holds {len(found)} snapshots ({names:.200}); "
                            "give the folder of one of them, or run the download again")
     return found[0]
-
-
-# ----- on what ------------------------------------------------------------------------------------
 
 
 def check_place(device: str | torch.device | None, dtype: str | torch.dtype | None) -> None:

@@ -38,9 +38,6 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-# ----- before the work begins ---------------------------------------------------------------------
-
-
 def check_file(flag: str, path: Path, what: str = "file") -> None:
     """Refuse a place where no file can be."""
     folder = path.absolute().parent
@@ -101,9 +98,6 @@ def claim(flag: str, path: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):      # Windows keeps what is open
                 lock.unlink()
-
-
-# ----- at its end ---------------------------------------------------------------------------------
 
 
 def write_whole(flag: str, path: Path, data: bytes) -> None:

@@ -76,9 +76,6 @@ def text_of(path: Path, data: bytes) -> str:
                            "save it as UTF-8") from None
 
 
-# ----- JSON ---------------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict:
     """The object in a file of a checkpoint, in UTF-8.
 

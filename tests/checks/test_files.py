@@ -186,9 +186,7 @@ def no_weights(folder: Path, name: str) -> None:
 FORMS: list[tuple[Change, str]] = [
     *((lambda folder, name=name: no_weights(folder, name), says) for name, says in (
         ("adapter_model.safetensors", "adapter"), ("non_lora_trainables.bin", "adapter"),
-        ("mm_projector.bin", "LLaVA's own layout"), ("llava-q4.gguf", "GGUF"),
-        ("tf_model.h5", "from_tf=True"), ("flax_model.msgpack", "from_flax=True"),
-        ("__0_0.distcp", "state of a training"), ("global_step100", "state of a training"))),
+        ("mm_projector.bin", "LLaVA's own layout"), ("llava-q4.gguf", "GGUF"))),
     *((tensors({name: value}), says) for name, value, says in (
         ("base_model.model.x.lora_A.weight", torch.ones(2), "adapter"),
         ("model.mm_projector.0.weight", torch.ones(2), "LLaVA's own layout"),
@@ -208,11 +206,6 @@ def test_a_whole_file_of_another_form_is_told_what_it_is_and_not_fetched_again(
     change(folder)
     said = refusal(folder)
     assert says in said and "again" not in said and "broken" not in said, said
-
-
-def test_a_download_that_stopped_is_to_go_on(folder: Path):
-    no_weights(folder, "model.safetensors.abc.incomplete")
-    assert "run it again: it continues" in refusal(folder)
 
 
 def test_a_folder_of_the_hubs_cache_is_used(whole: Path, tmp_path: Path):
@@ -302,7 +295,7 @@ def test_a_clip_of_another_tower_is_refused_though_all_sizes_fit(
         name: change(value).contiguous() if name.startswith("vision_model.") and value.dim() > 1
         else value for name, value in state.items()})
     if refused:
-        with pytest.raises(NanogapError, match="is a CLIP of other weights than the vision tow"):
+        with pytest.raises(NanogapError, match="is not the CLIP that the vision tower comes"):
             nanogap.load(mini, "cpu", clip=clip)
     else:
         assert nanogap.load(mini, "cpu", clip=clip).text_guide is not None

@@ -211,9 +211,9 @@ NO_OBJECT = "FOLDER/{} holds no JSON object but a {}: it is some other file unde
 # what is done to a folder, and what it is told; "..." stands for any end
 BROKEN: list[tuple[Change, str]] = [
     (lambda folder: folder.rename(folder.parent / "x"),
-     f"FOLDER has no config.json, so it is not a checkpoint; {GET_OR}"),
+     f"FOLDER is not a folder with a config.json; {GET_OR}"),
     (without("config.json"),
-     f"FOLDER has no config.json, so it is not a checkpoint; {GET_OR}"),
+     f"FOLDER is not a folder with a config.json; {GET_OR}"),
     (without(MODEL),
      f"FOLDER holds no {MODEL} and no index of shards; get the weights with {GET}"),
     # tokenizer.json
@@ -250,8 +250,8 @@ BROKEN: list[tuple[Change, str]] = [
         "", "{", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
     (put("config.json", "null"), NO_OBJECT.format("config.json", "NoneType")),
     *((key(None, "model_type", kind),
-       f"FOLDER/config.json describes a {kind!r} model; nanogap loads "
-       f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
+       f"FOLDER/config.json describes a {kind!r} model, and here nanogap loads "
+       f"{', '.join(MODELS)} (in the layout of the hub); {GET_OR}")
       for kind in ("llama", "llava_onevision", None, ["llava"])),
     *((put(name, "{"), f"FOLDER/{name} cannot be read (...")
       for name in ("generation_config.json", "preprocessor_config.json")),
