@@ -77,8 +77,9 @@ def look_at(folder: Path, known: Collection[str], step: str) -> dict:
     step: how to get one that is
     """
     if not (folder / "config.json").exists():
-        raise NanogapError(other_form(folder) or
-                           f"{folder} is not a folder with a config.json; {step}")
+        what = ("has no config.json, so it is not a checkpoint" if folder.is_dir() else
+                "is not a folder")
+        raise NanogapError(other_form(folder) or f"{folder} {what}; {step}")
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
     found = config.get("model_type")

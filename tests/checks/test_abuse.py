@@ -37,9 +37,6 @@ def answered(ask: Callable, given: object) -> str:
     return kind
 
 
-# ----- words --------------------------------------------------------------------------------------
-
-
 def test_any_answer_holds_a_box_within_the_square_or_none():
     draw = random.Random("box")
     pieces = ["[", "]", ", ", ",", " ", ".", "-", "0", "1", "9" * 400, "0.", ".5", "1e999", "nan",
@@ -89,14 +86,3 @@ def test_any_expression_gives_a_prompt_with_one_image_token_or_one_line(model: L
 def test_a_budget_or_indices_that_cannot_be_fed_are_one_line(
         keep: object, mode: str, model: Llava):
     assert answered(partial(model.ground, PICTURE, "x", "random", keep, mode), keep) == "error"
-
-
-@pytest.mark.parametrize("keep", [[], [0], [15, 0], [16], [-1], [1, 1], 3, [[1]], list(range(16))])
-def test_indices_to_keep_give_logits_or_the_reason_why_not(keep: object, model: Llava):
-    for mode in MODES:
-        try:
-            logits = model(torch.tensor([1, 560, 9]), torch.zeros(1, 3, 56, 56),
-                           torch.tensor(keep, dtype=torch.long), mode)
-            assert logits.shape == (2 + len(keep), 640) and logits.isfinite().all()
-        except ValueError as error:
-            assert str(error).startswith(("keep ", "mode 'full' keeps all 16"))

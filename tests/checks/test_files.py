@@ -18,7 +18,7 @@ import nanogap
 from nanogap import NanogapError, weights
 from nanogap.checks import silent as settings
 from nanogap.checks.silent import silent
-from tests.checks.test_weights import TINY, Change, edit, logits, refusal, set_tensors, tensors
+from tests.checks.test_weights import TINY, Change, edit, logits, refusal, tensors
 from tests.tiny import write_shards, write_tensors
 
 
@@ -236,12 +236,6 @@ def test_each_pickle_of_torchs_is_read_today_or_by_hand(folder: Path, whole: Pat
 # ----- what a mistake is blamed on ----------------------------------------------------------------
 
 
-def test_a_file_larger_than_any_of_its_kind_is_not_read(folder: Path):
-    with open(folder / "config.json", "ab") as file:
-        file.truncate(1 << 40)                        # of no bytes on the disk
-    assert "more than any file of that kind" in refusal(folder)
-
-
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_file_that_may_not_be_read_is_not_called_broken(name: str, folder: Path):
@@ -258,36 +252,17 @@ def test_a_lack_of_memory_is_not_called_broken(error: Exception, folder: Path, m
 
     monkeypatch.setattr(weights, "safe_open", full)
     assert "there is no room in memory for" in refusal(folder)
-    torch.save(TINY, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    monkeypatch.setattr(torch, "load", full)
-    assert "there is no room in memory for" in refusal(folder)
-
-
-@pytest.mark.parametrize("name", [PROJECTION, "multi_modal_projector.linear_1.weight",
-                                  "vision_tower.vision_model.pre_layrnorm.weight"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_blamed_on_the_weights(
-        name: str, value: float, folder: Path, picture):
-    """Not on the strategy, whose scores they spoil."""
-    set_tensors(folder, **{name: torch.full_like(TINY[name], value)})
-    model = nanogap.load(folder, "cpu")
-    for strategy in ("random", "cls_attention", "prumerge", "visionzip"):
-        with pytest.raises(NanogapError, match="numbers .*that are not finite.* weights"):
-            model.ground(picture, "x", strategy, 12)
 
 
 # ----- a CLIP that the tower does not come from ---------------------------------------------------
 
 
 @pytest.mark.parametrize("change, refused", [
-    (lambda value: value, False), (lambda value: value.bfloat16().float(), False),
-    (lambda value: value * 1.05, False), (lambda value: torch.randn_like(value), True),
-    (lambda value: value.flip(0), True), (lambda value: -value, True),
-    (torch.zeros_like, True)], ids=["same", "rounded", "trained", "random", "rows", "minus", "0"])
+    (lambda value: value.bfloat16().float(), False), (lambda value: value * 1.05, False),
+    (lambda value: torch.randn_like(value), True), (lambda value: value.flip(0), True),
+    (torch.zeros_like, True)], ids=["rounded", "trained", "random", "rows", "0"])
 def test_a_clip_of_another_tower_is_refused_though_all_sizes_fit(
         tmp_path: Path, change: Callable, refused: bool):
-    torch.manual_seed(0)
     mini = Path(__file__).resolve().parents[2] / "weights" / "mini"
     clip = shutil.copytree(mini / "clip_text", tmp_path / "clip")
     state = {name: value.float() for name, value in weights.read_tensors(mini / "clip_text")}

@@ -17,8 +17,7 @@ PICTURE = Image.radial_gradient("L").resize((90, 60))
 
 @pytest.mark.parametrize("arguments", [
     {"folder": None}, {"folder": 1}, {"folder": ""}, {"folder": "no such thing"}, {"clip": []},
-    {"clip": "no such thing"}, {"device": "abacus"}, {"device": 1}, {"dtype": "int8"},
-    {"dtype": torch.int8}, {"dtype": 1.5}], ids=str)
+    {"clip": "no such thing"}, {"device": 1}, {"dtype": 1.5}], ids=str)
 def test_what_names_no_checkpoint_device_or_dtype_is_one_line(arguments: dict):
     with pytest.raises(NanogapError) as caught:
         nanogap.load(**{"folder": MINI} | arguments)

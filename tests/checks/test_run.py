@@ -296,9 +296,9 @@ def test_keep_out_of_range_is_refused_in_every_mode(
         ("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from "),
         ("--seed -1", "argument --seed: '-1' is not a whole number from 0 on"),
         ("--weights nowhere",
-         "nowhere is not a folder with a config.json; get the published weights with `hf down"),
+         "nowhere is not a folder; get the published weights with `hf download"),
         ("--weights .",
-         ". is not a folder with a config.json; get the published weights with `hf "))),
+         ". has no config.json, so it is not a checkpoint; get the published weights with `hf "))),
     # before any work
     *((f"photo.png x --weights nowhere --out {out}".split(), f"--out {out}{message}")
       for out, message in (

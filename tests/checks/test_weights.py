@@ -13,8 +13,6 @@ from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError, weights
-from nanogap.checks import loading
-from nanogap.checks.loading import default_weights
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
@@ -77,13 +75,11 @@ def set_tensors(folder: Path, **changed: Tensor | None) -> None:
 @pytest.mark.parametrize("ours, layout, on_disk", [
     (NORM, "a", "language_model.model.norm.weight"),
     (NORM, "c", "model.language_model.norm.weight"),
-    ("language_model.lm_head.weight", "b", "language_model.lm_head.weight"),
     ("language_model.lm_head.weight", "d", "lm_head.weight"),
     ("multi_modal_projector.linear_1.bias", "d", "model.multi_modal_projector.linear_1.bias"),
     ("vision_tower.pre_layrnorm.bias", "a", "vision_tower.vision_model.pre_layrnorm.bias"),
     ("vision_tower.pre_layrnorm.bias", "b", "vision_tower.pre_layrnorm.bias"),
-    ("vision_tower.pre_layrnorm.bias", "c", "model.vision_tower.vision_model.pre_layrnorm.bias"),
-    ("vision_tower.pre_layrnorm.bias", "d", "model.vision_tower.pre_layrnorm.bias")])
+    ("vision_tower.pre_layrnorm.bias", "c", "model.vision_tower.vision_model.pre_layrnorm.bias")])
 def test_each_layout_names_a_tensor_in_its_own_way_and_all_become_ours(
         ours: str, layout: str, on_disk: str):
     assert our_name(ours, tiny.PUBLISHED[layout]) == on_disk
@@ -127,14 +123,6 @@ def test_tied_embeddings_need_no_lm_head_on_disk(tmp_path: Path):
     state = model.state_dict()
     assert torch.equal(state["language_model.lm_head.weight"],
                        state["language_model.model.embed_tokens.weight"])
-
-
-# ----- where they are ----------------------------------------------------------------------------
-
-
-def test_the_real_weights_go_before_those_that_ship(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(loading, "REAL", tmp_path)
-    assert default_weights() == tmp_path
 
 
 # ----- device and precision -----------------------------------------------------------------------
@@ -189,14 +177,6 @@ def sharded(name: str, change: Callable[[Path], object]) -> Change:
     return shard
 
 
-def index(weight_map: dict[str, str]) -> Change:
-    """Other files for some of the tensors; there is one outside of the folder."""
-    def point(path: Path) -> None:
-        write_tensors(path.parents[1] / "x.safetensors", {NORM: torch.ones(64)})
-        edit(path, lambda value: value["weight_map"].update(weight_map))
-    return sharded(INDEX, point)
-
-
 def cut(share: float) -> Change:
     return lambda folder: os.truncate(
         folder / MODEL, int(share * (folder / MODEL).stat().st_size))
@@ -210,10 +190,9 @@ NOT_LOADED = "FOLDER cannot be loaded (Error(s) in loading state_dict for VLM: "
 NO_OBJECT = "FOLDER/{} holds no JSON object but a {}: it is some other file under this name"
 # what is done to a folder, and what it is told; "..." stands for any end
 BROKEN: list[tuple[Change, str]] = [
-    (lambda folder: folder.rename(folder.parent / "x"),
-     f"FOLDER is not a folder with a config.json; {GET_OR}"),
+    (lambda folder: folder.rename(folder.parent / "x"), f"FOLDER is not a folder; {GET_OR}"),
     (without("config.json"),
-     f"FOLDER is not a folder with a config.json; {GET_OR}"),
+     f"FOLDER has no config.json, so it is not a checkpoint; {GET_OR}"),
     (without(MODEL),
      f"FOLDER holds no {MODEL} and no index of shards; get the weights with {GET}"),
     # tokenizer.json
@@ -381,18 +360,13 @@ def test_what_the_config_says_is_read_and_not_guessed(
 
 
 def test_both_spellings_of_the_newer_keys_are_read(folder: Path):
-    expected = logits(folder)
-
     def respell(config: dict) -> None:
         config["image_token_id"] = config.pop("image_token_index")
         config["dtype"] = config.pop("torch_dtype")
-        text = config["text_config"]
-        text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
 
     edit(folder / "config.json", respell)
     config = weights.read_config(folder)
-    assert (config.image_token, config.dtype, config.text.rope_theta) == (560, "float32", 10000.0)
-    assert torch.equal(logits(folder), expected)
+    assert (config.image_token, config.dtype) == (560, "float32")
 
 
 # ----- memory -------------------------------------------------------------------------------------
