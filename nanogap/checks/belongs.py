@@ -5,7 +5,7 @@ Out: nothing, or what is another checkpoint's: all of it fits, and answers would
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Size, Tensor
 from nanogap import weights
 from nanogap.checks.pickles import of_model, read_saved
 from nanogap.checks.reading import printable
-from nanogap.checks.silent import OF_OTHERS, QUANTISED
+from nanogap.checks.silent import ADAPTER, OF_OTHERS, OWN_LAYOUT, QUANTISED, say
 from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
@@ -24,6 +24,12 @@ from nanogap.models.saving import our_name
 
 # how safetensors spells types -> how torch does; others are no weights
 NUMBERS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# names of tensors that tell what a file is
+NAMES = {
+    r"\blora_[AB]\b|^base_model\.model\.": ADAPTER,
+    r"\bmm_projector\b|vision_tower\.vision_tower\.": OWN_LAYOUT,
+    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|weight_packed|weight_shape|\w*_scale|"
+    r"\w*_scale_inv|\w*zero_point|quant_state\.\S+|nested_\w+)$": QUANTISED}
 SAMPLE = 1024        # numbers of each matrix by which two vision towers are compared
 FARTHEST = 0.3       # of the sum of their norms; those of two trainings are 0.7 apart
 
@@ -48,7 +54,7 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
 
     clip: the folder of the text tower that was loaded with it
     """
-    check_tensors(folder, model)
+    check_tensors(folder, model.rename)
     check_tokenizer(folder, model)
     guide = model.text_guide
     for tokenizer in [model.tokenizer, *([guide.tokenizer] if guide else [])]:
@@ -58,25 +64,26 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
         check_guide(clip, model, guide)
 
 
-def check_tensors(folder: Path, model: Llava) -> None:
-    """Each tensor is there once, in a precision of weights."""
+def check_tensors(folder: Path, rename: Sequence[tuple[str, str]] = ()) -> None:
+    """Each tensor is there once, under a name and in a precision of weights.
+
+    rename: patterns of names on disk, to names of modules
+    """
     seen = set()
     for path in weights.weight_files(folder):
         for name, _, kind in tensors_of(path):
             if re.search(weights.UNUSED, name):
                 continue
-            check_numbers(path, name, kind)
-            ours = our_name(name, model.rename)
+            what = next((says for pattern, says in NAMES.items() if re.search(pattern, name)), None)
+            if what is None and kind not in (*weights.DTYPES, "float64"):
+                what = QUANTISED
+            if what:
+                raise NanogapError(f"{say(folder, what)} ({path.name}: {printable(name)}, {kind})")
+            ours = our_name(name, rename)
             if ours in seen:
                 raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
                                    "another name")
             seen.add(ours)
-
-
-def check_numbers(path: Path, name: str, kind: str) -> None:
-    """Weights are float32, bfloat16 or float16, and nothing that only looks like them."""
-    if kind not in (*weights.DTYPES, "float64"):
-        raise NanogapError(f"{path.parent} {QUANTISED} ({path.name}: {printable(name)} is {kind})")
 
 
 def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:

@@ -6,7 +6,6 @@ import torch
 
 from nanogap import weights
 from nanogap.checks.belongs import check_belonging
-from nanogap.checks.command import shown
 from nanogap.checks.explain import explain
 from nanogap.checks.silent import check_clip, silent
 from nanogap.errors import NanogapError
@@ -61,9 +60,6 @@ def default_weights() -> Path:
 def folder_of(name: str | Path) -> Path:
     """The folder that is meant: a path, the name of weights that ship, or a snapshot of the hub's.
     """
-    if not isinstance(name, str | Path) or name == "":
-        raise NanogapError(f"a checkpoint is a folder, and {shown(name)} names none: give its "
-                           f"path, such as {MINI}")
     folder = Path(name)
     if not folder.exists() and len(folder.parts) == 1 and (HERE / folder / "config.json").is_file():
         return HERE / folder
@@ -93,5 +89,4 @@ def check_place(device: str | torch.device | None, dtype: str | torch.dtype | No
         raise NanogapError(f"device {device} is not available here; "
                            f"choose from {', '.join(there)}")
     if dtype is not None and str(dtype).removeprefix("torch.") not in weights.DTYPES:
-        raise NanogapError(f"unknown dtype {dtype}; choose from "
-                           f"{', '.join(weights.DTYPES)}")
+        raise NanogapError(f"unknown dtype {dtype}; choose from {', '.join(weights.DTYPES)}")

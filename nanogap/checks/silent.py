@@ -7,6 +7,7 @@ Source: transformers 5.23.
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,8 @@ ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weight
            "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
 QUANTISED = ("holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
              "checkpoint that they were made from, or save the `dequantize()` of transformers")
+OWN_LAYOUT = ("is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
+              "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`")
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,15 @@ def silent(folder: Path) -> None:
     config = read_json(folder / "config.json")
     refuse_quantised(folder, config)
     family = FAMILIES[config["model_type"]]
-    text, vision = section(config, "text_config"), section(config, "vision_config")
+    text = config.get("text_config") or {}
     require(config, family.top)
     require(text, DECODER | {"model_type": tuple(family.turns)})
-    require(vision, family.vision)
+    require(config.get("vision_config") or {}, family.vision)
     check_rope(text)
     generation = optional(folder / "generation_config.json")
     file, processor = read_processor(folder)
     read = weights.read_config(folder, MODELS[config["model_type"]])
     check_layer(config, read.vision.num_hidden_layers)
-    check_image_token(config)
     kind = text.get("model_type") or "llama"
     window = text.get("sliding_window")
     if kind == "mistral" and window is not None and window < read.text.max_position_embeddings:
@@ -109,6 +111,11 @@ def silent(folder: Path) -> None:
             PROCESSOR | {"patch_size": (read.vision.patch_size,)}, "processor_config.json")
 
 
+def say(folder: Path, text: str) -> str:
+    """A text about a folder; the command in it can be pasted."""
+    return f"{folder} {text.replace('{folder}', shlex.quote(str(folder)))}"
+
+
 def refuse_adapter(folder: Path) -> None:
     """An adapter beside a model would change its answers, so it is not passed over."""
     if (folder / "adapter_config.json").is_file():
@@ -117,7 +124,7 @@ def refuse_adapter(folder: Path) -> None:
 
 def refuse_quantised(folder: Path, config: dict) -> None:
     """Weights in 4 or 8 bits are no tensors of the model's shapes."""
-    for part in (config, section(config, "text_config")):
+    for part in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
             if part.get(key):
                 raise NanogapError(f"{folder} {QUANTISED} (config.json: {key})")
@@ -126,14 +133,6 @@ def refuse_quantised(folder: Path, config: dict) -> None:
 def wrong(file: str, key: str, value: object, why: str) -> NanogapError:
     """The mistake that the value of a key is."""
     return NanogapError(f"{file}: {key} is {value!r:.80}{why}")
-
-
-def section(config: dict, key: str) -> dict:
-    """A part of config.json; empty where the key is missing or null."""
-    part = config.get(key)
-    if part is not None and not isinstance(part, dict):
-        raise NanogapError(f"config.json: {key} is not an object")
-    return part or {}
 
 
 def require(part: dict, table: Table, file: str = "config.json") -> None:
@@ -150,7 +149,7 @@ def require(part: dict, table: Table, file: str = "config.json") -> None:
 def check_rope(text: dict) -> None:
     """Scaled positions are refused, in each of their spellings."""
     key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
-    rope = section(text, key)
+    rope = text.get(key) or {}
     kind = rope.get("rope_type", rope.get("type"))
     require({"rope_type": kind}, {"rope_type": ("default", "linear")})
     scaled = rope.get("factor") not in (None, 1) and kind != "default"
@@ -166,14 +165,6 @@ def check_layer(config: dict, layers: int) -> None:
     if layer is not None and layer not in (*range(-layers, -1), *range(1, layers)):
         raise wrong("config.json", "vision_feature_layer", layer,
                     f"; it must leave a layer before and after the features, of {layers}")
-
-
-def check_image_token(config: dict) -> None:
-    """The image token in its two spellings is one."""
-    tokens = [config.get("image_token_index"), config.get("image_token_id")]
-    if None not in tokens and tokens[0] != tokens[1]:
-        raise NanogapError("config.json: image_token_index and image_token_id are two tokens; "
-                           "leave one of them")
 
 
 def check_ends(generation: dict, config: dict, text: dict, rows: int) -> None:
@@ -223,7 +214,7 @@ def template_of(folder: Path) -> tuple[Path, str] | None:
 def read_processor(folder: Path) -> tuple[str, dict]:
     """preprocessor_config.json, or what transformers 5 has in its place; and where that stands."""
     file = "processor_config.json"
-    found = section(optional(folder / file), "image_processor")
+    found = optional(folder / file).get("image_processor")
     if not found:
         file = "preprocessor_config.json"
         found = optional(folder / file)
@@ -264,6 +255,5 @@ def check_pinpoints(config: dict, file: str, processor: dict, size: int) -> None
 def check_clip(folder: Path) -> None:
     """The same of a CLIP whose text tower reads expressions."""
     config = read_json(folder / "config.json")
-    for key in ("text_config", "vision_config"):
-        for part in (section(config, key), section(config, f"{key}_dict")):    # as older files say
-            require(part, {"hidden_act": ("quick_gelu",)})
+    for key in ("text_config", "vision_config", "text_config_dict", "vision_config_dict"):
+        require(config.get(key) or {}, {"hidden_act": ("quick_gelu",)})

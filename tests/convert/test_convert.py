@@ -495,7 +495,7 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("llava", keys("llava/config.json", hidden_size=128),
      "with rows for new tokens, is [576, 64], and config.json makes it [576, 128]"),
     ("llava", keys("clip/config.json", model_type="siglip"),
-     "describes a 'siglip' model, and here nanogap loads clip"),
+     "describes a 'siglip' model, not a 'clip'"),
     ("llava", keys("clip/config.json", vision_config={
         "hidden_size": 1024, "image_size": 224, "num_attention_heads": 16, "patch_size": 14}),
      "clip is a CLIP for 224 pixels, and "),
