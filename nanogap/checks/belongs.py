@@ -16,7 +16,7 @@ from torch import Size, Tensor
 from nanogap import weights
 from nanogap.checks.pickles import of_model, read_saved
 from nanogap.checks.reading import printable
-from nanogap.checks.silent import ADAPTER, OF_OTHERS, OWN_LAYOUT, QUANTISED, say
+from nanogap.checks.silent import ADAPTER, OF_OTHERS, OTHER_CHAT, OWN_LAYOUT, QUANTISED, say
 from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
@@ -110,9 +110,8 @@ def check_tokenizer(folder: Path, model: Llava) -> None:
                            "published with")
     for token in added.values():
         if OF_OTHERS.fullmatch(token.content):
-            raise NanogapError(f"{path} holds {token.content}, a word of another chat template "
-                               "than the model's, and nanogap asks in that only: a model that was "
-                               "trained with another would answer worse; give its own checkpoint")
+            raise NanogapError(f"{path} holds {token.content}, a word of {OTHER_CHAT}; give its "
+                               "own checkpoint")
 
 
 def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:

@@ -53,6 +53,8 @@ ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weight
            "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
 QUANTISED = ("holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
              "checkpoint that they were made from, or save the `dequantize()` of transformers")
+OTHER_CHAT = ("another chat template than the model's, and nanogap asks in that only: a model that "
+              "was trained with another would answer worse")
 OWN_LAYOUT = ("is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
               "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`")
 
@@ -191,9 +193,8 @@ def check_template(folder: Path, turn: str) -> None:
     """
     found = template_of(folder)
     if found and (turn not in found[1] or OF_OTHERS.search(found[1])):
-        raise NanogapError(f"{found[0]} holds another chat template than the model's, and nanogap "
-                           "asks in that only: a model that was trained with another would answer "
-                           "worse; if this one was not, take the template away")
+        raise NanogapError(f"{found[0]} holds {OTHER_CHAT}; if this one was not, take the "
+                           "template away")
 
 
 def template_of(folder: Path) -> tuple[Path, str] | None:

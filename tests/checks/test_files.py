@@ -5,9 +5,7 @@ Out: an answer that follows it, or one line that names it; never a piece of it p
 """
 
 import json
-import os
 import shutil
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -234,14 +232,6 @@ def test_each_pickle_of_torchs_is_read_today_or_by_hand(folder: Path, whole: Pat
 
 
 # ----- what a mistake is blamed on ----------------------------------------------------------------
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_file_that_may_not_be_read_is_not_called_broken(name: str, folder: Path):
-    (folder / name).chmod(0)
-    assert "Permission denied" in refusal(folder)
-    (folder / name).chmod(stat.S_IRUSR)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory"),

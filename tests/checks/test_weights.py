@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import nanogap
@@ -17,6 +19,7 @@ from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import our_name, save
+from nanogap.prune import STRATEGIES
 from tests import tiny
 from tests.tiny import (
     LAYOUTS,
@@ -164,6 +167,23 @@ def test_any_precision_on_disk_becomes_the_one_asked_for(
     assert torch.equal(model.state_dict()[NORM], TINY[NORM].to(stored).to(asked))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_converted_answers_with_every_strategy(
+        dtype: torch.dtype, picture: Image.Image):
+    """The text guide goes with it, to float64 and back as well."""
+    model = nanogap.load("mini", "cpu")
+    before = deepcopy(model)
+    model.to(dtype)
+    assert model.dtype == model.text_guide.text_projection.weight.dtype == dtype
+    for name in STRATEGIES:
+        model.ground(picture, "the red car", name, 100, max_new_tokens=2)
+    if dtype == torch.float64:
+        model.float()
+        answers = [one.ground(picture, "the red car", "trim", 40, max_new_tokens=9).tokens
+                   for one in (before, model)]
+        assert answers[0] == answers[1]
+
+
 def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
     choices = "choose from float32, bfloat16, float16"
     assert refusal(folder, dtype="int8") == f"unknown dtype int8; {choices}"
@@ -246,18 +266,6 @@ def test_what_is_missing_broken_or_another_models_is_named(damage: Change, says:
     text = refusal(folder)
     assert text.startswith(begin) and text.endswith(end)
     assert "..." in says or text == begin
-
-
-@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
-def test_llavas_own_layout_is_answered_with_the_line_that_converts_it(
-        model_type: str, folder: Path):
-    """liuhaotian/llava-v1.5-7b and its fine-tunes: model_type is "llava" too, all else differs."""
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
-    assert refusal(folder) == (
-        f"{folder} is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
-        f"`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR` (config.json has "
-        "mm_vision_tower)")
 
 
 # ----- config.json --------------------------------------------------------------------------------
