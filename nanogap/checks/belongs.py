@@ -5,7 +5,7 @@ Out: nothing, or what is another checkpoint's: all of it fits, and answers would
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,16 +20,13 @@ from nanogap.checks.silent import ADAPTER, OF_OTHERS, OTHER_CHAT, OWN_LAYOUT, QU
 from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
-from nanogap.models.saving import our_name
 
 # how safetensors spells types -> how torch does; others are no weights
 NUMBERS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # names of tensors that tell what a file is
 NAMES = {
     r"\blora_[AB]\b|^base_model\.model\.": ADAPTER,
-    r"\bmm_projector\b|vision_tower\.vision_tower\.": OWN_LAYOUT,
-    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|weight_packed|weight_shape|\w*_scale|"
-    r"\w*_scale_inv|\w*zero_point|quant_state\.\S+|nested_\w+)$": QUANTISED}
+    r"\bmm_projector\b|vision_tower\.vision_tower\.": OWN_LAYOUT}
 SAMPLE = 1024        # numbers of each matrix by which two vision towers are compared
 FARTHEST = 0.3       # of the sum of their norms; those of two trainings are 0.7 apart
 
@@ -54,7 +51,7 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
 
     clip: the folder of the text tower that was loaded with it
     """
-    check_tensors(folder, model.rename)
+    check_tensors(folder)
     check_tokenizer(folder, model)
     guide = model.text_guide
     for tokenizer in [model.tokenizer, *([guide.tokenizer] if guide else [])]:
@@ -64,26 +61,15 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
         check_guide(clip, model, guide)
 
 
-def check_tensors(folder: Path, rename: Sequence[tuple[str, str]] = ()) -> None:
-    """Each tensor is there once, under a name and in a precision of weights.
-
-    rename: patterns of names on disk, to names of modules
-    """
-    seen = set()
+def check_tensors(folder: Path) -> None:
+    """Each tensor has a name and a precision that weights have."""
     for path in weights.weight_files(folder):
         for name, _, kind in tensors_of(path):
-            if re.search(weights.UNUSED, name):
-                continue
             what = next((says for pattern, says in NAMES.items() if re.search(pattern, name)), None)
-            if what is None and kind not in (*weights.DTYPES, "float64"):
-                what = QUANTISED
+            if kind not in (*weights.DTYPES, "float64") and not re.search(weights.UNUSED, name):
+                what = what or QUANTISED
             if what:
                 raise NanogapError(f"{say(folder, what)} ({path.name}: {printable(name)}, {kind})")
-            ours = our_name(name, rename)
-            if ours in seen:
-                raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
-                                   "another name")
-            seen.add(ours)
 
 
 def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
@@ -118,10 +104,8 @@ def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
     """Refuse a CLIP that the vision tower does not come from."""
     path = folder / "tokenizer.json"
     check_rows(path, guide.tokenizer, guide.text_model.config.vocab_size)
-    ids = guide.tokenizer.encode("a").ids
-    end = weights.read_json(folder / "config.json")["text_config"].get("eos_token_id")
-    if len(ids) < 3 or ids[-1] != max(guide.tokenizer.get_vocab().values()) or \
-            ids.count(ids[-1]) > 1 or end not in (None, 2, ids[-1]):   # 2: in older files
+    ids, end = guide.tokenizer.encode("a").ids, max(guide.tokenizer.get_vocab().values())
+    if len(ids) < 3 or ids[-1] != end or ids.count(end) > 1:
         raise NanogapError(f"{path} makes {ids} of a text, and CLIP reads it at its end token, "
                            "the highest ID; give the tokenizer.json that the CLIP was published "
                            "with")

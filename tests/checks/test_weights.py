@@ -125,13 +125,6 @@ def test_every_layout_single_or_sharded_gives_the_same_logits_bit_for_bit(
     assert torch.equal(logits(other), logits(folder))
 
 
-def test_a_model_comes_ready_to_ask_and_knows_its_device_and_dtype(folder: Path):
-    model = nanogap.load(str(folder), "cpu")
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
-    assert model.prompt("a dog").tolist().count(model.config.image_token) == 1
-
-
 def test_what_is_saved_loads_again_bit_for_bit(folder: Path, tmp_path: Path):
     save(tmp_path / "again", nanogap.load(folder, "cpu"), torch.float32)
     assert torch.equal(logits(tmp_path / "again"), logits(folder))
@@ -220,8 +213,6 @@ BROKEN: list[tuple[Change, str]] = [
     (tensors({NORM: None}), f'{NOT_LOADED}Missing key(s) in state_dict: "{NORM}"...'),
     (tensors({MORE: torch.ones(64)}), f'{NOT_LOADED}Unexpected key(s) in state_dict: "{MORE}"...'),
     (tensors({NORM: torch.ones(63)}), f"{NOT_LOADED}size mismatch for {NORM}: copying a param ..."),
-    (tensors({"model.language_model.norm.weight": torch.ones(64)}),
-     f"FOLDER/{MODEL} holds ...norm.weight, which was there before under another name"),
     (key("text", "num_hidden_layers", 4), f"{NOT_LOADED}Missing key(s) in state_dict: ..."),
     # shards and their index
     (sharded("model-00002-of-00002.safetensors", Path.unlink),
