@@ -6,7 +6,6 @@ Out: nothing, or what is another checkpoint's: all of it fits, and answers would
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -17,16 +16,17 @@ from torch import Size, Tensor
 from nanogap import weights
 from nanogap.checks.pickles import of_model, read_saved
 from nanogap.checks.reading import printable
-from nanogap.checks.silent import QUANTISED
-from nanogap.clip import CLIPText, CLIPVisionConfig
+from nanogap.checks.silent import ADAPTER, OF_OTHERS, OTHER_CHAT, OWN_LAYOUT, QUANTISED, say
+from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
-from nanogap.models.saving import our_name
 
-# how safetensors spells types -> how torch does
-NUMBERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
-OF_OTHERS = re.compile(r"<\|(im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant"
-                       r"|system|end)\|>|<(start|end)_of_turn>")
+# how safetensors spells types -> how torch does; others are no weights
+NUMBERS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# names of tensors that tell what a file is
+NAMES = {
+    r"\blora_[AB]\b|^base_model\.model\.": ADAPTER,
+    r"\bmm_projector\b|vision_tower\.vision_tower\.": OWN_LAYOUT}
 SAMPLE = 1024        # numbers of each matrix by which two vision towers are compared
 FARTHEST = 0.3       # of the sum of their norms; those of two trainings are 0.7 apart
 
@@ -37,8 +37,8 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Size, str]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 part = file.get_slice(name)
-                kind = re.sub(r"^(BF|F|I|U)(?=\d)", lambda m: NUMBERS[m[1]], part.get_dtype())
-                yield name, Size(part.get_shape()), kind
+                kind = part.get_dtype()
+                yield name, Size(part.get_shape()), NUMBERS.get(kind, kind)
         return
     for name, tensor in of_model(read_saved(path)).items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
@@ -51,20 +51,8 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
 
     clip: the folder of the text tower that was loaded with it
     """
-    seen = set()
-    for path in weights.weight_files(folder):
-        for name, shape, kind in tensors_of(path):
-            if re.search(weights.UNUSED, name):
-                continue
-            ours = our_name(name, model.rename)
-            check_numbers(path, name, shape, kind)
-            if ours in seen:
-                raise NanogapError(f"{path} holds {printable(name)}, which was there before under "
-                                   "another name")
-            seen.add(ours)
-    c, path = model.config, folder / "tokenizer.json"
-    check_rows(path, model.tokenizer, c.text.vocab_size)
-    check_special(path, model.tokenizer, c.image_token, c.bos_token)
+    check_tensors(folder)
+    check_tokenizer(folder, model)
     guide = model.text_guide
     for tokenizer in [model.tokenizer, *([guide.tokenizer] if guide else [])]:
         tokenizer.no_padding()           # left over from training: a question is one text
@@ -73,18 +61,15 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
         check_guide(clip, model, guide)
 
 
-def check_numbers(path: Path, name: str, shape: Size, kind: str) -> None:
-    """Weights are float32, bfloat16 or float16, and nothing that only looks like them."""
-    if re.fullmatch(r"(u?int|float)(4|8)(_.*)?", kind):
-        raise NanogapError(f"{path.parent} {QUANTISED} ({path.name}: {printable(name)} is "
-                           f"torch.{kind})")
-    if kind not in (*weights.DTYPES, "float64"):
-        raise NanogapError(f"{path}: {printable(name)} is torch.{kind} {list(shape)}, and weights "
-                           f"are {', '.join(weights.DTYPES)}: the file and config.json belong to "
-                           "different checkpoints")
-
-
-# ----- the tokenizer ------------------------------------------------------------------------------
+def check_tensors(folder: Path) -> None:
+    """Each tensor has a name and a precision that weights have."""
+    for path in weights.weight_files(folder):
+        for name, _, kind in tensors_of(path):
+            what = next((says for pattern, says in NAMES.items() if re.search(pattern, name)), None)
+            if kind not in (*weights.DTYPES, "float64") and not re.search(weights.UNUSED, name):
+                what = what or QUANTISED
+            if what:
+                raise NanogapError(f"{say(folder, what)} ({path.name}: {printable(name)}, {kind})")
 
 
 def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
@@ -94,43 +79,33 @@ def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
                            f"({rows}): it belongs to another checkpoint")
 
 
-def check_special(path: Path, tokenizer: Tokenizer, image: int, bos: int) -> None:
+def check_tokenizer(folder: Path, model: Llava) -> None:
     """Refuse an image token that words could spell, and the words of another chat template.
 
     A prompt might hold the one twice; the others may be there without their template.
     """
+    path, tokenizer, image = folder / "tokenizer.json", model.tokenizer, model.config.image_token
+    check_rows(path, tokenizer, model.config.text.vocab_size)
     added = tokenizer.get_added_tokens_decoder()
-    taken, pieces = tokenizer.id_to_token(image), tokenizer.get_vocab(with_added_tokens=False)
-    words = taken and not (image in added and added[image].special)
-    if image == bos or words or image in pieces.values():
+    pieces = tokenizer.get_vocab(with_added_tokens=False)
+    words = tokenizer.id_to_token(image) and not (image in added and added[image].special)
+    if image == model.config.bos_token or words or image in pieces.values():
         raise NanogapError(f"config.json: image_token_index is {image}, which stands for "
-                           f"{taken!r:.80} in {path}, so a prompt could hold it twice; give the "
-                           "tokenizer.json that the checkpoint was published with")
+                           f"{tokenizer.id_to_token(image)!r:.80} in {path}, so a prompt could "
+                           "hold it twice; give the tokenizer.json that the checkpoint was "
+                           "published with")
     for token in added.values():
         if OF_OTHERS.fullmatch(token.content):
-            raise NanogapError(f"{path} holds {token.content}, a word of another chat template "
-                               "than the model's, and nanogap asks in that only: a model that was "
-                               "trained with another would answer worse; give its own checkpoint")
-
-
-# ----- a CLIP beside it ---------------------------------------------------------------------------
+            raise NanogapError(f"{path} holds {token.content}, a word of {OTHER_CHAT}; give its "
+                               "own checkpoint")
 
 
 def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
     """Refuse a CLIP that the vision tower does not come from."""
-    config = weights.read_json(folder / "config.json")
-    vision = replace(weights.VIT_B_32,
-                     **weights.known(CLIPVisionConfig, config["vision_config"]))
-    for one in fields(vision):
-        theirs, ours = getattr(vision, one.name), getattr(model.config.vision, one.name)
-        if theirs != ours:
-            raise NanogapError(f"{folder} is a CLIP of {one.name} {theirs}, and the vision "
-                               f"tower has {ours}: give the CLIP that it comes from")
-    path, rows = folder / "tokenizer.json", guide.text_model.config.vocab_size
-    check_rows(path, guide.tokenizer, rows)
-    ids, end = guide.tokenizer.encode("a").ids, config["text_config"].get("eos_token_id")
-    if len(ids) < 3 or ids[-1] != max(guide.tokenizer.get_vocab().values()) or \
-            ids.count(ids[-1]) > 1 or end not in (None, 2, ids[-1]):   # 2: in older files
+    path = folder / "tokenizer.json"
+    check_rows(path, guide.tokenizer, guide.text_model.config.vocab_size)
+    ids, end = guide.tokenizer.encode("a").ids, max(guide.tokenizer.get_vocab().values())
+    if len(ids) < 3 or ids[-1] != end or ids.count(end) > 1:
         raise NanogapError(f"{path} makes {ids} of a text, and CLIP reads it at its end token, "
                            "the highest ID; give the tokenizer.json that the CLIP was published "
                            "with")
@@ -142,17 +117,18 @@ def check_tower(folder: Path, model: Llava) -> None:
 
     Precisions may differ, and the tower may have been trained a little with the rest.
     """
-    tower = model.get_submodule("vision_tower")
-    ours = {f"vision_model.{name}": value for name, value in tower.named_parameters()
-            if value.dim() > 1}
-    for name, tensor in weights.read_tensors(folder):
-        if name in ours:
-            a = tensor.flatten()[:SAMPLE].float()
-            b = ours.pop(name).flatten()[:SAMPLE].cpu().float()
-            if len(a) != len(b) or not (a - b).norm() <= FARTHEST * (a.norm() + b.norm()):
-                raise NanogapError(f"{folder} is a CLIP of other weights than the vision tower's "
-                                   f"({name}); get the one that it comes from with "
-                                   f"{model.clip_download}")
-    if ours:
-        raise NanogapError(f"{folder} lacks {len(ours)} matrices of CLIP's vision tower, by which "
-                           f"it would be known again; get it whole with {model.clip_download}")
+    theirs = {name: value for name, value in weights.read_tensors(folder)
+              if name.startswith("vision_model.")}
+    for name, ours in model.get_submodule("vision_tower").named_parameters():
+        other = theirs.get(f"vision_model.{name}")
+        if ours.dim() > 1 and (other is None or not alike(ours, other)):
+            raise NanogapError(f"{folder} is not the CLIP that the vision tower comes from ({name} "
+                               f"differs); get that with {model.clip_download}")
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices begin alike."""
+    if a.shape != b.shape:
+        return False
+    a, b = (matrix.flatten()[:SAMPLE].cpu().float() for matrix in (a, b))
+    return bool((a - b).norm() <= FARTHEST * (a.norm() + b.norm()))

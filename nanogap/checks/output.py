@@ -4,10 +4,8 @@ In:  the path that a flag gave.
 Out: a file or a folder there; where that cannot be, one line that names the flag and the path.
 
 A file is written under a name of its own beside the target, and takes its place when it is whole.
-A link is replaced and never written through.
 """
 
-import errno
 import io
 import os
 import secrets
@@ -29,7 +27,7 @@ except ImportError:                     # Windows has other locks
 CLAIM = ".claim"                        # the end of a lock's name
 
 
-def unwritable(flag: str, path: Path, error: Exception, give: str = "path") -> NanogapError:
+def unwritable(flag: str, path: Path, error: object, give: str = "path") -> NanogapError:
     """The mistake that a failed write is."""
     why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     return NanogapError(f"{flag} {path} cannot be written ({why}); give another {give}")
@@ -40,38 +38,25 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-# ----- before the work begins ---------------------------------------------------------------------
-
-
 def check_file(flag: str, path: Path, what: str = "file") -> None:
     """Refuse a place where no file can be."""
     folder = path.absolute().parent
-    try:
-        if path.is_dir():
-            raise NanogapError(f"{flag} {path} is a folder; give the path of a {what} to write")
-        if not folder.is_dir():
-            raise NanogapError(f"{flag} {path} would be in a folder that does not exist; "
-                               f"make it with `mkdir -p {folder}`")
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        beside(path).lstat()            # a name too long for any file
-    except FileNotFoundError:
-        if not os.access(folder, os.W_OK):
-            raise unwritable(flag, path, OSError(errno.EACCES, "permission denied")) from None
-    except OSError as error:
-        raise unwritable(flag, path, error) from None
+    if path.is_dir():
+        raise NanogapError(f"{flag} {path} is a folder; give the path of a {what} to write")
+    if not folder.is_dir():
+        raise NanogapError(f"{flag} {path} would be in a folder that does not exist; "
+                           f"make it with `mkdir -p {folder}`")
+    if not os.access(folder, os.W_OK):
+        raise unwritable(flag, path, "permission denied")
 
 
 def check_picture(flag: str, path: Path, image: str | None = None) -> None:
     """Refuse a picture that could not be written, or would take the place of the image it shows."""
     check_file(flag, path, "picture")
-    try:
-        Image.init()
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.EXTENSION[path.suffix.lower()])
-    except Exception:   # Pillow only reads that kind, or has no colours in it
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise NanogapError(f"{flag} {path}: a picture cannot be written with that ending; "
-                           "use .png or .jpg") from None
-    if image is not None and same(path, Path(image)):
+                           "use .png or .jpg")
+    if image is not None and path.resolve() == Path(image).resolve():
         raise NanogapError(f"{flag} {path} is the image itself; give another path")
 
 
@@ -79,25 +64,19 @@ def check_folder(flag: str, path: Path) -> None:
     """Make the folder to write to; NanogapError where that cannot be done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
     except OSError as error:
         raise unwritable(flag, path, error, "folder") from None
+    if not os.access(path, os.W_OK):
+        raise unwritable(flag, path, "permission denied", "folder")
 
 
 def check_apart(outputs: dict[str, Path | None]) -> None:
     """Refuse two outputs, by their flags, that are one file."""
     given = [(flag, path) for flag, path in outputs.items() if path is not None]
     for (flag, path), (other_flag, other) in combinations(given, 2):
-        if same(path, other):
+        if path.resolve() == other.resolve():
             raise NanogapError(f"{flag} and {other_flag} are the same file, {other}; give each its "
                                "own")
-
-
-def same(a: Path, b: Path) -> bool:
-    """Whether two paths are one file, or would be."""
-    return os.path.realpath(a) == os.path.realpath(b) or (
-        a.exists() and b.exists() and a.samefile(b))
 
 
 @contextmanager
@@ -107,34 +86,25 @@ def claim(flag: str, path: Path) -> Iterator[None]:
     The lock is the system's, so it ends with the process, however that ends.
     """
     lock = path / CLAIM if path.is_dir() else path.with_name(f".{path.name}{CLAIM}")
-    try:
-        file = open(lock, "a")
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not lock.exists():            # its last owner took it away meanwhile
-            raise BlockingIOError
-    except BlockingIOError:
-        raise NanogapError(f"{flag} {path} is being written by another process; wait for its end, "
-                           "or give another path") from None
-    except OSError as error:
-        raise unwritable(flag, path, error) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            lock.unlink()
-        file.close()
-
-
-# ----- at its end ---------------------------------------------------------------------------------
+    with lock.open("a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NanogapError(f"{flag} {path} is being written by another process; wait for its "
+                               "end, or give another path") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):      # Windows keeps what is open
+                lock.unlink()
 
 
 def write_whole(flag: str, path: Path, data: bytes) -> None:
     """Write the whole file or nothing."""
     partial = beside(path)
     try:
-        with open(partial, "xb") as file:
-            file.write(data)
+        partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
         raise unwritable(flag, path, error) from None
@@ -147,10 +117,9 @@ def save_picture(flag: str, path: Path, picture: Image.Image, **options: object)
 
     A PNG is packed in a third of the time that Pillow's own level takes, and is a tenth larger.
     """
-    data = io.BytesIO()
-    Image.init()                         # it learns the endings
+    data, kind = io.BytesIO(), Image.registered_extensions()[path.suffix.lower()]
     try:
-        picture.save(data, Image.EXTENSION[path.suffix.lower()], compress_level=3, **options)
+        picture.save(data, kind, compress_level=3, **options)
     except OSError as error:             # a JPEG has at most 65500 pixels a side
         raise unwritable(flag, path, error) from None
     write_whole(flag, path, data.getvalue())
@@ -170,10 +139,7 @@ def whole_checkpoint(flag: str, folder: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-            target = folder / path.name
-            if target.is_dir():          # of a process that was killed in this very loop
-                shutil.rmtree(target)
-            path.replace(target)
+            path.replace(folder / path.name)
     except NanogapError:
         raise
     except Exception as error:           # safetensors and tokenizers have their own for a full disk

@@ -1,8 +1,6 @@
 """Pickles: of plain data, as the refer API's `refs(unc).p` is, and of torch.save's.
 
-In:  the path of one.  Out: what it holds.
-
-A pickle can name any function, and have it called.  Here it can name none, and its size is bounded.
+In:  the path of one.  Out: what it holds.  Functions that it names are never called.
 """
 
 import argparse
@@ -23,7 +21,7 @@ class Plain(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise NanogapError(f"it names {printable(f'{module}.{name}')}, and what it should hold "
-                           "needs no code")
+                           "needs no code; get it from where it was published")
 
 
 def read_plain(path: Path, limit: int = 1 << 28) -> Any:
@@ -35,8 +33,7 @@ def read_plain(path: Path, limit: int = 1 << 28) -> Any:
     try:
         return Plain(data, encoding="latin1").load()          # Python 2 wrote the published ones
     except NanogapError as error:
-        raise NanogapError(f"{path} is refused: {error}; get it from where it was "
-                           "published") from None
+        raise NanogapError(f"{path} is refused: {error}") from None
     except Exception:                                         # a broken one raises almost anything
         raise NanogapError(instead(path) or f"{path} is no whole pickle, and holds no JSON; "
                            "download it again, or give another file") from None

@@ -1,25 +1,21 @@
 """What would load, and answer otherwise in silence: one table, and one call.
 
-In:  a checkpoint's folder.  Out: nothing, or the key that nanogap does not follow.
-
+In:  a checkpoint's small files.  Out: nothing, or the key that nanogap does not follow.
 transformers reads more keys than are implemented here.  One that would change an answer is refused
-by its name where it says anything else than what is done here; the others change nothing.  Only
-the small files are read, so what is refused is refused before 14 GB are.
+by its name where it says anything else than what is done here; the others change nothing.
 Source: transformers 5.23.
 """
 
-from dataclasses import asdict, dataclass, fields
+import re
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanogap import weights
-from nanogap.checks.reading import optional, read_json
-from nanogap.checks.template import Chat, check_template
-from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
+from nanogap.checks.reading import optional, read_bytes, read_json, text_of
+from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
-from nanogap.llama import LlamaConfig
-from nanogap.llava import SYSTEM, LlavaConfig
 from nanogap.models import MODELS
-from nanogap.models.eva import VIT_G_14
 
 Table = dict[str, tuple]        # key -> the values that change nothing; the first is what is done
 KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
@@ -50,10 +46,17 @@ PIXELS: Table = {
 TOKENIZER: Table = {"add_bos_token": (True,), "add_eos_token": (False,)}
 PROCESSOR: Table = {"vision_feature_select_strategy": ("default",)}
 
+# words of chat templates that no model here was trained with
+OF_OTHERS = re.compile(r"<\|(im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant"
+                       r"|system|end)\|>|<(start|end)_of_turn>")
 ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weights; merge it into "
            "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
 QUANTISED = ("holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
              "checkpoint that they were made from, or save the `dequantize()` of transformers")
+OTHER_CHAT = ("another chat template than the model's, and nanogap asks in that only: a model that "
+              "was trained with another would answer worse")
+OWN_LAYOUT = ("is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
+              "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`")
 
 
 @dataclass(frozen=True)
@@ -61,66 +64,58 @@ class Family:
     """What a checkpoint of one `model_type` may say."""
 
     top: Table
-    chats: dict[str, Chat]     # by the model_type of its decoder
+    turns: dict[str, str]      # by the model_type of its decoder: a word of its chat template
     vision: Table
     pixels: Table
 
 
-OF_1_6 = MODELS["llava_next"].template.before.removesuffix(" USER: ")
-VICUNA = Chat("Vicuna", ("ASSISTANT", "USER"), (SYSTEM, OF_1_6))
-OF_1_5 = Family(LLAVA, {"llama": VICUNA}, VISION, PIXELS)
+OF_1_5 = Family(LLAVA, {"llama": "ASSISTANT"}, VISION, PIXELS)
 FAMILIES = {
     "llava": OF_1_5,
     "llava_next": Family(
         LLAVA | {"use_image_newline_parameter": (True,)},
-        {"llama": VICUNA, "mistral": Chat("Mistral", ("INST", "SYS"))}, VISION,
+        {"llama": "ASSISTANT", "mistral": "[INST]"}, VISION,
         PIXELS | {"aspect_ratio_setting": ("anyres",), "image_processor_type":
                   tuple(f"LlavaNext{kind}" for kind in KINDS[:3])}),
     "shikra": OF_1_5,
     "minigpt_v2": Family(
-        {"auto_map": (None, {})}, {"llama": Chat("Llama-2", ("INST", "SYS", "Img"))},
+        {"auto_map": (None, {})}, {"llama": "[INST]"},
         {"model_type": ("eva_vit_g",), "hidden_act": ("gelu",), "num_channels": (3,)}, PIXELS)}
-# far above any model, so that a broken number makes no model that nobody could hold
-HIGHEST = {"num_hidden_layers": 1 << 8, "image_size": 1 << 12, "patch_size": 1 << 12,
-           "vocab_size": 1 << 22, "max_position_embeddings": 1 << 22}
-WIDEST, LAYERS, HUGE = 1 << 17, 1 << 8, 1 << 22
 
 
 def silent(folder: Path) -> None:
     """Refuse what a checkpoint of one of MODELS says and nanogap does not follow.
 
-    raises: NanogapError that names the file and the key, or the file that cannot be read
+    raises: NanogapError that names the file and the key
     """
     refuse_adapter(folder)
     config = read_json(folder / "config.json")
     refuse_quantised(folder, config)
     family = FAMILIES[config["model_type"]]
-    text, vision = section(config, "text_config"), section(config, "vision_config")
+    text = config.get("text_config") or {}
     require(config, family.top)
-    require(text, DECODER | {"model_type": tuple(family.chats)})
-    require(vision, family.vision)
-    check_numbers(text, LlamaConfig)
-    check_numbers(vision, CLIPVisionConfig)
+    require(text, DECODER | {"model_type": tuple(family.turns)})
+    require(config.get("vision_config") or {}, family.vision)
     check_rope(text)
-    if config["model_type"] == "minigpt_v2":
-        check_eva(vision)
     generation = optional(folder / "generation_config.json")
     file, processor = read_processor(folder)
-    check_triple(file, processor, "image_mean", or_zero=True)
-    check_triple(file, processor, "image_std")
     read = weights.read_config(folder, MODELS[config["model_type"]])
-    check_parts(config, text, read)
+    check_layer(config, read.vision.num_hidden_layers)
     kind = text.get("model_type") or "llama"
-    if kind == "mistral":
-        window = text.get("sliding_window")
-        if type(window) is not int or window < read.text.max_position_embeddings:
-            require(text, {"sliding_window": (None,)})
+    window = text.get("sliding_window")
+    if kind == "mistral" and window is not None and window < read.text.max_position_embeddings:
+        require(text, {"sliding_window": (None,)})
     require(optional(folder / "tokenizer_config.json"), TOKENIZER, "tokenizer_config.json")
-    check_template(folder, family.chats[kind])
+    check_template(folder, family.turns[kind])
     check_ends(generation, config, text, read.text.vocab_size)
     check_pixels(file, processor, config, family.pixels, read.vision)
     require(optional(folder / "processor_config.json"),
             PROCESSOR | {"patch_size": (read.vision.patch_size,)}, "processor_config.json")
+
+
+def say(folder: Path, text: str) -> str:
+    """A text about a folder; the command in it can be pasted."""
+    return f"{folder} {text.replace('{folder}', shlex.quote(str(folder)))}"
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -131,26 +126,15 @@ def refuse_adapter(folder: Path) -> None:
 
 def refuse_quantised(folder: Path, config: dict) -> None:
     """Weights in 4 or 8 bits are no tensors of the model's shapes."""
-    for part in (config, config.get("text_config")):
+    for part in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
-            if isinstance(part, dict) and part.get(key):
+            if part.get(key):
                 raise NanogapError(f"{folder} {QUANTISED} (config.json: {key})")
-
-
-# ----- one key ------------------------------------------------------------------------------------
 
 
 def wrong(file: str, key: str, value: object, why: str) -> NanogapError:
     """The mistake that the value of a key is."""
     return NanogapError(f"{file}: {key} is {value!r:.80}{why}")
-
-
-def section(config: dict, key: str) -> dict:
-    """A part of config.json; empty where the key is missing or null."""
-    part = config.get(key)
-    if part is not None and not isinstance(part, dict):
-        raise NanogapError(f"config.json: {key} is not an object")
-    return part or {}
 
 
 def require(part: dict, table: Table, file: str = "config.json") -> None:
@@ -161,31 +145,13 @@ def require(part: dict, table: Table, file: str = "config.json") -> None:
             raise wrong(file, key, found, f"; nanogap implements {values[0]!r} only")
 
 
-def check_integer(part: dict, key: str, high: int = WIDEST, low: int = 1) -> None:
-    """A whole number from `low` to `high`, where there is one."""
-    value = part.get(key)
-    if value is not None and not (type(value) is int and low <= value <= high):
-        raise wrong("config.json", key, value, f", not a whole number from {low} to {high}")
-
-
-def check_numbers(part: dict, kind: type) -> None:
-    """Every number that a configuration reads."""
-    for one in fields(kind):
-        value = part.get(one.name)
-        if one.type is int:
-            check_integer(part, one.name, HIGHEST.get(one.name, WIDEST))
-        elif one.type is float and value is not None:
-            if type(value) not in (int, float) or not 0 < value < 1e12:
-                raise wrong("config.json", one.name, value, ", not a positive number")
-
-
 # ----- config.json --------------------------------------------------------------------------------
 
 
 def check_rope(text: dict) -> None:
     """Scaled positions are refused, in each of their spellings."""
     key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
-    rope = section(text, key)
+    rope = text.get(key) or {}
     kind = rope.get("rope_type", rope.get("type"))
     require({"rope_type": kind}, {"rope_type": ("default", "linear")})
     scaled = rope.get("factor") not in (None, 1) and kind != "default"
@@ -193,42 +159,14 @@ def check_rope(text: dict) -> None:
     if scaled or by_layer:
         require(text, {key: (None,)})
     require(rope, {"partial_rotary_factor": (1,)})
-    check_numbers(rope, LlamaConfig)
 
 
-def check_eva(vision: dict) -> None:
-    """Of a tower of other sizes than the published one nothing can be guessed."""
-    sizes = {key: value for key, value in asdict(VIT_G_14).items() if key != "layer_norm_eps"}
-    missing = [key for key in sizes if vision.get(key) is None]
-    if missing and any(vision.get(key, value) != value for key, value in sizes.items()):
-        raise NanogapError(f"config.json: vision_config has no {missing[0]}, and other sizes "
-                           "than MiniGPT-v2's tower; write it there, or convert the pieces "
-                           "again with `python -m nanogap.convert minigpt-v2`")
-
-
-def check_parts(config: dict, text: dict, read: LlavaConfig) -> None:
-    """Parts of config.json that do not go together."""
-    heads, of_values, width = (read.text.num_attention_heads, read.text.num_key_value_heads,
-                               read.text.head_dim)
-    if heads % of_values or width % 2 or not width:
-        raise NanogapError(f"config.json: {heads} attention heads of {width} channels do "
-                           f"not go with {of_values} key-value heads and RoPE")
-    vision = read.vision
-    if vision.hidden_size % vision.num_attention_heads or vision.grid < 1:
-        raise NanogapError(f"config.json: vision_config makes no sense: {vision}")
-    check_integer(config, "vision_feature_layer", LAYERS, -LAYERS)
-    layer, layers = read.vision_feature_layer, vision.num_hidden_layers
-    from_below = layer if layer >= 0 else layer + layers + 1
-    if "vision_feature_layer" in config and not 0 < from_below < layers:
+def check_layer(config: dict, layers: int) -> None:
+    """The tower's layer whose features are taken: neither the first nor the last."""
+    layer = config.get("vision_feature_layer")
+    if layer is not None and layer not in (*range(-layers, -1), *range(1, layers)):
         raise wrong("config.json", "vision_feature_layer", layer,
                     f"; it must leave a layer before and after the features, of {layers}")
-    tokens = {key: config[key] for key in ("image_token_index", "image_token_id")
-              if config.get(key) is not None}
-    for key in tokens:
-        check_integer(config, key, HUGE, 0)
-    if len(set(tokens.values())) > 1:
-        raise NanogapError(f"config.json: {tokens} name two image tokens; leave one of them")
-    check_integer(text, "bos_token_id", read.text.vocab_size - 1, 0)
 
 
 def check_ends(generation: dict, config: dict, text: dict, rows: int) -> None:
@@ -237,16 +175,38 @@ def check_ends(generation: dict, config: dict, text: dict, rows: int) -> None:
     source: transformers takes generation_config.json where there is one, or else config.json, the
             whole model's keys before those of the decoder
     """
-    file, settings = "config.json", text | {k: v for k, v in config.items() if v is not None}
-    if generation:
-        file, settings = "generation_config.json", generation
+    file, settings = "generation_config.json", generation
+    if not generation:
+        file = "config.json"
+        settings = text | {key: value for key, value in config.items() if value is not None}
     require(settings, GENERATION, file)
-    found = settings.get("eos_token_id")
-    if found is None:
-        return
-    for end in found if isinstance(found, list) and found else [found]:
-        if type(end) is not int or not 0 <= end < rows:
+    ends = settings.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and end not in range(rows):
             raise wrong(file, "eos_token_id", end, f", not a whole number from 0 to {rows - 1}")
+
+
+def check_template(folder: Path, turn: str) -> None:
+    """Refuse a checkpoint that was trained with another chat template than the model's.
+
+    turn: a word of the model's own
+    """
+    found = template_of(folder)
+    if found and (turn not in found[1] or OF_OTHERS.search(found[1])):
+        raise NanogapError(f"{found[0]} holds {OTHER_CHAT}; if this one was not, take the "
+                           "template away")
+
+
+def template_of(folder: Path) -> tuple[Path, str] | None:
+    """The chat template that transformers would take, and the file in which it stands."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        return jinja, text_of(jinja, read_bytes(jinja))
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = optional(folder / name).get("chat_template")
+        if template:
+            return folder / name, str(template)      # of several, all of them
+    return None
 
 
 # ----- pixels -------------------------------------------------------------------------------------
@@ -256,23 +216,15 @@ def read_processor(folder: Path) -> tuple[str, dict]:
     """preprocessor_config.json, or what transformers 5 has in its place; and where that stands."""
     file = "processor_config.json"
     found = optional(folder / file).get("image_processor")
-    if found is None:
+    if not found:
         file = "preprocessor_config.json"
         found = optional(folder / file)
-    if not isinstance(found, dict):
-        raise NanogapError(f"{file}: image_processor is not an object")
     return file, found
 
 
 def check_pixels(file: str, found: dict, config: dict, known: Table,
                  vision: CLIPVisionConfig) -> None:
     """How pictures become pixels."""
-    model, kinds = config["model_type"], known["image_processor_type"]
-    kind = found.get("image_processor_type")
-    if kind is not None and kind not in kinds:
-        raise wrong(file, "image_processor_type", kind,
-                    f", and a {model!r:.80} (config.json) has {kinds[0]!r}: the files belong to "
-                    "different checkpoints")
     require(found, known, file)
     for key in ("size", "crop_size")[:1 if found.get("do_center_crop") is False else 2]:
         sides = found.get(key)
@@ -283,46 +235,26 @@ def check_pixels(file: str, found: dict, config: dict, known: Table,
     scale = found.get("rescale_factor")
     if not (isinstance(scale, float) and abs(scale * 255 - 1) < 1e-6):
         require(found, {"rescale_factor": (1 / 255,)}, file)
-    if model == "llava_next":
-        check_pinpoints(config, "config.json", vision.image_size)
-        check_pinpoints(found, file, vision.image_size)
-        theirs, ours = found.get("image_grid_pinpoints"), config.get("image_grid_pinpoints")
-        if theirs is not None and ours is not None and theirs != ours:
-            raise NanogapError(f"{file}: image_grid_pinpoints are {theirs!r:.80}, and config.json "
-                               f"has {ours!r:.80}; one of them is another checkpoint's")
+    if config["model_type"] == "llava_next":
+        check_pinpoints(config, file, found, vision.image_size)
 
 
-def check_triple(file: str, processor: dict, key: str, or_zero: bool = False) -> None:
-    """Three positive numbers, one for each colour."""
-    values = processor.get(key)
-    if values is not None and not (isinstance(values, list) and len(values) == 3 and all(
-            type(value) in (int, float) and (0 < value < 1e6 or or_zero and value == 0)
-            for value in values)):
-        raise wrong(file, key, values, ", not three positive numbers")
-
-
-def check_pinpoints(part: dict, file: str, size: int) -> None:
-    """(height, width) of canvases: whole squares of `size` pixels, at most ten."""
-    found = part.get("image_grid_pinpoints")
-    if found is not None and not (isinstance(found, list) and found and all(
-            isinstance(pair, list) and [type(side) for side in pair] == [int, int]
-            and all(0 < side <= 10 * size and side % size == 0 for side in pair)
-            for pair in found)):
-        raise wrong(file, "image_grid_pinpoints", found, ", and it must be pairs [height, width] "
-                    f"of canvases, multiples of {size} pixels")
-
-
-# ----- a CLIP -------------------------------------------------------------------------------------
+def check_pinpoints(config: dict, file: str, processor: dict, size: int) -> None:
+    """(height, width) of canvases: whole squares of `size` pixels, the same in both files."""
+    key = "image_grid_pinpoints"
+    theirs, ours = processor.get(key), config.get(key)
+    for where, pairs in (("config.json", ours), (file, theirs)):
+        for side in (side for pair in pairs or () for side in pair):
+            if side not in range(size, 11 * size, size):
+                raise wrong(where, key, pairs, ", and it must be pairs [height, width] of "
+                            f"canvases, multiples of {size} pixels")
+    if theirs is not None and ours is not None and theirs != ours:
+        raise wrong(file, key, theirs, f", and config.json has {ours!r:.80}; one of them is "
+                    "another checkpoint's")
 
 
 def check_clip(folder: Path) -> None:
     """The same of a CLIP whose text tower reads expressions."""
     config = read_json(folder / "config.json")
-    for key, kind in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
-        part = section(config, key)
-        require(part, {"hidden_act": ("quick_gelu",)})
-        check_numbers(part, kind)
-        again = section(config, f"{key}_dict")              # older files say all of it twice
-        keys = ("hidden_act", *(one.name for one in fields(kind)))
-        require(again, {name: (part[name],) for name in keys if name in part})
-    check_integer(config, "projection_dim")
+    for key in ("text_config", "vision_config", "text_config_dict", "vision_config_dict"):
+        require(config.get(key) or {}, {"hidden_act": ("quick_gelu",)})

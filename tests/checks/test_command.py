@@ -1,31 +1,58 @@
-"""How a command ends: a lack of memory is one line that names flags which it has."""
+"""How a command ends: a lack of memory is one line, Ctrl-C and a reader that has left are none."""
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from nanogap.checks.command import Parser, answer_for
+from nanogap.checks.command import answer_for
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def failing(error: Exception, *flags: str) -> Callable[[object], None]:
-    """A command that has these flags, and ends in an error."""
+def failing(error: Exception):
+    """A command that ends in an error."""
     def command(argv: object) -> None:
-        parser = Parser(prog="ask")
-        for flag in flags:
-            parser.add_argument(flag)
         raise error
     return command
 
 
 @pytest.mark.parametrize("said", ["could not create a primitive", "can't start new thread",
                                   "DefaultCPUAllocator: can't allocate memory: you tried"])
-@pytest.mark.parametrize("flags, advice", [
-    (["--limit", "--dtype"], ", or take less at a time: another --dtype"), (["--base"], "")])
-def test_every_library_that_lacks_memory_is_told_in_one_line(said, flags, advice, capsys):
-    assert answer_for("ask", failing(RuntimeError(said), *flags), []) == 2
-    assert capsys.readouterr().err == f"ask: memory ran out ({said}); end other programs{advice}\n"
+def test_every_library_that_lacks_memory_is_told_in_one_line(said: str, capsys):
+    assert answer_for("ask", failing(RuntimeError(said)), []) == 2
+    assert capsys.readouterr().err == (f"ask: memory ran out ({said}); end other programs, or take "
+                                       "smaller weights or another --dtype\n")
 
 
 def test_another_error_is_not_called_a_lack_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         answer_for("ask", failing(RuntimeError("shapes cannot be multiplied")), [])
+
+
+def test_an_interrupt_is_status_130_and_no_traceback():
+    """Also while torch is imported."""
+    asked = [[sys.executable, str(ROOT / "run.py"), "image.jpg", "x", "--out", os.devnull],
+             [sys.executable, "-m", "nanogap.evaluate", "--limit", "99"]]
+    running = [subprocess.Popen(one, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE) for one in asked]
+    time.sleep(1)
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    for process in running:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in said
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback():
+    """`| head -1` closes the pipe before the table is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, str(ROOT / "run.py"), "--prune", "list"]
+    done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == b""

@@ -5,10 +5,7 @@ Out: an answer that follows it, or one line that names it; never a piece of it p
 """
 
 import json
-import os
 import shutil
-import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import nanogap
 from nanogap import NanogapError, weights
 from nanogap.checks import silent as settings
 from nanogap.checks.silent import silent
-from tests.checks.test_weights import TINY, Change, edit, logits, refusal, set_tensors, tensors
+from tests.checks.test_weights import TINY, Change, edit, logits, refusal, tensors
 from tests.tiny import write_shards, write_tensors
 
 
@@ -118,17 +115,30 @@ def test_any_of_several_end_tokens_ends_an_answer(ends: object, first: int, othe
     assert (config.eos_token, config.other_ends) == (first, others)
 
 
+LLAMA3 = ("{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+          "{{ m['content'] }}<|eot_id|>{% endfor %}")
+VICUNA = ("{% for message in messages %}{% if message['role'] != 'system' %}"
+          "{{ message['role'].upper() + ': '}}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+
+
 @pytest.mark.parametrize("where", ["chat_template.jinja", "chat_template.json",
                                    "processor_config.json", "tokenizer_config.json"])
 def test_another_chat_template_is_refused_wherever_it_stands(where: str, folder: Path):
-    llama3 = ("{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-              "{{ m['content'] }}<|eot_id|>{% endfor %}")
-    if where.endswith(".jinja"):
-        (folder / where).write_text(llama3)
-    else:
-        put(folder, where, chat_template=llama3)
-    with pytest.raises(NanogapError, match=f"{where} holds another chat template than Vicuna's"):
+    def write(template: object) -> None:
+        put(folder, "tokenizer_config.json", chat_template=LLAMA3)      # the last that counts
+        if where.endswith(".jinja"):
+            (folder / where).write_text(str(template))
+        else:
+            put(folder, where, chat_template=template)
+
+    for template in (VICUNA, [{"name": "default", "template": VICUNA}]):
+        write(template)
         silent(folder)
+    for template in (LLAMA3, VICUNA + "<|im_end|>", VICUNA.replace("ASSISTANT:", "[/INST]")):
+        write(template)
+        with pytest.raises(NanogapError, match=f"{where} holds another chat template than the "):
+            silent(folder)
 
 
 def test_padding_and_truncation_left_over_in_a_tokenizer_change_no_prompt(
@@ -174,20 +184,15 @@ def no_weights(folder: Path, name: str) -> None:
 FORMS: list[tuple[Change, str]] = [
     *((lambda folder, name=name: no_weights(folder, name), says) for name, says in (
         ("adapter_model.safetensors", "adapter"), ("non_lora_trainables.bin", "adapter"),
-        ("mm_projector.bin", "LLaVA's own layout"), ("llava-q4.gguf", "GGUF"),
-        ("tf_model.h5", "from_tf=True"), ("flax_model.msgpack", "from_flax=True"),
-        ("__0_0.distcp", "state of a training"), ("global_step100", "state of a training"))),
+        ("mm_projector.bin", "LLaVA's own layout"), ("llava-q4.gguf", "GGUF"))),
     *((tensors({name: value}), says) for name, value, says in (
         ("base_model.model.x.lora_A.weight", torch.ones(2), "adapter"),
         ("model.mm_projector.0.weight", torch.ones(2), "LLaVA's own layout"),
         (PROJECTION, torch.zeros(9, 1, dtype=torch.uint8), "quantised"),
-        (PROJECTION, TINY[PROJECTION].to(torch.int8), "quantised"),
-        (f"{PROJECTION}.absmax", torch.ones(9), "quantised"),
-        ("language_model.x.qweight", torch.ones(9), "quantised"))),
+        (PROJECTION, TINY[PROJECTION].to(torch.int8), "quantised"))),
     (lambda folder: put(folder, "adapter_config.json", peft_type="LORA"), "adapter"),
     (lambda folder: put(folder, "config.json", quantization_config={"quant_method": "gptq"}),
      "quantised"),
-    (lambda folder: put(folder, "tokenizer.json", version="2.0"), "a newer library"),
     (lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"), "save_pretrained")]
 
 
@@ -197,11 +202,6 @@ def test_a_whole_file_of_another_form_is_told_what_it_is_and_not_fetched_again(
     change(folder)
     said = refusal(folder)
     assert says in said and "again" not in said and "broken" not in said, said
-
-
-def test_a_download_that_stopped_is_to_go_on(folder: Path):
-    no_weights(folder, "model.safetensors.abc.incomplete")
-    assert "run it again: it continues" in refusal(folder)
 
 
 def test_a_folder_of_the_hubs_cache_is_used(whole: Path, tmp_path: Path):
@@ -229,41 +229,7 @@ def test_each_pickle_of_torchs_is_read_today_or_by_hand(folder: Path, whole: Pat
         assert "more than tensors" in said and "torch.save(model.state_dict(), PATH)" in said
 
 
-# ----- files that are no files --------------------------------------------------------------------
-
-
-MUST, MAY = (("config.json", "tokenizer.json", "model.safetensors"),
-             ("generation_config.json", "preprocessor_config.json"))
-
-
-@pytest.mark.parametrize("name, kind", [*((name, "folder") for name in MUST + MAY),
-                                        *((name, "link to nothing") for name in MUST)])
-def test_a_file_that_is_no_file_is_one_line_at_once(name: str, kind: str, folder: Path):
-    (folder / name).unlink(missing_ok=True)
-    if kind == "folder":
-        (folder / name).mkdir()
-    else:
-        (folder / name).symlink_to(folder / "nothing")
-    begun = time.time()
-    refusal(folder)
-    assert time.time() - begun < 2
-
-
-def test_a_file_larger_than_any_of_its_kind_is_not_read(folder: Path):
-    with open(folder / "config.json", "ab") as file:
-        file.truncate(1 << 40)                        # of no bytes on the disk
-    assert "more than any file of that kind" in refusal(folder)
-
-
 # ----- what a mistake is blamed on ----------------------------------------------------------------
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_file_that_may_not_be_read_is_not_called_broken(name: str, folder: Path):
-    (folder / name).chmod(0)
-    assert "may not be read by this user" in refusal(folder)
-    (folder / name).chmod(stat.S_IRUSR)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory"),
@@ -274,36 +240,17 @@ def test_a_lack_of_memory_is_not_called_broken(error: Exception, folder: Path, m
 
     monkeypatch.setattr(weights, "safe_open", full)
     assert "there is no room in memory for" in refusal(folder)
-    torch.save(TINY, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    monkeypatch.setattr(torch, "load", full)
-    assert "there is no room in memory for" in refusal(folder)
-
-
-@pytest.mark.parametrize("name", [PROJECTION, "multi_modal_projector.linear_1.weight",
-                                  "vision_tower.vision_model.pre_layrnorm.weight"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_blamed_on_the_weights(
-        name: str, value: float, folder: Path, picture):
-    """Not on the strategy, whose scores they spoil."""
-    set_tensors(folder, **{name: torch.full_like(TINY[name], value)})
-    model = nanogap.load(folder, "cpu")
-    for strategy in ("random", "cls_attention", "prumerge", "visionzip"):
-        with pytest.raises(NanogapError, match="numbers .*that are not finite.* weights"):
-            model.ground(picture, "x", strategy, 12)
 
 
 # ----- a CLIP that the tower does not come from ---------------------------------------------------
 
 
 @pytest.mark.parametrize("change, refused", [
-    (lambda value: value, False), (lambda value: value.bfloat16().float(), False),
-    (lambda value: value * 1.05, False), (lambda value: torch.randn_like(value), True),
-    (lambda value: value.flip(0), True), (lambda value: -value, True),
-    (torch.zeros_like, True)], ids=["same", "rounded", "trained", "random", "rows", "minus", "0"])
+    (lambda value: value.bfloat16().float(), False), (lambda value: value * 1.05, False),
+    (lambda value: torch.randn_like(value), True), (lambda value: value.flip(0), True),
+    (torch.zeros_like, True)], ids=["rounded", "trained", "random", "rows", "0"])
 def test_a_clip_of_another_tower_is_refused_though_all_sizes_fit(
         tmp_path: Path, change: Callable, refused: bool):
-    torch.manual_seed(0)
     mini = Path(__file__).resolve().parents[2] / "weights" / "mini"
     clip = shutil.copytree(mini / "clip_text", tmp_path / "clip")
     state = {name: value.float() for name, value in weights.read_tensors(mini / "clip_text")}
@@ -311,7 +258,7 @@ def test_a_clip_of_another_tower_is_refused_though_all_sizes_fit(
         name: change(value).contiguous() if name.startswith("vision_model.") and value.dim() > 1
         else value for name, value in state.items()})
     if refused:
-        with pytest.raises(NanogapError, match="is a CLIP of other weights than the vision tow"):
+        with pytest.raises(NanogapError, match="is not the CLIP that the vision tower comes"):
             nanogap.load(mini, "cpu", clip=clip)
     else:
         assert nanogap.load(mini, "cpu", clip=clip).text_guide is not None

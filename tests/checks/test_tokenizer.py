@@ -2,7 +2,7 @@
 
 import json
 
-from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
+from nanogap.train.tokenizer import train_clip_tokenizer
 from tests.tiny import tiny_tokenizer
 
 
@@ -43,9 +43,3 @@ def test_clip_texts_start_and_end_with_marks_and_are_cut_to_77():
     long = tokenizer.encode("a man " * 100).ids
     assert len(long) == 77 and long[0] == start and long[-1] == end
     assert [e.ids[-1] for e in tokenizer.encode_batch(["a", "a man in blue"])] == [end, end]
-
-
-def test_the_same_sentences_make_the_same_tokenizer():
-    sentences = ["the man on the left", "the red car"]
-    first, second = (train_llama_tokenizer(sentences, 400).to_str() for _ in range(2))
-    assert first == second

@@ -2,24 +2,24 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import nanogap
 from nanogap import NanogapError, weights
-from nanogap.checks import loading
-from nanogap.checks.loading import default_weights
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import our_name, save
+from nanogap.prune import STRATEGIES
 from tests import tiny
 from tests.tiny import (
     LAYOUTS,
@@ -60,16 +60,43 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(value))
 
 
-def set_key(folder: Path, part: str | None, key: str, value: object) -> None:
-    """Change a key of config.json: of text_config, of vision_config, or of the top (None)."""
-    edit(folder / "config.json",
-         lambda config: (config[f"{part}_config"] if part else config).update({key: value}))
+def put(name: str, data: bytes | str) -> Change:
+    """Something else in the place of a file, or of a link to one."""
+    def replace(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return replace
 
 
-def set_tensors(folder: Path, **changed: Tensor | None) -> None:
-    """Change the tensors on disk; None takes one away."""
-    write_tensors(folder / MODEL, {
-        name: value for name, value in (TINY | changed).items() if value is not None})
+def without(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def tensors(changed: dict[str, Tensor | None]) -> Change:
+    """Other tensors on disk; None takes one away."""
+    state = {name: value for name, value in (TINY | changed).items() if value is not None}
+    return lambda folder: write_tensors(folder / MODEL, state)
+
+
+def key(part: str | None, name: str, value: object) -> Change:
+    """A key of config.json: of text_config, of vision_config, or of the top (None)."""
+    def change(config: dict) -> None:
+        (config[f"{part}_config"] if part else config)[name] = value
+    return lambda folder: edit(folder / "config.json", change)
+
+
+def sharded(name: str, change: Callable[[Path], object]) -> Change:
+    """Two shards in the place of one file, and then a change to one of the files."""
+    def shard(folder: Path) -> None:
+        (folder / MODEL).unlink()
+        write_shards(folder, TINY, 2)
+        change(folder / name)
+    return shard
+
+
+def cut(share: float) -> Change:
+    return lambda folder: os.truncate(
+        folder / MODEL, int(share * (folder / MODEL).stat().st_size))
 
 
 # ----- what loads ---------------------------------------------------------------------------------
@@ -78,13 +105,11 @@ def set_tensors(folder: Path, **changed: Tensor | None) -> None:
 @pytest.mark.parametrize("ours, layout, on_disk", [
     (NORM, "a", "language_model.model.norm.weight"),
     (NORM, "c", "model.language_model.norm.weight"),
-    ("language_model.lm_head.weight", "b", "language_model.lm_head.weight"),
     ("language_model.lm_head.weight", "d", "lm_head.weight"),
     ("multi_modal_projector.linear_1.bias", "d", "model.multi_modal_projector.linear_1.bias"),
     ("vision_tower.pre_layrnorm.bias", "a", "vision_tower.vision_model.pre_layrnorm.bias"),
     ("vision_tower.pre_layrnorm.bias", "b", "vision_tower.pre_layrnorm.bias"),
-    ("vision_tower.pre_layrnorm.bias", "c", "model.vision_tower.vision_model.pre_layrnorm.bias"),
-    ("vision_tower.pre_layrnorm.bias", "d", "model.vision_tower.pre_layrnorm.bias")])
+    ("vision_tower.pre_layrnorm.bias", "c", "model.vision_tower.vision_model.pre_layrnorm.bias")])
 def test_each_layout_names_a_tensor_in_its_own_way_and_all_become_ours(
         ours: str, layout: str, on_disk: str):
     assert our_name(ours, tiny.PUBLISHED[layout]) == on_disk
@@ -100,13 +125,6 @@ def test_every_layout_single_or_sharded_gives_the_same_logits_bit_for_bit(
     assert torch.equal(logits(other), logits(folder))
 
 
-def test_a_model_comes_ready_to_ask_and_knows_its_device_and_dtype(folder: Path):
-    model = nanogap.load(str(folder), "cpu")
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
-    assert model.prompt("a dog").tolist().count(model.config.image_token) == 1
-
-
 def test_what_is_saved_loads_again_bit_for_bit(folder: Path, tmp_path: Path):
     save(tmp_path / "again", nanogap.load(folder, "cpu"), torch.float32)
     assert torch.equal(logits(tmp_path / "again"), logits(folder))
@@ -119,7 +137,7 @@ def test_what_is_saved_loads_again_bit_for_bit(folder: Path, tmp_path: Path):
                                  "vision_tower.vision_model.embeddings.position_ids"])
 def test_buffers_that_older_files_hold_are_ignored(old: str, folder: Path):
     expected = logits(folder)
-    set_tensors(folder, **{old: torch.arange(4)})
+    tensors({old: torch.arange(4)})(folder)
     assert torch.equal(logits(folder), expected)
 
 
@@ -128,14 +146,6 @@ def test_tied_embeddings_need_no_lm_head_on_disk(tmp_path: Path):
     state = model.state_dict()
     assert torch.equal(state["language_model.lm_head.weight"],
                        state["language_model.model.embed_tokens.weight"])
-
-
-# ----- where they are ----------------------------------------------------------------------------
-
-
-def test_the_real_weights_go_before_those_that_ship(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(loading, "REAL", tmp_path)
-    assert default_weights() == tmp_path
 
 
 # ----- device and precision -----------------------------------------------------------------------
@@ -150,6 +160,23 @@ def test_any_precision_on_disk_becomes_the_one_asked_for(
     assert torch.equal(model.state_dict()[NORM], TINY[NORM].to(stored).to(asked))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_converted_answers_with_every_strategy(
+        dtype: torch.dtype, picture: Image.Image):
+    """The text guide goes with it, to float64 and back as well."""
+    model = nanogap.load("mini", "cpu")
+    before = deepcopy(model)
+    model.to(dtype)
+    assert model.dtype == model.text_guide.text_projection.weight.dtype == dtype
+    for name in STRATEGIES:
+        model.ground(picture, "the red car", name, 100, max_new_tokens=2)
+    if dtype == torch.float64:
+        model.float()
+        answers = [one.ground(picture, "the red car", "trim", 40, max_new_tokens=9).tokens
+                   for one in (before, model)]
+        assert answers[0] == answers[1]
+
+
 def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
     choices = "choose from float32, bfloat16, float16"
     assert refusal(folder, dtype="int8") == f"unknown dtype int8; {choices}"
@@ -161,78 +188,12 @@ def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
 # ----- what is missing, broken or another model's -------------------------------------------------
 
 
-def put(name: str, data: bytes | str) -> Change:
-    """Something else in the place of a file, or of a link to one."""
-    def replace(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    return replace
-
-
-def without(name: str) -> Change:
-    return lambda folder: (folder / name).unlink()
-
-
-def tensors(changed: dict[str, Tensor | None]) -> Change:
-    return lambda folder: set_tensors(folder, **changed)
-
-
-def key(part: str | None, name: str, value: object) -> Change:
-    return lambda folder: set_key(folder, part, name, value)
-
-
-def sharded(name: str, change: Callable[[Path], object]) -> Change:
-    """Two shards in the place of one file, and then a change to one of the files."""
-    def shard(folder: Path) -> None:
-        (folder / MODEL).unlink()
-        write_shards(folder, TINY, 2)
-        change(folder / name)
-    return shard
-
-
-def index(weight_map: dict[str, str]) -> Change:
-    """Other files for some of the tensors; there is one outside of the folder."""
-    def point(path: Path) -> None:
-        write_tensors(path.parents[1] / "x.safetensors", {NORM: torch.ones(64)})
-        edit(path, lambda value: value["weight_map"].update(weight_map))
-    return sharded(INDEX, point)
-
-
-def length(said: int) -> Change:
-    """A header of safetensors that says another length of itself."""
-    return lambda folder: put(MODEL, struct.pack("<Q", said) + (folder / MODEL).read_bytes()[8:])(
-        folder)
-
-
-def header(text: bytes) -> Change:
-    return put(MODEL, struct.pack("<Q", len(text)) + text + b"\0" * 64)
-
-
-def offsets(begin: int, end: int) -> Change:
-    """Other places for the 64 x 4 bytes of a tensor."""
-    def move(folder: Path) -> None:
-        data = (folder / MODEL).read_bytes()
-        size, = struct.unpack("<Q", data[:8])
-        said = json.loads(data[8:8 + size])
-        said[NORM]["data_offsets"] = [begin, end]
-        text = json.dumps(said).encode()
-        put(MODEL, struct.pack("<Q", len(text)) + text + data[8 + size:])(folder)
-    return move
-
-
-def cut(share: float) -> Change:
-    return lambda folder: os.truncate(
-        folder / MODEL, int(share * (folder / MODEL).stat().st_size))
-
-
 GET = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 GET_OR = (f"get the published weights with {GET}, or take some that come with nanogap, such as "
           "weights/mini")
-OTHERS = "the file and config.json belong to different checkpoints"
 MORE = "language_model.model.layers.3.input_layernorm.weight"                 # there are 0 to 2
+NOT_LOADED = "FOLDER cannot be loaded (Error(s) in loading state_dict for VLM: "
 NO_OBJECT = "FOLDER/{} holds no JSON object but a {}: it is some other file under this name"
-NO_VERSION = ("FOLDER/tokenizer.json is of version None, and only 1.0 is read here: a newer "
-              "library wrote it; give the tokenizer.json that the checkpoint was published with")
 # what is done to a folder, and what it is told; "..." stands for any end
 BROKEN: list[tuple[Change, str]] = [
     (lambda folder: folder.rename(folder.parent / "x"), f"FOLDER is not a folder; {GET_OR}"),
@@ -241,79 +202,46 @@ BROKEN: list[tuple[Change, str]] = [
     (without(MODEL),
      f"FOLDER holds no {MODEL} and no index of shards; get the weights with {GET}"),
     # tokenizer.json
-    (without("tokenizer.json"), "FOLDER has no tokenizer.json; download it again, whole"),
+    (without("tokenizer.json"), "FOLDER has no tokenizer.json; download it, or write one from ..."),
     *((put("tokenizer.json", text), "FOLDER/tokenizer.json cannot be read (...")
-      for text in ("", "{", "\0\1")),
+      for text in ("", "{", "{}", '{"version": "2.0"}')),
     (put("tokenizer.json", "[]"), NO_OBJECT.format("tokenizer.json", "list")),
-    (put("tokenizer.json", "{}"), NO_VERSION),
-    (put("tokenizer.json", '{"model": {"type": "BPE"}}'), NO_VERSION),
     (lambda folder: write_checkpoint(folder, tiny_config(vocab_size=561)),    # <pad> has ID 561
      "FOLDER/tokenizer.json has more tokens than the model has embeddings (561): it belongs to "
      "another checkpoint"),
     # tensors that do not fit
-    (tensors({NORM: None}),
-     f"FOLDER lacks 1 of 89 tensors, such as {NORM}; download it again"),
-    (tensors({MORE: torch.ones(64)}),
-     f"FOLDER/{MODEL} holds {MORE}, which is not a part of this model: {OTHERS}"),
-    *((tensors({NORM: value}), f"FOLDER/{MODEL}: {NORM} is torch.float32 {list(value.shape)}, and "
-                               f"config.json makes it [64]: {OTHERS}")
-      for value in (torch.ones(63), torch.ones(64, 1), torch.ones(()))),
-    (tensors({"model.language_model.norm.weight": torch.ones(64)}),
-     f"FOLDER/{MODEL} holds ...norm.weight, which was there before under another name"),
-    (key("text", "num_hidden_layers", 4),
-     "FOLDER lacks 9 of 98 tensors, such as language_model.model.layers.3.self_attn.q_proj.weight; "
-     "download it again"),
+    (tensors({NORM: None}), f'{NOT_LOADED}Missing key(s) in state_dict: "{NORM}"...'),
+    (tensors({MORE: torch.ones(64)}), f'{NOT_LOADED}Unexpected key(s) in state_dict: "{MORE}"...'),
+    (tensors({NORM: torch.ones(63)}), f"{NOT_LOADED}size mismatch for {NORM}: copying a param ..."),
+    (key("text", "num_hidden_layers", 4), f"{NOT_LOADED}Missing key(s) in state_dict: ..."),
     # shards and their index
-    *((index({NORM: name}),
-       f"FOLDER/{INDEX} names {name!r}, which is not a file of this folder; do not trust it")
-      for name in ("../x.safetensors", "/x.safetensors", "deeper/x.safetensors", ".",
-                   "..\\x.safetensors", "x\0.safetensors")),
-    (index({"x": "x" * 5000}), f"FOLDER lacks {'x' * 200}, which its index names; run the download "
-                               "again: it continues where it stopped"),
     (sharded("model-00002-of-00002.safetensors", Path.unlink),
      "FOLDER lacks model-00002-of-00002.safetensors, which its index names; run the download "
      "again: it continues where it stopped"),
-    *((sharded(INDEX, lambda path, text=text: path.write_text(text)),
-       f"FOLDER/{INDEX} has no weight_map; download it again")
-      for text in ("{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": null}')),
+    (sharded(INDEX, lambda path: path.write_text("{}")),
+     f"FOLDER holds no {MODEL} and no index of shards; get the weights with {GET}"),
     (sharded(INDEX, lambda path: path.write_text("404")), NO_OBJECT.format(INDEX, "int")),
-    (sharded(INDEX, lambda path: edit(path, lambda value: value.update(
-        weight_map={NORM: "model-00002-of-00002.safetensors"}))),
-     "FOLDER lacks 44 of 89 tensors, such as vision_tower.embeddings.class_embedding; "
-     "download it again"),
     # files of tensors
-    *((damage, f"FOLDER/{MODEL} is cut off or broken (...); download it again") for damage in (
-        *map(cut, (0.0, 0.00001, 0.001, 0.5, 0.99)),
-        *map(length, (0, 1, 7, 1 << 20, 1 << 40, 1 << 63, (1 << 64) - 1)),
-        offsets(0, 1 << 40), offsets(4, 260), offsets(260, 4), offsets(-4, 252), offsets(0, 255),
-        *map(header, (b"{", b"[]", b"null", b'{"x": 1}', b"\xff\xfe{}")))),
-    (lambda folder: torch.save({NORM: torch.ones(64)}, folder / MODEL),
-     f"FOLDER/{MODEL} is a file of torch.save's under another name; call it pytorch_model.bin"),
+    *((cut(share), f"FOLDER/{MODEL} cannot be read (...); download it again")
+      for share in (0.0, 0.00001, 0.001, 0.5, 0.99)),
     *((put(name, text), f"FOLDER/{name} is a {says}...")
       for name in (MODEL, "tokenizer.json", "config.json") for text, says in (
           ("version https://git-lfs.github.com/spec/v1\nsize 14126854144\n", "pointer of git-lfs"),
           ("<!DOCTYPE html>", "web page"))),
     # config.json, and the files beside it
     *((put("config.json", text), "FOLDER/config.json cannot be read (...") for text in (
-        "", "{", "nonsense", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
-    *((put("config.json", text), NO_OBJECT.format("config.json", kind)) for text, kind in (
-        ("[]", "list"), ("1", "int"), ("null", "NoneType"), ('"llava"', "str"))),
+        "", "{", '{"a": 1} {"b": 2}', '{"model_type": "llava"}'.encode("utf-16"))),
+    (put("config.json", "null"), NO_OBJECT.format("config.json", "NoneType")),
     *((key(None, "model_type", kind),
-       f"FOLDER/config.json describes a {kind!r} model; nanogap loads "
-       f"{', '.join(map(repr, MODELS))} (in the layout of llava-hf)")
-      for kind in ("llama", "llava_onevision", "qwen2_vl", None, 7, ["llava"])),
+       f"FOLDER/config.json describes a {kind!r} model, not a "
+       f"{' or '.join(map(repr, MODELS))}; {GET_OR}")
+      for kind in ("llama", "llava_onevision", None, ["llava"])),
     *((put(name, "{"), f"FOLDER/{name} cannot be read (...")
       for name in ("generation_config.json", "preprocessor_config.json")),
     *((put("preprocessor_config.json", json.dumps({"image_mean": mean})),
-       f"preprocessor_config.json: image_mean is {mean!r}, not three positive numbers")
-      for mean in ([0.5, 0.5], "grey", [0.5, 0.5, "x"], 0.5)),
-    # parts of config.json that do not go together
-    *((key(part, name, value), f"config.json: {says}...") for part, name, value, says in (
-        ("text", "rope_parameters", {"rope_type": "yarn"}, "rope_type is 'yarn'; nanogap implem"),
-        ("text", "num_key_value_heads", 3, "4 attention heads of 16 channels do not go with 3 "),
-        ("text", "head_dim", 15, "4 attention heads of 15 channels do not go with 4 key-value"),
-        ("vision", "patch_size", 112, "vision_config makes no sense: CLIPVisionConfig(hidden_s"),
-        ("vision", "num_attention_heads", 5, "vision_config makes no sense: CLIPVisionConfig("))),
+       "FOLDER cannot be loaded (...") for mean in ([0.5, 0.5], 0.5)),
+    *((key("text", name, value), "FOLDER cannot be loaded (...") for name, value in (
+        ("hidden_size", "64"), ("num_key_value_heads", 3), ("rope_parameters", [1e4]))),
     *((key(part, name, value),
        f"config.json: image_token_index is {image}, which stands for {taken} in FOLDER/"
        "tokenizer.json, so a prompt could hold it twice; give the tokenizer.json that the "
@@ -331,62 +259,27 @@ def test_what_is_missing_broken_or_another_models_is_named(damage: Change, says:
     assert "..." in says or text == begin
 
 
-@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
-@pytest.mark.parametrize("tokenizer", [True, False], ids=["with tokenizer.json", "without"])
-def test_llavas_own_layout_is_recognised_and_answered_with_the_line_that_converts_it(
-        tokenizer: bool, model_type: str, folder: Path):
-    """liuhaotian/llava-v1.5-7b and its fine-tunes: model_type is "llava" too, all else differs."""
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": model_type, "hidden_size": 4096,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2}))
-    for name in (MODEL, *([] if tokenizer else ["tokenizer.json"])):
-        (folder / name).unlink()
-    assert refusal(folder) == (
-        f"{folder} is in LLaVA's own layout, and nanogap reads that of llava-hf; convert it with "
-        f"`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR` (config.json has "
-        "mm_vision_tower)")
-
-
 # ----- config.json --------------------------------------------------------------------------------
 
 
-BETWEEN = "{}; it must leave a layer before and after the features, of 3"
-
-
-@pytest.mark.parametrize("part, key, value, text", [
-    ("text", "hidden_size", "64", "'64', not a whole number from 1 to 131072"),
-    ("text", "hidden_size", 64.0, "64.0, not a whole number from 1 to 131072"),
-    ("text", "hidden_size", True, "True, not a whole number from 1 to 131072"),
-    ("text", "num_hidden_layers", 0, "0, not a whole number from 1 to 256"),
-    ("text", "num_hidden_layers", 10 ** 9, "1000000000, not a whole number from 1 to 256"),
-    ("text", "vocab_size", -1, "-1, not a whole number from 1 to 4194304"),
-    ("text", "rms_norm_eps", "tiny", "'tiny', not a positive number"),
-    ("text", "rms_norm_eps", -1e-5, "-1e-05, not a positive number"),
-    ("text", "rope_theta", 0, "0, not a positive number"),
-    ("text", "rope_theta", float("nan"), "nan, not a positive number"),
+@pytest.mark.parametrize("part, name, value, text", [
     ("text", "rope_scaling", {"factor": 2}, "{'factor': 2}; nanogap implements None only"),
-    ("text", "rope_parameters", [10000.0], "not an object"),
     ("text", "hidden_act", "gelu", "'gelu'; nanogap implements 'silu' only"),
     ("text", "model_type", "mistral", "'mistral'; nanogap implements 'llama' only"),
     ("text", "attention_bias", True, "True; nanogap implements False only"),
     ("vision", "hidden_act", "gelu", "'gelu'; nanogap implements 'quick_gelu' only"),
     ("vision", "num_channels", 4, "4; nanogap implements 3 only"),
-    ("vision", "layer_norm_eps", [], "[], not a positive number"),
-    ("text", "bos_token_id", 640, "640, not a whole number from 0 to 639"),
-    ("text", "eos_token_id", 4_194_304, "4194304, not a whole number from 0 to 639"),
-    (None, "text_config", [], "not an object"),
-    (None, "vision_config", "clip", "not an object"),
-    (None, "vision_feature_layer", -1, BETWEEN.format(-1)),
-    (None, "vision_feature_layer", 0, BETWEEN.format(0)),
-    (None, "vision_feature_layer", [-2, -5], "[-2, -5], not a whole number from -256 to 256"),
+    ("text", "eos_token_id", 640, "640, not a whole number from 0 to 639"),
+    ("text", "eos_token_id", ["</s>"], "'</s>', not a whole number from 0 to 639"),
+    *((None, "vision_feature_layer", layer, f"{layer}; it must leave a layer before and after the "
+       "features, of 3") for layer in (-1, 0, 3, -4, [-2])),
     (None, "vision_feature_select_strategy", "full", "'full'; nanogap implements 'default' only"),
-    (None, "projector_hidden_act", "relu", "'relu'; nanogap implements 'gelu' only"),
-    (None, "image_token_index", "<image>", "'<image>', not a whole number from 0 to 4194304")])
+    (None, "projector_hidden_act", "relu", "'relu'; nanogap implements 'gelu' only")])
 def test_a_config_that_nanogap_cannot_follow_is_refused_by_key(
-        part: str | None, key: str, value: object, text: str, folder: Path):
+        part: str | None, name: str, value: object, text: str, folder: Path):
     (folder / "generation_config.json").unlink()           # so that config.json says the end token
-    set_key(folder, part, key, value)
-    assert refusal(folder) == f"config.json: {key} is {text}"
+    key(part, name, value)(folder)
+    assert refusal(folder) == f"config.json: {name} is {text}"
 
 
 # ----- what config.json omits, and what it must be asked for -------------------------------------
@@ -445,30 +338,25 @@ def test_keys_that_hold_their_defaults_may_be_missing_or_null(folder: Path):
     assert torch.equal(logits(folder), expected)
 
 
-@pytest.mark.parametrize("part, key, value", [
+@pytest.mark.parametrize("part, name, value", [
     ("text", "rms_norm_eps", 1e-2), ("text", "rope_theta", 5000.0),
     ("text", "rope_parameters", {"rope_theta": 5000.0, "rope_type": "default"}),
     ("vision", "layer_norm_eps", 1e-2), (None, "vision_feature_layer", -3)])
 def test_what_the_config_says_is_read_and_not_guessed(
-        part: str | None, key: str, value: object, folder: Path):
+        part: str | None, name: str, value: object, folder: Path):
     before = logits(folder)
-    set_key(folder, part, key, value)
+    key(part, name, value)(folder)
     assert float((logits(folder) - before).abs().max()) > 0.01
 
 
 def test_both_spellings_of_the_newer_keys_are_read(folder: Path):
-    expected = logits(folder)
-
     def respell(config: dict) -> None:
         config["image_token_id"] = config.pop("image_token_index")
         config["dtype"] = config.pop("torch_dtype")
-        text = config["text_config"]
-        text["rope_parameters"] = {"rope_theta": text.pop("rope_theta"), "rope_type": "default"}
 
     edit(folder / "config.json", respell)
     config = weights.read_config(folder)
-    assert (config.image_token, config.dtype, config.text.rope_theta) == (560, "float32", 10000.0)
-    assert torch.equal(logits(folder), expected)
+    assert (config.image_token, config.dtype) == (560, "float32")
 
 
 # ----- memory -------------------------------------------------------------------------------------
@@ -490,23 +378,18 @@ print(megabytes("VmHWM") - before, len({p.dtype for p in model.parameters()}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read off /proc")
-@pytest.mark.parametrize("stored, head, asked, how, least, most", [
-    (torch.float32, torch.float32, "float32", "plain", 0, 0.2),       # mapped: read when used
-    (torch.float16, torch.float16, "bfloat16", "plain", 0.9, 1.15),   # converted: one copy
-    (torch.float32, torch.float16, "float32", "plain", 0, 0.2),       # each tensor as it needs
-    (torch.float16, torch.bfloat16, "bfloat16", "plain", 0.9, 1.15),
-    (torch.float32, torch.float32, "float32", "packed", 0.5, 1.25),   # packed: one copy as well
-    (torch.float16, torch.float16, "bfloat16", "packed", 0.5, 1.25)])
+@pytest.mark.parametrize("stored, asked, how, least, most", [
+    (torch.float32, "float32", "plain", 0, 0.2),                      # mapped: read when used
+    (torch.float16, "bfloat16", "plain", 0.9, 1.15),                  # converted: one copy
+    (torch.float32, "float32", "packed", 0.5, 1.25),                  # packed: one copy as well
+    (torch.float16, "bfloat16", "packed", 0.5, 1.25)])
 def test_loading_needs_no_more_memory_than_one_copy(
-        stored: torch.dtype, head: torch.dtype, asked: str, how: str, least: float, most: float,
-        folder: Path, tmp_path: Path):
+        stored: torch.dtype, asked: str, how: str, least: float, most: float, folder: Path,
+        tmp_path: Path):
     config = tiny_config(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
                          num_key_value_heads=16, head_dim=64,
                          num_hidden_layers=4 // stored.itemsize)
     large = write_checkpoint(tmp_path / "large", config, dtype=stored)
-    write_tensors(large / "model.safetensors", {
-        name: tensor.to(head if "lm_head" in name else stored)
-        for name, tensor in tiny_tensors(config, "a").items()})
     size = (large / "model.safetensors").stat().st_size / 2 ** 20
     assert size > 60
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, large, folder, asked, how]
