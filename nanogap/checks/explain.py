@@ -113,7 +113,7 @@ def check_files(folder: Path) -> None:
     read_json(path)
     try:
         weights.read_tokenizer(folder)
-    except Exception as error:               # it raises nothing more special
+    except BaseException as error:           # bare Exceptions, and panics, which are none
         raise NanogapError(f"{path} cannot be read ({one_line(error)}); give the tokenizer.json "
                            "that the checkpoint was published with") from None
 

@@ -41,7 +41,9 @@ def load(folder: str | Path, device: str | torch.device | None = None,
             check_clip(guide)
         model = weights.load(folder, device, dtype, guide)
         check_belonging(folder, model, guide)
-    except Exception as error:
+    except BaseException as error:     # the tokenizers library panics with what is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise explain(folder, error, guide) from None
     assert isinstance(model, VLM)
     if pack:
