@@ -108,8 +108,6 @@ class MiniGPT(VLM):
         self.llama_proj = nn.Linear(MEMBERS * C, config.text.hidden_size)
         self.language_model = LlamaForCausalLM(config.text)
 
-    # ----- what it sees ---------------------------------------------------------------------------
-
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
         """What it sees: grid x grid / 4 tokens; CLS is left out."""
         before, after = self.vision_tower(pixel_values)                       # (1, 1 + 4 N, C) each
@@ -146,14 +144,10 @@ class MiniGPT(VLM):
         square = [f"{image.width} x {image.height} pixels, stretched to a square,",
                   f"pixel_values (1, 3, {c.image_size}, {c.image_size})"]
         tower = ["EVA turns patches into features, and four of them become one token",
-                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through all "
-                 f"{c.num_hidden_layers} layers;",
-                 f"four neighbours of a row together: {c.grid} x {c.grid // MEMBERS} tokens, which "
-                 "stand for patches below:",
+                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS, all layers,",
+                 f"four of a row together: {image.rows} x {image.columns} tokens, patches below:",
                  f"features {tuple(image.features.shape)}, in raster order: row by row"]
         return square, tower
-
-    # ----- its files ------------------------------------------------------------------------------
 
     @classmethod
     def complete(cls, config: dict) -> dict:

@@ -84,7 +84,3 @@ class Shikra(VLM):
         self.frame = WHITE
         self.multi_modal_projector = nn.Linear(
             config.vision.hidden_size, config.text.hidden_size, bias=config.projector_bias)
-
-    def follow(self, question: str) -> str:
-        """A question that follows an answer: the image is where it was."""
-        return super().follow(question.replace(" <image>", ""))

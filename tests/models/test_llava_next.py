@@ -22,13 +22,12 @@ import nanogap
 from nanogap import gap
 from nanogap.errors import NanogapError
 from nanogap.methods.in_decoder import prunes_there
-from nanogap.models.frames import Tiles
 from nanogap.models.llava_next import (
     TEMPLATES,
     EncodedTiles,
     LlavaNext,
+    Tiles,
     close_rows,
-    number,
     shared_equally,
     shared_out,
 )
@@ -71,9 +70,10 @@ def ids(model: LlavaNext) -> Tensor:
 # ----- the choice of a grid -----------------------------------------------------------------------
 
 
-def tokens(width: int, height: int) -> int:
+def tokens(width: int, height: int, frame: Tiles = HUB) -> int:
     """N of LLaVA-1.6 as published."""
-    return len(number(HUB, width, height, 24, 336)[1])
+    _, rows, columns = frame.number(width, height)
+    return 576 + rows * (columns + 1)
 
 
 @pytest.mark.parametrize("size, canvas", [
@@ -95,7 +95,7 @@ def test_the_original_code_reads_width_first_and_so_breaks_ties_the_other_way():
     assert HUB.canvas(336, 336) == (336, 672)                # the hub: one row of two tiles
     assert turned.canvas(336, 336) == (672, 336)             # the original: two rows of one
     assert (HUB.canvas(222, 171), tokens(222, 171)) == ((336, 672), 1368)
-    assert len(number(turned, 222, 171, 24, 336)[1]) == 1026
+    assert tokens(222, 171, turned) == 1026
     assert turned.canvas(640, 480) == HUB.canvas(640, 480)   # pictures of COCO's sizes agree
 
 
@@ -112,7 +112,7 @@ def test_the_picture_lies_in_the_middle_of_its_canvas_and_what_is_around_it_is_b
     assert model.frame.canvas(*SIZE) == (112, 112)
     assert model.frame.placed(*SIZE) == (0, 22, 112, 68)
     white = (255, 255, 255)
-    base, *tiles = model.frame.views(Image.new("RGB", SIZE, white), 56)
+    base, *tiles = model.frame.views(Image.new("RGB", SIZE, white))
     assert base.getcolors() == [(56 * 56, white)]                             # stretched
     assert [tile.getbbox() for tile in tiles] == 2 * [(0, 22, 56, 56)] + 2 * [(0, 0, 56, 34)]
     for tile in tiles:
@@ -125,7 +125,7 @@ def test_tiles_are_cut_row_by_row_behind_the_base_view(model):
     quarters = Image.new("RGB", (2, 2))
     quarters.putdata(colours)
     quarters = quarters.resize((112, 112), Image.Resampling.NEAREST)
-    base, *tiles = model.frame.views(quarters, 56)
+    base, *tiles = model.frame.views(quarters)
     assert [tile.getcolors() for tile in tiles] == [[(56 * 56, colour)] for colour in colours]
     assert base.tobytes() == quarters.resize((56, 56), Image.Resampling.BICUBIC).tobytes()
 
@@ -133,27 +133,30 @@ def test_tiles_are_cut_row_by_row_behind_the_base_view(model):
 # ----- where tokens stand -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width, height, grid, rows, columns", [
-    (100, 60, (8, 8), (2, 6), (0, 8)),     # 4.8 rows of 8 show something: (8 - 4) // 2 = 2 go above
-    (60, 100, (8, 8), (0, 8), (2, 6)),
-    (80, 50, (8, 8), (1, 7), (0, 8)),      # 5: 1 and 1 go, 6 stay
-    (80, 80, (8, 8), (0, 8), (0, 8)),
-    (900, 7, (24, 72), (12, 12), (0, 72)),                                    # none is left
+@pytest.mark.parametrize("size, rows, columns", [
+    (SIZE, (2, 6), (0, 8)),           # 4.8 rows of 8 show something: (8 - 4) // 2 = 2 go above
+    ((60, 100), (0, 8), (2, 6)),
+    ((110, 69), (1, 7), (0, 8)),      # 5: 1 and 1 go, 6 stay
+    ((80, 80), (0, 8), (0, 8)),
+    ((900, 7), (0, 0), (0, 0)),       # none is left
 ])
-def test_rows_of_padding_are_cut_off_by_the_proportions_of_the_picture(
-        width, height, grid, rows, columns):
-    assert HUB.unpadded(width, height, *grid) == (slice(*rows), slice(*columns))
+def test_rows_of_padding_are_cut_off_by_the_proportions_of_the_picture(model, size, rows, columns):
+    canvas, _, _ = model.frame.number(*size)
+    expected = torch.zeros_like(canvas).bool()
+    expected[slice(*rows), slice(*columns)] = True
+    assert torch.equal(canvas >= 0, expected)
 
 
 def test_the_base_view_comes_first_and_every_row_of_the_grid_ends_in_a_newline(model, image):
     assert image.n_visual == len(image.features) == N == 52
     assert image.n_patches == N - 4
-    assert image.row_end.tolist() == [-1] * 16 + [end for end in NEWLINES for _ in range(9)]
-    assert [(view.rows, view.columns) for view in model.views(image)] == [(4, 4)] + 4 * [(2, 4)]
-    assert [view.index.tolist() for view in model.views(image)] == [
-        list(range(16)),
-        [16, 17, 18, 19, 25, 26, 27, 28], [20, 21, 22, 23, 29, 30, 31, 32],   # upper tiles
-        [34, 35, 36, 37, 43, 44, 45, 46], [38, 39, 40, 41, 47, 48, 49, 50]]   # lower tiles
+    ends = image.row_end(torch.arange(N)).tolist()
+    assert ends == [-1] * 16 + [end for end in NEWLINES for _ in range(9)]
+    base, *tiles = model.views(image)
+    assert torch.equal(base, torch.arange(16).view(4, 4))
+    assert [view.tolist() for view in tiles] == [
+        [[16, 17, 18, 19], [25, 26, 27, 28]], [[20, 21, 22, 23], [29, 30, 31, 32]],   # upper tiles
+        [[34, 35, 36, 37], [43, 44, 45, 46]], [[38, 39, 40, 41], [47, 48, 49, 50]]]   # lower tiles
 
 
 def test_how_many_tokens_there_are_depends_on_the_picture(model):
@@ -186,7 +189,6 @@ def test_newlines_are_no_padding(model, image):
     """All patches that unpadding leaves show some of the picture."""
     assert model.padding(image, torch.arange(N)) == 0
     assert model.padding(image, torch.tensor(NEWLINES)) == 0
-    assert len(model.patches(image, torch.arange(N))) == N - 4
 
 
 def test_a_picture_so_long_that_its_rows_round_to_none_is_a_base_view_alone(model):
@@ -231,13 +233,12 @@ def test_keeping_everything_is_no_pruning_bit_for_bit(model, ids, pixels, mode: 
     # in order of rank: 18 and 16 share a row, and the base view has no rows to close
     ([18, 50, 3, 16, 40], [18, 50, 51, 3, 16, 24, 40, 42])])
 def test_a_newline_stands_behind_the_last_patch_of_its_row(image, ranked, closed):
-    """Its features are zeros, and what was added stays as it is."""
-    features = torch.arange(1.0, 6.0)[:, None]
-    kept = close_rows(Kept(torch.tensor(ranked), features, features[:1]), image.row_end)
-    assert kept.ranked.tolist() == closed
+    """Its features are zeros."""
+    kept, features = torch.tensor(ranked), torch.arange(1.0, 6.0)[:, None]
+    tokens, rows = close_rows(kept, features, image.row_end(kept))
+    assert tokens.tolist() == closed
     newline = torch.tensor([index in NEWLINES for index in closed])
-    assert torch.equal(kept.features[~newline], features) and not kept.features[newline].any()
-    assert torch.equal(kept.added, features[:1])
+    assert torch.equal(rows[~newline], features) and not rows[newline].any()
 
 
 def of_each_part(image: EncodedTiles, keep: Tensor) -> list[int]:
@@ -254,7 +255,7 @@ def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(mode
     for part, share in zip(image.parts, [4, 2, 2, 2, 2], strict=True):
         scores = part.fields["cls_attention"].mean(0)
         best |= set(part.index[scores.argsort(descending=True)[:share]].tolist())
-    newlines = {int(image.row_end[k]) for k in best if k >= 16}
+    newlines = set(image.row_end(torch.tensor(sorted(best))).tolist()) - {-1}
     assert set(result.keep.tolist()) == best | newlines
     assert result.visual_tokens == len(result.keep) == 12 + len(newlines)
 
@@ -268,11 +269,12 @@ def test_views_may_share_equally_as_published_codes_have_it(model, image):
 @pytest.mark.parametrize("size, of_160, of_320", [
     ((640, 300), 12, 6), ((640, 480), 18, 10), ((300, 1000), 28, 18)])
 def test_what_newlines_cost_in_the_real_model(size: tuple[int, int], of_160: int, of_320: int):
-    _, row_end = number(HUB, *size, grid=24, size=336)
-    patches = (row_end != torch.arange(len(row_end))).nonzero()[:, 0]
+    canvas, _, _ = HUB.number(*size)
+    rows = (canvas >= 0).nonzero()[:, 0]                                      # of each patch
+    rows = torch.cat([torch.full((576,), -1), rows])
     for budget, percent in ((160, of_160), (320, of_320)):
-        chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:budget]
-        newlines = len(set(row_end[patches[chosen]].tolist()) - {-1})
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:budget]
+        newlines = len(set(rows[chosen].tolist()) - {-1})
         assert round(100 * newlines / (budget + newlines)) == percent
 
 
@@ -280,7 +282,8 @@ def test_what_newlines_cost_in_the_real_model(size: tuple[int, int], of_160: int
     ("100%", 48, 4), ("25%", 12, 4), (48, 48, 4), (1, 1, 0)])
 def test_a_share_is_one_of_the_patches(model, image, budget, patches: int, newlines: int):
     keep = model.ground(image, "the man", "cls_similarity", budget, "gap").keep
-    assert (len(model.patches(image, keep)), len(keep)) == (patches, patches + newlines)
+    assert len(set(keep.tolist()) & set(NEWLINES)) == newlines
+    assert len(keep) == patches + newlines
 
 
 def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, image, pixels):
@@ -308,7 +311,7 @@ def test_every_strategy_prunes_every_view_in_every_mode(model, image, ids, name:
         keep = result.keep.tolist()
         assert len(set(keep)) == len(keep)
         assert {index for index in keep if index in NEWLINES} == {
-            int(image.row_end[index]) for index in keep if index >= 16}
+            end for end in image.row_end(result.keep).tolist() if end >= 0}
         if gap.MODES[mode][0] == "raster":
             assert keep == sorted(keep)
         if mode == "gap":
@@ -409,6 +412,6 @@ def test_what_is_saved_is_read_again(decoder: str, tmp_path: Path):
     save(tmp_path / "again", read, torch.float32)
     again = nanogap.load(tmp_path / "again", "cpu")
     assert again.config == read.config == config
-    assert again.frame == Tiles(pinpoints=config.image_grid_pinpoints)
+    assert again.frame == Tiles(pinpoints=config.image_grid_pinpoints, size=56, grid=4)
     for name, value in read.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)

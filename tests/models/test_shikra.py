@@ -108,7 +108,7 @@ def test_a_picture_is_padded_with_white(shikra: Shikra):
     ((427, 640), (103.93, 299.99, 238.15, 477.41), "[0.328,0.469,0.538,0.746]")])
 def test_a_box_there_and_back(shikra: Shikra, size: tuple[int, int], box: tuple, text: str):
     """Of 640 x 480 pixels the square has 80 above: (298.08 + 80) / 640 = 0.59075."""
-    said = shikra.answer(shikra.frame.from_pixels(box, *size))
+    said = shikra.box_format.say(shikra.frame.from_pixels(box, *size))
     assert said == f"Answer: {text} ."
     back = shikra.to_pixels(shikra.parse_box(said), *size)
     assert max(abs(a - b) for a, b in zip(back, box, strict=True)) <= 0.0005 * max(size) + 1e-9

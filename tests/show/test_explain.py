@@ -14,7 +14,7 @@ import torch
 import nanogap
 from nanogap import gap
 from nanogap.methods.in_decoder import prunes_there
-from nanogap.models import VLM, View
+from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
 from nanogap.show.explain import across, columns, ends_of_parts, explain, kept_grid, ranges, wrapped
 
@@ -119,9 +119,9 @@ def test_a_mode_that_numbers_patches_and_text_unlike_says_so(model: VLM):
 
 
 def test_kept_patches_are_a_grid_of_marks_in_rows_and_columns_of_their_view():
-    view = View(2, 3, torch.arange(6))
+    view = torch.arange(6).view(2, 3)
     assert kept_grid({1, 2, 5}, view) == "      . # #\n      . . #"
-    tile = View(3, 2, torch.tensor([10, 11, 13, 14, 16, 17]))
+    tile = torch.tensor([[10, 11], [13, 14], [16, 17]])
     assert kept_grid({1, 2, 11, 16}, tile) == "      . #\n      . .\n      # ."
 
 
