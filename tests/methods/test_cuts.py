@@ -6,7 +6,7 @@ import pytest
 
 from nanogap import NanogapError
 from nanogap.methods import find
-from nanogap.methods.cuts import LABELS, counts, mean_tokens, plan, where
+from nanogap.methods.cuts import LABELS, mean_tokens, plan, where
 
 SPARSE = ["sparsevlm", "sparsevlm_plus"]
 METHODS = ["fastv", "pyramiddrop", *SPARSE]
@@ -53,14 +53,6 @@ def test_settings_say_where_and_how_many(spec: str, N: int, layers: int, cuts: l
             plan(key, N, 50, layers)
 
 
-def test_with_what_it_adds_sparsevlm_feeds_so_many():
-    """The 192 of its paper: 300 and 9 clusters, then 200 and 4, then 110 and 4."""
-    cuts = [(3, 300), (7, 200), (16, 110)]
-    assert counts("sparsevlm", 576, cuts) == [(3, 309), (7, 204), (16, 113)]
-    assert counts("sparsevlm_plus", 576, cuts) == cuts
-    assert counts("fastv", 576, [(2, None)]) == [(2, None)]
-
-
 @pytest.mark.parametrize("layers, fastv, pyramiddrop, sparsevlm", [
     (32, [2], [8, 16, 24], [3, 7, 16]),
     (40, [2], [10, 20, 30], [4, 9, 20]),
@@ -83,9 +75,6 @@ def test_a_cut_needs_a_layer_before_it_and_one_behind(spec: str, layer: int, lay
     with pytest.raises(NanogapError, match=f"cannot cut before layer {layer} of {layers}: give "
                                            f"layers from 1 to {layers - 1}, in order"):
         plan(find(spec), 16, 8, layers)
-
-
-# ----- a budget -----------------------------------------------------------------------------------
 
 
 def every_plan(name: str, N: int, layers: int, budget: int) -> list[list[tuple[int, int]]]:

@@ -34,9 +34,6 @@ def returning(folder: Path, kept: str = LAST, name: str = "my_method.py") -> str
     return written(folder, f"{HEAD}return Kept({kept})\n", name)
 
 
-# ----- a file -------------------------------------------------------------------------------------
-
-
 def test_a_plain_function_in_a_file_is_a_strategy(tmp_path: Path, keeps: Keeps):
     name = returning(tmp_path)
     assert find(name) == name and needs_of(name) == frozenset()
@@ -108,9 +105,6 @@ def test_what_is_plainly_meant_is_taken(kept: str, tmp_path: Path, keeps: Keeps)
     assert keeps(returning(tmp_path, kept), 2) == [1, 3]
 
 
-# ----- mistakes in it -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kept, message", [
     *[(keep, f"ranked must be 1 to 2 different patches, numbered from 0 to 15; it is {told}")
       for keep, told in (("[0.5]", "1: .0.5"), ("torch.arange(3)", "3: "), ("[]", "0: "),
@@ -141,9 +135,6 @@ def test_one_that_a_program_enters_is_guarded_as_well(keeps: Keeps):
 def test_a_file_that_gives_no_strategy_is_one_line(text: str, message: str, tmp_path: Path):
     with pytest.raises(NanogapError, match=message):
         find(written(tmp_path, text))
-
-
-# ----- settings -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec, key", [

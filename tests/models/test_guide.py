@@ -51,10 +51,6 @@ def test_special_tokens_in_an_expression_stay_text_and_long_ones_are_cut(guide):
     assert torch.equal(guide.embed("man " * 500), guide.embed("man " * (most - 2)))
 
 
-def test_some_strategies_read_the_expression():
-    assert {"text_similarity", "trim"} <= set(READ_TEXT)
-
-
 @pytest.mark.parametrize("prune", READ_TEXT)
 @pytest.mark.parametrize("family, says", [
     ("llava", r"takes CLIP's text tower, .*clip-vit-large-patch14-336 .* give it by --clip"),

@@ -8,7 +8,6 @@ patches, of which the upper and the lower two rows show only black.
     grid         4 x 8            token   16 + 9 row + column; a newline is 16 + 9 row + 8
 """
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +31,10 @@ from nanogap.models.llava_next import (
     shared_out,
 )
 from nanogap.models.saving import save
-from nanogap.prune import STRATEGIES, Kept, needs_of
-from nanogap.show.draw import dim_dropped
+from nanogap.prune import STRATEGIES, needs_of
 from nanogap.show.explain import explain
 from tests.reference.make_next import noise
-from tests.tiny import LAYOUTS, tiny_next_config, write_checkpoint
+from tests.tiny import tiny_next_config, write_checkpoint
 
 # (height, width) of the published canvases
 HUB = Tiles(pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
@@ -119,17 +117,6 @@ def test_the_picture_lies_in_the_middle_of_its_canvas_and_what_is_around_it_is_b
         assert tile.crop(tile.getbbox()).getcolors() == [(56 * 34, white)]
 
 
-def test_tiles_are_cut_row_by_row_behind_the_base_view(model):
-    """Four colours in the quarters of a picture: one for each tile, from left to right."""
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-    quarters = Image.new("RGB", (2, 2))
-    quarters.putdata(colours)
-    quarters = quarters.resize((112, 112), Image.Resampling.NEAREST)
-    base, *tiles = model.frame.views(quarters)
-    assert [tile.getcolors() for tile in tiles] == [[(56 * 56, colour)] for colour in colours]
-    assert base.tobytes() == quarters.resize((56, 56), Image.Resampling.BICUBIC).tobytes()
-
-
 # ----- where tokens stand -------------------------------------------------------------------------
 
 
@@ -159,20 +146,6 @@ def test_the_base_view_comes_first_and_every_row_of_the_grid_ends_in_a_newline(m
         [[34, 35, 36, 37], [43, 44, 45, 46]], [[38, 39, 40, 41], [47, 48, 49, 50]]]   # lower tiles
 
 
-def test_how_many_tokens_there_are_depends_on_the_picture(model):
-    """300 x 57 pixels have two rows of 12 behind the base view."""
-    wide = model.encode_image(noise(300, 57))
-    assert not model.pictures_alike
-    assert (wide.n_visual, wide.n_patches) == (16 + 2 * 13, 16 + 2 * 12)
-
-
-def test_each_patch_is_what_the_tower_saw_of_its_tile(model, image, pixels):
-    """The upper right tile lost its first two rows: token 20 is its patch 8."""
-    _, upper_right = model.vision_tower(pixels[2:3])                          # (1, 1 + 16, C)
-    assert torch.allclose(image.features[[20, 21, 29]], upper_right[0, 1:][[8, 9, 12]], atol=1e-5)
-    assert not image.features[NEWLINES].any()
-
-
 def test_where_a_token_lies_in_the_picture(model, image):
     """A patch of the base view is 25 x 15 pixels of the picture, one of a tile 12.5 x 12.4.
 
@@ -198,14 +171,6 @@ def test_a_picture_so_long_that_its_rows_round_to_none_is_a_base_view_alone(mode
 
 
 # ----- what the decoder is fed --------------------------------------------------------------------
-
-
-def test_newlines_are_one_vector_and_patches_go_through_the_projector(model, image, ids):
-    P, A = model.around_image(ids)
-    x = model.embed(ids, image, Kept(torch.arange(N)), torch.arange(N))[0]
-    assert x.shape == (P + N + A, 64)
-    assert torch.equal(x[P + torch.tensor(NEWLINES)], model.image_newline.expand(4, -1))
-    assert torch.allclose(x[P:P + 24], model.project(image.features[:24]), atol=1e-6)
 
 
 def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, ids, pixels):
@@ -379,29 +344,7 @@ def test_explain_shows_views_rows_and_newlines(model, image, capsys):
     assert "   not in mode full: all 52 patches and newlines stay\n" in capsys.readouterr().out
 
 
-def test_the_picture_is_bright_where_kept_patches_of_the_base_view_and_of_tiles_lie(model):
-    """Token 0 is the upper left 25 x 15 pixels; token 50 the last patch of the lower right tile."""
-    white = Image.new("RGB", SIZE, "white")
-    at = model.cells(model.encode_image(white))
-    shown = dim_dropped(white, [0, 50, *NEWLINES], at)
-    bright = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(60, 100, 3) == 255
-    expected = torch.zeros(60, 100).bool()
-    expected[:15, :25] = True
-    expected[round(48 * 60 / 68):round(62 * 60 / 68), 88:100] = True          # 87.5 is rounded up
-    assert torch.equal(bright.all(2), expected)
-
-
 # ----- files --------------------------------------------------------------------------------------
-
-
-def test_every_layout_of_the_hub_is_the_same_model(model, ids, pixels, tmp_path: Path):
-    expected = model(ids, pixels, size=SIZE)
-    for layout in LAYOUTS:
-        folder = write_checkpoint(tmp_path / layout, tiny_next_config(), layout, shards=2)
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        newline = "image_newline" if layout in "ab" else "model.image_newline"
-        assert newline in index["weight_map"]
-        assert torch.equal(nanogap.load(folder, "cpu")(ids, pixels, size=SIZE), expected)
 
 
 @pytest.mark.parametrize("decoder", ["llama", "mistral"])

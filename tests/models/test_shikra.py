@@ -33,9 +33,6 @@ def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
     return nanogap.load(folder, "cpu")
 
 
-# ----- the prompt ---------------------------------------------------------------------------------
-
-
 def test_the_image_stands_inside_the_sentence_and_the_expression_before_it():
     before, after = SHIKRA.around(SHIKRA.question("the man on the left"))
     assert before == (
@@ -92,9 +89,6 @@ def test_a_tokenizer_without_the_images_own_tokens_is_named():
         SHIKRA.encode(train_llama_tokenizer(["a cup"], 420), "a cup", 1, 32000)
 
 
-# ----- pictures and boxes -------------------------------------------------------------------------
-
-
 def test_a_picture_is_padded_with_white(shikra: Shikra):
     """40 x 20 black pixels in a square of 56: a band of 28 rows between two of white."""
     square = shikra.frame.fit(Image.new("RGB", (40, 20)), 56)
@@ -124,9 +118,6 @@ def test_the_first_box_of_an_answer_is_read(shikra: Shikra, text: str, box: tupl
     assert shikra.parse_box(text) == box
 
 
-# ----- every strategy and mode --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prune", STRATEGIES)
 def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
         shikra: Shikra, prune: str):
@@ -140,9 +131,6 @@ def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
             assert 0 < found.visual_tokens <= 12
         else:
             assert found.visual_tokens in (12, 13)                            # one may be added
-
-
-# ----- its files ----------------------------------------------------------------------------------
 
 
 def test_what_is_saved_loads_again_bit_for_bit(shikra: Shikra, tmp_path: Path):
