@@ -25,7 +25,6 @@ from nanogap.fast.ground_all import ground_all, ground_runs
 from nanogap.gap import lay_out
 from nanogap.image import Box, open_image
 from nanogap.llava import EncodedImage, Llava, LlavaConfig
-from nanogap.methods.before import embed_question
 from nanogap.models.frames import Padded
 from nanogap.prompt import Shares
 from nanogap.prune import Kept, VisualTokens
@@ -124,7 +123,12 @@ class VLM(Llava):
         """A picture with what a strategy needs to see of it, the whole question among it."""
         seen = super().see(image, set(needs) - {"question"}, expression)
         if "question" in needs:
-            seen.fields["question"] = embed_question(self.guide(), self.question(expression))
+            guide = self.guide()
+            ids = torch.tensor(guide.tokenizer.encode(self.question(expression)).ids)     # (T,)
+            longest = guide.text_model.config.max_position_embeddings
+            rows = [guide.text_projection(guide.text_model(part[None]))
+                    for part in ids.to(self.device).split(longest)]
+            seen.fields["question"] = torch.cat(rows)                         # (S, E)
         return seen
 
     def views(self, image: EncodedImage) -> list[Tensor]:

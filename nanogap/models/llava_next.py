@@ -180,8 +180,8 @@ def shared_equally(budget: int, sizes: Sequence[int]) -> list[int]:
     """
     shares = [0] * len(sizes)
     for _ in range(budget):
-        shares[min((i for i, size in enumerate(sizes) if shares[i] < size),
-                   key=shares.__getitem__)] += 1
+        not_full = [i for i, size in enumerate(sizes) if shares[i] < size]
+        shares[min(not_full, key=shares.__getitem__)] += 1
     return shares
 
 
@@ -332,23 +332,15 @@ class LlavaNext(VLM):
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
         """What becomes of a picture, for --explain."""
-        c, size = self.config.vision, (image.width, image.height)
-        H, W = self.frame.canvas(*size)
-        _, _, width, height = self.frame.placed(*size)
-        down, across = H // c.image_size, W // c.image_size
-        square = [f"{image.width} x {image.height} pixels, stretched to a base view of "
-                  f"{c.image_size} x {c.image_size};",
-                  f"and {width} x {height} in the middle of a black canvas of {W} x {H},",
-                  f"cut into {down} rows of {across} tiles: "
-                  f"pixel_values ({1 + down * across}, 3, {c.image_size}, {c.image_size})"]
-        tower = ["CLIP turns patches into features, and sees every square alone",
-                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through "
-                 f"{self.vision_tower.depth} of {c.num_hidden_layers} layers;",
-                 f"of {down * c.grid} x {across * c.grid} patches of the tiles "
-                 f"{image.rows} x {image.columns} stay, the others show only black,",
-                 f"and a newline closes each row: N = {c.grid ** 2} + {image.rows} x "
-                 f"({image.columns} + 1) = {image.n_visual},",
-                 f"features {tuple(image.features.shape)}, the base view first, row by row"]
+        _, tower = super().walk(image)
+        S, (H, W) = self.frame.size, self.frame.canvas(image.width, image.height)
+        square = [f"{image.width} x {image.height} pixels, stretched to a base view of {S} x {S};",
+                  f"and as large as fits on a black canvas of {W} x {H}, cut into tiles:",
+                  f"pixel_values ({1 + H // S * (W // S)}, 3, {S}, {S})"]
+        tower += [f"the base view first; of the tiles {image.rows} x {image.columns} patches show "
+                  "more than black, and a",
+                  f"newline closes each row: N = {self.frame.grid ** 2} + {image.rows} x "
+                  f"({image.columns} + 1) = {image.n_visual}"]
         return square, tower
 
     # ----- its files ------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ Out: one visual token for every four patches that stand side by side in a row.
     llama_proj   5632 -> 4096
 
 Strategies see the tokens, 256 in 32 rows of 8.  What the tower says of patches, such as how much
-CLS attends to each, is the mean over a token's four; CLS itself is compared with a token as four
-times the same.
+CLS attends to each, is the mean over a token's four; CLS is compared with a token as four times
+the same.
 
 Three pieces are published: Llama-2-7b-chat-hf, eva_vit_g.pth, and a checkpoint of what was trained.
 nanogap/convert merges its LoRA and makes one folder of them, whose tensors keep their names.
@@ -116,16 +116,15 @@ class MiniGPT(VLM):
         return EncodedImage(width, height, features, rows, rows // MEMBERS, (before[0], seen[0]))
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
-        """What strategies need to see, token by token: see FIELDS in prune.py."""
+        """What strategies may need to see, token by token: see FIELDS in prune.py."""
+        if not needs:
+            return {}
         before, cls = image.hidden                                            # (1 + 4 N, C), (C,)
-        fields = self.vision_tower.fields(before, needs)
-        if "cls" in needs:
-            fields["cls"] = cls.repeat(MEMBERS)                               # (4 C,)
-        if "cls_attention" in fields:
-            fields["cls_attention"] = mean_of_four(fields["cls_attention"], 1)    # (H, N)
-        if "keys" in fields:
-            fields["keys"] = mean_of_four(fields["keys"], 0)                  # (N, D)
-        for name in fields.keys() & {"last_queries", "last_keys"}:
+        fields = self.vision_tower.fields(before)
+        fields["cls"] = cls.repeat(MEMBERS)                                   # (4 C,)
+        fields["cls_attention"] = mean_of_four(fields["cls_attention"], 1)    # (H, N)
+        fields["keys"] = mean_of_four(fields["keys"], 0)                      # (N, D)
+        for name in ("last_queries", "last_keys"):
             first, patches = fields[name][:1], fields[name][1:]
             fields[name] = torch.cat([first, mean_of_four(patches, 0)])       # (1 + N, C)
         return fields
@@ -140,14 +139,10 @@ class MiniGPT(VLM):
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
         """What becomes of a picture, for --explain."""
-        c = self.config.vision
-        square = [f"{image.width} x {image.height} pixels, stretched to a square,",
-                  f"pixel_values (1, 3, {c.image_size}, {c.image_size})"]
-        tower = ["EVA turns patches into features, and four of them become one token",
-                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS, all layers,",
-                 f"four of a row together: {image.rows} x {image.columns} tokens, patches below:",
-                 f"features {tuple(image.features.shape)}, in raster order: row by row"]
-        return square, tower
+        (_, resized), (_, *tower) = super().walk(image)
+        square = [f"{image.width} x {image.height} pixels, stretched to a square,", resized]
+        return square, ["EVA turns patches into features, and four of a row into one token", *tower,
+                        f"below, {image.rows} x {image.columns} tokens are called patches"]
 
     @classmethod
     def complete(cls, config: dict) -> dict:

@@ -322,11 +322,11 @@ def test_explain_shows_views_rows_and_newlines(model, image, capsys):
     said = capsys.readouterr().out
     for lines in (
             "   100 x 60 pixels, stretched to a base view of 56 x 56;\n"
-            "   and 112 x 68 in the middle of a black canvas of 112 x 112,\n"
-            "   cut into 2 rows of 2 tiles: pixel_values (5, 3, 56, 56)\n",
-            "   of 8 x 8 patches of the tiles 4 x 8 stay, the others show only black,\n"
-            "   and a newline closes each row: N = 16 + 4 x (8 + 1) = 52,\n"
-            "   features (52, 32), the base view first, row by row\n",
+            "   and as large as fits on a black canvas of 112 x 112, cut into tiles:\n"
+            "   pixel_values (5, 3, 56, 56)\n",
+            "   features (52, 32), in raster order: row by row\n"
+            "   the base view first; of the tiles 4 x 8 patches show more than black, and a\n"
+            "   newline closes each row: N = 16 + 4 x (8 + 1) = 52\n",
             "   3 of 48 patches, and 2 of 4 newlines (/), stay:\n"
             "   view 1 of 5\n      . . . .\n      . # . .\n      . . . .\n      . . . .\n"
             "   view 2 of 5\n      . # . .\n      . . . .\n"
