@@ -6,6 +6,8 @@ change what others see; and what it returns is checked, in lines that name it.
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, wraps
 from inspect import unwrap
@@ -50,10 +52,26 @@ def code_of(name: str) -> str:
     return "" if function in BUILT_IN.values() else place_of(function)[0]
 
 
-def place_of(function: Strategy) -> tuple[str, int]:
+def place_of(function: Strategy) -> tuple[str, int | None]:
     """The file and the line where a strategy begins."""
     code = getattr(unwrap(function), "__code__", None)
-    return (code.co_filename, code.co_firstlineno) if code else ("", 0)
+    return (code.co_filename, code.co_firstlineno) if code else ("", None)
+
+
+@contextmanager
+def in_a_line(what: str, file: str, line: int | None) -> Iterator[None]:
+    """What goes wrong in a person's own code may be anything; say it, and where to mend it."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        for frame in extract_tb(error.__traceback__):
+            if frame.filename == file:
+                line = frame.lineno
+        told = f"{error}" if isinstance(error, NanogapError) else f"{type(error).__name__}: {error}"
+        place = f"; mend it in {file}, line {line}" if line else ""
+        raise NanogapError(f"{what}: {told:.400}{place}") from error
 
 
 # ----- reading a file -----------------------------------------------------------------------------
@@ -68,15 +86,9 @@ def read(name: str) -> Strategy:
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     try:
-        if path.suffix == ".py":
-            module = read_file(path, path.stat().st_mtime_ns)
-        else:
-            module = importlib.import_module(file)
-    except (Exception, SystemExit) as error:       # it is the user's own, and may raise anything
-        line = last_line(error, str(path))
-        place = f"in line {line}" if line else "there"
-        raise NanogapError(
-            f"{file} cannot be imported ({reason(error)}); mend it {place}") from error
+        with in_a_line(f"{file} cannot be imported", str(path), None):
+            module = (read_file(path, path.stat().st_mtime_ns) if path.suffix == ".py"
+                      else importlib.import_module(file))
     finally:               # its decorators note what is needed; they enter and replace nothing
         STRATEGIES.clear()
         STRATEGIES.update(known)
@@ -99,18 +111,6 @@ def read_file(path: Path, changed: int) -> ModuleType:
     return module
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, in words."""
-    own = isinstance(error, NanogapError)
-    return str(error) if own else f"{type(error).__name__}: {error!s:.300}"
-
-
-def last_line(error: BaseException, file: str) -> int | None:
-    """The last line of a file that an error went through."""
-    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
-    return lines[-1] if lines else None
-
-
 # ----- running it ---------------------------------------------------------------------------------
 
 
@@ -123,15 +123,8 @@ def guarded(name: str, function: Strategy) -> Strategy:
     def run(seen: VisualTokens, budget: Any, generator: Generator, **settings: Any) -> Kept:
         fields = {field: value.clone() for field, value in seen.fields.items()}
         copy = replace(seen, features=seen.features.clone(), fields=fields)
-        try:
+        with in_a_line(f"the strategy {name}", *place_of(function)):
             return checked(function(copy, budget, generator, **settings), seen.features, budget)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except (Exception, SystemExit) as error:
-            file, first = place_of(function)
-            line = last_line(error, file) or first
-            raise NanogapError(f"the strategy {name}: {reason(error)}; mend it in {file}, line "
-                               f"{line}") from error
 
     run.__dict__["guarded"] = True
     return run

@@ -128,10 +128,10 @@ def test_one_that_a_program_enters_is_guarded_as_well(keeps: Keeps):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("import sys\nsys.exit(3)\ndef last(): ...", "imported .SystemExit: 3.; mend it in line 2"),
+    ("import sys\nsys.exit(3)\ndef last(): ...", "imported: SystemExit: 3; mend it in .* line 2"),
     ("from nanogap.prune import strategy\n@strategy\ndef last(): ...", "write @strategy.. with"),
-    ("def last(:", "cannot be imported .SyntaxError"), ("x = 1", "has no function 'last'"),
-    ("import nowhere_at_all", "cannot be imported .ModuleNotFoundError")])
+    ("def last(:", "cannot be imported: SyntaxError.*line 1"), ("x = 1", "has no function 'last'"),
+    ("import nowhere_at_all", "cannot be imported: ModuleNotFoundError")])
 def test_a_file_that_gives_no_strategy_is_one_line(text: str, message: str, tmp_path: Path):
     with pytest.raises(NanogapError, match=message):
         find(written(tmp_path, text))
