@@ -70,7 +70,7 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
     at = where(name, layers)
     fixed = fixed_counts(name, N, len(at))
     if budget is None:
-        return [(layer, fixed[i] if fixed else None) for i, layer in enumerate(at)]
+        return list(zip(at, fixed or [None] * len(at), strict=True))
     if fixed and settings_of(name):
         raise NanogapError(f"{name} says itself how many tokens stay: keep is auto for it (None in "
                            "Python)")
@@ -99,7 +99,8 @@ def where(name: str, layers: int) -> list[int]:
     elif "layer" in settings:
         at = [settings["layer"]]
     elif "label" not in settings:
-        at = scaled(at, layers)
+        at = [max(round(layer * layers / PUBLISHED_LAYERS), i) for i, layer in enumerate(at, 1)]
+        at = [layer for layer in at if layer < layers] or at[:1]
     for last, layer in pairwise([0, *at]):
         if not last < layer < layers:
             raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: give layers "
@@ -107,16 +108,7 @@ def where(name: str, layers: int) -> list[int]:
     return at
 
 
-def scaled(published: Sequence[int], layers: int) -> list[int]:
-    """Layers of a published decoder in one of another depth, each higher than the last."""
-    found: list[int] = []
-    for layer in published:
-        lowest = found[-1] + 1 if found else 1
-        found.append(max(round(layer * layers / PUBLISHED_LAYERS), lowest))
-    return [layer for layer in found if layer < layers] or found[:1]
-
-
-def fixed_counts(name: str, N: int, cuts: int) -> list[int] | None:
+def fixed_counts(name: str, N: int, cuts: int) -> list[int | None] | None:
     """How many tokens a strategy keeps at its cuts by its settings, or by its published rule."""
     settings = settings_of(name)
     if "label" in settings:

@@ -38,9 +38,6 @@ from nanogap.prompt import BoxFormat, Shares, Template
 DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
             "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
             "--out weights/minigpt-v2`")
-NO_TEXT_TOWER = ("MiniGPT-v2 has no text tower: that of its vision tower, EVA-CLIP's, is published "
-                 "apart and not supported; choose a strategy that does not read the expression, "
-                 "such as cls_attention")
 MEMBERS = 4     # patches of one row that make a token
 LLAMA_2 = Template(
     before="[INST] <Img>",
@@ -135,7 +132,8 @@ class MiniGPT(VLM):
 
     def guide(self) -> CLIPText:
         """There is no space of images and texts here."""
-        raise NanogapError(NO_TEXT_TOWER)
+        raise NanogapError("MiniGPT-v2 has no text tower; choose a strategy that does not read the "
+                           "expression, such as cls_attention")
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
         """What becomes of a picture, for --explain."""
