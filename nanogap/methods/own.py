@@ -74,9 +74,6 @@ def in_a_line(what: str, file: str, line: int | None) -> Iterator[None]:
         raise NanogapError(f"{what}: {told:.400}{place}") from error
 
 
-# ----- reading a file -----------------------------------------------------------------------------
-
-
 def read(name: str) -> Strategy:
     """The function that "FILE.py:NAME" or "package.module:NAME" names."""
     file, _, function = name.rpartition(":")
@@ -109,9 +106,6 @@ def read_file(path: Path, changed: int) -> ModuleType:
     sys.modules[module.__name__] = module
     exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     return module
-
-
-# ----- running it ---------------------------------------------------------------------------------
 
 
 def guarded(name: str, function: Strategy) -> Strategy:

@@ -139,16 +139,6 @@ def test_divprune_takes_duplicates_last():
     assert kept("divprune", 5, projected=torch.eye(4).repeat_interleave(4, 0)) == [0, 1, 4, 8, 12]
 
 
-def test_cdpruner_takes_the_least_alike_of_the_least_relevant():
-    """Patches 0 to 7 point along as many axes; 8 to 15 are the same again, and less relevant."""
-    words = torch.arange(16.0) / 16                    # cosine with the words: 0 is the least alike
-    given = {"projected": torch.eye(8).repeat(2, 1), "text": torch.tensor([1.0, 0]),
-             "aligned": torch.stack([words, (1 - words ** 2).sqrt()], -1)}
-    assert kept("cdpruner", 8, **given) == [0, 1, 2, 3, 4, 5, 6, 7]
-    beyond = kept("cdpruner", 9, **given)
-    assert len(beyond) == 9 and set(range(8)) < set(beyond)       # behind the rank of the kernel
-
-
 def test_cdpruner_of_the_whole_question_is_the_mean_over_its_segments():
     image = seen(question=torch.eye(5)[:2])
     one = seen(text=torch.eye(5)[0] + torch.eye(5)[1])     # two axes: the sum of their cosines

@@ -12,7 +12,7 @@ from nanogap.errors import NanogapError
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
-from nanogap.models.minigpt import HUNDREDTHS, MiniGPT, four_to_one, mean_of_four
+from nanogap.models.minigpt import HUNDREDTHS, MiniGPT
 from nanogap.models.saving import save
 from nanogap.prune import STRATEGIES, needs_of
 from tests.tiny import tiny_model, write_finder
@@ -56,19 +56,6 @@ def test_only_four_numbers_in_the_form_are_a_box(text: str, box: tuple | None):
 def test_a_hostile_answer_is_read_in_no_time():
     for text in ("{" + " " * 100_000, "{<1>" + " " * 100_000, "{<1><2><3>" * 30_000):
         assert HUNDREDTHS.parse(text) is None
-
-
-def test_four_neighbours_of_a_row_become_one_token_their_channels_one_behind_the_other():
-    patches = torch.arange(16).view(8, 2)                                     # (4 N, C)
-    assert four_to_one(patches).tolist() == [
-        [0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]
-
-
-def test_scores_of_a_token_are_the_mean_over_its_four_patches():
-    attention = torch.tensor([[1., 2, 3, 6, 0, 0, 0, 4]])                     # (H, 4 N)
-    assert mean_of_four(attention, 1).tolist() == [[3, 1]]
-    keys = torch.tensor([[1., 0], [2, 0], [3, 4], [6, 4]])                    # (4 N, D)
-    assert mean_of_four(keys, 0).tolist() == [[3, 2]]
 
 
 def test_a_token_shows_the_rectangle_of_its_four_patches(tiny: MiniGPT):

@@ -1,6 +1,5 @@
 """Shikra: the image inside the sentence, a white square, three decimals, and one linear layer."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,15 +30,6 @@ def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
         value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
     save_clip(folder / "clip_text", clip, words, torch.float32)
     return nanogap.load(folder, "cpu")
-
-
-def test_the_image_stands_inside_the_sentence_and_the_expression_before_it():
-    before, after = SHIKRA.around(SHIKRA.question("the man on the left"))
-    assert before == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant "
-        "gives helpful, detailed, and polite answers to the user's questions. USER: Can you point "
-        "out the man on the left in the image")
-    assert after == "and provide the coordinates of its location? ASSISTANT:"
 
 
 def pieces(model: Shikra, question: str) -> list[str]:
@@ -131,12 +121,3 @@ def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
             assert 0 < found.visual_tokens <= 12
         else:
             assert found.visual_tokens in (12, 13)                            # one may be added
-
-
-def test_what_is_saved_loads_again_bit_for_bit(shikra: Shikra, tmp_path: Path):
-    save(tmp_path, shikra, torch.float32)
-    again = nanogap.load(tmp_path, "cpu")
-    assert again.config == shikra.config and isinstance(again, Shikra)
-    assert len(again.state_dict()) == 87
-    for name, value in again.state_dict().items():                            # its CLIP apart
-        assert torch.equal(shikra.state_dict()[name], value)
