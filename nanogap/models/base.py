@@ -137,7 +137,8 @@ class VLM(Llava):
 
     def newlines(self, image: EncodedImage) -> set[int]:
         """The visual tokens that close rows, and show nothing."""
-        return set()
+        x1, _, x2, _ = self.cells(image).T
+        return set((x1 == x2).nonzero()[:, 0].tolist())
 
     def cells(self, image: EncodedImage) -> Tensor:
         """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""

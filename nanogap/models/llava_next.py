@@ -314,11 +314,6 @@ class LlavaNext(VLM):
         assert isinstance(image, EncodedTiles)
         return [part.index.view(part.rows, part.columns) for part in image.parts]
 
-    def newlines(self, image: EncodedImage) -> set[int]:
-        """The visual tokens that close rows, and show nothing."""
-        assert isinstance(image, EncodedTiles)
-        return set(image.row_end(torch.arange(image.n_visual)).tolist()) - {-1}
-
     def cells(self, image: EncodedImage) -> Tensor:
         """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
         width, height, n = image.width, image.height, self.config.vision.grid
