@@ -120,8 +120,9 @@ def convert(value: Any, kind: Any) -> Any:
         return None if None in items else items
     if kind in (float, Share) and type(value) in (int, float):
         return float(value) if kind is float or 0 <= value <= 1 else None
-    fits = value in inner if origin is Literal else kind in (type(value), Any, inspect.Parameter.empty)
-    return value if fits else None
+    if origin is Literal:
+        return value if value in inner else None
+    return value if kind in (type(value), Any, inspect.Parameter.empty) else None
 
 
 def in_words(kind: Any) -> str:
