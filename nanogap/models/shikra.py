@@ -45,9 +45,7 @@ class InSentence(Template):
 
         No spaces next to the image: those around added tokens were stripped in training.
         """
-        first, image, second = question.rpartition("<image>")
-        if not image:
-            first, second = "", question
+        first, _, second = question.rpartition("<image>")
         before, after = self.before + first, self.after.format(second)
         return before.rstrip(), after.lstrip()
 

@@ -20,7 +20,7 @@ from tests.plain import (
     plain_softmax,
     plus,
 )
-from tests.test_prune import kept, seen, select
+from tests.test_prune import seen, select
 
 NAMES = [name for name in STRATEGIES if not needs_of(name) & IN_DECODER]
 
@@ -33,11 +33,6 @@ def budgets(name: str, *given: int) -> list[int | None]:
 def tensors(image: VisualTokens) -> dict[str, Tensor]:
     """All that is seen in an image."""
     return {"features": image.features, **image.fields}
-
-
-def first_best(n: int = 16) -> Tensor:
-    """Attention (1, n) in which patch 0 counts most, then patch 1, and so on."""
-    return torch.arange(n, 0, -1.0)[None]
 
 
 def each(image: VisualTokens, change: Callable[[Tensor], Tensor]) -> VisualTokens:
@@ -122,21 +117,6 @@ def test_every_strategy_asks_for_the_fields_that_it_reads_and_for_no_others(name
 
 
 # ----- what a single one does --------------------------------------------------------------------
-
-
-def test_visionzip_leaves_a_gathering_patch_alone_where_none_is_like_it():
-    """All others are as like the first as the second, and go to the first."""
-    image = seen(features=torch.eye(16), cls=torch.ones(16), keys=torch.ones(16, 2),
-                 cls_attention=first_best())
-    result = select("visionzip", image, 13)
-    assert result.ranked[10:].tolist() == [10, 13]
-    assert torch.equal(result.features[11], torch.eye(16)[13])
-
-
-def test_divprune_takes_duplicates_last():
-    """Four different patches, four times each."""
-    assert kept("divprune", 4, projected=torch.eye(4).repeat(4, 1)) == [0, 1, 2, 3]
-    assert kept("divprune", 5, projected=torch.eye(4).repeat_interleave(4, 0)) == [0, 1, 4, 8, 12]
 
 
 def test_cdpruner_of_the_whole_question_is_the_mean_over_its_segments():
