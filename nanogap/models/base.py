@@ -29,10 +29,6 @@ from nanogap.models.frames import Padded
 from nanogap.prompt import Shares
 from nanogap.prune import Kept, VisualTokens
 
-CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
-                 "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
-DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
-
 
 class VLM(Llava):
     """A model as `nanogap.load` gives it: it answers the fast way, and can be written."""
@@ -42,9 +38,13 @@ class VLM(Llava):
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
     frame: Any = Padded()                      # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
-    download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
-    clip_download: ClassVar[str] = CLIP_DOWNLOAD
-    get_clip = f"get it with {CLIP_DOWNLOAD} and give it by --clip"
+    # the commands that fetch its published weights
+    download: ClassVar[str] = (
+        "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)")
+    clip_download: ClassVar[str] = (
+        "`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
+        "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
+    get_clip = f"get it with {clip_download} and give it by --clip"
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
     next_pass: Any = None                      # a pass behind the prompt: see fast/graph.py
     later: str = "USER: {} ASSISTANT:"         # a question that follows an answer

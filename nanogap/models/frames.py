@@ -13,12 +13,23 @@ from torch import Tensor
 from nanogap.image import Box, Pad
 
 
-class Frame:
-    """A square over a picture; boxes are shares of it."""
+def cells(rows: int, columns: int, area: Box) -> Tensor:
+    """Where the cells of a grid over (left, top, width, height) lie: (rows * columns, 4)."""
+    left, top, across, down = area
+    index = torch.arange(rows * columns)
+    x = index % columns * across / columns + left
+    y = index // columns * down / rows + top
+    return torch.stack([x, y, x + across / columns, y + down / rows], dim=1)
+
+
+@dataclass(frozen=True)
+class Padded(Pad):
+    """The lesson's frame, and the way from pixels to it."""
 
     def area(self, width: int, height: int) -> Box:
         """Where the square lies: left, top, width, height, in pixels of the picture."""
-        raise NotImplementedError
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        return -dx, -dy, side, side
 
     def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
         """A box (x1, y1, x2, y2) in pixels of the picture -> shares of the square."""
@@ -31,27 +42,9 @@ class Frame:
         return cells(rows, columns, self.area(width, height))
 
 
-def cells(rows: int, columns: int, area: Box) -> Tensor:
-    """Where the cells of a grid over (left, top, width, height) lie: (rows * columns, 4)."""
-    left, top, across, down = area
-    index = torch.arange(rows * columns)
-    x = index % columns * across / columns + left
-    y = index // columns * down / rows + top
-    return torch.stack([x, y, x + across / columns, y + down / rows], dim=1)
-
-
 @dataclass(frozen=True)
-class Padded(Frame, Pad):
-    """The lesson's frame: the picture in the middle of a square."""
-
-    def area(self, width: int, height: int) -> Box:
-        side, (dx, dy) = max(width, height), self.offset(width, height)
-        return -dx, -dy, side, side
-
-
-@dataclass(frozen=True)
-class Stretch(Frame):
-    """The picture is stretched to a square, whatever its shape: MiniGPT-v2, blip_processors.py."""
+class Stretch(Padded):
+    """Nothing is padded: the picture is stretched to a square.  Source: blip_processors.py."""
 
     def area(self, width: int, height: int) -> Box:
         return 0, 0, width, height

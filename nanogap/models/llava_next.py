@@ -31,8 +31,6 @@ from nanogap.models.frames import Padded, Stretch, cells
 from nanogap.prompt import Template
 from nanogap.prune import STRATEGIES, Kept, needs_of
 
-DOWNLOAD = ("`hf download llava-hf/llava-v1.6-mistral-7b-hf "
-            "--local-dir weights/llava-v1.6-mistral-7b-hf` (15 GB)")
 SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the human's questions.")
 TEMPLATES = {   # by `model_type` in text_config
@@ -211,7 +209,8 @@ def close_rows(ranked: Tensor, features: Tensor, ends: Tensor) -> tuple[Tensor, 
 
 class LlavaNext(VLM):
     Config = LlavaNextConfig
-    download = DOWNLOAD
+    download = ("`hf download llava-hf/llava-v1.6-mistral-7b-hf "
+                "--local-dir weights/llava-v1.6-mistral-7b-hf` (15 GB)")
     template = TEMPLATES["llama"]
     pictures_alike = False
     fixed = VLM.fixed | {

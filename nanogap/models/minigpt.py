@@ -35,9 +35,6 @@ from nanogap.models.eva import VIT_G_14, EvaTower
 from nanogap.models.frames import Stretch
 from nanogap.prompt import BoxFormat, Shares, Template
 
-DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
-            "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
-            "--out weights/minigpt-v2`")
 MEMBERS = 4     # patches of one row that make a token
 LLAMA_2 = Template(
     before="[INST] <Img>",
@@ -85,7 +82,9 @@ class MiniGPT(VLM):
     Config = MiniGPTConfig
     Tower = EvaTower
     later = "[INST] {} [/INST]"
-    download = DOWNLOAD
+    download = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
+                "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
+                "--out weights/minigpt-v2`")
     frame = Stretch()
     template = LLAMA_2
     box_format = HUNDREDTHS
