@@ -192,16 +192,12 @@ def close_rows(ranked: Tensor, features: Tensor, ends: Tensor) -> tuple[Tensor, 
              the other tokens that are no patches do.  They have no scores: where patches go by rank
              a row is closed behind the lowest of it
     """
-    last = {end: i for i, end in enumerate(ends.tolist()) if end >= 0}        # of each row
-    tokens: list[int] = []
-    rows: list[int] = []                                                      # -1: of zeros
-    for i, (token, end) in enumerate(zip(ranked.tolist(), ends.tolist(), strict=True)):
-        tokens.append(token)
-        rows.append(i)
-        if last.get(end) == i:
-            tokens.append(end)
-            rows.append(-1)
-    return torch.tensor(tokens), torch.cat([features, torch.zeros_like(features[:1])])[rows]
+    last = {end: place for place, end in enumerate(ends.tolist()) if end >= 0}   # of each row
+    places = torch.tensor([*range(len(ranked)), *(place + 0.5 for place in last.values())])
+    order = places.argsort()
+    tokens = torch.cat([ranked, torch.tensor([*last], dtype=torch.long)])
+    rows = torch.cat([features, features.new_zeros(len(last), features.shape[1])])
+    return tokens[order], rows[order.to(rows.device)]
 
 
 # ----- the model ----------------------------------------------------------------------------------
@@ -247,8 +243,7 @@ class LlavaNext(VLM):
         squares = torch.cat([base, tiles.transpose(1, 2).flatten(0, 1)])      # (1 + tiles, n, n)
         if len(pixel_values) != len(squares):
             raise NanogapError(f"a picture of {width} x {height} pixels is {len(squares)} squares, "
-                               f"base view and tiles, and pixel_values holds {len(pixel_values)}: "
-                               "give the size of the picture that they show")
+                               f"and pixel_values holds {len(pixel_values)}: give its size")
         before, after = self.vision_tower(pixel_values)               # (1 + tiles, 1 + n * n, C)
         features = after.new_zeros(n * n + R * (C + 1), after.shape[-1])      # (N, C)
         parts = []
