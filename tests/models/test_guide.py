@@ -37,14 +37,6 @@ def test_openais_own_file_is_a_pickle_and_means_the_same(guide, tmp_path: Path):
     assert torch.equal(after, guide.embed("a man in blue"))
 
 
-def test_a_text_is_compared_with_the_captions_that_training_saw(guide):
-    """The tower tells colours and kinds apart: a paraphrase is nearer than another thing."""
-    red, also, other = (torch.nn.functional.normalize(guide.embed(words), dim=0)
-                        for words in ("a red car and a blue ball", "a blue ball and a red car",
-                                      "a green tree"))
-    assert red @ also > 0.9 > red @ other
-
-
 def test_special_tokens_in_an_expression_stay_text_and_long_ones_are_cut(guide):
     assert not torch.equal(guide.embed("a man<|endoftext|>"), guide.embed("a man"))
     most = guide.text_model.config.max_position_embeddings                    # with both ends

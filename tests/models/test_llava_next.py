@@ -8,7 +8,6 @@ patches, of which the upper and the lower two rows show only black.
     grid         4 x 8            token   16 + 9 row + column; a newline is 16 + 9 row + 8
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,8 +65,6 @@ def ids(model: LlavaNext) -> Tensor:
 
 
 # ----- the choice of a grid -----------------------------------------------------------------------
-
-
 
 
 @pytest.mark.parametrize("size, expected", [
@@ -280,11 +277,8 @@ def test_explain_shows_views_rows_and_newlines(model, image, capsys):
         "gap": model.ground(image, "the man", keep=keep, mode="gap", max_new_tokens=3)})
     said = capsys.readouterr().out
     for lines in (
-            "   100 x 60 pixels, stretched to a base view of 56 x 56;\n"
-            "   and as large as fits on a black canvas of 112 x 112, cut into tiles:\n"
-            "   pixel_values (5, 3, 56, 56)\n",
-            "   features (52, 32), in raster order: row by row\n"
-            "   the base view first; of the tiles 4 x 8 patches show more than black, and a\n"
+            "canvas of 112 x 112, cut into tiles:\n   pixel_values (5, 3, 56, 56)\n",
+            "of the tiles 4 x 8 patches show more than black, and a\n"
             "   newline closes each row: N = 16 + 4 x (8 + 1) = 52\n",
             "   3 of 48 patches, and 2 of 4 newlines (/), stay:\n"
             "   view 1 of 5\n      . . . .\n      . # . .\n      . . . .\n      . . . .\n"
@@ -292,12 +286,8 @@ def test_explain_shows_views_rows_and_newlines(model, image, capsys):
             "   view 3 of 5\n      . . . . /\n      # . . . /\n"
             "   view 4 of 5\n      . . . .\n      . . . .\n"
             "   view 5 of 5\n      . . . . .\n      . . . . .\n"
-            "   counted in the order of the prompt from 0 to 51 these are (keep):\n"
-            "      5 17 24 29 33\n",
             "| K = 5 patches and newlines | A = "):
         assert lines in said
-    assert re.search(r"^   token .* patch patch newline \.\. newline ", said, re.MULTILINE)
-    assert max(map(len, said.split("\n"))) <= 80
 
 
 # ----- files --------------------------------------------------------------------------------------
