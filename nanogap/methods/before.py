@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from nanogap.clip import CLIPText
 from nanogap.methods.settings import Question, Share
 from nanogap.prune import (
     Kept,
@@ -31,10 +30,9 @@ def prumerge_plus(seen: VisualTokens, budget: int | None, generator: Generator) 
     """PruMerge's patches, and then some in even steps: PruMerge+, of the same paper.
 
     The steps go along the raster, not the grid, and never meet its last patch, as in the code.
-    With over a third outliers the step would be 0 and the code fail.  Quartiles leave a quarter at
-    most, but the best of two patches is half of them; then the step is 1 here.
-    differs: the code's fixed budget takes some patches twice; ours is half by score, and half in
-    even steps among the others
+    differs: the code's step is 0, and fails, where over a third of a few patches are outliers; here
+    it is 1.  Its fixed budget takes some patches twice; ours is half by score, and half in even
+    steps among the others
     """
     N = len(seen.features)
     scores = last_attention(seen)                                # (N,)
@@ -109,10 +107,9 @@ def vispruner(seen: VisualTokens, budget: int, generator: Generator, *,
     """Half by the attention of CLS, half without duplicates: VisPruner, arXiv 2412.01818.
 
     The paper is FasterVLM's under a later title.  `ratio` is the first half's share: 0.75 is
-    published for 64 tokens.  The patches that attention did not choose, best
-    first, are split into every first and every second one.  Up to 8 of the first group go, those
-    most like any of the second.  What is left of the first, most alike in front, and the second
-    group are joined and split again, until the budget is met.
+    published for 64 tokens.  The others, best first, are split into every first and every second
+    one.  Up to 8 of the first group go, those most like any of the second, and what is left is
+    joined and split again, until the budget is met.
     differs: the code fails where the number to split is odd, or where 8 must go of fewer than 16;
     here the first group has one more, and all of it may go.  Which patches stay may depend on the
     last bit of a likeness: in float32 two right implementations differ in a fifth of the images
@@ -149,14 +146,6 @@ def cdpruner(seen: VisualTokens, budget: int, generator: Generator, *,
     x = F.normalize(seen.projected, dim=-1).float()                           # (N, C')
     kernel = relevance[:, None] * (x @ x.T) * relevance                       # (N, N)
     return Kept(largest_volume(kernel, budget).sort().values)
-
-
-def embed_question(guide: CLIPText, question: str) -> Tensor:
-    """A text of any length in CLIP's space, a row for each segment that the text tower can read."""
-    ids = torch.tensor(guide.tokenizer.encode(question).ids)                  # (T,)
-    segments = ids.to(guide.text_model.final_layer_norm.weight.device).split(
-        guide.text_model.config.max_position_embeddings)
-    return torch.cat([guide.text_projection(guide.text_model(part[None])) for part in segments])
 
 
 def largest_volume(kernel: Tensor, budget: int) -> Tensor:
@@ -208,9 +197,8 @@ def holov(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     """The patches that CLS attends to most, in each of 16 strips of the image: HoloV, 2510.02912.
 
     A strip's share of the budget grows with the attention that it gets, and with how unequally its
-    patches are alike.  Its patches go in the order of their attention, and strips in raster order,
-    so the code for LLaVA is permuted within a strip, and numbers patches anew.  The same authors'
-    code for Qwen2.5-VL keeps the old IDs in that order: mode "ranked, original".
+    patches are alike.  Its patches go in the order of their attention, so the code for LLaVA is
+    permuted within a strip.  That for Qwen2.5-VL keeps the old IDs: mode "ranked, original".
     differs: where a strip is smaller than its share, the code feeds vectors of zeros for what it
     lacks; here fewer patches are kept
     """

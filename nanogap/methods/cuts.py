@@ -10,8 +10,8 @@ Letters: N visual tokens before pruning, n of them at a cut.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
-from typing import cast
 
 from nanogap.errors import NanogapError
 from nanogap.methods.inside import largest
@@ -55,6 +55,11 @@ def method_of(name: str) -> Method:
     return METHODS.get(base_of(name), Method())
 
 
+def prunes_there(name: str) -> bool:
+    """Whether a strategy prunes inside the decoder, by what its layers show."""
+    return bool(needs_of(name) & IN_DECODER)
+
+
 def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
     """The cuts of a strategy as (layer, tokens that are kept), for a mean over the layers.
 
@@ -65,15 +70,15 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
     at = where(name, layers)
     fixed = fixed_counts(name, N, len(at))
     if budget is None:
-        return [(layer, fixed[i] if fixed else None) for i, layer in enumerate(at)]
-    if fixed and base_of(name) != name:
+        return list(zip(at, fixed or [None] * len(at), strict=True))
+    if fixed and settings_of(name):
         raise NanogapError(f"{name} says itself how many tokens stay: keep is auto for it (None in "
                            "Python)")
 
-    def cuts(size: float) -> list[tuple[int, int]]:
+    def cuts(size: float) -> Planned:
         shares = shares_of(name, size, budget / N, len(at))
-        return [(before, max(1, min(N, round(N * share))))
-                for before, share in zip(at, shares, strict=True)]
+        return [(layer, max(1, min(N, round(N * share))))
+                for layer, share in zip(at, shares, strict=True)]
 
     def mean(size: float) -> float:
         return mean_tokens(name, N, cuts(size), layers)
@@ -83,10 +88,27 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
         raise NanogapError(f"{name} cannot keep {budget} of {N} visual tokens in the mean over "
                            f"{layers} layers, of which {1 if method_of(name).caches else at[0]} "
                            f"see all: keep from {ceil(lowest)} to {N}")
-    return list(cuts(largest(lambda size: mean(size) <= budget, PUBLISHED_TOKENS)))
+    return cuts(largest(lambda size: mean(size) <= budget, PUBLISHED_TOKENS))
 
 
-def fixed_counts(name: str, N: int, cuts: int) -> list[int] | None:
+def where(name: str, layers: int) -> list[int]:
+    """Before which layers a strategy cuts in a decoder of so many: scaled, unless settings say."""
+    settings, at = settings_of(name), list(method_of(name).layers)
+    if "layers" in settings:
+        at = settings["layers"]
+    elif "layer" in settings:
+        at = [settings["layer"]]
+    elif "label" not in settings:
+        at = [max(round(layer * layers / PUBLISHED_LAYERS), i) for i, layer in enumerate(at, 1)]
+        at = [layer for layer in at if layer < layers] or at[:1]
+    for last, layer in pairwise([0, *at]):
+        if not last < layer < layers:
+            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: give layers "
+                               f"from 1 to {layers - 1}, in order")
+    return at
+
+
+def fixed_counts(name: str, N: int, cuts: int) -> list[int | None] | None:
     """How many tokens a strategy keeps at its cuts by its settings, or by its published rule."""
     settings = settings_of(name)
     if "label" in settings:
@@ -129,49 +151,13 @@ def counts(name: str, N: int, cuts: Sequence[tuple[int, int | None]]) -> Planned
     return found
 
 
-def mean_tokens(name: str, N: int, cuts: Sequence[tuple[int, int]], layers: int) -> float:
+def mean_tokens(name: str, N: int, cuts: Sequence[tuple[int, int | None]], layers: int) -> float:
     """Visual tokens in the mean over the caches of all layers: see `counts`."""
     held = [N] * layers
     for layer, left in counts(name, N, cuts):
         first = 1 if method_of(name).caches else layer
-        held[first:] = [cast(int, left)] * (layers - first)       # since each of `cuts` is one
+        held[first:] = [left or N] * (layers - first)
     return sum(held) / layers
-
-
-def scaled(published: Sequence[int], layers: int) -> list[int]:
-    """Layers of a published decoder in one of another depth, each higher than the last."""
-    found: list[int] = []
-    for layer in published:
-        lowest = found[-1] + 1 if found else 1
-        at = max(round(layer * layers / PUBLISHED_LAYERS), lowest)
-        if at < layers:
-            found.append(at)
-    return found
-
-
-def where(name: str, layers: int) -> list[int]:
-    """Before which layers a strategy cuts in a decoder of so many: scaled, unless settings say."""
-    if layers < 2:
-        raise NanogapError(f"{name} prunes between two layers of the decoder, and this one has "
-                           f"{layers}: choose a strategy that prunes before it")
-    settings, at, last = settings_of(name), list(method_of(name).layers), 0
-    if "layers" in settings:
-        at = settings["layers"]
-    elif "layer" in settings:
-        at = [settings["layer"]]
-    elif "label" not in settings:
-        at = scaled(at, layers)
-    for layer in at:
-        if not last < layer < layers:
-            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: choose one "
-                               f"from 1 to {layers - 1}" + ", higher than the last" * bool(last))
-        last = layer
-    return at
-
-
-def prunes_there(name: str) -> bool:
-    """Whether a strategy prunes inside the decoder, by what its layers show."""
-    return bool(needs_of(name) & IN_DECODER)
 
 
 def cuts_in_words(name: str, cuts: Sequence[tuple[int, int | None]], layers: int) -> str:

@@ -2,15 +2,9 @@
 
 In:  n visual tokens as a layer sees them, and a budget.  Out: which of them stay, ranked.
 
-    fastv           what the prompt's last token looks at         arXiv 2403.06764
-    pyramiddrop     the same, at three cuts                       arXiv 2410.17247
-    sparsevlm       text tokens that look at the image most       arXiv 2410.04417
-    sparsevlm_plus  decide, and not the last one, at three cuts   (version 2 of its code)
-    ivc             seeds, foreground, and RoPE's own axes        arXiv 2602.03060
-
-Their keyword arguments are settings (settings.py).  cuts.py reads those that say where and how many
-tokens are cut: layer, layers, drop, ratios, label.
-Letters: n visual tokens at a cut, Q tokens of the question, H heads, C channels, D of a head.
+Their keyword arguments are settings (settings.py), which say where and how many tokens are cut:
+cuts.py reads them.
+Letters: n visual tokens at a cut, Q tokens of the question, H heads, C channels.
 """
 
 from collections.abc import Callable
@@ -29,7 +23,9 @@ FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
                        "each by their values alone",
     "axes":            "(2, n)      mean cosine and sine of RoPE at each one's position ID",
 }
-Label = Literal[192, 128, 96, 64]   # what SparseVLM's code calls a budget
+Layers = list[int] | None           # before which it cuts
+Ratios = list[Share] | None         # of the visual tokens, that stay at each cut
+Label = Literal[192, 128, 96, 64] | None   # what SparseVLM's code calls a budget
 
 
 @strategy(needs={"attention"})
@@ -44,8 +40,8 @@ def fastv(seen: VisualTokens, budget: int, generator: Generator, *, layer: int |
 
 
 @strategy(needs={"attention"}, finds_budget=True)
-def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *,
-                layers: list[int] | None = None, ratios: list[Share] | None = None) -> Kept:
+def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
+                ratios: Ratios = None) -> Kept:
     """The same at each of three cuts, by the layer that comes next: PyramidDrop, arXiv 2410.17247.
 
     Without a budget half of the tokens go at each cut, as in the paper.
@@ -55,9 +51,8 @@ def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *,
 
 
 @strategy(needs={"attention"})
-def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *,
-              layers: list[int] | None = None, ratios: list[Share] | None = None,
-              label: Label | None = None) -> Kept:
+def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
+              ratios: Ratios = None, label: Label = None) -> Kept:
     """Patches that the raters attend to, and clusters of some others: SparseVLM, arXiv 2410.04417.
 
     Of those dropped, the best 30 % and one are clustered, ten to a cluster, and the mean of each
@@ -76,8 +71,7 @@ def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *,
 
 @strategy(needs={"attention"})
 def sparsevlm_plus(seen: VisualTokens, budget: int, generator: Generator, *,
-                   layers: list[int] | None = None, ratios: list[Share] | None = None,
-                   label: Label | None = None) -> Kept:
+                   layers: Layers = None, ratios: Ratios = None, label: Label = None) -> Kept:
     """Patches that the raters attend to in the heads that look at the image most: SparseVLM+.
 
     The code takes 14 heads, of the 32 of a 7B; of other numbers it is the same share here.  No

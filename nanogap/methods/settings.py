@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from types import UnionType
-from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, Union, get_args, get_origin
 
 from torch import Generator
 
@@ -22,6 +22,7 @@ from nanogap.prune import FIELDS, STRATEGIES, Kept, Strategy, VisualTokens, need
 Share = NewType("Share", float)                 # from 0 to 1
 Crops = Literal["proportion", "equal"]          # of LLaVA-1.6: how its parts share a budget
 Question = Literal["expression", "whole"]       # which words CLIP's text tower is given
+IN_DECODER = {"attention", "value_attention", "axes"}   # fields that only a decoder layer shows
 COUNTING = {"drop", "ratios", "label"}          # in the decoder they say how many tokens stay
 WORDS = {int: "a whole number", float: "a number", Share: "a share from 0 to 1", str: "a word",
          bool: "True or False", list[int]: "a list of whole numbers",
@@ -46,19 +47,19 @@ def configure(name: str, text: str) -> str:
     raises: NanogapError for settings that it does not have, or of another type
     """
     known, values = settings_known(name), {}
-    for setting, value in parse(name, text).items():
-        if setting not in known:
-            raise NanogapError(f"{name} has no setting {setting!r}: {listed(name, known)}")
-        kind, default = known[setting]
-        value = convert(value, kind)
+    for setting, said in parse(name, text).items():
+        kind, default = known.get(setting, (None, None))
+        value = convert(said, kind)
         if value is None:
-            raise NanogapError(f"{name}: {setting} is not {in_words(kind)}: {listed(name, known)}")
+            told = ", ".join(f"{each} ({in_words(kind)})" for each, (kind, _) in known.items())
+            raise NanogapError(f"{name} has no setting {setting}={said!s:.80}; it has "
+                               f"{told or 'none at all'}")
         if value != default:
             values[setting] = value
     if not values:
         return name
-    said = ",".join(f"{setting}={spelled(values[setting])}" for setting in sorted(values))
-    key = f"{name}({said})"
+    pairs = ",".join(f"{setting}={values[setting]}" for setting in sorted(values))
+    key = f"{name}({pairs.replace(', ', ',')})"
     STRATEGIES[key] = configured(name, values)
     return key
 
@@ -66,7 +67,8 @@ def configure(name: str, text: str) -> str:
 def configured(name: str, values: Mapping[str, Any]) -> Strategy:
     """The strategy with these settings: a function with what `strategy` notes of one."""
     function, needs = STRATEGIES[name], needs_of(name)
-    own = {setting: value for setting, value in values.items() if setting in arguments(function)}
+    arguments = inspect.signature(function).parameters
+    own = {setting: value for setting, value in values.items() if setting in arguments}
     whole = values.get("question") == "whole"
     if whole:
         needs = needs - {"text"} | {"question"}
@@ -82,59 +84,29 @@ def configured(name: str, values: Mapping[str, Any]) -> Strategy:
     return run
 
 
-# ----- what there is ------------------------------------------------------------------------------
-
-
-def arguments(function: Strategy) -> dict[str, tuple[Any, Any]]:
-    """The keyword arguments of a strategy: name -> type and default."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-        hints = get_type_hints(function)
-    except (TypeError, ValueError, NameError):   # not every callable has a signature
-        return {}
-    return {p.name: (hints.get(p.name, Any), p.default)
-            for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
 def settings_known(name: str) -> dict[str, tuple[Any, Any]]:
     """All settings that a strategy has: name -> type and default."""
-    known, needs = arguments(STRATEGIES[name]), needs_of(name)
-    if "text" in needs:
+    parameters = inspect.signature(STRATEGIES[name], eval_str=True).parameters.values()
+    known = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if "text" in needs_of(name):
         known.setdefault("question", (Question, "expression"))
-    if not needs & IN_DECODER:
+    if not needs_of(name) & IN_DECODER:
         known["crops"] = (Crops, "proportion")
     return known
 
 
-IN_DECODER = {"attention", "value_attention", "axes"}   # fields that only a decoder layer shows
-
-
-def listed(name: str, known: Mapping[str, tuple[Any, Any]]) -> str:
-    """The settings of a strategy, for people."""
-    told = [f"{setting} ({in_words(kind)})" for setting, (kind, _) in known.items()]
-    return f"its settings are {', '.join(told)}" if told else "it has none"
-
-
-# ----- reading ------------------------------------------------------------------------------------
-
-
 def parse(name: str, text: str) -> dict[str, Any]:
-    """ "layer=2,crops=equal" -> {"layer": 2, "crops": "equal"}.
-
-    raises: NanogapError where it is not that
-    """
+    """ "layer=2,crops=equal" -> {"layer": 2, "crops": "equal"}."""
     try:
-        call = ast.parse(f"f({text})", mode="eval").body if len(text) < 400 else None
-        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
-            raise ValueError
-        values = {word.arg: word.value.id if isinstance(word.value, ast.Name)
+        call: Any = ast.parse(f"f({text})", mode="eval").body
+        values = {str(word.arg): word.value.id if isinstance(word.value, ast.Name)
                   else ast.literal_eval(word.value) for word in call.keywords}
-        if len(values) < len(call.keywords) or None in values:
+        if call.args or len(values) < len(call.keywords):
             raise ValueError
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError):
         raise NanogapError(f"{name}({text:.80}): write settings as name=value with commas between "
                            "them, such as fastv(layer=2,drop=0.5)") from None
-    return {str(setting): value for setting, value in values.items()}
+    return values
 
 
 def convert(value: Any, kind: Any) -> Any:
@@ -148,8 +120,9 @@ def convert(value: Any, kind: Any) -> Any:
         return None if None in items else items
     if kind in (float, Share) and type(value) in (int, float):
         return float(value) if kind is float or 0 <= value <= 1 else None
-    fits = value in inner if origin is Literal else kind in (Any, type(value))
-    return value if fits else None
+    if origin is Literal:
+        return value if value in inner else None
+    return value if kind in (type(value), Any, inspect.Parameter.empty) else None
 
 
 def in_words(kind: Any) -> str:
@@ -160,8 +133,3 @@ def in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(str, inner))
     return WORDS.get(kind, "a value")
-
-
-def spelled(value: Any) -> str:
-    """A value as it stands in a key."""
-    return str(value).replace(" ", "").replace("'", "") if isinstance(value, list) else str(value)

@@ -1,6 +1,6 @@
 """One file for each published model; they enter MODELS of nanogap/weights.py, by config.json."""
 
-from nanogap.models.base import VLM, View
+from nanogap.models.base import VLM
 from nanogap.models.llava_next import LlavaNext
 from nanogap.models.minigpt import MiniGPT
 from nanogap.models.shikra import Shikra
@@ -14,4 +14,4 @@ MODELS: dict[str, type[VLM]] = {   # by `model_type` in config.json
 }
 OF_THE_LESSON.update(MODELS)
 
-__all__ = ["MODELS", "VLM", "View"]
+__all__ = ["MODELS", "VLM"]

@@ -1,19 +1,16 @@
 """What commands ask of a model on top of the lesson's LLaVA: this is LLaVA-1.5, and the others
-stand on it.
+stand on it, a file for each family beside this one, which says what differs:
 
-In:  pictures, expressions, token IDs.  Out: answers, the fast way; views and cells of a picture;
-files.
-
-A family of models is one file beside this one.  It says what differs:
     frame, pixel_values, encode_pixels, select    what it sees
     template, box_format                          what it is asked, and how it says a box
     project, complete, settings, rename           from the tower to the decoder; its files
-Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
+
+Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,23 +25,9 @@ from nanogap.fast.ground_all import ground_all, ground_runs
 from nanogap.gap import lay_out
 from nanogap.image import Box, open_image
 from nanogap.llava import EncodedImage, Llava, LlavaConfig
-from nanogap.methods.before import embed_question
 from nanogap.models.frames import Padded
 from nanogap.prompt import Shares
 from nanogap.prune import Kept, VisualTokens
-
-CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
-                 "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
-DOWNLOAD = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
-
-
-@dataclass(frozen=True)
-class View:
-    """One of the rectangles of patches that an image is seen as; LLaVA-1.5 has a single one."""
-
-    rows: int
-    columns: int
-    index: Tensor          # (rows * columns,) which of the N visual tokens each of its patches is
 
 
 class VLM(Llava):
@@ -55,9 +38,13 @@ class VLM(Llava):
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
     frame: Any = Padded()                      # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
-    download: ClassVar[str] = DOWNLOAD         # the command that fetches its published weights
-    clip_download: ClassVar[str] = CLIP_DOWNLOAD
-    get_clip = f"get it with {CLIP_DOWNLOAD} and give it by --clip"
+    # the commands that fetch its published weights
+    download: ClassVar[str] = (
+        "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)")
+    clip_download: ClassVar[str] = (
+        "`hf download openai/clip-vit-large-patch14-336 pytorch_model.bin config.json "
+        "tokenizer.json --local-dir weights/clip-vit-large-patch14-336` (1.7 GB)")
+    get_clip = f"get it with {clip_download} and give it by --clip"
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
     next_pass: Any = None                      # a pass behind the prompt: see fast/graph.py
     later: str = "USER: {} ASSISTANT:"         # a question that follows an answer
@@ -78,8 +65,6 @@ class VLM(Llava):
     @property
     def dtype(self) -> torch.dtype:
         return self.language_model.model.norm.weight.dtype
-
-    # ----- tensors in, logits out -----------------------------------------------------------------
 
     def prepare_image(self, image: Image.Image | str | Path) -> Tensor:
         """Any picture, or the path of one -> pixel_values (views, 3, S, S)."""
@@ -131,54 +116,46 @@ class VLM(Llava):
                             "it, or give fewer new tokens")
 
     def follow(self, question: str) -> str:
-        """A question that follows an answer, about the same image."""
-        return self.later.format(question)
-
-    def answer(self, box: Shares) -> str:
-        """What the model says of a box in its frame, without the end token."""
-        return self.box_format.say(box)
+        """A question that follows an answer: the image is where it was."""
+        return self.later.format(question.replace(" <image>", ""))
 
     def see(self, image: EncodedImage, needs: Collection[str], expression: str) -> VisualTokens:
         """A picture with what a strategy needs to see of it, the whole question among it."""
         seen = super().see(image, set(needs) - {"question"}, expression)
         if "question" in needs:
-            seen.fields["question"] = embed_question(self.guide(), self.question(expression))
+            guide = self.guide()
+            ids = torch.tensor(guide.tokenizer.encode(self.question(expression)).ids)     # (T,)
+            longest = guide.text_model.config.max_position_embeddings
+            rows = [guide.text_projection(guide.text_model(part[None]))
+                    for part in ids.to(self.device).split(longest)]
+            seen.fields["question"] = torch.cat(rows)                         # (S, E)
         return seen
 
-    # ----- where its tokens lie -------------------------------------------------------------------
-
-    def views(self, image: EncodedImage) -> list[View]:
-        """The rectangles of patches that a picture is seen as."""
-        return [View(image.rows, image.columns, torch.arange(image.n_visual))]
+    def views(self, image: EncodedImage) -> list[Tensor]:
+        """The rectangles that a picture is seen as: which visual token each patch is."""
+        return [torch.arange(image.n_visual).view(image.rows, image.columns)]
 
     def newlines(self, image: EncodedImage) -> set[int]:
         """The visual tokens that close rows, and show nothing."""
-        return set()
+        x1, _, x2, _ = self.cells(image).T
+        return set((x1 == x2).nonzero()[:, 0].tolist())
 
     def cells(self, image: EncodedImage) -> Tensor:
         """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
         return self.frame.cells(image.rows, image.columns, image.width, image.height)
-
-    def patches(self, image: EncodedImage, kept: Tensor) -> Tensor:
-        """Where those of the tokens (K,) lie that show something, not the ends of rows: (n, 4)."""
-        at = self.cells(image)[kept.cpu()]
-        return at[at[:, 0] < at[:, 2]]
 
     def padding(self, image: EncodedImage, kept: Tensor) -> float:
         """Which share of the patches among (K,) tokens shows no part of the picture, only padding.
 
         0 where there are none, as where SparseVLM keeps only what it added at an earlier cut
         """
-        x1, y1, x2, y2 = self.patches(image, kept).T
-        if len(x1) == 0:
-            return 0.0
+        x1, y1, x2, y2 = self.cells(image)[kept.cpu()].T
         outside = (x2 <= 0) | (y2 <= 0) | (x1 >= image.width) | (y1 >= image.height)
-        return float(outside.float().mean())
+        patches = x1 < x2                                            # the others are newlines
+        return float((outside & patches).sum() / patches.sum().clamp(min=1))
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
-        """What becomes of a picture, in lines of up to 76 columns: as squares, and in the tower.
-
-        The first line of the second is its heading.
+        """What becomes of a picture, for --explain: as squares, and in the tower, a heading first.
         """
         c, side = self.config.vision, max(image.width, image.height)
         square = [f"{image.width} x {image.height} pixels, padded to {side} x {side},",
@@ -188,8 +165,6 @@ class VLM(Llava):
                  f"{self.vision_tower.depth} of {c.num_hidden_layers} layers:",
                  f"features {tuple(image.features.shape)}, in raster order: row by row"]
         return square, tower
-
-    # ----- its files ------------------------------------------------------------------------------
 
     def write_config(self, folder: Path, dtype: str) -> None:
         """config.json as the hub has it, every key spelled out, and the two files beside it."""

@@ -1,18 +1,14 @@
-"""EVA's vision tower, as MiniGPT-v2 uses it, and what pruning strategies look at in it.
+"""EVA's vision tower, as MiniGPT-v2 uses it.
 
-In:  pixel_values (B, 3, S, S), normalised.
-Out: hidden states (B, 1 + N, C), CLS first, and on demand how much CLS attends to each patch.
-
-What differs from CLIP's tower (nanogap/clip.py): queries, keys and values come from one matrix, and
-keys have no bias; the patches' convolution has one; GELU is the exact one; there is no LayerNorm
-before the blocks and none behind them.  Modules are named as in the published eva_vit_g.pth, whose
+What differs from CLIP's (nanogap/clip.py): queries, keys and values come from one matrix, and keys
+have no bias; the patches' convolution has one; GELU is the exact one; there is no LayerNorm before
+the blocks and none behind them.  Modules are named as in the published eva_vit_g.pth, whose
 position table may have another size.
 Source: EVA, arXiv 2211.07636; eva_vit.py of Vision-CAIR/MiniGPT-4.
-Letters: B batch, N patches, C channels, H heads, D head dim; a sequence has 1 + N tokens, CLS
-first, or T tokens.
+Letters: B batch, N patches, C channels, H heads, D head dim; T tokens, or 1 + N with CLS first.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import isqrt
 
 import torch
@@ -43,12 +39,10 @@ def interpolate_positions(table: Tensor, grid: int) -> Tensor:
 
 def fit_positions(tower: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Interpolate the position table of a state that is loaded, where it has another size."""
-    name = f"{prefix}pos_embed"
-    if name not in state or state[name].dim() != 3:
-        return
-    patches, ours = state[name].shape[1] - 1, tower.get_parameter("pos_embed").shape[1] - 1
-    if patches != ours and isqrt(patches) ** 2 == patches > 0:                # of a square
-        state[name] = interpolate_positions(state[name], isqrt(ours)).to(state[name].dtype)
+    table, ours = state.get(f"{prefix}pos_embed"), tower.get_parameter("pos_embed")
+    if table is not None and table.shape[1] != ours.shape[1]:
+        fitted = interpolate_positions(table, isqrt(ours.shape[1] - 1))
+        state[f"{prefix}pos_embed"] = fitted.to(table.dtype)
 
 
 class EvaAttention(nn.Module):
@@ -125,24 +119,15 @@ class EvaTower(nn.Module):
             x = block(x)                                                      # (B, 1 + N, C)
         return x, self.blocks[-1](x)
 
-    def fields(self, before: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
-        """What strategies need to see of the last block, patch by patch: see FIELDS in prune.py.
+    def fields(self, before: Tensor) -> dict[str, Tensor]:
+        """What strategies may see of the last block, whose input is (1 + N, C): see FIELDS.
 
-        before: (1 + N, C), as `forward` gives it
         No layer follows that of the features, so `last_queries` and `last_keys` are its own.
         """
         attn = self.blocks[-1].attn
         queries, keys, _ = attn.queries_keys_values(self.blocks[-1].norm1(before[None]))
         q, k = attn.split(queries[:, :1]), attn.split(keys)                   # (1, H, 1 + N, D)
-        fields: dict[str, Tensor] = {}
-        if "cls_attention" in needs:
-            # (1,H,1,D) x (1,H,D,1+N) -> (1,H,1,1+N)
-            scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-            fields["cls_attention"] = scores.float().softmax(-1)[0, :, 0, 1:]     # (H, N)
-        if "keys" in needs:
-            fields["keys"] = k.mean(1)[0, 1:]                                 # (N, D)
-        if "last_queries" in needs:
-            fields["last_queries"] = queries[0]                               # (1 + N, C)
-        if "last_keys" in needs:
-            fields["last_keys"] = keys[0]                                     # (1 + N, C)
-        return fields
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5   # (1,H,1,D) x (1,H,D,1+N)
+        return {"cls_attention": scores.float().softmax(-1)[0, :, 0, 1:],     # (H, N)
+                "keys": k.mean(1)[0, 1:],                                     # (N, D)
+                "last_queries": queries[0], "last_keys": keys[0]}             # (1 + N, C)

@@ -14,6 +14,7 @@ them.  open: with which of LLaVA's two system sentences its Vicunas were trained
 here it is the one that its demo and the hub's converter use.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,16 +23,14 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from nanogap.errors import NanogapError
-from nanogap.image import to_pixel_values
+from nanogap.image import Box, to_pixel_values
 from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
 from nanogap.methods.settings import settings_of
-from nanogap.models.base import VLM, View
-from nanogap.models.frames import Size, Tiles
+from nanogap.models.base import VLM
+from nanogap.models.frames import Padded, Stretch, cells
 from nanogap.prompt import Template
 from nanogap.prune import STRATEGIES, Kept, needs_of
 
-DOWNLOAD = ("`hf download llava-hf/llava-v1.6-mistral-7b-hf "
-            "--local-dir weights/llava-v1.6-mistral-7b-hf` (15 GB)")
 SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the human's questions.")
 TEMPLATES = {   # by `model_type` in text_config
@@ -41,6 +40,7 @@ TEMPLATES = {   # by `model_type` in text_config
 # what they leave out where it is not LLaMA's: a Mistral is a LLaMA with other numbers
 MISTRAL = {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8}
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))   # (rows, columns) of tiles, as published
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,84 @@ class LlavaNextConfig(LlavaConfig):
         return self.image_grid_pinpoints or tuple((r * size, c * size) for r, c in GRIDS)
 
 
+# ----- the picture --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles(Padded):
+    """The whole picture stretched to a square, and tiles of it in a higher resolution.
+
+    The tiles are cut out of a canvas, on which the picture is as large as it can be, in the middle,
+    with black around it.  Boxes are shares of the padded square all the same.  open: LLaVA-1.6's
+    frame of boxes is stated nowhere; that of 1.5 is the likeliest, for nothing that is known of the
+    training changed it.
+    pinpoints: (height, width) of each canvas that may be chosen, whole tiles, pixels
+    size:      pixels along a side of a tile, which are `grid` patches
+    source:    LLaVA-1.6, `image_aspect_ratio: anyres` and `mm_patch_merge_type: spatial_unpad`, as
+               the hub's processor has it: the original reads (width, height), which changes ties
+    """
+
+    pinpoints: tuple[Size, ...]
+    size: int = 336
+    grid: int = 24
+
+    def canvas(self, width: int, height: int) -> Size:
+        """(height, width) of the canvas that shows most of a picture's pixels, and wastes least.
+
+        The first of those that are equally good.
+        """
+        def merit(canvas: Size) -> tuple[int, int]:
+            H, W = canvas
+            scale = min(W / width, H / height)
+            shown = min(int(width * scale) * int(height * scale), width * height)
+            return shown, shown - H * W
+        return max(self.pinpoints, key=merit)
+
+    def placed(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Where the picture lies on its canvas: left, top, width, height, pixels."""
+        H, W = self.canvas(width, height)
+        scale = min(W / width, H / height)
+        across, down = min(math.ceil(width * scale), W), min(math.ceil(height * scale), H)
+        return (W - across) // 2, (H - down) // 2, across, down
+
+    def views(self, image: Image.Image) -> list[Image.Image]:
+        """The base view, and the tiles row by row."""
+        H, W = self.canvas(*image.size)
+        left, top, width, height = self.placed(*image.size)
+        canvas = Image.new("RGB", (W, H))                                     # black
+        canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        tiles = [canvas.crop((x, y, x + self.size, y + self.size))
+                 for y in range(0, H, self.size) for x in range(0, W, self.size)]
+        return [Stretch().fit(image, self.size), *tiles]
+
+    def number(self, width: int, height: int) -> tuple[Tensor, int, int]:
+        """Which visual token each patch of a picture's canvas is; and R rows of C of them stay.
+
+        -1 where rows or columns show only black.  source: transformers 5.23; the proportions
+        decide, and not where the picture was placed
+        """
+        H, W = self.canvas(width, height)
+        rows, columns = H // self.size * self.grid, W // self.size * self.grid
+        canvas = torch.full((rows, columns), -1)
+        if width / height > columns / rows:
+            cut = (rows - int(round(height * (columns / width), 7))) // 2
+            shown = canvas[cut:rows - cut]
+        else:
+            cut = (columns - int(round(width * (rows / height), 7))) // 2
+            shown = canvas[:, cut:columns - cut]
+        R, C = shown.shape
+        tokens = self.grid ** 2 + torch.arange(R * (C + 1)).view(R, C + 1)
+        shown[:] = tokens[:, :C]                                              # newlines come last
+        return canvas, R, C
+
+    def canvas_area(self, width: int, height: int) -> Box:
+        """Where its canvas lies around a picture: left, top, width, height, pixels of it."""
+        H, W = self.canvas(width, height)
+        left, top, across, down = self.placed(width, height)
+        x, y = width / across, height / down                  # pixels of the picture to one of it
+        return -left * x, -top * y, W * x, H * y
+
+
 @dataclass(kw_only=True)
 class Part(EncodedImage):
     """The base view, or what is left of one tile: a rectangle of patches that the tower saw."""
@@ -64,32 +142,20 @@ class Part(EncodedImage):
 
 @dataclass(kw_only=True)
 class EncodedTiles(EncodedImage):
-    """A picture as base view and tiles; `features` holds a row of zeros for each newline."""
+    """A picture as base view and tiles; `rows` and `columns` are those of the tiles' grid."""
 
     parts: list[Part]
-    row_end: Tensor           # (N,) the newline that closes the row of each token, or -1
 
     @property
     def n_patches(self) -> int:
         """How many visual tokens a strategy can choose from: not the newlines."""
-        return sum(len(part.index) for part in self.parts)
+        return self.n_visual - self.rows
 
-
-def number(frame: Tiles, width: int, height: int, grid: int, size: int) -> tuple[Tensor, Tensor]:
-    """Which visual token each patch of a picture's canvas is, and which newline closes its row.
-
-    grid:    patches along a side of a square of `size` pixels
-    returns: (rows, columns) of the canvas, -1 where a patch shows only padding; and (N,) the
-             newline of each token, -1 in the base view, which has none
-    """
-    H, W = frame.canvas(width, height)
-    canvas = torch.full((H // size * grid, W // size * grid), -1)
-    shown = frame.unpadded(width, height, *canvas.shape)
-    R, C = canvas[shown].shape
-    tokens = grid ** 2 + torch.arange(R * (C + 1)).view(R, C + 1)             # newlines come last
-    canvas[shown] = tokens[:, :C]
-    row_end = tokens[:, -1:].expand(R, C + 1).flatten()
-    return canvas, torch.cat([torch.full((grid ** 2,), -1), row_end])
+    def row_end(self, tokens: Tensor) -> Tensor:
+        """The newline that closes the row of each token; -1 in the base view, which has none."""
+        length = self.columns + 1
+        base = self.n_visual - self.rows * length
+        return torch.where(tokens < base, -1, tokens + self.columns - (tokens - base) % length)
 
 
 # ----- what is kept of all parts ------------------------------------------------------------------
@@ -112,42 +178,26 @@ def shared_equally(budget: int, sizes: Sequence[int]) -> list[int]:
     """
     shares = [0] * len(sizes)
     for _ in range(budget):
-        shares[min((i for i, size in enumerate(sizes) if shares[i] < size),
-                   key=shares.__getitem__)] += 1
+        not_full = [i for i, size in enumerate(sizes) if shares[i] < size]
+        shares[min(not_full, key=shares.__getitem__)] += 1
     return shares
 
 
-def join(chosen: list[tuple[Part, Kept]]) -> Kept:
-    """What is kept of each part, as one: part after part, and what is added behind all of them."""
-    ranked = torch.cat([part.index[kept.ranked.cpu()] for part, kept in chosen])       # (K,)
-    features = torch.cat([part.features[kept.ranked.to(part.features.device)]
-                          if kept.features is None else kept.features
-                          for part, kept in chosen])                                   # (K, C)
-    added = [kept.added for _, kept in chosen if kept.added is not None]
-    return Kept(ranked, features, torch.cat(added) if added else None)
+def close_rows(ranked: Tensor, features: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the newline that closes a row behind the last patch of it that was kept, as zeros.
 
-
-def close_rows(kept: Kept, row_end: Tensor) -> Kept:
-    """Put the token that closes a row behind the last patch of it that was kept.
-
-    row_end: (N,) which visual token closes the row of each, -1 where none does
+    ranked, features: (K,) and (K, C) what was kept
+    ends:             (K,) which visual token closes the row of each, -1 where none does
     differs: the published codes of pruning for LLaVA-1.6 leave these tokens out; here they stay, as
              the other tokens that are no patches do.  They have no scores: where patches go by rank
              a row is closed behind the lowest of it
     """
-    ends = row_end[kept.ranked].tolist()
-    last = {end: i for i, end in enumerate(ends) if end >= 0}                 # of each row
-    tokens = []                       # (visual token, row of its features; -1: zeros, a newline)
-    for i, (index, end) in enumerate(zip(kept.ranked.tolist(), ends, strict=True)):
-        tokens.append((index, i))
-        if last.get(end) == i:
-            tokens.append((end, -1))
-    ranked, rows = torch.tensor(tokens).T
-    features = kept.features
-    if features is not None:
-        features = torch.cat([features, torch.zeros_like(features[:1])])      # (K + 1, C)
-        features = features[rows.to(features.device)]
-    return Kept(ranked, features, kept.added)
+    last = {end: place for place, end in enumerate(ends.tolist()) if end >= 0}   # of each row
+    places = torch.tensor([*range(len(ranked)), *(place + 0.5 for place in last.values())])
+    order = places.argsort()
+    tokens = torch.cat([ranked, torch.tensor([*last], dtype=torch.long)])
+    rows = torch.cat([features, features.new_zeros(len(last), features.shape[1])])
+    return tokens[order], rows[order.to(rows.device)]
 
 
 # ----- the model ----------------------------------------------------------------------------------
@@ -155,57 +205,47 @@ def close_rows(kept: Kept, row_end: Tensor) -> Kept:
 
 class LlavaNext(VLM):
     Config = LlavaNextConfig
-    download = DOWNLOAD
+    download = ("`hf download llava-hf/llava-v1.6-mistral-7b-hf "
+                "--local-dir weights/llava-v1.6-mistral-7b-hf` (15 GB)")
     template = TEMPLATES["llama"]
     pictures_alike = False
     fixed = VLM.fixed | {
         "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
         "use_image_newline_parameter": True}
-    rename = (*VLM.rename, (r"^model\.image_newline$", "image_newline"))      # (c), (d)
+    rename = (*VLM.rename, (r"^model\.image_newline$", "image_newline"))      # since 4.52
 
     config: LlavaNextConfig
 
     def __init__(self, config: LlavaNextConfig) -> None:
         super().__init__(config)
-        self.frame = Tiles(pinpoints=config.pinpoints)
+        self.frame = Tiles(pinpoints=config.pinpoints, size=config.vision.image_size,
+                           grid=config.vision.grid)
         self.template = TEMPLATES[config.decoder]
         if config.decoder == "mistral":
             self.later = "[INST] {} [/INST]"
         newline = torch.empty(config.text.hidden_size)                        # (C',)
         self.image_newline = nn.Parameter(newline.normal_(std=len(newline) ** -0.5))
 
-    @classmethod
-    def complete(cls, config: dict) -> dict:
-        """config.json with a Mistral's defaults, where the decoder is one."""
-        text = config.get("text_config") or {}
-        decoder = text.get("model_type") or "llama"
-        pinpoints = config.get("image_grid_pinpoints") or ()
-        return config | {
-            "decoder": decoder, "image_grid_pinpoints": tuple(map(tuple, pinpoints)),
-            "text_config": (MISTRAL if decoder == "mistral" else {}) | text}
-
-    # ----- what it sees ---------------------------------------------------------------------------
-
     def pixel_values(self, image: Image.Image) -> Tensor:
         """A picture -> (1 + tiles, 3, S, S), the base view first, on the model's device."""
-        c = self.config
-        views = [to_pixel_values(view, c.image_mean, c.image_std)
-                 for view in self.frame.views(image, c.vision.image_size)]
+        views = [to_pixel_values(view, self.config.image_mean, self.config.image_std)
+                 for view in self.frame.views(image)]
         return torch.cat(views).to(self.device, self.dtype)
 
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedTiles:
-        """The base view and what is left of each tile are parts; newlines are in none of them."""
-        n = self.config.vision.grid                                           # patches a side
-        canvas, row_end = number(self.frame, width, height, n, self.config.vision.image_size)
+        """The base view and what is left of each tile are parts; newlines are in none of them.
+
+        Their features are zeros: see `visual_tokens`.
+        """
+        n, (canvas, R, C) = self.config.vision.grid, self.frame.number(width, height)
         base = torch.arange(n * n).view(1, n, n)
-        tiles = canvas.unflatten(1, (-1, n)).unflatten(0, (-1, n))            # (R, n, C, n)
-        squares = torch.cat([base, tiles.transpose(1, 2).flatten(0, 1)])      # (1 + R C, n, n)
+        tiles = canvas.unflatten(1, (-1, n)).unflatten(0, (-1, n))            # (down, n, across, n)
+        squares = torch.cat([base, tiles.transpose(1, 2).flatten(0, 1)])      # (1 + tiles, n, n)
         if len(pixel_values) != len(squares):
             raise NanogapError(f"a picture of {width} x {height} pixels is {len(squares)} squares, "
-                               f"base view and tiles, and pixel_values holds {len(pixel_values)}: "
-                               "give the size of the picture that they show")
-        before, after = self.vision_tower(pixel_values)                       # (1 + R C, 1 + nn, C)
-        features = after.new_zeros(len(row_end), after.shape[-1])             # (N, C)
+                               f"and pixel_values holds {len(pixel_values)}: give its size")
+        before, after = self.vision_tower(pixel_values)               # (1 + tiles, 1 + n * n, C)
+        features = after.new_zeros(n * n + R * (C + 1), after.shape[-1])      # (N, C)
         parts = []
         for square, token in enumerate(squares):
             stays = token >= 0                                                # (n, n)
@@ -216,8 +256,7 @@ class LlavaNext(VLM):
             features[index.to(after.device)] = seen
             parts.append(Part(width, height, seen, int(stays.any(1).sum()), int(stays.any(0).sum()),
                               (before[square], after[square], patches), index=index))
-        return EncodedTiles(width, height, features, 1, len(row_end), None, parts=parts,
-                            row_end=row_end)
+        return EncodedTiles(width, height, features, R, C, None, parts=parts)
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
         """What the tower tells of a square, of the patches that are left of it.
@@ -239,67 +278,71 @@ class LlavaNext(VLM):
         share_out = shared_equally if settings_of(prune).get("crops") == "equal" else shared_out
         shares = [None] * len(sizes) if budget is None else share_out(budget, sizes)
         generator = Generator().manual_seed(seed)             # one for all parts: they differ
-        chosen = []
+        ranked, features, added = [], [], []
         for part, share in zip(image.parts, shares, strict=True):
-            if share != 0:
-                seen = self.see(part, needs_of(prune), expression)
-                chosen.append((part, STRATEGIES[prune](seen, share, generator)))
-        return close_rows(join(chosen), image.row_end)
+            if share == 0:
+                continue
+            kept = STRATEGIES[prune](self.see(part, needs_of(prune), expression), share, generator)
+            own = part.features[kept.ranked.to(part.features.device)]         # (k, C)
+            ranked.append(part.index[kept.ranked.cpu()])                      # (k,)
+            features.append(own if kept.features is None else kept.features)
+            if kept.added is not None:
+                added.append(kept.added)
+        tokens = torch.cat(ranked)                                            # (K,)
+        closed = close_rows(tokens, torch.cat(features), image.row_end(tokens))
+        return Kept(*closed, torch.cat(added) if added else None)
 
     def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
         """Patches go through the projector, and a newline is the same vector everywhere."""
         assert isinstance(image, EncodedTiles)
         visual = super().visual_tokens(image, kept, order)                    # (K + M, C')
         indices = kept.ranked[order]                                          # (K,)
-        newline = (image.row_end[indices] == indices).nonzero()[:, 0]
+        newline = (image.row_end(indices) == indices).nonzero()[:, 0]
         visual[newline.to(visual.device)] = self.image_newline
         return visual
 
     # ----- where its tokens lie -------------------------------------------------------------------
 
-    def views(self, image: EncodedImage) -> list[View]:
+    def views(self, image: EncodedImage) -> list[Tensor]:
         """The base view, and what is left of each tile."""
         assert isinstance(image, EncodedTiles)
-        return [View(part.rows, part.columns, part.index) for part in image.parts]
-
-    def newlines(self, image: EncodedImage) -> set[int]:
-        """The visual tokens that close rows, and show nothing."""
-        assert isinstance(image, EncodedTiles)
-        return set(image.row_end.tolist()) - {-1}
+        return [part.index.view(part.rows, part.columns) for part in image.parts]
 
     def cells(self, image: EncodedImage) -> Tensor:
         """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
-        size, n = (image.width, image.height), self.config.vision.grid
-        canvas, _ = number(self.frame, *size, n, self.config.vision.image_size)
-        shown = canvas >= 0                                                   # (rows, columns)
+        width, height, n = image.width, image.height, self.config.vision.grid
+        canvas, _, _ = self.frame.number(width, height)
+        rows, columns = canvas.shape
+        tiles = cells(rows, columns, self.frame.canvas_area(width, height))   # of all its patches
         at = torch.zeros(image.n_visual, 4)
-        at[:n * n] = self.frame.cells(n, n, *size)
-        at[canvas[shown]] = self.frame.canvas_cells(*canvas.shape, *size)[shown.flatten()]
+        at[:n * n] = cells(n, n, (0, 0, width, height))
+        at[canvas[canvas >= 0]] = tiles[canvas.flatten() >= 0]
         return at
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
         """What becomes of a picture, for --explain."""
-        c, size = self.config.vision, (image.width, image.height)
-        H, W = self.frame.canvas(*size)
-        _, _, width, height = self.frame.placed(*size)
-        down, across = H // c.image_size, W // c.image_size
-        n, N, newlines = c.grid ** 2, image.n_visual, len(self.newlines(image))
-        columns = (N - n) // newlines - 1 if newlines else 0
-        square = [f"{image.width} x {image.height} pixels, stretched to a base view of "
-                  f"{c.image_size} x {c.image_size};",
-                  f"and {width} x {height} in the middle of a black canvas of {W} x {H},",
-                  f"cut into {down} rows of {across} tiles: "
-                  f"pixel_values ({1 + down * across}, 3, {c.image_size}, {c.image_size})"]
-        tower = ["CLIP turns patches into features, and sees every square alone",
-                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through "
-                 f"{self.vision_tower.depth} of {c.num_hidden_layers} layers;",
-                 f"of {down * c.grid} x {across * c.grid} patches of the tiles "
-                 f"{newlines} x {columns} stay, the others show only black,",
-                 f"and a newline closes each row: N = {n} + {newlines} x ({columns} + 1) = {N},",
-                 f"features {tuple(image.features.shape)}, the base view first, row by row"]
+        _, tower = super().walk(image)
+        S, (H, W) = self.frame.size, self.frame.canvas(image.width, image.height)
+        square = [f"{image.width} x {image.height} pixels, stretched to a base view of {S} x {S};",
+                  f"and as large as fits on a black canvas of {W} x {H}, cut into tiles:",
+                  f"pixel_values ({1 + H // S * (W // S)}, 3, {S}, {S})"]
+        tower += [f"the base view first; of the tiles {image.rows} x {image.columns} patches show "
+                  "more than black, and a",
+                  f"newline closes each row: N = {self.frame.grid ** 2} + {image.rows} x "
+                  f"({image.columns} + 1) = {image.n_visual}"]
         return square, tower
 
     # ----- its files ------------------------------------------------------------------------------
+
+    @classmethod
+    def complete(cls, config: dict) -> dict:
+        """config.json with a Mistral's defaults, where the decoder is one."""
+        text = config.get("text_config") or {}
+        decoder = text.get("model_type") or "llama"
+        pinpoints = config.get("image_grid_pinpoints") or ()
+        return config | {
+            "decoder": decoder, "image_grid_pinpoints": tuple(map(tuple, pinpoints)),
+            "text_config": (MISTRAL if decoder == "mistral" else {}) | text}
 
     def settings(self, dtype: str) -> dict[str, dict]:
         """The same files, with what LLaVA-1.6 adds."""

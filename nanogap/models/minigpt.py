@@ -8,8 +8,8 @@ Out: one visual token for every four patches that stand side by side in a row.
     llama_proj   5632 -> 4096
 
 Strategies see the tokens, 256 in 32 rows of 8.  What the tower says of patches, such as how much
-CLS attends to each, is the mean over a token's four; CLS itself is compared with a token as four
-times the same.
+CLS attends to each, is the mean over a token's four; CLS is compared with a token as four times
+the same.
 
 Three pieces are published: Llama-2-7b-chat-hf, eva_vit_g.pth, and a checkpoint of what was trained.
 nanogap/convert merges its LoRA and makes one folder of them, whose tensors keep their names.
@@ -35,12 +35,6 @@ from nanogap.models.eva import VIT_G_14, EvaTower
 from nanogap.models.frames import Stretch
 from nanogap.prompt import BoxFormat, Shares, Template
 
-DOWNLOAD = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
-            "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
-            "--out weights/minigpt-v2`")
-NO_TEXT_TOWER = ("MiniGPT-v2 has no text tower: that of its vision tower, EVA-CLIP's, is published "
-                 "apart and not supported; choose a strategy that does not read the expression, "
-                 "such as cls_attention")
 MEMBERS = 4     # patches of one row that make a token
 LLAMA_2 = Template(
     before="[INST] <Img>",
@@ -88,7 +82,9 @@ class MiniGPT(VLM):
     Config = MiniGPTConfig
     Tower = EvaTower
     later = "[INST] {} [/INST]"
-    download = DOWNLOAD
+    download = ("`python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf "
+                "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
+                "--out weights/minigpt-v2`")
     frame = Stretch()
     template = LLAMA_2
     box_format = HUNDREDTHS
@@ -108,8 +104,6 @@ class MiniGPT(VLM):
         self.llama_proj = nn.Linear(MEMBERS * C, config.text.hidden_size)
         self.language_model = LlamaForCausalLM(config.text)
 
-    # ----- what it sees ---------------------------------------------------------------------------
-
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedImage:
         """What it sees: grid x grid / 4 tokens; CLS is left out."""
         before, after = self.vision_tower(pixel_values)                       # (1, 1 + 4 N, C) each
@@ -118,16 +112,15 @@ class MiniGPT(VLM):
         return EncodedImage(width, height, features, rows, rows // MEMBERS, (before[0], seen[0]))
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
-        """What strategies need to see, token by token: see FIELDS in prune.py."""
+        """What strategies may need to see, token by token: see FIELDS in prune.py."""
+        if not needs:
+            return {}
         before, cls = image.hidden                                            # (1 + 4 N, C), (C,)
-        fields = self.vision_tower.fields(before, needs)
-        if "cls" in needs:
-            fields["cls"] = cls.repeat(MEMBERS)                               # (4 C,)
-        if "cls_attention" in fields:
-            fields["cls_attention"] = mean_of_four(fields["cls_attention"], 1)    # (H, N)
-        if "keys" in fields:
-            fields["keys"] = mean_of_four(fields["keys"], 0)                  # (N, D)
-        for name in fields.keys() & {"last_queries", "last_keys"}:
+        fields = self.vision_tower.fields(before)
+        fields["cls"] = cls.repeat(MEMBERS)                                   # (4 C,)
+        fields["cls_attention"] = mean_of_four(fields["cls_attention"], 1)    # (H, N)
+        fields["keys"] = mean_of_four(fields["keys"], 0)                      # (N, D)
+        for name in ("last_queries", "last_keys"):
             first, patches = fields[name][:1], fields[name][1:]
             fields[name] = torch.cat([first, mean_of_four(patches, 0)])       # (1 + N, C)
         return fields
@@ -138,22 +131,15 @@ class MiniGPT(VLM):
 
     def guide(self) -> CLIPText:
         """There is no space of images and texts here."""
-        raise NanogapError(NO_TEXT_TOWER)
+        raise NanogapError("MiniGPT-v2 has no text tower; choose a strategy that does not read the "
+                           "expression, such as cls_attention")
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
         """What becomes of a picture, for --explain."""
-        c = self.config.vision
-        square = [f"{image.width} x {image.height} pixels, stretched to a square,",
-                  f"pixel_values (1, 3, {c.image_size}, {c.image_size})"]
-        tower = ["EVA turns patches into features, and four of them become one token",
-                 f"{c.grid} x {c.grid} patches of {c.patch_size} pixels and CLS through all "
-                 f"{c.num_hidden_layers} layers;",
-                 f"four neighbours of a row together: {c.grid} x {c.grid // MEMBERS} tokens, which "
-                 "stand for patches below:",
-                 f"features {tuple(image.features.shape)}, in raster order: row by row"]
-        return square, tower
-
-    # ----- its files ------------------------------------------------------------------------------
+        (_, resized), (_, *tower) = super().walk(image)
+        square = [f"{image.width} x {image.height} pixels, stretched to a square,", resized]
+        return square, ["EVA turns patches into features, and four of a row into one token", *tower,
+                        f"below, {image.rows} x {image.columns} tokens are called patches"]
 
     @classmethod
     def complete(cls, config: dict) -> dict:

@@ -19,11 +19,6 @@ from nanogap.models.base import VLM
 from nanogap.models.frames import Padded
 from nanogap.prompt import NUMBER, BoxFormat, Template, encode
 
-DOWNLOAD = ("`python -m nanogap.convert shikra --base weights/llama-7b "
-            "--delta weights/shikra-7b-delta-v1 --clip weights/clip-vit-large-patch14 "
-            "--out weights/shikra-7b`")
-CLIP_DOWNLOAD = ("`hf download openai/clip-vit-large-patch14 model.safetensors config.json "
-                 "tokenizer.json --local-dir weights/clip-vit-large-patch14` (1.7 GB)")
 PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"
 WHITE = Padded((255, 255, 255))
 # several boxes have ";" between them.  differs: the first is read here, as from any model's answer,
@@ -45,9 +40,7 @@ class InSentence(Template):
 
         No spaces next to the image: those around added tokens were stripped in training.
         """
-        first, image, second = question.rpartition("<image>")
-        if not image:
-            first, second = "", question
+        first, _, second = question.rpartition("<image>")
         before, after = self.before + first, self.after.format(second)
         return before.rstrip(), after.lstrip()
 
@@ -73,9 +66,12 @@ class Shikra(VLM):
     frame = WHITE
     template = SHIKRA
     box_format = THREE_DECIMALS
-    download = DOWNLOAD
-    clip_download = CLIP_DOWNLOAD
-    get_clip = f"get it with {CLIP_DOWNLOAD} and give it by --clip"
+    download = ("`python -m nanogap.convert shikra --base weights/llama-7b "
+                "--delta weights/shikra-7b-delta-v1 --clip weights/clip-vit-large-patch14 "
+                "--out weights/shikra-7b`")
+    clip_download = ("`hf download openai/clip-vit-large-patch14 model.safetensors config.json "
+                     "tokenizer.json --local-dir weights/clip-vit-large-patch14` (1.7 GB)")
+    get_clip = f"get it with {clip_download} and give it by --clip"
     special_tokens = (PATCH, START, END)
     fixed = {"model_type": "shikra", "vision_feature_select_strategy": "default"}
 
@@ -84,7 +80,3 @@ class Shikra(VLM):
         self.frame = WHITE
         self.multi_modal_projector = nn.Linear(
             config.vision.hidden_size, config.text.hidden_size, bias=config.projector_bias)
-
-    def follow(self, question: str) -> str:
-        """A question that follows an answer: the image is where it was."""
-        return super().follow(question.replace(" <image>", ""))

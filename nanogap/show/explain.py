@@ -12,7 +12,7 @@ from nanogap.checks.command import visible
 from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
 from nanogap.llava import EncodedImage
-from nanogap.models import VLM, View
+from nanogap.models import VLM
 
 
 def explain(model: VLM, image: EncodedImage, expression: str, results: dict[str, Answered]) -> None:
@@ -137,13 +137,13 @@ def kinds(newlines: Collection[int]) -> str:
     return "patches and newlines" if newlines else "patches"
 
 
-def kept_grid(kept: Collection[int], view: View, newlines: Collection[int] = ()) -> str:
+def kept_grid(kept: Collection[int], view: Tensor, newlines: Collection[int] = ()) -> str:
     """The patches of a view: # for one that was kept, . for one that was dropped.
 
     newlines: where one stands behind the last patch of a row, / shows that it stays
     """
     lines = []
-    for row in view.index.view(view.rows, view.columns).tolist():
+    for row in view.tolist():
         marks = ["#" if index in kept else "." for index in row]
         end = row[-1] + 1
         if end in newlines:

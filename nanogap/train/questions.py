@@ -90,7 +90,8 @@ def box_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
     for kind, count in (("box", mixture.boxes), ("find", mixture.finds)):
         for i, expression, thing in rng.sample(places, min(count, len(places))):
             box = model.frame.from_pixels(scenes[i].things[thing].box, *scenes[i].image.size)
-            answer = encode(model.tokenizer, model.answer(box)) + [model.config.eos_token]
+            answer = encode(model.tokenizer, model.box_format.say(box))
+            answer.append(model.config.eos_token)
             places_of = decimal_places([model.tokenizer.decode([token]) for token in answer])
             weights = [mixture.hundredths if place > 1 else 1.0 for place in places_of]
             if kind == "find":

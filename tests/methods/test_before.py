@@ -20,7 +20,7 @@ from tests.plain import (
     plain_softmax,
     plus,
 )
-from tests.test_prune import attended, kept, seen, select
+from tests.test_prune import seen, select
 
 NAMES = [name for name in STRATEGIES if not needs_of(name) & IN_DECODER]
 
@@ -33,11 +33,6 @@ def budgets(name: str, *given: int) -> list[int | None]:
 def tensors(image: VisualTokens) -> dict[str, Tensor]:
     """All that is seen in an image."""
     return {"features": image.features, **image.fields}
-
-
-def first_best(n: int = 16) -> Tensor:
-    """Attention (1, n) in which patch 0 counts most, then patch 1, and so on."""
-    return torch.arange(n, 0, -1.0)[None]
 
 
 def each(image: VisualTokens, change: Callable[[Tensor], Tensor]) -> VisualTokens:
@@ -124,76 +119,11 @@ def test_every_strategy_asks_for_the_fields_that_it_reads_and_for_no_others(name
 # ----- what a single one does --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights, budget, keep", [
-    # where it finds the budget a stride of a third of the ratio is added, and never patch 15
-    ({9: 40}, None, [9, 0, 5, 10]),                    # one of 16: int(16 / 3) = 5
-    ({5: 40}, None, [5, 0, 10]),
-    ({9: 40, 2: 30}, None, [9, 2, 0, 4, 6, 8, 10, 12, 14]),       # two of 16: int(8 / 3) = 2
-    # of a budget that is given half is spaced evenly
-    ({9: 40, 2: 30}, 1, [9]),
-    ({9: 40, 2: 30}, 2, [9, 7]),                       # of the 15 others number 7, the middle
-    ({9: 40, 2: 30}, 4, [9, 2, 4, 12]),                # of the 14 others numbers 3 and 10
-    ({9: 40, 2: 30}, 5, [9, 2, 0, 5, 12])])            # of the 13 others numbers 3 and 9
-def test_prumerge_plus_adds_patches_in_even_steps(weights: dict, budget: int | None, keep: list):
-    assert select("prumerge_plus", attended(weights), budget).ranked.tolist() == keep
-
-
-def test_visionzip_leaves_a_gathering_patch_alone_where_none_is_like_it():
-    """All others are as like the first as the second, and go to the first."""
-    image = seen(features=torch.eye(16), cls=torch.ones(16), keys=torch.ones(16, 2),
-                 cls_attention=first_best())
-    result = select("visionzip", image, 13)
-    assert result.ranked[10:].tolist() == [10, 13]
-    assert torch.equal(result.features[11], torch.eye(16)[13])
-
-
-@pytest.mark.parametrize("budget, best, gathered", [
-    (64, 53, 10), (128, 107, 20), (192, 161, 30), (3, 2, 0), (1, 1, 0)])
-def test_visionzip_shares_its_budget_as_published(budget: int, best: int, gathered: int):
-    """Of 64, CLS and 53 patches stay as they are, and 10 gather.  Of one, it is the best patch."""
-    result = select("visionzip", seen(576, cls_attention=first_best(576)), budget)
-    assert result.n_added == (budget > 1) and len(result.ranked) == best + gathered
-    step = (576 - best) // max(1, gathered)
-    assert result.ranked.tolist() == [*range(best), *range(best, 576, step)][:best + gathered]
-
-
-def test_divprune_takes_duplicates_last():
-    """Four different patches, four times each."""
-    assert kept("divprune", 4, projected=torch.eye(4).repeat(4, 1)) == [0, 1, 2, 3]
-    assert kept("divprune", 5, projected=torch.eye(4).repeat_interleave(4, 0)) == [0, 1, 4, 8, 12]
-
-
-def test_vispruner_lets_a_whole_hand_go_where_it_has_to():
-    """Of 14 left over two may stay: 7 go, then 4, then 1."""
-    given = {"features": torch.zeros(16, 8), "cls_attention": first_best()}
-    assert kept("vispruner", 4, **given) == [0, 1, 9, 13]
-
-
-def test_cdpruner_takes_the_least_alike_of_the_least_relevant():
-    """Patches 0 to 7 point along as many axes; 8 to 15 are the same again, and less relevant."""
-    words = torch.arange(16.0) / 16                    # cosine with the words: 0 is the least alike
-    given = {"projected": torch.eye(8).repeat(2, 1), "text": torch.tensor([1.0, 0]),
-             "aligned": torch.stack([words, (1 - words ** 2).sqrt()], -1)}
-    assert kept("cdpruner", 8, **given) == [0, 1, 2, 3, 4, 5, 6, 7]
-    beyond = kept("cdpruner", 9, **given)
-    assert len(beyond) == 9 and set(range(8)) < set(beyond)       # behind the rank of the kernel
-
-
 def test_cdpruner_of_the_whole_question_is_the_mean_over_its_segments():
     image = seen(question=torch.eye(5)[:2])
     one = seen(text=torch.eye(5)[0] + torch.eye(5)[1])     # two axes: the sum of their cosines
     assert torch.equal(select(find("cdpruner(question=whole)"), image, 5).ranked,
                        select("cdpruner", one, 5).ranked)
-
-
-@pytest.mark.parametrize("budget, keep", [
-    (1, [5]), (2, [4, 5]),                             # what is left over: the best
-    (3, [4, 5, 20])])                                  # a whole strip: raster order
-def test_holov_gives_each_strip_its_share_in_the_order_of_attention(budget: int, keep: list[int]):
-    """32 patches are 16 strips of two; the budget goes to those that CLS looks at."""
-    attention = torch.zeros(1, 32)
-    attention[0, [4, 5, 20, 21]] = torch.tensor([0.1, 0.4, 0.2, 0.1])
-    assert kept("holov", budget, n=32, rows=4, cls_attention=attention) == keep
 
 
 @pytest.mark.parametrize("name", ["divprune", "holov"])

@@ -12,10 +12,8 @@ from nanogap import NanogapError
 from nanogap.gap import MODES
 from nanogap.methods import find
 from nanogap.methods.cuts import counts, mean_tokens, plan
-from nanogap.methods.in_decoder import raters_of
 from nanogap.methods.inside import clusters
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES, Kept, VisualTokens
 from tests.methods.by_hand import (
     PICTURE,
     WORDS,
@@ -39,23 +37,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> VLM:
     return nanogap.load(write_checkpoint(tmp_path_factory.mktemp("deep"), config), device="cpu")
 
 
-# ----- who looks at what --------------------------------------------------------------------------
-
-
-def test_raters_are_text_tokens_that_have_more_than_their_share_of_the_products():
-    """Two patches and four words in the plane; the words before the image do not count."""
-    before, patches = [[9.0, 9.0]], [[2.0, 0.0], [0.0, 1.0]]
-    words = [[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [-3.0, 0.0]]
-    # products 2 0 0 -6 and 0 0 2 0: shares .786 .106 .106 .000 and .096 .096 .711 .096
-    x = torch.tensor([before + patches + words])
-    assert raters_of(x, 1, 2).tolist() == [-4, -2]
-    assert raters_by_hand(x, 1, 2) == [3, 5]
-    assert raters_of(torch.ones(1, 9, 4), 1, 4).tolist() == [-1]     # all the same: the last one
-
-
-# ----- clusters -----------------------------------------------------------------------------------
-
-
 def noise(m: int, C: int = 6) -> Tensor:
     return torch.randn(m, C, generator=torch.Generator().manual_seed(m))
 
@@ -71,53 +52,6 @@ SIZES = [(1, 1), (7, 1), (7, 7), (11, 2), (25, 3), (40, 5), (83, 9)]
     *[(x, count) for x in TIES for count in (1, 2, 3, 4)]])
 def test_clusters_are_those_of_the_published_code(x: Tensor, count: int):
     assert torch.allclose(clusters(x, count), means_of_clusters(x, count), atol=1e-5)
-
-
-def test_of_two_clusters_the_densest_token_and_its_neighbour_are_not_both_centres():
-    """Nearest neighbours of each other are equally dense where two tokens count: 0 and 1."""
-    x = torch.tensor([[0.0], [1.0], [10.0], [11.5]])
-    assert clusters(x, 2).tolist() == [[0.5], [10.75]]
-    assert clusters(x.bfloat16(), 2).dtype == torch.bfloat16
-
-
-# ----- the methods --------------------------------------------------------------------------------
-
-
-def kept(name: str, attention: Tensor, budget: int) -> tuple[Tensor, Kept]:
-    """Random features (n, 6), and what a method keeps of them by this attention (H, n)."""
-    n = attention.shape[-1]
-    seen = VisualTokens(noise(n), 1, n, {"attention": attention})
-    return seen.features, STRATEGIES[name](seen, budget, torch.Generator())
-
-
-@pytest.mark.parametrize("n, budget, recycled, made", [
-    (40, 4, 11, 2),           # int(0.3 * 36) + 1, int(11 / 10) + 1
-    (34, 4, 10, 2), (33, 4, 9, 1), (10, 9, 1, 1), (10, 7, 1, 1), (11, 7, 2, 1),
-    (576, 300, 83, 9)])
-def test_sparsevlm_recycles_the_best_of_the_dropped(n: int, budget: int, recycled: int, made: int):
-    attention = torch.rand(3, n, generator=torch.Generator().manual_seed(0))
-    features, result = kept("sparsevlm", attention, budget)
-    order = best(attention.mean(0), n)
-    assert result.ranked.tolist() == sorted(order[:budget])
-    again = features[order[budget:budget + recycled]]
-    assert len(result.added) == made and result.features is None
-    assert torch.allclose(result.added, means_of_clusters(again, made), atol=1e-5)
-
-
-@pytest.mark.parametrize("heads, chosen", [(32, 14), (40, 18), (28, 12), (16, 7), (8, 4), (4, 2),
-                                           (2, 1), (1, 1)])
-def test_sparsevlm_plus_asks_the_heads_that_look_at_the_image_most(heads: int, chosen: int):
-    """14 of 32, and the same share of others.  The less a head looks, the lower its one token.
-
-    So one head more would keep another token in the place of the first, to which a tie goes.
-    """
-    attention = torch.zeros(heads, heads + 1)
-    for head in range(heads):
-        attention[head, heads - head] = heads - head
-    attention = attention[torch.randperm(heads, generator=torch.Generator().manual_seed(5))]
-    _, result = kept("sparsevlm_plus", attention, chosen + 1)
-    assert result.ranked.tolist() == [0, *range(heads - chosen + 1, heads + 1)]
-    assert result.added is None and result.features is None
 
 
 def picks(spec: str, model: VLM, budget: int | None) -> list[tuple[int, Pick]]:

@@ -1,23 +1,20 @@
 """MiniGPT-v2: EVA's tower, four neighbours to one token, boxes in hundredths, and its files."""
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import nanogap
 from nanogap.errors import NanogapError
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
-from nanogap.models.minigpt import HUNDREDTHS, MiniGPT, four_to_one, mean_of_four
+from nanogap.models.minigpt import HUNDREDTHS, MiniGPT
 from nanogap.models.saving import save
 from nanogap.prune import STRATEGIES, needs_of
-from nanogap.show.explain import explain
 from tests.tiny import tiny_model, write_finder
 
 
@@ -27,9 +24,6 @@ def tiny() -> MiniGPT:
     return tiny_model("minigpt_v2")
 
 
-# ----- the prompt ---------------------------------------------------------------------------------
-
-
 def test_the_prompt_begins_with_two_bos_and_its_image_stands_between_img_tags(tiny: MiniGPT):
     pieces = [tiny.tokenizer.id_to_token(i) for i in tiny.prompt("the man").tolist()]
     at = pieces.index("<ImageHere>")
@@ -37,9 +31,6 @@ def test_the_prompt_begins_with_two_bos_and_its_image_stands_between_img_tags(ti
     assert "".join(pieces[2:at]) == "▁[INST]▁<Img>"
     assert "".join(pieces[at + 1:]) == (
         "▁</Img>▁[refer]▁give▁me▁the▁location▁of▁the▁man▁[/INST]")
-
-
-# ----- boxes --------------------------------------------------------------------------------------
 
 
 def test_every_hundredth_comes_back_as_it_was_and_what_is_between_is_rounded_down():
@@ -67,22 +58,6 @@ def test_a_hostile_answer_is_read_in_no_time():
         assert HUNDREDTHS.parse(text) is None
 
 
-# ----- four to one --------------------------------------------------------------------------------
-
-
-def test_four_neighbours_of_a_row_become_one_token_their_channels_one_behind_the_other():
-    patches = torch.arange(16).view(8, 2)                                     # (4 N, C)
-    assert four_to_one(patches).tolist() == [
-        [0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]]
-
-
-def test_scores_of_a_token_are_the_mean_over_its_four_patches():
-    attention = torch.tensor([[1., 2, 3, 6, 0, 0, 0, 4]])                     # (H, 4 N)
-    assert mean_of_four(attention, 1).tolist() == [[3, 1]]
-    keys = torch.tensor([[1., 0], [2, 0], [3, 4], [6, 4]])                    # (4 N, D)
-    assert mean_of_four(keys, 0).tolist() == [[3, 2]]
-
-
 def test_a_token_shows_the_rectangle_of_its_four_patches(tiny: MiniGPT):
     """80 x 40 pixels in 8 rows of 2 tokens: each shows 40 x 5 of them."""
     image = tiny.encode_image(Image.new("RGB", (80, 40)))
@@ -90,9 +65,7 @@ def test_a_token_shows_the_rectangle_of_its_four_patches(tiny: MiniGPT):
         [0, 0, 40, 5], [40, 0, 80, 5], [0, 5, 40, 10], [40, 35, 80, 40]]
     assert (image.rows, image.columns, image.n_visual) == (8, 2, 16)
     assert tiny.padding(image, torch.arange(16)) == 0
-
-
-# ----- the frame ----------------------------------------------------------------------------------
+    assert "below, 8 x 2 tokens are called patches" in tiny.walk(image)[1]
 
 
 def test_a_picture_is_stretched_and_its_box_is_a_share_of_each_side():
@@ -106,9 +79,6 @@ def test_a_picture_is_stretched_and_its_box_is_a_share_of_each_side():
     assert frame.to_pixels((-0.5, 0.0, 1.5, 1.0), 200, 100) == (0, 0, 200, 100)
 
 
-# ----- the position table -------------------------------------------------------------------------
-
-
 def test_positions_are_interpolated_as_in_the_original():
     """Golden values of MiniGPT-4's own code: 16 r + c at row r, column c, behind a zero for CLS."""
     table = torch.cat([torch.zeros(1), torch.arange(256.)]).view(1, -1, 1)
@@ -117,30 +87,6 @@ def test_positions_are_interpolated_as_in_the_original():
         -1.79296875, -1.49609375, -1.01953125, -0.390625, 0.015625, 0.609375]
     assert float(out[1, 0]) == 2.95703125 and float(out[31, 31]) == 256.79296875
     assert out[15, 15:17].tolist() == [124.046875, 124.453125]
-
-
-def test_the_row_of_cls_stays_and_half_precision_is_interpolated_in_float32():
-    table = torch.randn(1, 17, 3, generator=torch.Generator().manual_seed(0))
-    out = interpolate_positions(table.half(), 8)
-    assert out.dtype == torch.float32 and out.shape == (1, 65, 3)
-    assert torch.equal(out[:, 0], table[:, 0].half().float())
-    assert torch.equal(out, interpolate_positions(table.half().float(), 8))
-    assert not torch.equal(out, out.half().float())
-
-
-def test_ln_vision_adds_1e_5_to_the_variance_and_rounds_once(tiny: MiniGPT):
-    x = 1e-3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    weight, bias = tiny.ln_vision.weight, tiny.ln_vision.bias
-    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-    expected = (x - mean) / (variance + 1e-5).sqrt() * weight + bias
-    torch.testing.assert_close(tiny.ln_vision(x), expected)
-    half = deepcopy(tiny.ln_vision).bfloat16()
-    by_hand = nn.functional.layer_norm(x.bfloat16().float(), (32,), half.weight.float(),
-                                       half.bias.float(), 1e-5)
-    assert torch.equal(half(x.bfloat16()), by_hand.bfloat16())
-
-
-# ----- what strategies see ------------------------------------------------------------------------
 
 
 def test_what_the_tower_says_of_patches_is_averaged_over_tokens(tiny: MiniGPT):
@@ -179,9 +125,6 @@ def test_every_strategy_that_reads_no_words_prunes(tiny: MiniGPT, prune: str):
     assert result.position_ids[-A:].tolist() == list(range(P + 16, P + 16 + A))
 
 
-# ----- its files ----------------------------------------------------------------------------------
-
-
 def test_a_model_is_written_under_the_published_names_and_read_again(
         tiny: MiniGPT, tmp_path: Path):
     save(tmp_path, tiny, torch.float32)
@@ -198,22 +141,11 @@ def test_a_model_is_written_under_the_published_names_and_read_again(
         assert name.encode() in header
 
 
-def test_a_position_table_that_is_no_square_is_not_interpolated(tiny: MiniGPT):
-    model, state = deepcopy(tiny), tiny.state_dict()
-    for shape in ((1, 16, 32), (1, 17, 31)):
-        state["vision_tower.pos_embed"] = torch.zeros(shape)
-        with pytest.raises(RuntimeError, match="size mismatch for vision_tower.pos_embed"):
-            model.load_state_dict(state)
-
-
 def test_four_patches_must_stand_side_by_side_in_a_row(tiny: MiniGPT):
     vision = replace(tiny.config.vision, image_size=84)
     with pytest.raises(NanogapError, match="image_size 84 makes 6 patches to a row, and MiniGPT-v2 "
                                            "makes one token of every 4 of them"):
         replace(tiny.config, vision=vision)
-
-
-# ----- what is shown ------------------------------------------------------------------------------
 
 
 def test_an_answer_is_a_box_in_pixels_of_the_picture(tiny: MiniGPT, tmp_path: Path):
@@ -223,13 +155,3 @@ def test_an_answer_is_a_box_in_pixels_of_the_picture(tiny: MiniGPT, tmp_path: Pa
     for mode in ("full", "gap"):
         found = finder.ground(Image.new("RGB", (100, 50)), "the man", keep=4, mode=mode)
         assert (found.text, found.box) == ("{<10><25><50><60>}", (10, 12.5, 50, 30))
-
-
-def test_explain_says_how_the_picture_becomes_tokens(tiny: MiniGPT, capsys: pytest.CaptureFixture):
-    image = tiny.encode_image(Image.new("RGB", (100, 50)))
-    explain(tiny, image, "the man", {"gap": tiny.ground(image, "the man", keep=4)})
-    out = capsys.readouterr().out
-    for line in ("100 x 50 pixels, stretched to a square,", "8 x 8 patches of 14 pixels",
-                 "8 x 2 tokens", "features (16, 128)", "4 of 16"):
-        assert line in out
-    assert "padded" not in out and "CLIP" not in out

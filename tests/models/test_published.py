@@ -183,15 +183,6 @@ def test_at_full_size_there_are_as_many_tensors_and_parameters_as_published(
     assert (len(model.state_dict()), parameters) == SIZES[name][1:]
 
 
-def test_the_published_mistral_shares_keys_and_values_among_four_heads(tmp_path: Path):
-    model = at_full_size("llava-v1.6-mistral-7b", tmp_path)
-    assert model.config.text == LlamaConfig(
-        4096, 14336, 32, 32, 8, 128, 32064, 1e-5, 1e6, 32768, tie_word_embeddings=False)
-    assert model.language_model.model.layers[0].self_attn.k_proj.weight.shape == (1024, 4096)
-    assert model.config.vision == CLIPVisionConfig()
-    assert model.frame.pinpoints == PINPOINTS and model.config.decoder == "mistral"
-
-
 def test_what_the_config_of_minigpt_leaves_out_is_as_published(tmp_path: Path):
     config = at_full_size("minigpt-v2", tmp_path).config
     assert config.vision == VIT_G_14 == CLIPVisionConfig(1408, 6144, 39, 16, 448, 14, 1e-6)

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from nanogap.prune import Kept
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.scenes import scene
 from nanogap.train.tokenizer import train_clip_tokenizer
-from tests.reference.make_next import OUTPUTS as NEXT_OUTPUTS
 from tests.reference.make_next import noise
 from tests.reference.make_reference import (
     CASES,
@@ -47,7 +45,7 @@ from tests.reference.make_reference import (
     their_pruned_answer,
     their_pruned_prompt,
 )
-from tests.tiny import IMAGE_TOKEN, LAYOUTS, draw, tiny_config, write_checkpoint
+from tests.tiny import draw, tiny_config, write_checkpoint
 
 Answer = tuple[Tensor, list[int]]     # logits (T, V) of a whole prompt, and the greedy words
 Layout = tuple[list[int], list[int]]  # which visual tokens are fed, in order, and all position IDs
@@ -144,14 +142,6 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
     assert_stored(answer, [5, 14], stored["pruned"][mode])
 
 
-@pytest.mark.parametrize("path", [OUTPUTS, NEXT_OUTPUTS], ids=["LLaVA-1.5", "LLaVA-1.6"])
-def test_the_stored_numbers_differ_from_case_to_case_and_from_mode_to_mode(path: Path):
-    stored = json.loads(path.read_text())
-    outputs = [*stored["cases"].values(), *stored["pruned"].values()]
-    sums = [output["absolute_sums"][-1] for output in outputs]
-    assert len(sums) == 12 and len(set(sums)) == 12
-
-
 # ----- transformers, live -------------------------------------------------------------------------
 
 
@@ -239,17 +229,6 @@ def test_generate_of_transformers_counts_on_from_the_last_position_id(pair, monk
 
 
 @live
-@pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_both_read_every_layout_single_and_sharded(layout: str, shards: int, tmp_path: Path):
-    folder = write_checkpoint(tmp_path, layout=layout, shards=shards)
-    assert_same_answer(
-        our_answer(nanogap.load(folder, "cpu"), PROMPT, pixel_values()),
-        their_answer(load_theirs(folder), expand(PROMPT, IMAGE_TOKEN, 16), pixel_values(),
-                     NEW_TOKENS))
-
-
-@live
 @pytest.mark.parametrize("differs", [
     {}, {"num_key_value_heads": 2}, {"rope_theta": 1000.0}, {"rms_norm_eps": 0.1}, {"head_dim": 24},
     {"tie_word_embeddings": True}], ids=lambda differs: " ".join(differs) or "plain")
@@ -267,16 +246,6 @@ def test_what_transformers_saves_again_gives_the_same_logits_bit_for_bit(
     before, after = (nanogap.load(folder, "cpu")(torch.tensor(PROMPT), pixel_values())
                      for folder in (first, tmp_path / "again"))
     assert torch.equal(before, after)
-
-
-@live
-def test_what_is_seen_and_said_in_bfloat16_is_close_to_transformers_in_bfloat16(pair):
-    ours, theirs, prompt, pixels, _ = pair
-    input_ids = expand(prompt, ours.config.image_token, ours.config.vision.grid ** 2)
-    ours, theirs, pixels = deepcopy(ours).bfloat16(), deepcopy(theirs).bfloat16(), pixels.bfloat16()
-    logits, _ = our_answer(ours, prompt, pixels)
-    expected, _ = their_answer(theirs, input_ids, pixels, 1)
-    assert float((logits - expected.float()).abs().mean()) <= 0.02 * float(expected.abs().max())
 
 
 # ----- pixels -------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from PIL import Image
 
 import nanogap
 from nanogap.image import to_pixel_values
-from nanogap.models.frames import Tiles
-from nanogap.models.llava_next import GRIDS, LlavaNext
+from nanogap.models.llava_next import GRIDS, LlavaNext, Tiles
 from tests.models.test_reference import (
     Answer,
     Layout,
@@ -89,7 +88,7 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
 def test_pixel_values_are_those_of_the_hubs_processor_bit_for_bit(size: tuple[int, int]):
     """At full size: the canvas, the tiles in their order, the base view first."""
     frame = Tiles(pinpoints=tuple((rows * 336, columns * 336) for rows, columns in GRIDS))
-    ours = torch.cat([to_pixel_values(view) for view in frame.views(noise(*size), 336)])
+    ours = torch.cat([to_pixel_values(view) for view in frame.views(noise(*size))])
     theirs = their_picture(noise(*size), 336)["pixel_values"][0]
     assert ours.shape == theirs.shape
     assert float((ours - theirs).abs().max()) <= 1e-6

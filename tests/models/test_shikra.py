@@ -1,6 +1,5 @@
 """Shikra: the image inside the sentence, a white square, three decimals, and one linear layer."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,18 +30,6 @@ def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
         value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
     save_clip(folder / "clip_text", clip, words, torch.float32)
     return nanogap.load(folder, "cpu")
-
-
-# ----- the prompt ---------------------------------------------------------------------------------
-
-
-def test_the_image_stands_inside_the_sentence_and_the_expression_before_it():
-    before, after = SHIKRA.around(SHIKRA.question("the man on the left"))
-    assert before == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant "
-        "gives helpful, detailed, and polite answers to the user's questions. USER: Can you point "
-        "out the man on the left in the image")
-    assert after == "and provide the coordinates of its location? ASSISTANT:"
 
 
 def pieces(model: Shikra, question: str) -> list[str]:
@@ -92,9 +79,6 @@ def test_a_tokenizer_without_the_images_own_tokens_is_named():
         SHIKRA.encode(train_llama_tokenizer(["a cup"], 420), "a cup", 1, 32000)
 
 
-# ----- pictures and boxes -------------------------------------------------------------------------
-
-
 def test_a_picture_is_padded_with_white(shikra: Shikra):
     """40 x 20 black pixels in a square of 56: a band of 28 rows between two of white."""
     square = shikra.frame.fit(Image.new("RGB", (40, 20)), 56)
@@ -108,7 +92,7 @@ def test_a_picture_is_padded_with_white(shikra: Shikra):
     ((427, 640), (103.93, 299.99, 238.15, 477.41), "[0.328,0.469,0.538,0.746]")])
 def test_a_box_there_and_back(shikra: Shikra, size: tuple[int, int], box: tuple, text: str):
     """Of 640 x 480 pixels the square has 80 above: (298.08 + 80) / 640 = 0.59075."""
-    said = shikra.answer(shikra.frame.from_pixels(box, *size))
+    said = shikra.box_format.say(shikra.frame.from_pixels(box, *size))
     assert said == f"Answer: {text} ."
     back = shikra.to_pixels(shikra.parse_box(said), *size)
     assert max(abs(a - b) for a, b in zip(back, box, strict=True)) <= 0.0005 * max(size) + 1e-9
@@ -124,9 +108,6 @@ def test_the_first_box_of_an_answer_is_read(shikra: Shikra, text: str, box: tupl
     assert shikra.parse_box(text) == box
 
 
-# ----- every strategy and mode --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prune", STRATEGIES)
 def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
         shikra: Shikra, prune: str):
@@ -140,15 +121,3 @@ def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
             assert 0 < found.visual_tokens <= 12
         else:
             assert found.visual_tokens in (12, 13)                            # one may be added
-
-
-# ----- its files ----------------------------------------------------------------------------------
-
-
-def test_what_is_saved_loads_again_bit_for_bit(shikra: Shikra, tmp_path: Path):
-    save(tmp_path, shikra, torch.float32)
-    again = nanogap.load(tmp_path, "cpu")
-    assert again.config == shikra.config and isinstance(again, Shikra)
-    assert len(again.state_dict()) == 87
-    for name, value in again.state_dict().items():                            # its CLIP apart
-        assert torch.equal(shikra.state_dict()[name], value)
