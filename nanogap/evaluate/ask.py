@@ -23,7 +23,7 @@ from nanogap import methods, prune
 from nanogap.checks.command import tell
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
-from nanogap.evaluate.data import TELL_EVERY, Data, Example
+from nanogap.evaluate.data import Data, Example
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.fast.answered import Answered
 from nanogap.fast.ground_all import Asked
@@ -33,6 +33,7 @@ from nanogap.image import Box
 from nanogap.llava import EncodedImage
 from nanogap.models import VLM
 
+TELL_EVERY = 10.0                                   # seconds
 Todo = tuple[Example, Run, tuple[str, str, Box]]
 Budgets = dict[tuple[str, str], int | str | None]   # strategy and --keep -> tokens, or a share
 

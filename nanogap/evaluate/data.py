@@ -9,25 +9,18 @@ annotations count like this.
 
 import os
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from glob import escape
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image
 
-from nanogap.checks.command import tell
 from nanogap.errors import ItemError, NanogapError
 from nanogap.image import Box, open_image
-from nanogap.train.scenes import scene
+from nanogap.train.scenes import Scene, scene
 
 Size = tuple[int, int]              # width and height, pixels
-TELL_EVERY = 10.0                   # seconds
-MOST_DRAWN = 1_000_000              # expressions about drawn scenes; they are held in memory
-HELD = 256                          # drawn pictures that are held; the others are drawn again
 FEW = 5                             # boxes, which may all lie near a corner
 COCO = re.compile(r"^COCO_\w+2014_")
 
@@ -60,30 +53,29 @@ class Data:
 # ----- drawn scenes -------------------------------------------------------------------------------
 
 
-def drawn_data(split: str, limit: int) -> Data:
-    """The first expressions about drawn scenes; the split's name seeds them (see scenes.py)."""
-    if limit > MOST_DRAWN:
-        raise NanogapError(f"--limit {limit} is more than can be drawn; give at most {MOST_DRAWN}")
-    examples: list[Example] = []
-    count, told = 0, time.time()
-    while count < limit:
-        if time.time() - told >= TELL_EVERY:
-            told = time.time()
-            tell(f"drawing scenes: {count} of {limit} expressions ...")
-        number = len(examples)
-        drawn = scene(split, number)
-        questions = [(f"{split}/{number}/{i}", expression, drawn.things[thing].box)
-                     for i, (expression, thing) in enumerate(drawn.expressions)]
-        image = drawn.image.copy if number < HELD else partial(drawn_image, split, number)
-        examples.append(Example(number, f"scenes:{split}/{number}", drawn.image.size, image,
-                                questions))
-        count += len(questions)
-    return Data(f"scenes:{split}", "", first(examples, limit), limit, [], {})
+@lru_cache(256)
+def drawn(split: str, number: int) -> Scene:
+    """A scene; of thousands some are held, and the others are drawn again when they are asked."""
+    return scene(split, number)
 
 
 def drawn_image(split: str, number: int) -> Image.Image:
-    """A scene drawn again, when its turn comes: all of them together would take much memory."""
-    return scene(split, number).image
+    return drawn(split, number).image
+
+
+def drawn_data(split: str, limit: int) -> Data:
+    """The first expressions about drawn scenes; the split's name seeds them (see scenes.py)."""
+    examples: list[Example] = []
+    count = 0
+    while count < limit:
+        number = len(examples)
+        seen = drawn(split, number)
+        questions = [(f"{split}/{number}/{i}", expression, seen.things[thing].box)
+                     for i, (expression, thing) in enumerate(seen.expressions)]
+        examples.append(Example(number, f"scenes:{split}/{number}", seen.image.size,
+                                partial(drawn_image, split, number), questions))
+        count += len(questions)
+    return Data(f"scenes:{split}", "", first(examples, limit), limit, [], {})
 
 
 def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -155,8 +147,7 @@ def open_sized(path: Path, size: Size) -> Image.Image:
     image = open_image(path, upright=False)
     if image.size != size:
         raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
-                        f"{size[0]} x {size[1]}; give the folder of COCO's "
-                        "train2014 with --images, or take this one away")
+                        f"{size[0]} x {size[1]}; give the annotated picture's folder with --images")
     return image
 
 
@@ -172,26 +163,10 @@ def find_image(folder: Path, name: str) -> Path | None:
     return next(filter(os.path.isfile, files), None)
 
 
-def nearby(folder: Path, name: str) -> Iterator[Path]:
-    """Where a picture is in the folders below."""
-    with suppress(OSError, ValueError, IndexError, NotImplementedError):
-        for pattern in ("*/", "*/*/"):
-            yield from folder.glob(pattern + escape(Path(name).name))
-
-
 def none_there(folder: Path, missing: Sequence[str]) -> NanogapError:
-    """What to do where no picture is found: look at what is there first."""
+    """What is said where no picture is found."""
     name = missing[0]
-    below = next(nearby(folder, name), None)
-    kinds = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
-    there = [file.name for file in folder.glob("*") if file.suffix.lower() in kinds]
-    if below:
-        step = f"it is in {below.parent}: give that with --images"
-    elif COCO.match(Path(name).name):
-        step = ("get COCO train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB) and give "
-                "its folder with --images")
-    else:
-        holds = f"{len(there)} pictures, such as {there[0]}" if there else "no picture"
-        step = f"that folder holds {holds}: give theirs with --images"
+    whose = "COCO's train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB)" \
+        if COCO.match(Path(name).name) else "these"
     return NanogapError(f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
-                        f"{step}")
+                        f"give the folder of {whose} with --images")

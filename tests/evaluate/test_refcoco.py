@@ -177,7 +177,7 @@ def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
     assert (data.expressions, data.missing) == (5, ["COCO_train2014_000000000008.jpg"])
     assert [(e.number, len(e.questions)) for e in data.examples] == [(1, 3)]
     path = write(folder, lines(other))
-    refused("none of the 1 images is in .*000008.jpg; get COCO", path, folder)
+    refused("none of the 1 images is in .*000008.jpg; give the folder of COCO's", path, folder)
 
 
 def test_images_are_found_with_their_folders_without_them_and_beside_the_file(folder: Path):
@@ -266,18 +266,9 @@ def test_minigpts_name_of_a_crop_is_the_pictures_and_a_number(folder: Path, stem
     assert data.examples[0].name == f"{stem}.jpg" and data.groups == {f"{stem}_1": ["1"]}
 
 
-def test_where_no_picture_is_found_what_is_there_decides_the_next_step(tmp_path: Path):
-    """COCO's are to be fetched, others are not; and those in a folder below are named."""
-    own = write(tmp_path, lines([OWN[0] | SIZE | {"image": "ship.jpg"}]), "own")
+def test_cocos_pictures_may_have_their_names_of_2017(tmp_path: Path):
     coco = write(tmp_path, lines(SHIKRA), "coco.jsonl")
-    refused("holds no picture: give theirs with --images", own, None)
-    Image.new("RGB", (40, 30)).save(tmp_path / "other.jpg")
-    refused("holds 1 pictures, such as other.jpg: give theirs", own, None)
-    below = tmp_path / "coco" / "train2014"
-    below.mkdir(parents=True)
-    Image.new("RGB", (40, 30)).save(below / f"{NAME}.jpg")
-    refused(r"it is in .*coco/train2014: give that with --images", coco, None)
-    (below / f"{NAME}.jpg").rename(tmp_path / "000000000007.jpg")        # its name in 2017
+    Image.new("RGB", (40, 30)).save(tmp_path / "000000000007.jpg")
     assert not read_data(coco, None).missing
 
 
