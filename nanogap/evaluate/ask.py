@@ -13,7 +13,6 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -217,19 +216,10 @@ def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
 
 
 def digests(names: Iterable[str]) -> dict[str, str]:
-    """A digest of the code of each strategy of one's own, and of what it imports from its folder.
-    """
-    found = {}
-    for name in names:
-        file = methods.code_of(name)
-        if file:
-            finder = ModuleFinder([str(Path(file).parent)])
-            finder.run_script(file)
-            found_too = (getattr(module, "__file__", None) for module in finder.modules.values())
-            files = {file, *filter(None, found_too)}
-            whole = b"".join(Path(each).read_bytes() for each in sorted(files))
-            found[name] = hashlib.sha256(whole).hexdigest()[:8]
-    return found
+    """A digest of the file of each strategy of one's own."""
+    files = {name: methods.code_of(name) for name in names}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]
+            for name, file in files.items() if file}
 
 
 def fingerprint(model: VLM) -> str:
