@@ -94,9 +94,10 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
 # ----- boxes that may be no pixels ----------------------------------------------------------------
 
 
-def is_whole(value: object) -> bool:
-    """Whether something from a file is a whole number that is no longer than any real one."""
-    return type(value) is int and abs(value) < 1 << 53   # of 5,000 digits none can be printed
+def is_size(size: object) -> bool:
+    """Whether something from a file is width and height in pixels."""
+    return (isinstance(size, list | tuple) and len(size) == 2
+            and all(isinstance(side, int) and side > 0 for side in size))
 
 
 def is_box(box: object) -> bool:
@@ -124,7 +125,7 @@ def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size | None]]
         box, size = outside[0]
         raise NanogapError(f"{path}: {len(outside)} of {len(boxes)} boxes reach out of their "
                            f"images, such as {list(box)} of {size[0]} x {size[1]} pixels; boxes "
-                           "are x1, y1, x2, y2 in pixels here, not in percent or thousandths")
+                           "are in pixels here, x1, y1, x2, y2, not in percent or thousandths")
 
 
 def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str]:

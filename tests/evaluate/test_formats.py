@@ -146,14 +146,6 @@ def test_files_of_llava_and_of_internvl(given, printed, refused):
         assert "expression 1 of data.jsonl" in said
 
 
-@pytest.mark.parametrize("key, value", [
-    ("mode", "x" * 5000), ("prune", "x" * 5000), ("padding", 10 ** 400), ("keep", 10 ** 400),
-    ("decode_ms", float("inf")), ("padding", float("nan"))])
-def test_names_and_numbers_that_no_table_holds_are_one_line(given, refused, key: str, value):
-    said = refused(*given(six(SAID["llava"], **{key: value}), "--json"))
-    assert f"{key} is " in said and len(said) < 400
-
-
 def test_a_number_of_400_digits_leaves_the_document_finite(given, printed):
     said = printed(*given(six("[" + "9" * 400 + ", 1, 2, 3]"), "--json"))
     assert "NaN" not in said and "Infinity" not in said
