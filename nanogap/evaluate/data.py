@@ -148,7 +148,8 @@ def open_sized(path: Path, size: Size) -> Image.Image:
     image = open_image(path, upright=False)
     if image.size != size:
         raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
-                        f"{size[0]} x {size[1]}; give the annotated picture's folder with --images")
+                        f"{size[0]} x {size[1]}; give the annotated pictures (COCO's: "
+                        "train2014) with --images")
     return image
 
 
