@@ -203,10 +203,10 @@ def reading(item: dict, size: Size, truth: Box, how: How) -> tuple[Box | None, f
     return tuple(box), (minigpt_iou if how.protocol == "minigpt" else iou)(box, truth)
 
 
-def resized_of(item: dict, size: Size, how: How) -> Size | None:
+def resized_of(item: dict, size: Size, how: How) -> Size:
     """How large the picture was as the model saw it, where its boxes are in these pixels."""
-    if how.format.one is not None:
-        return None
+    if how.format.one:
+        return size
     if "resized" in item:
         return item["resized"][0], item["resized"][1]
     if how.resized is None:

@@ -21,7 +21,6 @@ from nanogap.image import Box, open_image
 from nanogap.train.scenes import Scene, scene
 
 Size = tuple[int, int]              # width and height, pixels
-FEW = 5                             # boxes, which may all lie near a corner
 COCO = re.compile(r"^COCO_\w+2014_")
 
 
@@ -117,15 +116,11 @@ def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size | None]]
 
     The same is asked of annotations and of answers; a few odd ones among many decide nothing.
     """
-    if 2 * sum(max(box) <= 1 for box, _ in boxes) > len(boxes):
-        raise NanogapError(f"{path}: most corners lie between 0 and 1, so the boxes are normalised "
-                           "and not in pixels; multiply them with width and height of the image")
-    outside = [(box, size) for box, size in boxes if size and is_outside(box, size)]
-    if 2 * len(outside) > len(boxes):
-        box, size = outside[0]
-        raise NanogapError(f"{path}: {len(outside)} of {len(boxes)} boxes reach out of their "
-                           f"images, such as {list(box)} of {size[0]} x {size[1]} pixels; boxes "
-                           "are in pixels here, x1, y1, x2, y2, not in percent or thousandths")
+    wrong = [box for box, size in boxes if max(box) <= 1 or size and is_outside(box, size)]
+    if 2 * len(wrong) > len(boxes):
+        raise NanogapError(f"{path}: {len(wrong)} of {len(boxes)} boxes are no pixels of their "
+                           f"images, such as {list(wrong[0])}; give x1, y1, x2, y2 in pixels, and "
+                           "not normalised, in percent or in thousandths")
 
 
 def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str]:
@@ -133,7 +128,7 @@ def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str
     for most, unit in ((100, "percent"), (1000, "thousandths")):
         near = sum(max(box) <= most for box, _ in boxes)
         side = min((min(size) for _, size in boxes), default=0)
-        if len(boxes) >= FEW and near >= 0.98 * len(boxes) and side >= 2 * most:
+        if len(boxes) >= 5 and near >= 0.98 * len(boxes) and side >= 2 * most:
             return [f"hardly a box of the {what} reaches beyond {most} pixels, and no side is "
                     f"below {side}: if these are in {unit} the numbers below mean nothing, for "
                     "pixels are read"]
