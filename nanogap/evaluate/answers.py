@@ -63,9 +63,9 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
     examples: of the data, all that shall be answered
     raises:   NanogapError that names the line, for what is no answer, or answers nothing here
     """
+    check_protocol(path, how.protocol)
     asked: Asked = {id_: (example, said, truth) for example in examples
                     for id_, said, truth in example.questions}
-    check_protocol(path, how.protocol)
     runs: dict[Run, dict[str, dict]] = {}
     for where, item in items(path, data, asked):
         check_answer(where, item, how.protocol)
@@ -75,19 +75,19 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
         if id_ not in asked:
             raise NanogapError(f"{where}: {shown(id_)} is none of the {len(asked)} expressions of "
                                f"{data.name}; give the --data (and --limit) that was answered")
-        found = runs.setdefault(
-            (item.get("prune", GIVEN), item.get("keep"), item.get("mode", GIVEN)), {})
+        run = item.get("prune", GIVEN), item.get("keep"), item.get("mode", GIVEN)
+        found = runs.setdefault(run, {})
         if id_ in found:
             raise NanogapError(f"{where} answers {shown(id_)} again; take one of the lines out")
         found[id_] = item
     if not runs:
         raise NanogapError(f"{path} holds no answer; {LINES}")
-    given = [(asked[id_][0].size, item) for found in runs.values() for id_, item in found.items()]
-    boxes = [(item["box"], size) for size, item in given if item.get("box")]
+    given = [(item, asked[id_][0].size) for found in runs.values() for id_, item in found.items()]
+    boxes = [(item["box"], size) for item, size in given if item.get("box")]
     check_units(path, boxes)
     notes = doubts("answers", boxes)
     if how.protocol == "pixels":
-        notes += check_format(path, [item["text"] for _, item in given if "box" not in item], how)
+        notes += check_format(path, [item["text"] for item, _ in given if "box" not in item], how)
     records = [record(found.get(id_, {"id": id_, "text": None}), run, *parts, how)
                for run, found in runs.items() for id_, parts in asked.items()]
     return Scored(records, {run: len(asked) - len(found) for run, found in runs.items()}, notes)
@@ -170,9 +170,11 @@ def check_format(path: Path, texts: Sequence[str], how: How) -> list[str]:
     said = (f"{path}: {read} of {len(texts)} texts with numbers hold a box as "
             f"{how.form or 'llava'} says it")
     others = " or ".join(name for name in fitting(texts) if name != how.form)
+    if others:
+        said += f", and most do in the format of {others}; give --format"
     if others and how.form is None:
-        raise NanogapError(f"{said}, and most of them do in the format of {others}; give --format")
-    return [f"{said} (most do in that of {others}: --format)" if others else said]
+        raise NanogapError(said)
+    return [said]
 
 
 # ----- what is made of it -------------------------------------------------------------------------

@@ -189,19 +189,14 @@ def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
     digest = fingerprint(model) if args.out else ""         # of 14 GB it takes some seconds
     if not args.no_pack:
         pack(model)                                         # only now: a digest wants plain numbers
+    files = {name: methods.code_of(name) for name in args.prune}
+    own = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]
+           for name, file in files.items() if file}         # strategies of one's own
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"{args.weights.resolve().name} {digest}".strip(),
             "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,
             "protocol": args.protocol, "max_new_tokens": args.max_new_tokens}
-    own = digests(args.prune)
     return made | {"strategies": own} if own else made
-
-
-def digests(names: Iterable[str]) -> dict[str, str]:
-    """A digest of the file of each strategy of one's own."""
-    files = {name: methods.code_of(name) for name in names}
-    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]
-            for name, file in files.items() if file}
 
 
 def fingerprint(model: VLM) -> str:

@@ -108,7 +108,7 @@ def test_a_tenth_of_them_decides_and_answers_without_numbers_are_only_wrong(give
     said = printed(*given(six("I cannot see a man.")))
     assert " 0.000 " in said and "--format" not in said
     said = printed(*given(six(SAID["ferret"]), "--format", "llava"))
-    assert "most do in that of internvl or ferret: --format" in said
+    assert "most do in the format of internvl or ferret; give --format" in said
 
 
 def test_boxes_in_pixels_of_the_resized_picture_need_its_size(given, printed, refused):
