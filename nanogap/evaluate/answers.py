@@ -1,11 +1,8 @@
 """Answers of any program, scored as the evaluator scores its own.
 
-In:  lines of {"id", "text"} or {"id", "box"}, and the data that they answer; also the files that
-     MiniGPT-v2, LLaVA, Qwen-VL and InternVL write, see `items`.
-Out: a record for each expression and each run; a run is what lines call "prune", "keep", "mode".
-
-A box is in pixels of the original image.  A text holds one as a family of models says it
-(formats.py).  An expression without an answer counts as wrong.
+In:  lines of {"id", "text"} or {"id", "box"}, or a file of another project (see `items`), and the
+     data that they answer.  Lines may say "prune", "keep" and "mode": each of these is a run.
+Out: a record for each expression and each run; one without an answer counts as wrong.
 """
 
 import json
@@ -54,7 +51,7 @@ class Scored(NamedTuple):
     notes: list[str]
 
 
-Asked = dict[str, tuple[Example, str, Box]]       # id -> image, expression, true box
+Asked = dict[str, tuple[Size, Box]]               # id -> size of the image, true box
 
 
 def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) -> Scored:
@@ -64,8 +61,8 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
     raises:   NanogapError that names the line, for what is no answer, or answers nothing here
     """
     check_protocol(path, how.protocol)
-    asked: Asked = {id_: (example, said, truth) for example in examples
-                    for id_, said, truth in example.questions}
+    asked: Asked = {id_: (example.size, truth) for example in examples
+                    for id_, _, truth in example.questions}
     runs: dict[Run, dict[str, dict]] = {}
     for where, item in items(path, data, asked):
         check_answer(where, item, how.protocol)
@@ -82,14 +79,14 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
         found[id_] = item
     if not runs:
         raise NanogapError(f"{path} holds no answer; {LINES}")
-    given = [(item, asked[id_][0].size) for found in runs.values() for id_, item in found.items()]
+    given = [(item, asked[id_][0]) for found in runs.values() for id_, item in found.items()]
     boxes = [(item["box"], size) for item, size in given if item.get("box")]
     check_units(path, boxes)
     notes = doubts("answers", boxes)
     if how.protocol == "pixels":
         notes += check_format(path, [item["text"] for item, _ in given if "box" not in item], how)
-    records = [record(found.get(id_, {"id": id_, "text": None}), run, *parts, how)
-               for run, found in runs.items() for id_, parts in asked.items()]
+    records = [record(run, found.get(id_, {"text": None}), size, truth, how)
+               for run, found in runs.items() for id_, (size, truth) in asked.items()]
     return Scored(records, {run: len(asked) - len(found) for run, found in runs.items()}, notes)
 
 
@@ -112,7 +109,7 @@ def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
             raise NanogapError(f"{where} is no answer; {LINES}")
         if "gt_bbox" in item and "id" not in item:
             item["id"] = str(number)
-            if item["id"] not in asked or list(asked[item["id"]][2]) != item["gt_bbox"]:
+            if item["id"] not in asked or list(asked[item["id"]][1]) != item["gt_bbox"]:
                 raise NanogapError(f"{where} answers about the box {shown(item['gt_bbox'])}, which "
                                    f"is not that of expression {number} of {data.name}; give the "
                                    "--data that was answered")
@@ -180,13 +177,11 @@ def check_format(path: Path, texts: Sequence[str], how: How) -> list[str]:
 # ----- what is made of it -------------------------------------------------------------------------
 
 
-def record(item: dict, run: Run, example: Example, expression: str, truth: Box,
-           how: How) -> dict:
-    """One answer scored; its text is None where there is none."""
-    box, overlap = reading(item, example.size, truth, how)
-    return {"id": item["id"], "image": example.name, "expression": expression, "mode": run[2],
-            "prune": run[0], "keep": run[1], "text": item.get("text", ""), "box": box,
-            "truth": truth, "iou": overlap, "cut_off": item.get("cut_off"),
+def record(run: Run, item: dict, size: Size, truth: Box, how: How) -> dict:
+    """What counts of an answer (see score.py); its text is None where there is none."""
+    box, overlap = reading(item, size, truth, how)
+    return {"prune": run[0], "keep": run[1], "mode": run[2], "text": item.get("text", ""),
+            "box": box, "iou": overlap, "cut_off": item.get("cut_off"),
             **{key: item.get(key) for key in MEASURED}}
 
 

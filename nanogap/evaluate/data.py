@@ -2,9 +2,7 @@
 
 In:  the name of a split of drawn scenes; or entries of annotations, and a folder of pictures.
 Out: `Data`, of which one bad item of thousands is left out and counted.
-
-Boxes are in pixels as they are stored: a picture with an EXIF orientation is not turned, for COCO's
-annotations count like this.
+Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
 """
 
 import os

@@ -45,9 +45,6 @@ def check_out(path: Path, resume: bool) -> None:
         raise NanogapError(f"--out {path} exists; continue it with --resume, or give a new file")
 
 
-# ----- what there is ------------------------------------------------------------------------------
-
-
 def earlier(path: Path | None, settings: dict) -> list[dict]:
     """All answers of the runs that this one continues, each once.
 
@@ -92,9 +89,6 @@ def read_lines(path: Path) -> list[dict]:
 def name(record: dict) -> tuple:
     """What an answer is the answer to."""
     return record["id"], record["prune"], record["keep"], record["mode"]
-
-
-# ----- what is added ------------------------------------------------------------------------------
 
 
 def begin(path: Path | None, settings: dict, rank: int, world: int) -> Callable[[dict], None]:

@@ -1,10 +1,8 @@
 """Annotations: RefCOCO, RefCOCO+ and RefCOCOg as they are published, and files of one's own.
 
-In:  a file of annotations, and the folder of their images (COCO's train2014).
+In:  a file of annotations, and the folder of their images (COCO's train2014).  Its keys tell its
+     form; what is no JSON is taken for a pickle of the refer API (refer.py).
 Out: images, each with its expressions and their true boxes (x1, y1, x2, y2) in pixels.
-
-What is in a file tells its form: JSON, and lines of JSON, by their keys; what is neither is taken
-for a pickle of the refer API, `refs(unc).p`, which needs `instances.json` beside it.
 """
 
 import hashlib

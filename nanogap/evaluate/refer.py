@@ -63,9 +63,6 @@ def check_inside(entry: Entry, size: Size) -> None:
                            "boxes are in pixels here, not in percent or thousandths")
 
 
-# ----- the pickles of the refer API ---------------------------------------------------------------
-
-
 def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     """How many expressions each split has, and those of one; boxes come from instances.json."""
     refs = read_plain(path, LARGEST)
