@@ -93,10 +93,9 @@ def test_lines_may_name_their_runs_and_what_was_measured(rows):
         ("mine", 64, "gap", 64, 0.5, 0), ("mine", 64, "shifted", 64, 0.5, 1)]
 
 
-@pytest.mark.parametrize("flags, tokens", [((), {}), (("--json",), {"visual_tokens": 64})])
-def test_the_picture_is_drawn(data: Path, given, printed, flags: tuple, tokens: dict):
+def test_the_picture_is_drawn(data: Path, given, printed):
     picture = data.with_name("plot.png")
-    printed(*given([ALL[0] | tokens], "--plot", picture, *flags))
+    printed(*given(ALL[:1], "--plot", picture))
     assert Image.open(picture).width == plot.WIDTH
 
 
@@ -118,16 +117,6 @@ def test_the_picture_is_drawn(data: Path, given, printed, flags: tuple, tokens: 
 ])
 def test_a_mistake_is_one_line_and_status_2(given, refused, items, flags, message):
     assert message in refused(*given(items, *flags))
-
-
-@pytest.mark.parametrize("content, message", [
-    (None, "cannot be read (No such file or directory); give a file of"),
-    ('{"id": 1, "text": "x"}\n{"id"', "line 2 cannot be read (broken")])
-def test_broken_files_are_named(data: Path, refused, content: str | None, message: str):
-    file = data.with_name("given.jsonl")
-    if content:
-        file.write_text(content)
-    assert message in refused("--score", file, "--data", data)
 
 
 def test_an_image_whose_size_nobody_knows_is_refused(data: Path, given, refused):

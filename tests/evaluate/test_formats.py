@@ -1,6 +1,5 @@
 """Answers of other models: each notation by hand, told apart, and files as people hold them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 from PIL import Image
 
 from nanogap.evaluate.formats import FORMATS, format_argument, smart_resize
-from nanogap.evaluate.score import PROTOCOLS
 from tests.evaluate.asking import read_lines, write_lines
 
 # A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
@@ -65,8 +63,7 @@ def test_pictures_are_resized_as_qwen_does(size: tuple, resized: tuple):
 
 
 def test_names_may_be_spelled_as_people_spell_them():
-    assert {format_argument(name) for name in ("MiniGPT-v2", "minigpt_v2")} == {"minigpt-v2"}
-    assert format_argument("Qwen2.5-VL") in FORMATS
+    assert format_argument("MiniGPT_v2") == "minigpt-v2" in FORMATS
 
 
 # ----- files --------------------------------------------------------------------------------------
@@ -145,11 +142,6 @@ def test_files_of_llava_and_of_internvl(given, printed, refused):
         assert "expression 1 of data.jsonl" in said
 
 
-def test_a_number_of_400_digits_leaves_the_document_finite(given, printed):
-    said = printed(*given(six("[" + "9" * 400 + ", 1, 2, 3]"), "--json"))
-    assert "NaN" not in said and "Infinity" not in said
-
-
 def boxes(*of: list) -> list[dict]:
     return [{"id": i, "box": box} for i, box in enumerate(of, 1)]
 
@@ -182,19 +174,3 @@ def test_questions_are_written_and_read_back_when_answered(
     write_lines(Path("q.jsonl"), [q | {"box": None} for q in questions])
     assert " 1.000 " in printed(*said[-1].split()[3:])                   # without a box, all
     assert "exists, and may have answers in it" in refused(*asked)
-
-
-# ----- one box, five scorers ----------------------------------------------------------------------
-
-
-def test_no_notation_is_right_everywhere(given, printed):
-    """The table of the tutorial: which notation counts under which scorer."""
-    # pixels as LLaVA says boxes, minigpt, shikra, lmms-eval, vlmevalkit; IoU in the square and not
-    for name, hits in {"llava": [1, 0, 0, 1, 1], "shikra": [1, 0, 1, 1, 1],
-                       "minigpt-v2": [0, 1, 0, 0, 0], "qwen2-vl": [0, 0, 0, 0, 1],
-                       "qwen3-vl": [0, 0, 0, 0, 1], "internvl": [0, 0, 0, 0, 1],
-                       "paligemma": [0, 0, 0, 0, 0]}.items():
-        for protocol, hit in zip(PROTOCOLS, hits, strict=True):
-            flags = ("--format", "llava") if protocol == "pixels" else ()
-            said = printed(*given(six(SAID[name]), "--protocol", protocol, "--json", *flags))
-            assert json.loads(said)["runs"][0]["accuracy"] == hit, (name, protocol)

@@ -30,12 +30,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "answers.jsonl"
 
 
-@pytest.fixture
-def one_process(monkeypatch):
-    """The parts of several processes, without the processes."""
-    monkeypatch.setattr(journal.dist, "barrier", lambda: None)
-
-
 def test_killed_at_any_byte_at_most_the_last_line_is_lost(path: Path):
     whole = path.read_bytes()
     ends = [i for i, byte in enumerate(whole) if byte == 10]
@@ -47,7 +41,10 @@ def test_killed_at_any_byte_at_most_the_last_line_is_lost(path: Path):
         assert path.read_bytes() == whole
 
 
-def test_the_settings_come_first_so_there_is_no_file_without_them(path: Path):
+def test_a_file_is_only_gone_on_with_and_only_where_its_settings_are_known(path: Path):
+    journal.check_out(path, resume=True)
+    with pytest.raises(NanogapError, match="answers.jsonl exists; continue it with --resume, or"):
+        journal.check_out(path, resume=False)
     settings = journal.settings_of(path)
     assert json.loads(settings.read_text()) == SETTINGS
     settings.unlink()
@@ -63,12 +60,6 @@ def test_killed_before_the_first_line_it_starts_again(tmp_path: Path):
         write(path)
 
 
-def test_a_file_that_is_there_is_only_gone_on_with(path: Path):
-    journal.check_out(path, resume=True)
-    with pytest.raises(NanogapError, match="answers.jsonl exists; continue it with --resume, or"):
-        journal.check_out(path, resume=False)
-
-
 @pytest.mark.parametrize("line", ['{"id": "b"}', "5", "{"])
 def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(path: Path, line: str):
     first, second, third = path.read_text().split("\n")[:3]
@@ -78,13 +69,9 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(path: Path, lin
     assert path.read_text().split("\n")[1] == line
 
 
-def test_the_same_answer_counts_once(path: Path):
-    write(path, "b", "d")
-    assert [r["id"] for r in journal.earlier(path, SETTINGS)] == ["a", "b", "c", "d"]
-
-
-def test_parts_of_several_processes_are_read_and_put_together(path: Path, one_process):
-    """Also where a kill in there left the whole file, and a part of it still."""
+def test_parts_of_several_processes_are_read_and_put_together(path: Path, monkeypatch):
+    """Also where a kill in there left the whole file, and a part of it still: each counts once."""
+    monkeypatch.setattr(journal.dist, "barrier", lambda: None)
     write(path, "d", rank=0, world=2)
     write(path, "e", rank=1, world=2)
     parts = [path.with_name(f"answers.jsonl.part-{rank}") for rank in (0, 1)]
