@@ -17,7 +17,6 @@ broken, an expression that is blank or too long) is left out, and the report say
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -104,12 +103,8 @@ def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict
                                "give that data, or a new file")
 
 
-def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int,
-              after: int = 0) -> Report | None:
-    """Answer every expression in every run; of several processes the first one has the report.
-
-    after: how many other models are asked then
-    """
+def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Report | None:
+    """Answer every expression in every run; of several processes the first one has the report."""
     model = load_asked(args)
     made = ask.settings(args, model, data)
     examples = first(data.examples, args.limit)
@@ -125,7 +120,7 @@ def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int,
     records: list[dict] = []
     left_out: dict[str, str] = {}
     said = ask.answers(model, todo, args, left_out)
-    for record in ask.with_progress(said, len(todo), rank, world, after * len(todo)):
+    for record in ask.with_progress(said, len(todo), rank, world):
         write(record)
         records.append(record)
     records = earlier + gather(records, world)
@@ -208,7 +203,6 @@ def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> N
             raise NanogapError(lacking[0][name])
     reports: list[Report] = []
     outs = outs_of(args)
-    begun = time.time()
     try:
         for i, (folder, out, why) in enumerate(zip(args.models, outs, lacking, strict=True), 1):
             if rank == 0:
@@ -217,15 +211,13 @@ def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> N
                 "weights": folder, "out": out,
                 "prune": [name for name in args.prune if name not in why]})
             with named(folder):
-                report = ask_model(mine, data, rank, world, len(outs) - i)
+                report = ask_model(mine, data, rank, world)
             if report is not None:                          # the first process has it
                 reports.append(report._replace(made=report.made | {"cannot_run": why},
                                                notes=[*left_out_notes(why), *report.notes]))
     finally:
         if reports:
             print_comparison(args, reports)
-    if rank == 0:
-        tell(f"{len(outs)} models in {ask.duration(time.time() - begun)} ...")
 
 
 def left_out_notes(why: dict[str, str]) -> list[str]:

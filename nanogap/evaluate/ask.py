@@ -157,12 +157,8 @@ def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
                        "iou": iou}
 
 
-def with_progress(records: Iterator[dict], total: int, rank: int, world: int,
-                  later: int = 0) -> Iterator[dict]:
-    """Say now and then on stderr how far it is; the first process speaks for all.
-
-    later: how many answers of other models are still to come
-    """
+def with_progress(records: Iterator[dict], total: int, rank: int, world: int) -> Iterator[dict]:
+    """Say now and then on stderr how far it is; the first process speaks for all."""
     whose = f" of process 1 of {world}" if world > 1 else ""
     begun = time.time()
     told = begun
@@ -170,15 +166,10 @@ def with_progress(records: Iterator[dict], total: int, rank: int, world: int,
         if rank == 0 and time.time() - told >= TELL_EVERY:
             told = time.time()
             rate = count / (told - begun)
-            every = f", {duration((total - count + later) / rate)} for all models" if later else ""
-            tell(f"{count} of {total} answers{whose}, {rate:.1f} a second, "
-                 f"{duration((total - count) / rate)} to go{every} ...")
+            left = (total - count) / rate
+            to_go = f"{left:.0f} s" if left < 60 else f"{left / 60:.0f} min"
+            tell(f"{count} of {total} answers{whose}, {rate:.1f} a second, {to_go} to go ...")
         yield record
-
-
-def duration(seconds: float) -> str:
-    """A time in words: in seconds below a minute."""
-    return f"{seconds:.0f} s" if seconds < 59.5 else f"{seconds / 60:.1f} min"
 
 
 # ----- what answers depend on ---------------------------------------------------------------------

@@ -16,7 +16,7 @@ from PIL import Image
 
 from nanogap.errors import ItemError, NanogapError
 from nanogap.image import Box, open_image
-from nanogap.train.scenes import Scene, scene
+from nanogap.train.scenes import scene
 
 Size = tuple[int, int]              # width and height, pixels
 COCO = re.compile(r"^COCO_\w+2014_")
@@ -50,10 +50,7 @@ class Data:
 # ----- drawn scenes -------------------------------------------------------------------------------
 
 
-@lru_cache(256)
-def drawn(split: str, number: int) -> Scene:
-    """A scene; of thousands some are held, and the others are drawn again when they are asked."""
-    return scene(split, number)
+drawn = lru_cache(256)(scene)       # of thousands some are held, and the others are drawn again
 
 
 def drawn_image(split: str, number: int) -> Image.Image:

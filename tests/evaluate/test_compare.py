@@ -120,7 +120,6 @@ def test_each_model_keeps_its_answers_in_a_folder_and_goes_on_after_ctrl_c(
     assert run(*asked, "--resume") == 0
     assert (out / f"{folder.name}.jsonl").read_text() == first
     assert len((out / "other.jsonl").read_text().splitlines()) == 8
-    assert re.search(r"2 models in \d+ s \.\.\.\n", capsys.readouterr().err)
 
 
 def test_models_that_could_not_be_asked_the_same_are_not_drawn_together(folder, tmp_path, printed):
