@@ -25,6 +25,7 @@ from nanogap.evaluate.data import (
 )
 from nanogap.evaluate.refer import LARGEST, Entry, check_inside, checked, read_refs
 from nanogap.image import open_image
+from nanogap.prompt import check_expression
 
 CROP = re.compile(r"(?<=_\d{12})_\d+(?=\.|$)")     # behind the name of a picture of COCO's
 
@@ -141,10 +142,15 @@ def find_all(groups: dict[str, list[Entry]], folder: Path,
              pictures: bool) -> tuple[list[Example], list[str], dict[str, str]]:
     """Images with what is asked of them, the names of those missing, and what is left out."""
     examples, missing = [], []
-    left_out = {entry.id: entry.wrong for group in groups.values() for entry in group
-                if entry.wrong}
+    left_out: dict[str, str] = {}
     for number, (name, group) in enumerate(groups.items()):
-        questions = [(entry.id, entry.expression, entry.box) for entry in group if not entry.wrong]
+        for entry in group:
+            try:
+                check_expression(entry.expression)
+            except ItemError as error:
+                left_out[entry.id] = f"{entry.where}: {error}"
+        questions = [(entry.id, entry.expression, entry.box) for entry in group
+                     if entry.id not in left_out]
         if not questions:
             continue
         file, size = find_image(folder, name), group[0].size

@@ -11,10 +11,9 @@ from typing import Any
 from nanogap.checks.command import shown
 from nanogap.checks.pickles import read_plain
 from nanogap.checks.reading import read_bytes, read_documents
-from nanogap.errors import ItemError, NanogapError
+from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Size, is_box, is_outside, is_size
 from nanogap.image import Box
-from nanogap.prompt import check_expression
 
 LARGEST = 1 << 31        # bytes; COCO's instances.json has 2^29
 
@@ -29,7 +28,6 @@ class Entry:
     expression: str
     box: Box
     size: Size | None                  # of the image; None where the picture must say it
-    wrong: str = ""                    # why it cannot be asked
     group: str = ""                    # MiniGPT-v2's img_id
 
 
@@ -46,12 +44,7 @@ def checked(where: str, id_: object, image: str, expression: Any, box: Any, corn
     if not corners:
         x2 += x1
         y2 += y1
-    wrong = ""
-    try:
-        check_expression(expression)
-    except ItemError as error:
-        wrong = f"{where}: {error}"
-    return Entry(where, str(id_), image, expression, (x1, y1, x2, y2), size, wrong, group)
+    return Entry(where, str(id_), image, expression, (x1, y1, x2, y2), size, group)
 
 
 def check_inside(entry: Entry, size: Size) -> None:
@@ -66,10 +59,8 @@ def check_inside(entry: Entry, size: Size) -> None:
 def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     """How many expressions each split has, and those of one; boxes come from instances.json."""
     refs = read_plain(path, LARGEST)
-    counts: Counter[str] = Counter()
     try:
-        for ref in refs:
-            counts[ref["split"]] += len(ref["sentences"])
+        counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
     except (KeyError, TypeError):
         raise NanogapError(f"{path} is a pickle, but not a list with split and sentences; give "
                            "refs(unc).p of the refer API") from None
