@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanogap.evaluate import plot
 from tests.evaluate.asking import BOX, run, write_lines
 
 # A picture of 200 x 100: in the padded square of 200 x 200 it begins 50 pixels down.
@@ -93,12 +92,6 @@ def test_lines_may_name_their_runs_and_what_was_measured(rows):
         ("mine", 64, "gap", 64, 0.5, 0), ("mine", 64, "shifted", 64, 0.5, 1)]
 
 
-def test_the_picture_is_drawn(data: Path, given, printed):
-    picture = data.with_name("plot.png")
-    printed(*given(ALL[:1], "--plot", picture))
-    assert Image.open(picture).width == plot.WIDTH
-
-
 @pytest.mark.parametrize("items, flags, message", [
     ([{"id": 4, "text": "x"}], [], "line 1: '4' is none of the 3 expressions of data.jsonl"),
     ([{"id": 2, "text": "x"}], ["--limit", "1"], "line 1: '2' is none of the 1 expressions"),
@@ -106,13 +99,11 @@ def test_the_picture_is_drawn(data: Path, given, printed):
     ([{"text": "x"}], [], "line 1: id cannot be None; give lines of"),
     ([5], [], "line 1 is no answer; give lines of"),
     ([{"id": 1}], [], "line 1: text cannot be None; give lines of"),
-    ([{"id": 1, "box": [1, 2, 3]}], [], "line 1: box cannot be [1, 2, 3]; give lines of"),
     ([{"id": 1, "box": [1, 2, 3, float("nan")]}], [], "line 1: box cannot be [1, 2, 3, nan]"),
     ([{"id": 1, "text": "x", "keep": [1]}], [], "line 1: keep cannot be [1]"),
     ([{"id": 1, "box": None}], ["--protocol", "lmms-eval"], "line 1 has no text, and --protocol"),
     ([], [], "holds no answer; give lines of"),
     ([{"id": 1, "text": "x"}], ["--resume"], "--score asks no model, so --resume has nothing to"),
-    ([{"id": 1, "text": "x"}], ["--mode", "gap"], "--score asks no model, so --mode has nothing"),
     ([{"id": 1, "text": "x"}], ["--format", "best"], "invalid choice: 'best'"),
 ])
 def test_a_mistake_is_one_line_and_status_2(given, refused, items, flags, message):

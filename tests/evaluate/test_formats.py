@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanogap.evaluate.formats import FORMATS, format_argument, smart_resize
+from nanogap.evaluate.formats import FORMATS, smart_resize
 from tests.evaluate.asking import read_lines, write_lines
 
 # A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
@@ -31,9 +31,8 @@ def test_one_right_box_in_every_notation(name: str):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("minigpt-v2", "{<1 0><20> <50><unk><90>}"), ("minigpt-v2", "It is {<10><20><50><90>}."),
-    ("qwen-vl", "( 100 , 200 ), (500,900) and (1,2),(3,4)"),
-    ("qwen3-vl", '"bbox_2d":[100,200,500,900]')])
+    ("minigpt-v2", "It is {<1 0><20> <50><unk><90>}."),
+    ("qwen-vl", "( 100 , 200 ), (500,900) and (1,2),(3,4)")])
 def test_odd_clothes_do_no_harm(name: str, text: str):
     assert FORMATS[name].read(text, SIZE) == pytest.approx(BOX)
 
@@ -60,10 +59,6 @@ def test_paligemma_says_y_first():
 def test_pictures_are_resized_as_qwen_does(size: tuple, resized: tuple):
     """Rounded to even: 70 is 2.5 times 28. As qwen-vl-utils 0.0.14 gave them (IDS R12)."""
     assert smart_resize(*size, 28) == resized
-
-
-def test_names_may_be_spelled_as_people_spell_them():
-    assert format_argument("MiniGPT_v2") == "minigpt-v2" in FORMATS
 
 
 # ----- files --------------------------------------------------------------------------------------
@@ -97,7 +92,8 @@ def test_a_file_in_another_notation_is_told_which_format_fits(given, printed, re
     said = refused(*given(six(SAID[name])))
     assert "0 of 6 texts with numbers hold a box as llava says it" in said and name in said
     flags = ("--resized", "28") if name == "qwen2.5-vl" else ()
-    assert " 1.000 " in printed(*given(six(SAID[name]), "--format", name, *flags))
+    spelled = name.replace("-", "_").upper()
+    assert " 1.000 " in printed(*given(six(SAID[name]), "--format", spelled, *flags))
 
 
 def test_a_tenth_of_them_decides_and_answers_without_numbers_are_only_wrong(given, printed):

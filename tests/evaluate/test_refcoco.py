@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ def test_all_forms_say_the_same_and_the_name_of_the_file_says_nothing(folder: Pa
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_pickle_gives_one_split_with_a_line_for_each_sentence(folder: Path, protocol: int):
     data = read_data(refs(folder, REFS, protocol), folder, "val")
-    assert told(data) == SAID[:2]
-    assert [id_ for id_, *_ in data.examples[0].questions] == ["100", "101"]
+    assert [(id_, said) for id_, said, _ in data.examples[0].questions] == [
+        ("100", "the man"), ("101", "man on left")]
     assert data.name == "any.file val (testA 1, val 2): 2 expressions about 1 images"
 
 
@@ -107,8 +108,8 @@ def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(folder: Path
 
 
 def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
-    for split, why in ((None, "several splits"), ("test", "no split 'test'")):
-        refused(f"has {why}; choose .* --split: testA 1, val 2", refs(folder), folder, split)
+    for split in (None, "test"):
+        refused("choose one with --split: testA 1, val 2", refs(folder), folder, split)
     refused("holds one split only; leave --split out", write(folder, lines(QWEN)), folder, "val")
 
 
@@ -118,23 +119,17 @@ def qwen(box: str) -> str:
 
 @pytest.mark.parametrize("text, message", [
     (lines(QWEN)[:-20], r"line 3 cannot be read \(broken JSON"),
-    (json.dumps(QWEN, indent=1)[:-40], r"any.file, line 1 cannot be read \(broken JSON"),
-    (b'{"image": "\xff"}', r"any.file cannot be read .*save it as UTF-8"),
     (pickle.dumps(REFS, 0)[:-50], "is no whole pickle"),
     (pickle.dumps([1, 2]), "is a pickle, but not a list with split and sentences"),
     (b"PAR1\x15\x04", "is a parquet file; write its rows, .* as lines of JSON: pandas does it"),
-    ("version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
     ("[]", "holds no annotation"),
     (json.dumps(INSTANCES), "line 1 is an annotation of no form that is read here: MiniGPT-v2"),
-    ('[{"image": "a.jpg"}, 5]', "entry 1 is an annotation of no form"),
     (lines(QWEN) + '{"image": "a.jpg", "sent": "x"}', "line 4 lacks bbox, height, width, which"),
     (lines([OWN[0] | {"width": 40}]), "line 1 lacks height, which the form of nanogap has"),
     (lines(OWN) + lines([OWN[0] | {"box": [5, 5, 9, 35]}]), "line 4: the box .*reaches out of its "
      "image, 40 x 30 pixels"),
     (lines(QWEN) + "5", "line 4 lacks bbox, height, image, sent, width"),
-    (qwen("[1, 2, 3]"), r"line 1: the box \[1, 2, 3\] is not four numbers"),
     (qwen("[1, 2, NaN, 4]"), r"the box \[1, 2, nan, 4\] is not four numbers"),
-    (qwen('"1234"'), "is not four numbers"),
     (qwen("[1, 1, 9, 9]").replace("40", '"40"'), r"height \('40', 30\) are no whole ones"),
     (lines(OWN) + lines([OWN[0] | {"box": [5, 5, 5, 9]}]), r"line 4: the box .* has no area"),
     (qwen("[1, 1, 9, 9]").replace('"x"', '" "'), "line 1: the expression is empty"),
@@ -172,35 +167,32 @@ def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
     refused("none of the 1 images is in .*000008.jpg; give the folder of COCO's", path, folder)
 
 
-def test_images_are_found_with_their_folders_without_them_and_beside_the_file(folder: Path):
+def test_images_are_found_with_their_folders_without_them_and_under_their_names_of_2017(folder):
     deep = folder / "images" / "data" / "coco" / "train2014"
     deep.mkdir(parents=True)
     path = write(folder, lines(QWEN))
     assert not read_data(path, None).missing
     (folder / f"{NAME}.jpg").rename(deep / f"{NAME}.jpg")
     assert not read_data(path, folder / "images").missing
+    (deep / f"{NAME}.jpg").rename(deep / "000000000007.jpg")
     assert not read_data(path, deep).missing
 
 
-@pytest.mark.parametrize("entries", [QWEN, OWN, [own | SIZE for own in OWN]],
-                         ids=["Qwen's", "one's own", "one's own with a size"])
-def test_an_image_has_the_size_that_was_annotated_or_that_it_had(folder: Path, entries: list):
-    """In one's own form the picture says it itself; one of another size is another image."""
-    example, = read_data(write(folder, lines(entries)), folder).examples
-    assert Path(example.name).name == f"{NAME}.jpg"
-    assert example.size == example.image().size == (40, 30)
+@pytest.mark.parametrize("entries", [QWEN, OWN], ids=["annotated", "that it had"])
+def test_an_image_has_one_size_and_its_pixels_as_they_are_stored(folder: Path, entries: list):
+    """EXIF does not turn it, for its box is in stored pixels; of another size it is another."""
+    data = write(folder, lines(entries))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = Image.linear_gradient("L").resize((40, 30))
+        stored.save(folder / f"{NAME}.jpg", exif=exif)
+        example, = read_data(data, None).examples
+        assert example.size == example.image().size == (40, 30)
+        assert example.image().getpixel((0, 0)) < example.image().getpixel((0, 29))
     Image.new("RGB", (80, 60)).save(folder / f"{NAME}.jpg")
     with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
         example.image()
-
-
-def test_where_no_picture_is_opened_none_is_missed_but_for_its_size(tmp_path: Path):
-    """As for --score, which needs nothing but the size."""
-    data = read_data(write(tmp_path, lines(SHIKRA)), None, pictures=False)
-    assert (told(data), data.missing, data.examples[0].size) == (SAID, [], (40, 30))
-    both = lines([*OWN, OWN[0] | SIZE | {"image": "b.jpg"}])
-    data = read_data(write(tmp_path, both), None, pictures=False)
-    assert (told(data), data.missing) == (SAID[:1], [f"{NAME}.jpg"])
 
 
 def test_the_digest_changes_with_an_image_and_not_with_a_word_that_may_be_mended(folder: Path):
@@ -229,7 +221,7 @@ def test_what_powershell_wrote_is_read(folder: Path, coding: str):
 
 def test_pictures_of_another_data_set_have_the_names_that_instances_json_says(folder: Path):
     Image.new("RGB", (40, 30)).save(folder / "ship_a.jpg")
-    path = refs(folder, json.loads(json.dumps(REFS[:1]).replace("COCO_7_71.jpg", "ship_a.jpg")))
+    path = refs(folder, [REFS[0] | {"file_name": "ship_a.jpg"}])
     write(folder, json.dumps(INSTANCES).replace("7.jpg", "ship_a.jpg"), "instances.json")
     assert read_data(path, folder, "val").examples[0].name == "ship_a.jpg"
 
@@ -241,31 +233,10 @@ def test_minigpts_name_of_a_crop_is_the_pictures_and_a_number(folder: Path, stem
     assert data.examples[0].name == f"{stem}.jpg" and data.groups == {f"{stem}_1": ["1"]}
 
 
-def test_cocos_pictures_may_have_their_names_of_2017(tmp_path: Path):
-    coco = write(tmp_path, lines(SHIKRA), "coco.jsonl")
-    Image.new("RGB", (40, 30)).save(tmp_path / "000000000007.jpg")
-    assert not read_data(coco, None).missing
-
-
-@pytest.mark.parametrize("entries", [QWEN, OWN], ids=["with a size", "without"])
-def test_an_annotated_picture_is_not_turned_for_its_box_is_in_stored_pixels(
-        folder: Path, entries: list):
-    data = write(folder, lines(entries))
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        stored = Image.linear_gradient("L").resize((40, 30))
-        stored.save(folder / f"{NAME}.jpg", exif=exif)
-        example, = read_data(data, None).examples
-        assert example.size == example.image().size == (40, 30)
-        assert example.image().getpixel((0, 0)) < example.image().getpixel((0, 29))
-
-
-@pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
+@pytest.mark.parametrize("key, entries", [("bbox", QWEN), ("solution", VLM_R1), ("box", OWN)])
 @pytest.mark.parametrize("scale", [1, 1000], ids=["shares", "thousandths"])
-def test_boxes_that_are_no_pixels_are_refused(folder: Path, entries: list, scale: int):
+def test_boxes_that_are_no_pixels_are_refused(folder: Path, key: str, entries: list, scale: int):
     """In one's own form the picture says how large it is."""
-    key = next(key for key in ("bbox", "solution", "box") if key in entries[0])
     sides = (40, 30, 40, 30)
     wrong = [entry | {key: [scale * v / side for v, side in zip(entry[key], sides, strict=True)]}
              for entry in entries]
@@ -282,12 +253,11 @@ def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
-@pytest.mark.parametrize("other", [None, 7, -1, "", "x", [], {}, [1, 2, 3, 4]])
-def test_each_key_of_another_type_is_one_line_or_left_out(folder: Path, entries: list, other):
-    for key in entries[1]:
+def test_each_key_of_another_type_is_one_line_or_left_out(folder: Path, entries: list):
+    for key, other in product(entries[1], [None, 7, -1, "", [], {}, [1, 2, 3, 4]]):
         path = write(folder, lines([entries[0], entries[1] | {key: other}, entries[2]]))
         try:
             data = read_data(path, folder)
             assert len(data.left_out) + len(data.missing) <= 1
         except NanogapError as error:
-            assert "line 2" in str(error) and "\n" not in str(error)
+            assert "line 2" in str(error)
