@@ -2,15 +2,13 @@
 
 In:  a path, and the settings on which answers depend.
 Out: FILE.jsonl, and FILE.jsonl.settings.json beside it.
-
 A kill loses the answers in the making, and a line that it tore is cut off when the run resumes.
-Several processes write a part each, FILE.jsonl.part-0 and so on, put together in the end.
+Several processes add to one file, each a whole line at a time.
 """
 
 import json
 import os
 from collections.abc import Callable
-from glob import escape
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,34 +26,27 @@ def settings_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 
 
-def parts_of(path: Path) -> list[Path]:
-    """A file of answers and all its parts, those that there are."""
-    parts = sorted(path.parent.glob(f"{escape(path.name)}.part-*"))
-    return [path, *parts] if path.exists() else parts
-
-
 def check_out(path: Path, resume: bool) -> None:
     """Refuse a file that cannot be begun, or that was begun and shall not be continued."""
     check_file("--out", path)
-    settings, files = settings_of(path), parts_of(path)
-    if resume and files and not settings.exists():
+    settings = settings_of(path)
+    if resume and path.exists() and not settings.exists():
         raise NanogapError(f"--resume: {settings} is not there, which says how {path} was made; "
                            "give a new file")
-    if not resume and (files or settings.exists()):
+    if not resume and (path.exists() or settings.exists()):
         raise NanogapError(f"--out {path} exists; continue it with --resume, or give a new file")
 
 
 def earlier(path: Path | None, settings: dict) -> list[dict]:
-    """All answers of the runs that this one continues, each once.
+    """All answers of the runs that this one continues.
 
     settings: take the digests of strategies that are not asked now
     raises:   NanogapError where answers were made otherwise
     """
-    if path is None or not settings_of(path).exists():
+    if path is None or not path.exists():
         return []
     check_settings(path, settings)
-    records = {name(record): record for file in parts_of(path) for record in read_lines(file)}
-    return list(records.values())
+    return read_lines(path)
 
 
 def check_settings(path: Path, settings: dict) -> None:
@@ -99,8 +90,7 @@ def begin(path: Path | None, settings: dict, rank: int, world: int) -> Callable[
         write_whole("--out", settings_of(path), (json.dumps(settings) + "\n").encode())
     if world > 1:
         dist.barrier()                             # all have read what there was
-    part = path if world == 1 else path.with_name(f"{path.name}.part-{rank}")
-    file = open(part, "ab", buffering=0)           # what fails is not tried again at the end
+    file = open(path, "ab", buffering=0)           # a line is one write, which is not tried again
 
     def write(record: dict) -> None:
         line = (json.dumps(record) + "\n").encode()
@@ -114,12 +104,7 @@ def begin(path: Path | None, settings: dict, rank: int, world: int) -> Callable[
 
 
 def put_together(path: Path | None, records: list[dict]) -> None:
-    """All answers into one file, where there are parts of it."""
-    if path is None:
-        return
-    parts = [file for file in parts_of(path) if file != path]
-    if parts:
+    """All answers into the file in the end; what several machines add to one may be torn."""
+    if path is not None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_whole("--out", path, lines.encode())
-    for part in parts:
-        part.unlink()

@@ -18,8 +18,8 @@ def record(id_: str) -> dict:
             "prefill_ms": 1.5, "decode_ms": None}
 
 
-def write(path: Path, *ids: str, rank: int = 0, world: int = 1) -> None:
-    put = journal.begin(path, SETTINGS, rank, world)
+def write(path: Path, *ids: str) -> None:
+    put = journal.begin(path, SETTINGS, rank=0, world=1)
     for id_ in ids:
         put(record(id_))
 
@@ -69,24 +69,16 @@ def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(path: Path, lin
     assert path.read_text().split("\n")[1] == line
 
 
-def test_parts_of_several_processes_are_read_and_put_together(path: Path, monkeypatch):
-    """Also where a kill in there left the whole file, and a part of it still: each counts once."""
-    monkeypatch.setattr(journal.dist, "barrier", lambda: None)
-    write(path, "d", rank=0, world=2)
-    write(path, "e", rank=1, world=2)
-    parts = [path.with_name(f"answers.jsonl.part-{rank}") for rank in (0, 1)]
-    assert journal.parts_of(path) == [path, *parts]
-    part = parts[0].read_text()
-    journal.put_together(path, journal.earlier(path, SETTINGS))
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == list("abcde")
-    assert journal.parts_of(path) == [path]
-    parts[0].write_text(part)
-    assert [r["id"] for r in journal.earlier(path, SETTINGS)] == list("abcde")
+def test_in_the_end_all_answers_are_there(path: Path):
+    records = journal.earlier(path, SETTINGS)
+    path.write_text("torn")
+    journal.put_together(path, [*records, record("d")])
+    assert [r["id"] for r in journal.earlier(path, SETTINGS)] == list("abcd")
 
 
 def test_a_strategy_that_was_edited_is_refused_and_others_may_come_and_go(tmp_path: Path):
     path, first, second = tmp_path / "x.jsonl", {"a.py:f": "1"}, {"b.py:g": "2"}
-    journal.begin(path, SETTINGS | {"strategies": first}, 0, 1)
+    journal.begin(path, SETTINGS | {"strategies": first}, 0, 1)(record("a"))
     now = SETTINGS | {"strategies": second}
     journal.earlier(path, now)
     assert now["strategies"] == first | second
