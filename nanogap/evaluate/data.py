@@ -5,8 +5,6 @@ Out: `Data`, of which one bad item of thousands is left out and counted.
 Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
 """
 
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -14,12 +12,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanogap.errors import ItemError, NanogapError
-from nanogap.image import Box, open_image
+from nanogap.errors import NanogapError
+from nanogap.image import Box
 from nanogap.train.scenes import scene
 
 Size = tuple[int, int]              # width and height, pixels
-COCO = re.compile(r"^COCO_\w+2014_")
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,6 @@ class Data:
     missing: list[str]                 # images that are not there
     left_out: dict[str, str]           # id -> why it cannot be asked, of expressions
     groups: dict[str, list[str]] = field(default_factory=dict)   # MiniGPT-v2's img_id -> its ids
-
-
-# ----- drawn scenes -------------------------------------------------------------------------------
 
 
 drawn = lru_cache(256)(scene)       # of thousands some are held, and the others are drawn again
@@ -83,9 +77,6 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
             chosen.append(replace(example, questions=example.questions[:left]))
             left -= len(example.questions)
     return chosen
-
-
-# ----- boxes that may be no pixels ----------------------------------------------------------------
 
 
 def is_size(size: object) -> bool:
@@ -128,37 +119,3 @@ def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str
                     f"below {side}: if these are in {unit} the numbers below mean nothing, for "
                     "pixels are read"]
     return []
-
-
-# ----- pictures -----------------------------------------------------------------------------------
-
-
-def open_sized(path: Path, size: Size) -> Image.Image:
-    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
-    image = open_image(path, upright=False)
-    if image.size != size:
-        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
-                        f"{size[0]} x {size[1]}; give the annotated pictures (COCO's: "
-                        "train2014) with --images")
-    return image
-
-
-def find_image(folder: Path, name: str) -> Path | None:
-    """The file of an image, with the folders in its name or without them, and in the folder only.
-
-    COCO's pictures of 2014 are there under the names of 2017 as well.
-    """
-    path = Path(name)
-    files = [folder / path.name, folder / COCO.sub("", path.name)]
-    if not path.is_absolute() and ".." not in path.parts:
-        files.insert(0, folder / path)
-    return next(filter(os.path.isfile, files), None)
-
-
-def none_there(folder: Path, missing: Sequence[str]) -> NanogapError:
-    """What is said where no picture is found."""
-    name = missing[0]
-    whose = "COCO's train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB)" \
-        if COCO.match(Path(name).name) else "these"
-    return NanogapError(f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
-                        f"give the folder of {whose} with --images")

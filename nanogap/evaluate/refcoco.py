@@ -6,27 +6,23 @@ Out: images, each with its expressions and their true boxes (x1, y1, x2, y2) in 
 """
 
 import hashlib
+import os
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from nanogap.checks.reading import read_bytes, read_documents
 from nanogap.errors import ItemError, NanogapError
-from nanogap.evaluate.data import (
-    COCO,
-    Data,
-    Example,
-    check_units,
-    find_image,
-    none_there,
-    open_sized,
-)
+from nanogap.evaluate.data import Data, Example, Size, check_units
 from nanogap.evaluate.refer import LARGEST, Entry, check_inside, checked, read_refs
 from nanogap.image import open_image
 from nanogap.prompt import check_expression
 
+COCO = re.compile(r"^COCO_\w+2014_")
 CROP = re.compile(r"(?<=_\d{12})_\d+(?=\.|$)")     # behind the name of a picture of COCO's
 
 
@@ -91,6 +87,9 @@ def form_of(where: str, keys: Set[str]) -> Form:
     known = ", ".join(f"{f.name} ({f.image}, {f.expression}, {f.box})" for f in FORMS)
     raise NanogapError(f"{where} is an annotation of no form that is read here: {known}, "
                        "or the pickle refs(unc).p")
+
+
+# ----- a file and a folder ------------------------------------------------------------------------
 
 
 def read_file(flag: str, path: Path, otherwise: str) -> bytes:
@@ -168,3 +167,34 @@ def find_all(groups: dict[str, list[Entry]], folder: Path,
         opened = partial(open_sized, path, size)
         examples.append(Example(number, name, size, opened, questions, file))
     return examples, missing, left_out
+
+
+def open_sized(path: Path, size: Size) -> Image.Image:
+    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
+    image = open_image(path, upright=False)
+    if image.size != size:
+        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
+                        f"{size[0]} x {size[1]}; give the annotated pictures (COCO's: "
+                        "train2014) with --images")
+    return image
+
+
+def find_image(folder: Path, name: str) -> Path | None:
+    """The file of an image, with the folders in its name or without them, and in the folder only.
+
+    COCO's pictures of 2014 are there under the names of 2017 as well.
+    """
+    path = Path(name)
+    files = [folder / path.name, folder / COCO.sub("", path.name)]
+    if not path.is_absolute() and ".." not in path.parts:
+        files.insert(0, folder / path)
+    return next(filter(os.path.isfile, files), None)
+
+
+def none_there(folder: Path, missing: Sequence[str]) -> NanogapError:
+    """What is said where no picture is found."""
+    name = missing[0]
+    whose = "COCO's train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB)" \
+        if COCO.match(Path(name).name) else "these"
+    return NanogapError(f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
+                        f"give the folder of {whose} with --images")
