@@ -72,29 +72,26 @@ def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True
 
 
 def ground_runs(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]],
-                seed: int, max_new_tokens: int) -> Sequence[Sequence[Result]]:
-    """Ask the expressions of each run, all at once; mode full needs no strategy."""
-    runs = [Asked(expressions, mode=mode) if mode == "full"
-            else Asked(expressions, name, keep, mode) for (name, keep, mode), expressions in asked]
-    return model.ground_runs(image, runs, seed, max_new_tokens)
+                seed: int, max_new_tokens: int) -> list[Sequence[Result]]:
+    """Ask the expressions of each run: all prunings at once, cases of --ablate one by one."""
+    pruned = [Asked(expressions, mode=mode) if mode == "full"                 # needs no strategy
+              else Asked(expressions, name, keep, mode)
+              for (name, keep, mode), expressions in asked if mode not in ablate.WHOLE]
+    results = iter(model.ground_runs(image, pruned, seed, max_new_tokens))
+    return [[ablate.ask(model, image, expression, mode, seed, max_new_tokens)
+             for expression in expressions] if mode in ablate.WHOLE else next(results)
+            for (_, _, mode), expressions in asked]
 
 
 def ask(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]], seed: int,
         max_new_tokens: int) -> list[list[dict]]:
     """What the model says in each run, and what it took."""
-    pruned = [each for each in asked if each[0][2] not in ablate.WHOLE]
-    results = iter(ground_runs(model, image, pruned, seed, max_new_tokens))
     padding = cache(lambda kept: model.padding(image, torch.tensor(kept, dtype=torch.long)))
-    records = []
-    for (_, _, mode), expressions in asked:
-        of_run = [ablate.ask(model, image, expression, mode, seed, max_new_tokens)
-                  for expression in expressions] if mode in ablate.WHOLE else next(results)
-        records.append([
-            {"text": result.text, "box": result.box, "cut_off": result.cut_off,
-             "visual_tokens": result.visual_tokens, "kept": result.keep.tolist(),
-             "padding": padding(tuple(result.keep.tolist())),
-             **{key: result.timings[key] for key in TIMES}} for result in of_run])
-    return records
+    return [[{"text": result.text, "box": result.box, "cut_off": result.cut_off,
+              "visual_tokens": result.visual_tokens, "kept": result.keep.tolist(),
+              "padding": padding(tuple(result.keep.tolist())),
+              **{key: result.timings[key] for key in TIMES}} for result in of_run]
+            for of_run in ground_runs(model, image, asked, seed, max_new_tokens)]
 
 
 def too_long(model: VLM, image: EncodedImage, questions: Iterable[Question],
@@ -122,8 +119,7 @@ def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
 def rehearse(model: VLM, image: EncodedImage, runs: Iterable[Run], seed: int) -> None:
     """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
     for run in runs:
-        if run[2] not in ablate.WHOLE:
-            ground_runs(model, image, [(run, ["thing"])], seed, max_new_tokens=1)
+        ground_runs(model, image, [(run, ["thing"])], seed, max_new_tokens=1)
 
 
 def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
