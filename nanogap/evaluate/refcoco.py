@@ -18,7 +18,7 @@ from PIL import Image
 from nanogap.checks.reading import read_bytes, read_documents
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate.data import Data, Example, Size, check_units
-from nanogap.evaluate.refer import LARGEST, Entry, check_inside, checked, read_refs
+from nanogap.evaluate.refer import LARGEST, Entry, check_inside, corners_of, read_refs
 from nanogap.image import open_image
 from nanogap.prompt import check_expression
 
@@ -69,11 +69,11 @@ def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
                                f"of {form.name} has")
         image, said = str(item[form.image]), item[form.expression]
         size = (item["width"], item["height"]) if sized else None
+        box = corners_of(where, item[form.box], form.corners, size)
         several = form.name == "lmms-lab" and isinstance(said, list)
         for expression in said if several else [said]:
-            entries.append(checked(where, len(entries) + 1, form.picture(image), expression,
-                                   item[form.box], form.corners, size,
-                                   image if form.name == "MiniGPT-v2" else ""))
+            entries.append(Entry(where, str(len(entries) + 1), form.picture(image), expression,
+                                 box, size, image if form.name == "MiniGPT-v2" else ""))
     if form is None:
         raise NanogapError(f"{path} holds no annotation; fetch it again")
     return form.name, entries

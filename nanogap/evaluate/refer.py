@@ -31,20 +31,16 @@ class Entry:
     group: str = ""                    # MiniGPT-v2's img_id
 
 
-def checked(where: str, id_: object, image: str, expression: Any, box: Any, corners: bool,
-            size: Any, group: str = "") -> Entry:
-    """One expression; what is wrong with its box is named with its place in the file.
+def corners_of(where: str, box: Any, corners: bool, size: Any) -> Box:
+    """A box as x1, y1, x2, y2; what is no box, or no size of an image, is named with its place.
 
-    corners: whether the box is x1, y1, x2, y2, and not x, y, width, height
+    corners: whether it is like this in the file, and not x, y, width, height
     """
     if not is_box(box) or not (size is None or is_size(size)):
         raise NanogapError(f"{where}: the box {shown(box)} is not four numbers, or width and "
                            f"height {shown(size)} are no whole ones")
     x1, y1, x2, y2 = box
-    if not corners:
-        x2 += x1
-        y2 += y1
-    return Entry(where, str(id_), image, expression, (x1, y1, x2, y2), size, group)
+    return (x1, y1, x2, y2) if corners else (x1, y1, x1 + x2, y1 + y2)
 
 
 def check_inside(entry: Entry, size: Size) -> None:
@@ -69,11 +65,14 @@ def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
         what = f"no split {split!r}" if split else "several splits"
         raise NanogapError(f"{path} has {what}; choose one with --split: {told}")
     boxes, sizes, names = read_instances(path.with_name("instances.json"))
+    entries: list[Entry] = []
     try:
-        entries = [
-            checked(f"{path}, sentence {said['sent_id']}", said["sent_id"], picture_of(ref, names),
-                    said["sent"], boxes[ref["ann_id"]], False, sizes[ref["image_id"]])
-            for ref in refs if ref["split"] == split for said in ref["sentences"]]
+        for ref in refs:
+            for said in ref["sentences"] if ref["split"] == split else []:
+                where, size = f"{path}, sentence {said['sent_id']}", sizes[ref["image_id"]]
+                box = corners_of(where, boxes[ref["ann_id"]], False, size)
+                entries.append(Entry(where, str(said["sent_id"]), picture_of(ref, names),
+                                     said["sent"], box, size))
     except (KeyError, TypeError) as error:
         raise NanogapError(f"{path} and instances.json do not fit together ({error!r:.80}); "
                            "take both from one folder of the refer API") from None
