@@ -95,7 +95,8 @@ def form_of(where: str, keys: Set[str]) -> Form:
 def read_file(flag: str, path: Path, otherwise: str) -> bytes:
     """The bytes of a file of any size that annotations have."""
     if not path.is_file():
-        raise NanogapError(f"{flag} {path} cannot be read (No such file or directory); {otherwise}")
+        why = "it is no file" if path.exists() else "No such file or directory"
+        raise NanogapError(f"{flag} {path} cannot be read ({why}); {otherwise}")
     data = read_bytes(path, LARGEST)
     if data.startswith(b"PAR1"):
         raise NanogapError(f"{flag} {path} is a parquet file; write its rows, without the images, "
