@@ -110,7 +110,7 @@ def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Re
     model = load(args.weights, args.device, args.dtype, args.clip, pack=False)   # see ask.settings
     made = ask.settings(args, model, data)
     examples = first(data.examples, args.limit)
-    earlier, edited = journal.earlier(args.out, made)
+    earlier = journal.earlier(args.out, made)
     check_questions(args, data, earlier)
     image = ask.first_whole(model, examples)
     lacking = cannot_run(args, model, image)
@@ -120,7 +120,7 @@ def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Re
     done = {journal.name(record) for record in earlier}
     todo = [(example, run, question) for example in examples[rank::world] for run in runs
             for question in example.questions if (question[0], *run) not in done]
-    write = journal.begin(args.out, made, rank, world, edited)
+    write = journal.begin(args.out, made, rank, world)
     records: list[dict] = []
     left_out: dict[str, str] = {}
     said = ask.answers(model, todo, args, left_out)

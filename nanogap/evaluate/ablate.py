@@ -2,26 +2,23 @@
 
 In:  an encoded image, an expression, and a case.  Out: what the model says in that case.
 
-A case of WHOLE removes no token.  It gives other position IDs to the visual tokens, or feeds them
-in another order, or moves the text after the image, so that its IDs collide with those of patches
-or do not.  RoPE sees differences of IDs only: "image and text + 100" leaves all differences as they
-were, except those to the text before the image.  What can be asked of a pruned sequence is a mode
-(gap.py): PRUNED names these modes.
+A case of WHOLE removes no token: it changes the IDs of the visual tokens, their order, or the IDs
+of the text after them.  RoPE sees differences of IDs only, so "image and text + 100" moves the text
+before the image away, and nothing else.  PRUNED names the modes (gap.py) of a pruned sequence.
 Source: arXiv 2506.21873 tells the causes apart like this; the cases are this project's.
-Letters: P tokens before the image, N visual tokens, A tokens after it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, arange
 
+from nanogap.evaluate.score import TIMES
 from nanogap.gap import Layout
-from nanogap.ground import MAX_NEW_TOKENS, greedy
-from nanogap.image import Box
-from nanogap.llava import EncodedImage
+from nanogap.ground import MAX_NEW_TOKENS, Answer, Result, greedy, ground
+from nanogap.llava import EncodedImage, Llava
 from nanogap.models import VLM
-from nanogap.prune import Kept
 
 # (N, k) -> the visual tokens in the order of the sequence, the ID of each, and the ID of the text
 # after them; k is all N of them in random order, and IDs count from the image's first
@@ -51,21 +48,23 @@ def lay_out(name: str, P: int, N: int, A: int, k: Tensor) -> Layout:
     return Layout(order, order, position_ids, P + after + A)
 
 
-@torch.no_grad()
 def ask(model: VLM, image: EncodedImage, expression: str, name: str, seed: int,
-        max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[str, Box | None, bool]:
-    """What the model says in a case of WHOLE, the box in pixels, and whether it was cut off.
+        max_new_tokens: int = MAX_NEW_TOKENS) -> Result:
+    """What the model says in a case of WHOLE; its times are not taken.
 
     seed:   of the random order
     raises: NanogapError where the largest ID is out of the model's range
     """
-    input_ids = model.prompt(expression)                                      # (P + 1 + A,)
-    P, A = model.around_image(input_ids)
+    P, A = model.around_image(model.prompt(expression))
     N = image.n_visual
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed))   # (N,)
     layout = lay_out(name, P, N, A, shuffled)
     model.check_length(layout.next_position + max_new_tokens)
-    x = model.embed(input_ids, image, Kept(arange(N)), layout.order)          # (1, P + N + A, C)
-    tokens = greedy(model, x, layout, max_new_tokens).tokens
-    text = model.tokenizer.decode(tokens)
-    return text, model.box_in(text, image.width, image.height), tokens[-1] not in model.end_tokens
+
+    def decode(model: Llava, x: Tensor, full: Layout, most: int) -> Answer:
+        x[:, P:P + N] = x[:, P:P + N][:, layout.order]                        # (1, P + N + A, C)
+        return greedy(model, x, layout, most)
+
+    result = ground(model, image, expression, mode="full", max_new_tokens=max_new_tokens,
+                    decode=decode)
+    return replace(result, timings=dict.fromkeys(TIMES))

@@ -1,15 +1,8 @@
 """Answers of any program, scored as the evaluator scores its own.
 
-In:  lines of {"id", "text"} or {"id", "box"}, and the data that they answer; also MiniGPT-v2's own
-     file, {img_id: [texts]}, LLaVA's ("question_id"), and the lists of Qwen-VL and InternVL
-     ("answer", "gt_bbox", in the order of the data).
-Out: a record for each expression and each run of the file.
-
-A box is in pixels of the original image.  A text holds one in the notation of a family of models
-(formats.py).  Lines may say "prune", "keep" and "mode", as the evaluator's own do: each of these is
-a run.  An expression without an answer counts as wrong.  `write_questions` makes a file that comes
-back like this: {"id", "image", "expression", "width", "height"}, and drawn scenes as pictures in a
-folder beside it.
+In:  lines of {"id", "text"} or {"id", "box"}, or a file of another project (see `items`), and the
+     data that they answer.  Lines may say "prune", "keep" and "mode": each of these is a run.
+Out: a record for each expression and each run; one without an answer counts as wrong.
 """
 
 import json
@@ -17,13 +10,13 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
-from nanogap.checks.reading import read_documents
+from nanogap.checks.reading import optional, read_documents
 from nanogap.errors import NanogapError
-from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_whole
+from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_size
 from nanogap.evaluate.formats import FORMATS, Format, fitting, smart_resize
 from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import read_file
@@ -31,10 +24,11 @@ from nanogap.evaluate.score import TIMES, Run, minigpt_iou, score
 from nanogap.image import Box, iou
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
+KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
+         "cut_off": bool | None, **dict.fromkeys(MEASURED, int | float | None)}
 GIVEN = "given"                                   # strategy and mode where lines do not say them
-LONGEST = 300                                     # letters of a name in a table
 HARDLY = 0.1
-LINES = "give lines of {\"id\", \"text\"} or {\"id\", \"box\"}"
+LINES = 'give lines of {"id", "text"} or {"id", "box": [x1, y1, x2, y2] in pixels}'
 
 
 class How(NamedTuple):
@@ -57,7 +51,7 @@ class Scored(NamedTuple):
     notes: list[str]
 
 
-Asked = dict[str, tuple[Example, str, Box]]       # id -> image, expression, true box
+Asked = dict[str, tuple[Size, Box]]               # id -> size of the image, true box
 
 
 def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) -> Scored:
@@ -66,9 +60,9 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
     examples: of the data, all that shall be answered
     raises:   NanogapError that names the line, for what is no answer, or answers nothing here
     """
-    asked: Asked = {id_: (example, said, truth) for example in examples
-                    for id_, said, truth in example.questions}
     check_protocol(path, how.protocol)
+    asked: Asked = {id_: (example.size, truth) for example in examples
+                    for id_, _, truth in example.questions}
     runs: dict[Run, dict[str, dict]] = {}
     for where, item in items(path, data, asked):
         check_answer(where, item, how.protocol)
@@ -76,65 +70,89 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
         if id_ in data.left_out:
             continue
         if id_ not in asked:
-            raise NanogapError(f"{where}: {shown(id_[:80])} is none of the {len(asked)} "
-                               f"expressions of {data.name}, such as {next(iter(asked))!r}; give "
-                               "the --data (and --limit) that was answered")
-        run = (item.get("prune", GIVEN), item.get("keep"), item.get("mode", GIVEN))
+            raise NanogapError(f"{where}: {shown(id_)} is none of the {len(asked)} expressions of "
+                               f"{data.name}; give the --data (and --limit) that was answered")
+        run = item.get("prune", GIVEN), item.get("keep"), item.get("mode", GIVEN)
         found = runs.setdefault(run, {})
         if id_ in found:
-            raise NanogapError(f"{where} answers {id_[:80]!r} again; take one of the lines out")
+            raise NanogapError(f"{where} answers {shown(id_)} again; take one of the lines out")
         found[id_] = item
     if not runs:
         raise NanogapError(f"{path} holds no answer; {LINES}")
-    pairs = [(asked[id_], item) for found in runs.values() for id_, item in found.items()]
-    boxes = [(item["box"], example.size) for (example, *_), item in pairs if item.get("box")]
-    if boxes:
-        check_units(path, boxes)
+    given = [(item, asked[id_][0]) for found in runs.values() for id_, item in found.items()]
+    boxes = [(item["box"], size) for item, size in given if item.get("box")]
+    check_units(path, boxes)
     notes = doubts("answers", boxes)
     if how.protocol == "pixels":
-        notes += check_format(path, [item["text"] for _, item in pairs if "box" not in item], how)
-    records = [record(found.get(id_, {"id": id_, "text": None}), run, *parts, how)
-               for run, found in runs.items() for id_, parts in asked.items()]
+        notes += check_format(path, [item["text"] for item, _ in given if "box" not in item], how)
+    records = [record(run, found.get(id_, {"text": None}), size, truth, how)
+               for run, found in runs.items() for id_, (size, truth) in asked.items()]
     return Scored(records, {run: len(asked) - len(found) for run, found in runs.items()}, notes)
 
 
-def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, Any]]:
-    """Each answer with its place, under the names of our own lines."""
+# ----- what is in a file --------------------------------------------------------------------------
+
+
+def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
+    """Each answer with its place, under the names of our own lines.
+
+    Others: {img_id: [texts]} of MiniGPT-v2; "question_id" of LLaVA; "answer" and "gt_bbox", in the
+    order of the data, of Qwen-VL and InternVL.
+    """
     documents = list(read_documents(path, read_file("--score", path, "give a file of answers")))
     whole = documents[0][1] if len(documents) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
-        for name, texts in whole.items():         # MiniGPT-v2 leaves out what it cannot read
-            ids = data.groups.get(name, [])
-            if len(texts) > len(ids):
-                raise NanogapError(f"{path}: {shown(name)} has {len(texts)} answers and "
-                                   f"{len(ids)} expressions in {data.name}; give the --data that "
-                                   "was answered, in MiniGPT-v2's form")
-            yield from ((f"{path}, {name}", {"id": id_, "text": text})
-                        for id_, text in zip(ids, texts, strict=False) if id_ in asked)
+        yield from items_of_minigpt(path, whole, data, asked)
         return
     for number, (where, item) in enumerate(documents, 1):
-        if isinstance(item, dict) and "id" not in item and "gt_bbox" in item:
-            _, _, truth = asked.get(str(number), (None, None, ()))
-            if list(truth) != item["gt_bbox"]:
-                raise NanogapError(f"{where} answers about the box {shown(item['gt_bbox'])}, and "
-                                   f"expression {number} of {data.name} has another, or there is "
-                                   "none; give the --data that was answered")
-            item = item | {"id": number}
-        if isinstance(item, dict) and "box" not in item:
-            theirs = {"id": "question_id", "text": "answer"}
-            item = {ours: item[key] for ours, key in theirs.items() if key in item} | item
+        if not isinstance(item, dict):
+            raise NanogapError(f"{where} is no answer; {LINES}")
+        if "gt_bbox" in item and "id" not in item:
+            item["id"] = str(number)
+            if item["id"] not in asked or list(asked[item["id"]][1]) != item["gt_bbox"]:
+                raise NanogapError(f"{where} answers about the box {shown(item['gt_bbox'])}, which "
+                                   f"is not that of expression {number} of {data.name}; give the "
+                                   "--data that was answered")
+        item.setdefault("id", item.get("question_id"))
+        if "box" not in item:
+            item.setdefault("text", item.get("answer"))
         yield where, item
+
+
+def items_of_minigpt(path: Path, whole: dict[str, list], data: Data,
+                     asked: Asked) -> Iterator[tuple[str, dict]]:
+    """The same of {img_id: [texts]}; MiniGPT-v2 leaves out what it cannot read."""
+    for name, texts in whole.items():
+        ids = data.groups.get(name, [])
+        if len(texts) > len(ids):
+            raise NanogapError(f"{path}: {shown(name)} has {len(texts)} answers and {len(ids)} "
+                               f"expressions in {data.name}; give the --data that was answered, "
+                               "in MiniGPT-v2's form")
+        for id_, text in zip(ids, texts, strict=False):
+            if id_ in asked:
+                yield f"{path}, {name}", {"id": id_, "text": text}
+
+
+def check_answer(where: str, item: dict, protocol: str) -> None:
+    """Refuse a line that is no answer."""
+    wrong = [key for key, kind in KINDS.items() if key in item and not isinstance(item[key], kind)]
+    if item.get("box") is not None and not is_box(item["box"]):
+        wrong.append("box")
+    if "resized" in item and not is_size(item["resized"]):
+        wrong.append("resized")
+    if wrong:
+        raise NanogapError(f"{where}: {wrong[0]} cannot be {shown(item[wrong[0]])}; {LINES}")
+    if "text" not in item and protocol not in ("pixels", "minigpt"):
+        raise NanogapError(f"{where} has no text, and --protocol {protocol} reads nothing else; "
+                           "choose another protocol")
 
 
 def check_protocol(path: Path, protocol: str) -> None:
     """Refuse a file of the evaluator's whose boxes are another protocol's reading."""
-    try:
-        made = json.loads(settings_of(path).read_bytes()).get("protocol", "pixels")
-    except (OSError, ValueError, AttributeError):
-        return                                    # not the evaluator's
+    made = optional(settings_of(path)).get("protocol", "pixels")
     if protocol == "pixels" != made:
-        raise NanogapError(f"{path} holds boxes as {made:.80} reads them "
-                           f"({settings_of(path).name}); give --protocol {made:.80}")
+        raise NanogapError(f"{path} holds boxes as {made} reads them ({settings_of(path).name}); "
+                           f"give --protocol {made}")
 
 
 def check_format(path: Path, texts: Sequence[str], how: How) -> list[str]:
@@ -149,56 +167,21 @@ def check_format(path: Path, texts: Sequence[str], how: How) -> list[str]:
     said = (f"{path}: {read} of {len(texts)} texts with numbers hold a box as "
             f"{how.form or 'llava'} says it")
     others = " or ".join(name for name in fitting(texts) if name != how.form)
+    if others:
+        said += f", and most do in the format of {others}; give --format"
     if others and how.form is None:
-        raise NanogapError(f"{said}, and most of them do in the format of {others}; give --format")
-    return [f"{said} (most do in that of {others}: --format)" if others else said]
+        raise NanogapError(said)
+    return [said]
 
 
-def is_name(value: object) -> bool:
-    """Text that is short enough for a table."""
-    return isinstance(value, str) and len(value) <= LONGEST
+# ----- what is made of it -------------------------------------------------------------------------
 
 
-def is_number(value: object) -> bool:
-    """A number that can be added up, or None."""
-    return value is None or type(value) in (int, float) and abs(value) < 1e12   # type: ignore
-
-
-OTHERS = {**dict.fromkeys(("prune", "mode"), (is_name, f"a name of at most {LONGEST} letters")),
-          "keep": (lambda v: v is None or is_whole(v) or is_name(v), "a number of visual tokens"),
-          "cut_off": (lambda v: v is None or type(v) is bool, "true or false"),
-          "resized": (lambda v: isinstance(v, list) and len(v) == 2
-                      and all(is_whole(side) and side > 0 for side in v), "[width, height]"),
-          **dict.fromkeys(MEASURED, (is_number, "a number"))}
-
-
-def check_answer(where: str, item: Any, protocol: str) -> None:
-    """Refuse a line that is no answer."""
-    if not (isinstance(item, dict) and type(item.get("id")) in (str, int)):
-        raise NanogapError(f"{where} has no id; {LINES}")
-    if not ("text" in item or "box" in item):
-        raise NanogapError(f"{where} has neither text nor box; give what was answered, or "
-                           "\"box\": null")
-    if not isinstance(item.get("text", ""), str):
-        raise NanogapError(f"{where}: the text is {shown(item['text'])}; give what was said")
-    if not (item.get("box") is None or is_box(item["box"])):
-        raise NanogapError(f"{where}: the box {shown(item['box'])} is not four numbers; give "
-                           "x1, y1, x2, y2 in pixels, or null")
-    if protocol not in ("pixels", "minigpt") and "text" not in item:
-        raise NanogapError(f"{where} has no text, and --protocol {protocol} reads nothing else; "
-                           "choose another protocol")
-    for key, (is_right, what) in OTHERS.items():
-        if key in item and not is_right(item[key]):
-            raise NanogapError(f"{where}: {key} is {shown(item[key])}; give {what}")
-
-
-def record(item: dict, run: Run, example: Example, expression: str, truth: Box,
-           how: How) -> dict:
-    """One answer scored; its text is None where there is none."""
-    box, overlap = reading(item, example.size, truth, how)
-    return {"id": item["id"], "image": example.name, "expression": expression, "mode": run[2],
-            "prune": run[0], "keep": run[1], "text": item.get("text", ""), "box": box,
-            "truth": truth, "iou": overlap, "cut_off": item.get("cut_off"),
+def record(run: Run, item: dict, size: Size, truth: Box, how: How) -> dict:
+    """What counts of an answer (see score.py); its text is None where there is none."""
+    box, overlap = reading(item, size, truth, how)
+    return {"prune": run[0], "keep": run[1], "mode": run[2], "text": item.get("text", ""),
+            "box": box, "iou": overlap, "cut_off": item.get("cut_off"),
             **{key: item.get(key) for key in MEASURED}}
 
 
@@ -217,17 +200,16 @@ def reading(item: dict, size: Size, truth: Box, how: How) -> tuple[Box | None, f
     return tuple(box), (minigpt_iou if how.protocol == "minigpt" else iou)(box, truth)
 
 
-def resized_of(item: dict, size: Size, how: How) -> Size | None:
+def resized_of(item: dict, size: Size, how: How) -> Size:
     """How large the picture was as the model saw it, where its boxes are in these pixels."""
-    if how.format.one is not None:
-        return None
+    if how.format.one:
+        return size
     if "resized" in item:
         return item["resized"][0], item["resized"][1]
     if how.resized is None:
-        raise NanogapError(f"{how.form} says boxes in pixels of the picture as it saw it, and the "
-                           "size of that is not known: give \"resized\": [width, height] in each "
-                           "line, or --resized 640x480 for all, or --resized 28 where sides were "
-                           "rounded to multiples of 28, which the model does by default")
+        raise NanogapError(f"{how.form} says boxes in pixels of the picture as it saw it: give "
+                           "\"resized\": [width, height] in each line, or --resized 28 where sides "
+                           "were rounded to multiples of 28, as the model does by default")
     return smart_resize(*size, how.resized) if isinstance(how.resized, int) else how.resized
 
 

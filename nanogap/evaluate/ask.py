@@ -3,8 +3,8 @@
 In:  a model, examples, and what was asked for on the command line.
 Out: a record for each answer, as it comes.
 
-An image is encoded once for all that is asked about it, which is asked at once, under all
-prunings (nanogap/fast/ground_all.py); of the times each answer has its share.
+An image is encoded once, and all that is asked about it is asked at once, under all prunings
+(nanogap/fast/ground_all.py); of the times each answer has its share.
 """
 
 import argparse
@@ -12,10 +12,9 @@ import ctypes
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import groupby
-from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,9 +22,9 @@ from nanogap import methods, prune
 from nanogap.checks.command import tell
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
-from nanogap.evaluate.data import TELL_EVERY, Data, Example
+from nanogap.evaluate.data import Data, Example
 from nanogap.evaluate.score import TIMES, Run, score
-from nanogap.fast.answered import Answered
+from nanogap.fast.ground import check_lengths
 from nanogap.fast.ground_all import Asked
 from nanogap.fast.packed import pack
 from nanogap.ground import Result
@@ -33,7 +32,9 @@ from nanogap.image import Box
 from nanogap.llava import EncodedImage
 from nanogap.models import VLM
 
-Todo = tuple[Example, Run, tuple[str, str, Box]]
+TELL_EVERY = 10.0                                   # seconds
+Question = tuple[str, str, Box]                     # id, expression, true box
+Todo = tuple[Example, Run, Question]
 Budgets = dict[tuple[str, str], int | str | None]   # strategy and --keep -> tokens, or a share
 
 
@@ -71,59 +72,38 @@ def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True
 
 
 def ground_runs(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]],
-                seed: int, max_new_tokens: int) -> list[list[Answered]]:
-    """Ask the expressions of each run, all at once; mode full needs no strategy."""
-    runs = [Asked(expressions, mode=mode) if mode == "full"
-            else Asked(expressions, name, keep, mode) for (name, keep, mode), expressions in asked]
-    return model.ground_runs(image, runs, seed, max_new_tokens)
+                seed: int, max_new_tokens: int) -> list[Sequence[Result]]:
+    """Ask the expressions of each run: all prunings at once, cases of --ablate one by one."""
+    pruned = [Asked(expressions, mode=mode) if mode == "full"                 # needs no strategy
+              else Asked(expressions, name, keep, mode)
+              for (name, keep, mode), expressions in asked if mode not in ablate.WHOLE]
+    results = iter(model.ground_runs(image, pruned, seed, max_new_tokens))
+    return [[ablate.ask(model, image, expression, mode, seed, max_new_tokens)
+             for expression in expressions] if mode in ablate.WHOLE else next(results)
+            for (_, _, mode), expressions in asked]
 
 
 def ask(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]], seed: int,
         max_new_tokens: int) -> list[list[dict]]:
     """What the model says in each run, and what it took."""
-    pruned = [each for each in asked if each[0][2] not in ablate.WHOLE]
-    results = iter(ground_runs(model, image, pruned, seed, max_new_tokens))
-    return [[ask_whole(model, image, expression, run[2], seed, max_new_tokens)
-             for expression in expressions] if run[2] in ablate.WHOLE
-            else said(model, image, next(results)) for run, expressions in asked]
+    padding = cache(lambda kept: model.padding(image, torch.tensor(kept, dtype=torch.long)))
+    return [[{"text": result.text, "box": result.box, "cut_off": result.cut_off,
+              "visual_tokens": result.visual_tokens, "kept": result.keep.tolist(),
+              "padding": padding(tuple(result.keep.tolist())),
+              **{key: result.timings[key] for key in TIMES}} for result in of_run]
+            for of_run in ground_runs(model, image, asked, seed, max_new_tokens)]
 
 
-def said(model: VLM, image: EncodedImage, results: Sequence[Result]) -> list[dict]:
-    """What a record says of each answer of a run."""
-    records, padding = [], {}                      # questions of one run often share what is kept
-    for result in results:
-        kept = result.keep.tolist()
-        if tuple(kept) not in padding:
-            padding[tuple(kept)] = model.padding(image, result.keep)
-        records.append({"text": result.text, "box": result.box, "cut_off": result.cut_off,
-                        "visual_tokens": result.visual_tokens, "kept": kept,
-                        "padding": padding[tuple(kept)],
-                        **{key: result.timings[key] for key in TIMES}})
-    return records
-
-
-def ask_whole(model: VLM, image: EncodedImage, expression: str, case: str, seed: int,
-              max_new_tokens: int) -> dict:
-    """The same in a case of --ablate that prunes nothing."""
-    text, box, cut_off = ablate.ask(model, image, expression, case, seed, max_new_tokens)
-    kept = torch.arange(image.n_visual)
-    return {"text": text, "box": box, "cut_off": cut_off, "visual_tokens": len(kept),
-            "kept": kept.tolist(), "padding": model.padding(image, kept), **dict.fromkeys(TIMES)}
-
-
-def ask_what_can_be(model: VLM, image: EncodedImage, asked: Sequence[tuple[Run, Sequence[str]]],
-                    *how: Any) -> list[list[dict | ItemError]]:
-    """The same, and in the place of an answer why one cannot be asked; then all go alone.
-
-    how: the other arguments of `ask`
-    """
-    try:
-        return [[*each] for each in ask(model, image, asked, *how)]
-    except ItemError as error:
-        if len(asked) == 1 and len(asked[0][1]) == 1:
-            return [[error]]
-    return [[ask_what_can_be(model, image, [(run, [expression])], *how)[0][0]
-             for expression in expressions] for run, expressions in asked]
+def too_long(model: VLM, image: EncodedImage, questions: Iterable[Question],
+             max_new_tokens: int) -> dict[str, str]:
+    """The expressions that cannot be asked about a picture, by their IDs, and why."""
+    why = {}
+    for id_, expression, _ in questions:
+        try:
+            check_lengths(model, model.prompt(expression), image, max_new_tokens)
+        except ItemError as error:
+            why[id_] = f"{expression:.40}: {error}"
+    return why
 
 
 def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
@@ -139,8 +119,7 @@ def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
 def rehearse(model: VLM, image: EncodedImage, runs: Iterable[Run], seed: int) -> None:
     """Ask for one token in each run: what cannot be asked is refused before any file is begun."""
     for run in runs:
-        if run[2] not in ablate.WHOLE:
-            ground_runs(model, image, [(run, ["thing"])], seed, max_new_tokens=1)
+        ground_runs(model, image, [(run, ["thing"])], seed, max_new_tokens=1)
 
 
 def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
@@ -150,37 +129,32 @@ def answers(model: VLM, todo: Sequence[Todo], args: argparse.Namespace,
     left_out: takes the expressions that cannot be asked, by their IDs, and why
     """
     for _, group in groupby(todo, lambda each: each[0].number):
-        of_picture = [*group]
+        of_picture = list(group)
         example = of_picture[0][0]
         try:
             image = model.encode_image(example.image())
         except ItemError as error:
             left_out |= {id_: str(error) for _, _, (id_, *_) in of_picture}
             continue
-        by_run = [(run, [question for *_, question in each])
-                  for run, each in groupby(of_picture, lambda each: each[1])]
+        left_out |= too_long(model, image, example.questions, args.max_new_tokens)
+        runs: dict[Run, list[Question]] = {}
+        for _, run, question in of_picture:
+            if question[0] not in left_out:
+                runs.setdefault(run, []).append(question)
         asked = [(run, [expression for _, expression, _ in questions])
-                 for run, questions in by_run]
-        answered = ask_what_can_be(model, image, asked, args.seed + example.number,
-                                   args.max_new_tokens)
-        for (run, questions), of_run in zip(by_run, answered, strict=True):
-            for (id_, expression, truth), said in zip(questions, of_run, strict=True):
-                if isinstance(said, ItemError):
-                    left_out[id_] = f"{expression:.40}: {said}"
-                    continue
-                box, iou = score(args.protocol, said["text"], said["box"], truth, image.width,
+                 for run, questions in runs.items()]
+        said = ask(model, image, asked, args.seed + example.number, args.max_new_tokens)
+        for (run, questions), of_run in zip(runs.items(), said, strict=True):
+            for (id_, expression, truth), answer in zip(questions, of_run, strict=True):
+                box, iou = score(args.protocol, answer["text"], answer["box"], truth, image.width,
                                  image.height)
                 yield {"id": id_, "image": example.name, "expression": expression, "mode": run[2],
-                       "prune": run[0], "keep": run[1], **said, "box": box, "truth": truth,
+                       "prune": run[0], "keep": run[1], **answer, "box": box, "truth": truth,
                        "iou": iou}
 
 
-def with_progress(records: Iterator[dict], total: int, rank: int, world: int,
-                  later: int = 0) -> Iterator[dict]:
-    """Say now and then on stderr how far it is; the first process speaks for all.
-
-    later: how many answers of other models are still to come
-    """
+def with_progress(records: Iterator[dict], total: int, rank: int, world: int) -> Iterator[dict]:
+    """Say now and then on stderr how far it is; the first process speaks for all."""
     whose = f" of process 1 of {world}" if world > 1 else ""
     begun = time.time()
     told = begun
@@ -188,15 +162,10 @@ def with_progress(records: Iterator[dict], total: int, rank: int, world: int,
         if rank == 0 and time.time() - told >= TELL_EVERY:
             told = time.time()
             rate = count / (told - begun)
-            every = f", {duration((total - count + later) / rate)} for all models" if later else ""
-            tell(f"{count} of {total} answers{whose}, {rate:.1f} a second, "
-                 f"{duration((total - count) / rate)} to go{every} ...")
+            left = (total - count) / rate
+            to_go = f"{left:.0f} s" if left < 60 else f"{left / 60:.0f} min"
+            tell(f"{count} of {total} answers{whose}, {rate:.1f} a second, {to_go} to go ...")
         yield record
-
-
-def duration(seconds: float) -> str:
-    """A time in words: in seconds below a minute."""
-    return f"{seconds:.0f} s" if seconds < 59.5 else f"{seconds / 60:.1f} min"
 
 
 # ----- what answers depend on ---------------------------------------------------------------------
@@ -207,28 +176,14 @@ def settings(args: argparse.Namespace, model: VLM, data: Data) -> dict:
     digest = fingerprint(model) if args.out else ""         # of 14 GB it takes some seconds
     if not args.no_pack:
         pack(model)                                         # only now: a digest wants plain numbers
+    files = {name: methods.code_of(name) for name in args.prune}
+    own = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]
+           for name, file in files.items() if file}         # strategies of one's own
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": f"{args.weights.resolve().name} {digest}".strip(),
             "data": f"{data.name} {data.digest}".strip(), "seed": args.seed,
             "protocol": args.protocol, "max_new_tokens": args.max_new_tokens}
-    own = digests(args.prune)
     return made | {"strategies": own} if own else made
-
-
-def digests(names: Iterable[str]) -> dict[str, str]:
-    """A digest of the code of each strategy of one's own, and of what it imports from its folder.
-    """
-    found = {}
-    for name in names:
-        file = methods.code_of(name)
-        if file:
-            finder = ModuleFinder([str(Path(file).parent)])
-            finder.run_script(file)
-            found_too = (getattr(module, "__file__", None) for module in finder.modules.values())
-            files = {file, *filter(None, found_too)}
-            whole = b"".join(Path(each).read_bytes() for each in sorted(files))
-            found[name] = hashlib.sha256(whole).hexdigest()[:8]
-    return found
 
 
 def fingerprint(model: VLM) -> str:

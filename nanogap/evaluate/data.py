@@ -2,34 +2,21 @@
 
 In:  the name of a split of drawn scenes; or entries of annotations, and a folder of pictures.
 Out: `Data`, of which one bad item of thousands is left out and counted.
-
-Boxes are in pixels as they are stored: a picture with an EXIF orientation is not turned, for COCO's
-annotations count like this.
+Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
 """
 
-import os
-import re
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from glob import escape
+from functools import lru_cache, partial
 from pathlib import Path
 
 from PIL import Image
 
-from nanogap.checks.command import tell
-from nanogap.errors import ItemError, NanogapError
-from nanogap.image import Box, open_image
+from nanogap.errors import NanogapError
+from nanogap.image import Box
 from nanogap.train.scenes import scene
 
 Size = tuple[int, int]              # width and height, pixels
-TELL_EVERY = 10.0                   # seconds
-MOST_DRAWN = 1_000_000              # expressions about drawn scenes; they are held in memory
-HELD = 256                          # drawn pictures that are held; the others are drawn again
-FEW = 5                             # boxes, which may all lie near a corner
-COCO = re.compile(r"^COCO_\w+2014_")
 
 
 @dataclass(frozen=True)
@@ -57,33 +44,26 @@ class Data:
     groups: dict[str, list[str]] = field(default_factory=dict)   # MiniGPT-v2's img_id -> its ids
 
 
-# ----- drawn scenes -------------------------------------------------------------------------------
+drawn = lru_cache(256)(scene)       # of thousands some are held, and the others are drawn again
+
+
+def drawn_image(split: str, number: int) -> Image.Image:
+    return drawn(split, number).image
 
 
 def drawn_data(split: str, limit: int) -> Data:
     """The first expressions about drawn scenes; the split's name seeds them (see scenes.py)."""
-    if limit > MOST_DRAWN:
-        raise NanogapError(f"--limit {limit} is more than can be drawn; give at most {MOST_DRAWN}")
     examples: list[Example] = []
-    count, told = 0, time.time()
+    count = 0
     while count < limit:
-        if time.time() - told >= TELL_EVERY:
-            told = time.time()
-            tell(f"drawing scenes: {count} of {limit} expressions ...")
         number = len(examples)
-        drawn = scene(split, number)
-        questions = [(f"{split}/{number}/{i}", expression, drawn.things[thing].box)
-                     for i, (expression, thing) in enumerate(drawn.expressions)]
-        image = drawn.image.copy if number < HELD else partial(drawn_image, split, number)
-        examples.append(Example(number, f"scenes:{split}/{number}", drawn.image.size, image,
-                                questions))
+        seen = drawn(split, number)
+        questions = [(f"{split}/{number}/{i}", expression, seen.things[thing].box)
+                     for i, (expression, thing) in enumerate(seen.expressions)]
+        examples.append(Example(number, f"scenes:{split}/{number}", seen.image.size,
+                                partial(drawn_image, split, number), questions))
         count += len(questions)
     return Data(f"scenes:{split}", "", first(examples, limit), limit, [], {})
-
-
-def drawn_image(split: str, number: int) -> Image.Image:
-    """A scene drawn again, when its turn comes: all of them together would take much memory."""
-    return scene(split, number).image
 
 
 def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -99,12 +79,10 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return chosen
 
 
-# ----- boxes that may be no pixels ----------------------------------------------------------------
-
-
-def is_whole(value: object) -> bool:
-    """Whether something from a file is a whole number that is no longer than any real one."""
-    return type(value) is int and abs(value) < 1 << 53   # of 5,000 digits none can be printed
+def is_size(size: object) -> bool:
+    """Whether something from a file is width and height in pixels."""
+    return (isinstance(size, list | tuple) and len(size) == 2
+            and all(isinstance(side, int) and side > 0 for side in size))
 
 
 def is_box(box: object) -> bool:
@@ -124,15 +102,11 @@ def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size | None]]
 
     The same is asked of annotations and of answers; a few odd ones among many decide nothing.
     """
-    if 2 * sum(max(box) <= 1 for box, _ in boxes) > len(boxes):
-        raise NanogapError(f"{path}: most corners lie between 0 and 1, so the boxes are normalised "
-                           "and not in pixels; multiply them with width and height of the image")
-    outside = [(box, size) for box, size in boxes if size and is_outside(box, size)]
-    if 2 * len(outside) > len(boxes):
-        box, size = outside[0]
-        raise NanogapError(f"{path}: {len(outside)} of {len(boxes)} boxes reach out of their "
-                           f"images, such as {list(box)} of {size[0]} x {size[1]} pixels; boxes "
-                           "are x1, y1, x2, y2 in pixels here, not in percent or thousandths")
+    wrong = [box for box, size in boxes if max(box) <= 1 or size and is_outside(box, size)]
+    if 2 * len(wrong) > len(boxes):
+        raise NanogapError(f"{path}: {len(wrong)} of {len(boxes)} boxes are no pixels of their "
+                           f"images, such as {list(wrong[0])}; give x1, y1, x2, y2 in pixels, and "
+                           "not normalised, in percent or in thousandths")
 
 
 def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str]:
@@ -140,58 +114,8 @@ def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str
     for most, unit in ((100, "percent"), (1000, "thousandths")):
         near = sum(max(box) <= most for box, _ in boxes)
         side = min((min(size) for _, size in boxes), default=0)
-        if len(boxes) >= FEW and near >= 0.98 * len(boxes) and side >= 2 * most:
+        if len(boxes) >= 5 and near >= 0.98 * len(boxes) and side >= 2 * most:
             return [f"hardly a box of the {what} reaches beyond {most} pixels, and no side is "
                     f"below {side}: if these are in {unit} the numbers below mean nothing, for "
                     "pixels are read"]
     return []
-
-
-# ----- pictures -----------------------------------------------------------------------------------
-
-
-def open_sized(path: Path, size: Size) -> Image.Image:
-    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
-    image = open_image(path, upright=False)
-    if image.size != size:
-        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
-                        f"{size[0]} x {size[1]}; give the folder of COCO's "
-                        "train2014 with --images, or take this one away")
-    return image
-
-
-def find_image(folder: Path, name: str) -> Path | None:
-    """The file of an image, with the folders in its name or without them, and in the folder only.
-
-    COCO's pictures of 2014 are there under the names of 2017 as well.
-    """
-    path = Path(name)
-    files = [folder / path.name, folder / COCO.sub("", path.name)]
-    if not path.is_absolute() and ".." not in path.parts:
-        files.insert(0, folder / path)
-    return next(filter(os.path.isfile, files), None)
-
-
-def nearby(folder: Path, name: str) -> Iterator[Path]:
-    """Where a picture is in the folders below."""
-    with suppress(OSError, ValueError, IndexError, NotImplementedError):
-        for pattern in ("*/", "*/*/"):
-            yield from folder.glob(pattern + escape(Path(name).name))
-
-
-def none_there(folder: Path, missing: Sequence[str]) -> NanogapError:
-    """What to do where no picture is found: look at what is there first."""
-    name = missing[0]
-    below = next(nearby(folder, name), None)
-    kinds = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
-    there = [file.name for file in folder.glob("*") if file.suffix.lower() in kinds]
-    if below:
-        step = f"it is in {below.parent}: give that with --images"
-    elif COCO.match(Path(name).name):
-        step = ("get COCO train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB) and give "
-                "its folder with --images")
-    else:
-        holds = f"{len(there)} pictures, such as {there[0]}" if there else "no picture"
-        step = f"that folder holds {holds}: give theirs with --images"
-    return NanogapError(f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
-                        f"{step}")

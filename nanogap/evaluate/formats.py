@@ -1,13 +1,9 @@
 """How models say a box, for `--score --format NAME`: the answers of any of them can be scored.
 
 In:  what a model said, and the size of its picture.  Out: the first box in it, in pixels.
-
-Where nothing else is said, numbers are shares, hundredths or thousandths of the picture's sides;
-LLaVA's and Shikra's are those of the padded square.
 Sources: nanogap/models for the first four; Qwen-VL eval_mm/evaluate_grounding.py (which divides by
-999), Qwen2-VL's, Qwen2.5-VL's and Qwen3-VL's model cards and cookbooks; InternVL
-eval/refcoco/evaluate_grounding.py; CogVLM's README; Ferret ferret/eval/eval_refexp.py; PaliGemma
-big_vision, `<loc....>`.
+999); model cards of the later Qwen-VL; InternVL eval/refcoco/evaluate_grounding.py; CogVLM's
+README; Ferret ferret/eval/eval_refexp.py; PaliGemma big_vision, `<loc....>`.
 """
 
 import re
@@ -33,7 +29,7 @@ class Format:
     drop: tuple[str, ...] = ()         # what is taken out of a text before it is read
     y_first: bool = False
 
-    def shares(self, text: str, resized: Size | None = None) -> Box | None:
+    def shares(self, text: str, resized: Size) -> Box | None:
         """The first box of a text, in shares of the frame.
 
         None where there is none, or it lies outside the picture or has no area: never guessed
@@ -43,17 +39,17 @@ class Format:
         match = self.pattern.search(text)
         if match is None:
             return None
-        sides = resized if self.one is None and resized else (self.one or 1, self.one or 1)
         a, b, c, d = map(float, match.groups())
         x1, y1, x2, y2 = (b, a, d, c) if self.y_first else (a, b, c, d)
-        x1, y1, x2, y2 = x1 / sides[0], y1 / sides[1], x2 / sides[0], y2 / sides[1]
+        width, height = (self.one, self.one) if self.one else resized
+        x1, y1, x2, y2 = x1 / width, y1 / height, x2 / width, y2 / height
         return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
 
     def is_in(self, text: str) -> bool:
         """Whether a text holds a box; if it is in pixels, of a picture of any size."""
-        return (self.pattern.search(text) if self.one is None else self.shares(text)) is not None
+        return self.shares(text, (MOST, MOST)) is not None
 
-    def read(self, text: str, size: Size, resized: Size | None = None) -> Box | None:
+    def read(self, text: str, size: Size, resized: Size = (1, 1)) -> Box | None:
         """The same in pixels; None also where it lies in the padding.
 
         size:    of the picture

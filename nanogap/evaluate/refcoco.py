@@ -1,28 +1,28 @@
 """Annotations: RefCOCO, RefCOCO+ and RefCOCOg as they are published, and files of one's own.
 
-In:  a file of annotations, and the folder of their images (COCO's train2014).
+In:  a file of annotations, and the folder of their images (COCO's train2014).  Its keys tell its
+     form; what is no JSON is taken for a pickle of the refer API (refer.py).
 Out: images, each with its expressions and their true boxes (x1, y1, x2, y2) in pixels.
-
-A form is told by what is in the file, never by its name: JSON and lines of JSON by their keys
-(FORMS); what is neither is taken for a pickle of the refer API, `refs(unc).p`, which needs
-`instances.json` beside it.  A file of one's own has lines of
-{"image": "a.jpg", "expression": "the man", "box": [x1, y1, x2, y2]}, in pixels.
-Every expression counts: RefCOCO val of UNC has 10834, about 3811 things.  The `val` of
-lmms-lab/RefCOCO is another: 8811 things and 23962 expressions, UNC's and Google's in one.
 """
 
 import hashlib
+import os
 import re
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from nanogap.checks.reading import read_bytes, read_documents
 from nanogap.errors import ItemError, NanogapError
-from nanogap.evaluate.data import Data, Example, check_units, find_image, none_there, open_sized
-from nanogap.evaluate.refer import LARGEST, Entry, check_inside, checked, read_refs
+from nanogap.evaluate.data import Data, Example, Size, check_units
+from nanogap.evaluate.refer import LARGEST, Entry, check_inside, corners_of, read_refs
 from nanogap.image import open_image
+from nanogap.prompt import check_expression
 
+COCO = re.compile(r"^COCO_\w+2014_")
 CROP = re.compile(r"(?<=_\d{12})_\d+(?=\.|$)")     # behind the name of a picture of COCO's
 
 
@@ -37,6 +37,13 @@ class Form:
     corners: bool = True               # x1 y1 x2 y2; else x y width height
     sized: bool = True                 # with width and height of the image
 
+    def picture(self, image: str) -> str:
+        """The file of a picture, without the number of a crop, which two forms put behind it."""
+        if self.image == "img_id":
+            stem = CROP.sub("", image) if COCO.match(image) else re.sub(r"_\d+$", "", image)
+            return f"{stem}.jpg"
+        return CROP.sub("", image) if self.image == "file_name" else image
+
 
 FORMS = (
     Form("MiniGPT-v2", "img_id", "sents", "bbox", corners=False),
@@ -48,10 +55,31 @@ FORMS = (
 )
 
 
-# ----- JSON, and lines of JSON --------------------------------------------------------------------
+def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
+    """The form's name, and the expressions of JSON in lines or in a list."""
+    form: Form | None = None
+    entries: list[Entry] = []
+    for where, item in read_documents(path, data):
+        keys = item.keys() if isinstance(item, dict) else set()
+        form = form or form_of(where, keys)
+        sized = form.sized or "width" in keys
+        needed = {form.image, form.expression, form.box, *(["width", "height"] if sized else [])}
+        if not needed <= keys:
+            raise NanogapError(f"{where} lacks {', '.join(sorted(needed - keys))}, which the form "
+                               f"of {form.name} has")
+        image, said = str(item[form.image]), item[form.expression]
+        size = (item["width"], item["height"]) if sized else None
+        box = corners_of(where, item[form.box], form.corners, size)
+        several = form.name == "lmms-lab" and isinstance(said, list)
+        for expression in said if several else [said]:
+            entries.append(Entry(where, str(len(entries) + 1), form.picture(image), expression,
+                                 box, size, image if form.name == "MiniGPT-v2" else ""))
+    if form is None:
+        raise NanogapError(f"{path} holds no annotation; fetch it again")
+    return form.name, entries
 
 
-def form_of(where: str, keys: set[str]) -> Form:
+def form_of(where: str, keys: Set[str]) -> Form:
     """The form that has these keys."""
     for form in FORMS:
         if {form.image, form.expression, form.box} <= keys:
@@ -61,52 +89,19 @@ def form_of(where: str, keys: set[str]) -> Form:
                        "or the pickle refs(unc).p")
 
 
-def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
-    """The form's name, and the expressions of JSON in lines or in a list."""
-    form: Form | None = None
-    entries: list[Entry] = []
-    for where, item in read_documents(path, data):
-        keys = set(item) if isinstance(item, dict) else set()
-        form = form or form_of(where, keys)
-        sides = {"width", "height"}
-        sized = form.sized or not keys.isdisjoint(sides)
-        lacking = ({form.image, form.expression, form.box} | (sides if sized else set())) - keys
-        if lacking:
-            raise NanogapError(f"{where} lacks {', '.join(sorted(lacking))}, "
-                               f"which the form of {form.name} has")
-        image, said, group = item[form.image], item[form.expression], ""
-        if form.image == "img_id" and isinstance(image, str):
-            group = image                # COCO_train2014_000000580957_4: the fourth of it
-            known = re.match(r"COCO_\w+2014_\d{12}", group)
-            image = (known[0] if known else re.sub(r"_\d+$", "", group)) + ".jpg"
-        if form.image == "file_name" and isinstance(image, str):
-            image = CROP.sub("", image)
-        size = (item["width"], item["height"]) if sized else None
-        several = form.expression == "answer" and isinstance(said, list)
-        for expression in said if several else [said]:
-            entries.append(checked(where, len(entries) + 1, image, expression, item[form.box],
-                                   form.corners, size, group))
-    if form is None:
-        raise NanogapError(f"{path} holds no annotation; fetch it again")
-    return form.name, entries
-
-
 # ----- a file and a folder ------------------------------------------------------------------------
 
 
 def read_file(flag: str, path: Path, otherwise: str) -> bytes:
-    """The bytes of a regular file of any size that annotations have."""
+    """The bytes of a file of any size that annotations have."""
     if not path.is_file():
-        what = "it is no regular file" if path.exists() else "No such file or directory"
-        raise NanogapError(f"{flag} {path} cannot be read ({what}); {otherwise}")
+        why = "it is no file" if path.exists() else "No such file or directory"
+        raise NanogapError(f"{flag} {path} cannot be read ({why}); {otherwise}")
     data = read_bytes(path, LARGEST)
     if data.startswith(b"PAR1"):
-        lines = path.with_suffix(".jsonl")
-        raise NanogapError(
-            f"{flag} {path} is a parquet file; two lines of Python make lines of JSON of it: "
-            f"`import pandas` and `pandas.read_parquet({str(path)!r}).drop(columns='image', "
-            f"errors='ignore').to_json({str(lines)!r}, orient='records', lines=True)`; then give "
-            f"--data {lines}")
+        raise NanogapError(f"{flag} {path} is a parquet file; write its rows, without the images, "
+                           "as lines of JSON: pandas does it with to_json(orient='records', "
+                           "lines=True)")
     return data
 
 
@@ -126,11 +121,7 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
     told, entries = read_annotations(path, data) if json_like else read_refs(path, split)
     groups: dict[str, list[Entry]] = {}
     same: dict[str, list[str]] = {}
-    seen: set[str] = set()
     for entry in entries:
-        if entry.id in seen:             # only one of its answers would count
-            raise NanogapError(f"{entry.where} is there twice; take one of them out")
-        seen.add(entry.id)
         groups.setdefault(entry.image, []).append(entry)
         if entry.group:
             same.setdefault(entry.group, []).append(entry.id)
@@ -142,8 +133,8 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
         why = next(iter(left_out.values()), "it has no expression")
         raise NanogapError(f"{path} holds nothing that can be asked: {why}")
     name = f"{path.name} {split}" if split else path.name
-    digest = hashlib.sha256(repr(list(groups)).encode(errors="replace")).hexdigest()[:8]
     name = f"{name} ({told}): {len(entries)} expressions about {len(groups)} images"
+    digest = hashlib.sha256(repr(list(groups)).encode(errors="replace")).hexdigest()[:8]
     return Data(name, digest, examples, len(entries), missing, left_out, same)
 
 
@@ -151,25 +142,60 @@ def find_all(groups: dict[str, list[Entry]], folder: Path,
              pictures: bool) -> tuple[list[Example], list[str], dict[str, str]]:
     """Images with what is asked of them, the names of those missing, and what is left out."""
     examples, missing = [], []
-    left_out = {entry.id: entry.wrong for group in groups.values() for entry in group
-                if entry.wrong}
+    left_out: dict[str, str] = {}
     for number, (name, group) in enumerate(groups.items()):
-        questions = [(entry.id, entry.expression, entry.box) for entry in group if not entry.wrong]
+        for entry in group:
+            try:
+                check_expression(entry.expression)
+            except ItemError as error:
+                left_out[entry.id] = f"{entry.where}: {error}"
+        questions = [(entry.id, entry.expression, entry.box) for entry in group
+                     if entry.id not in left_out]
         if not questions:
             continue
-        file = find_image(folder, name)
-        size = next((entry.size for entry in group if entry.size), None)
+        file, size = find_image(folder, name), group[0].size
+        path = file or folder / name
+        if file is None and (pictures or size is None):
+            missing.append(name)
+            continue
         try:
-            if file and size is None:
-                size = open_image(file, upright=False).size
+            size = size or open_image(path, upright=False).size
         except ItemError as error:
             left_out |= {entry.id: str(error) for entry in group}
             continue
-        if size is None or (pictures and file is None):
-            missing.append(name)
-            continue
         for entry in group:
             check_inside(entry, size)
-        opened = partial(open_sized, file or folder / name, size)
+        opened = partial(open_sized, path, size)
         examples.append(Example(number, name, size, opened, questions, file))
     return examples, missing, left_out
+
+
+def open_sized(path: Path, size: Size) -> Image.Image:
+    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
+    image = open_image(path, upright=False)
+    if image.size != size:
+        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
+                        f"{size[0]} x {size[1]}; give the annotated pictures (COCO's: "
+                        "train2014) with --images")
+    return image
+
+
+def find_image(folder: Path, name: str) -> Path | None:
+    """The file of an image, with the folders in its name or without them, and in the folder only.
+
+    COCO's pictures of 2014 are there under the names of 2017 as well.
+    """
+    path = Path(name)
+    files = [folder / path.name, folder / COCO.sub("", path.name)]
+    if not path.is_absolute() and ".." not in path.parts:
+        files.insert(0, folder / path)
+    return next(filter(os.path.isfile, files), None)
+
+
+def none_there(folder: Path, missing: Sequence[str]) -> NanogapError:
+    """What is said where no picture is found."""
+    name = missing[0]
+    whose = "COCO's train2014 (images.cocodataset.org/zips/train2014.zip, 13 GB)" \
+        if COCO.match(Path(name).name) else "these"
+    return NanogapError(f"none of the {len(missing)} images is in {folder}, such as {name:.200}; "
+                        f"give the folder of {whose} with --images")

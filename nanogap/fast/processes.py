@@ -18,13 +18,12 @@ def join() -> tuple[int, int]:
 
     It is torchrun's own mark that counts: schedulers set WORLD_SIZE and RANK in any container.
     """
-    if not dist.is_torchelastic_launched():
-        return 0, 1
-    dist.init_process_group("gloo", timeout=timedelta(days=30))   # the first to be done waits
-    atexit.register(dist.destroy_process_group)   # its threads may not outlive the interpreter
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return dist.get_rank(), dist.get_world_size()
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo", timeout=timedelta(days=30))   # the first to be done waits
+        atexit.register(dist.destroy_process_group)   # its threads may not outlive the interpreter
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return joined()
 
 
 def joined() -> tuple[int, int]:
@@ -38,14 +37,14 @@ def gather(records: list[dict], world: int) -> list[dict]:
     """The records of all processes (torch's own way to gather objects needs NumPy)."""
     if world == 1:
         return records
-    data = torch.frombuffer(bytearray(json.dumps(records).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
-    longest = max(int(size) for size in sizes)
-    parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-    padding = torch.zeros(longest - len(data), dtype=torch.uint8)
-    dist.all_gather(parts, torch.cat([data, padding]))
     every = []
-    for part, size in zip(parts, sizes, strict=True):
-        every += json.loads(bytes(part[:int(size)].tolist()))
+    for rank in range(world):                      # each in turn tells all others
+        data = bytearray(json.dumps(records).encode())
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, rank)
+        mine = rank == dist.get_rank()
+        told = torch.frombuffer(data, dtype=torch.uint8) if mine else \
+            torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(told, rank)
+        every += json.loads(bytes(told.tolist()))
     return every

@@ -1,14 +1,12 @@
 """Answers of other models: each notation by hand, told apart, and files as people hold them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from nanogap.evaluate.formats import FORMATS, format_argument, smart_resize
-from nanogap.evaluate.score import PROTOCOLS
+from nanogap.evaluate.formats import FORMATS, smart_resize
 from tests.evaluate.asking import read_lines, write_lines
 
 # A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
@@ -29,14 +27,12 @@ SAID = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_right_box_in_every_notation(name: str):
-    resized = (644, 476) if name == "qwen2.5-vl" else None
-    assert FORMATS[name].read(SAID[name], SIZE, resized) == pytest.approx(BOX, abs=3.5)
+    assert FORMATS[name].read(SAID[name], SIZE, (644, 476)) == pytest.approx(BOX, abs=3.5)
 
 
 @pytest.mark.parametrize("name, text", [
-    ("minigpt-v2", "{<1 0><20> <50><unk><90>}"), ("minigpt-v2", "It is {<10><20><50><90>}."),
-    ("qwen-vl", "( 100 , 200 ), (500,900) and (1,2),(3,4)"),
-    ("qwen3-vl", '"bbox_2d":[100,200,500,900]')])
+    ("minigpt-v2", "It is {<1 0><20> <50><unk><90>}."),
+    ("qwen-vl", "( 100 , 200 ), (500,900) and (1,2),(3,4)")])
 def test_odd_clothes_do_no_harm(name: str, text: str):
     assert FORMATS[name].read(text, SIZE) == pytest.approx(BOX)
 
@@ -52,22 +48,12 @@ def test_what_is_no_box_is_never_guessed(name: str, text: str):
     assert FORMATS[name].read(text, SIZE) is None
 
 
-def test_paligemma_says_y_first():
-    box = FORMATS["paligemma"].read("<loc0256><loc0512><loc0768><loc1023>", SIZE)
-    assert box == pytest.approx((320, 120, 640 * 1023 / 1024, 360))
-
-
 @pytest.mark.parametrize("size, resized", [
     ((640, 480), (644, 476)), ((1000, 30), (1008, 28)), ((40, 40), (56, 56)), ((70, 98), (56, 112)),
     ((8000, 6000), (4116, 3080))])
 def test_pictures_are_resized_as_qwen_does(size: tuple, resized: tuple):
     """Rounded to even: 70 is 2.5 times 28. As qwen-vl-utils 0.0.14 gave them (IDS R12)."""
     assert smart_resize(*size, 28) == resized
-
-
-def test_names_may_be_spelled_as_people_spell_them():
-    assert {format_argument(name) for name in ("MiniGPT-v2", "minigpt_v2")} == {"minigpt-v2"}
-    assert format_argument("Qwen2.5-VL") in FORMATS
 
 
 # ----- files --------------------------------------------------------------------------------------
@@ -101,7 +87,8 @@ def test_a_file_in_another_notation_is_told_which_format_fits(given, printed, re
     said = refused(*given(six(SAID[name])))
     assert "0 of 6 texts with numbers hold a box as llava says it" in said and name in said
     flags = ("--resized", "28") if name == "qwen2.5-vl" else ()
-    assert " 1.000 " in printed(*given(six(SAID[name]), "--format", name, *flags))
+    spelled = name.replace("-", "_").upper()
+    assert " 1.000 " in printed(*given(six(SAID[name]), "--format", spelled, *flags))
 
 
 def test_a_tenth_of_them_decides_and_answers_without_numbers_are_only_wrong(given, printed):
@@ -109,7 +96,7 @@ def test_a_tenth_of_them_decides_and_answers_without_numbers_are_only_wrong(give
     said = printed(*given(six("I cannot see a man.")))
     assert " 0.000 " in said and "--format" not in said
     said = printed(*given(six(SAID["ferret"]), "--format", "llava"))
-    assert "most do in that of internvl or ferret: --format" in said
+    assert "most do in the format of internvl or ferret; give --format" in said
 
 
 def test_boxes_in_pixels_of_the_resized_picture_need_its_size(given, printed, refused):
@@ -146,28 +133,15 @@ def test_files_of_llava_and_of_internvl(given, printed, refused):
         assert "expression 1 of data.jsonl" in said
 
 
-@pytest.mark.parametrize("key, value", [
-    ("mode", "x" * 5000), ("prune", "x" * 5000), ("padding", 10 ** 400), ("keep", 10 ** 400),
-    ("decode_ms", float("inf")), ("padding", float("nan"))])
-def test_names_and_numbers_that_no_table_holds_are_one_line(given, refused, key: str, value):
-    said = refused(*given(six(SAID["llava"], **{key: value}), "--json"))
-    assert f"{key} is " in said and len(said) < 400
-
-
-def test_a_number_of_400_digits_leaves_the_document_finite(given, printed):
-    said = printed(*given(six("[" + "9" * 400 + ", 1, 2, 3]"), "--json"))
-    assert "NaN" not in said and "Infinity" not in said
-
-
 def boxes(*of: list) -> list[dict]:
     return [{"id": i, "box": box} for i, box in enumerate(of, 1)]
 
 
 def test_shares_of_the_answers_decide_whether_boxes_are_pixels(given, printed, refused):
     said = refused(*given(boxes(*[[0.1, 0.2, 0.3, 0.4]] * 5, BOX)))
-    assert "the boxes are normalised and not in pixels" in said
+    assert "5 of 6 boxes are no pixels of their images, such as [0.1, 0.2, 0.3, 0.4]; give" in said
     wide = [100, 100, 900, 900]
-    assert "6 of 6 boxes reach out of their images" in refused(*given(boxes(*[wide] * 6)))
+    assert "6 of 6 boxes are no pixels of their images" in refused(*given(boxes(*[wide] * 6)))
     printed(*given(boxes(*[wide] * 2, *[BOX] * 4)))
     said = printed(*given(boxes(*[[10, 10, 50, 50]] * 6)))
     assert "hardly a box of the answers reaches beyond 100" in said
@@ -191,19 +165,3 @@ def test_questions_are_written_and_read_back_when_answered(
     write_lines(Path("q.jsonl"), [q | {"box": None} for q in questions])
     assert " 1.000 " in printed(*said[-1].split()[3:])                   # without a box, all
     assert "exists, and may have answers in it" in refused(*asked)
-
-
-# ----- one box, five scorers ----------------------------------------------------------------------
-
-
-def test_no_notation_is_right_everywhere(given, printed):
-    """The table of the tutorial: which notation counts under which scorer."""
-    # pixels as LLaVA says boxes, minigpt, shikra, lmms-eval, vlmevalkit; IoU in the square and not
-    for name, hits in {"llava": [1, 0, 0, 1, 1], "shikra": [1, 0, 1, 1, 1],
-                       "minigpt-v2": [0, 1, 0, 0, 0], "qwen2-vl": [0, 0, 0, 0, 1],
-                       "qwen3-vl": [0, 0, 0, 0, 1], "internvl": [0, 0, 0, 0, 1],
-                       "paligemma": [0, 0, 0, 0, 0]}.items():
-        for protocol, hit in zip(PROTOCOLS, hits, strict=True):
-            flags = ("--format", "llava") if protocol == "pixels" else ()
-            said = printed(*given(six(SAID[name]), "--protocol", protocol, "--json", *flags))
-            assert json.loads(said)["runs"][0]["accuracy"] == hit, (name, protocol)

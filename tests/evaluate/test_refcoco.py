@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,7 @@ from PIL import Image
 
 from nanogap.errors import NanogapError
 from nanogap.evaluate.refcoco import Data, read_data
-from nanogap.image import open_image
-from tests.evaluate.asking import ROOT
 
-PUBLISHED = Path(os.environ.get("NANOGAP_REFCOCO", ROOT / "../shared/published/refcoco"))
 NAME = "COCO_train2014_000000000007"
 SIZE = {"width": 40, "height": 30}
 
@@ -93,8 +91,8 @@ def test_all_forms_say_the_same_and_the_name_of_the_file_says_nothing(folder: Pa
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_pickle_gives_one_split_with_a_line_for_each_sentence(folder: Path, protocol: int):
     data = read_data(refs(folder, REFS, protocol), folder, "val")
-    assert told(data) == SAID[:2]
-    assert [id_ for id_, *_ in data.examples[0].questions] == ["100", "101"]
+    assert [(id_, said) for id_, said, _ in data.examples[0].questions] == [
+        ("100", "the man"), ("101", "man on left")]
     assert data.name == "any.file val (testA 1, val 2): 2 expressions about 1 images"
 
 
@@ -103,22 +101,15 @@ class Evil:
         return os.system, ("touch burgled",)
 
 
-class Harmless:
-    def __reduce__(self):
-        return set, ([1],)
-
-
-@pytest.mark.parametrize("thing", [Evil(), Harmless(), print], ids=["os.system", "set", "print"])
-def test_a_pickle_that_names_anything_is_refused_and_runs_nothing(folder: Path, monkeypatch, thing):
+def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(folder: Path, monkeypatch):
     monkeypatch.chdir(folder)
-    path = refs(folder, [*REFS, thing], 2)
-    refused(r"is refused: it names \w+\.\w+, and what it sho", path, folder, "val")
+    refused(r"is refused: it names \w+\.system", refs(folder, [*REFS, Evil()]), folder, "val")
     assert not (folder / "burgled").exists()
 
 
 def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
-    for split, why in ((None, "several splits"), ("test", "no split 'test'")):
-        refused(f"has {why}; choose .* --split: testA 1, val 2", refs(folder), folder, split)
+    for split in (None, "test"):
+        refused("choose one with --split: testA 1, val 2", refs(folder), folder, split)
     refused("holds one split only; leave --split out", write(folder, lines(QWEN)), folder, "val")
 
 
@@ -128,31 +119,21 @@ def qwen(box: str) -> str:
 
 @pytest.mark.parametrize("text, message", [
     (lines(QWEN)[:-20], r"line 3 cannot be read \(broken JSON"),
-    (json.dumps(QWEN, indent=1)[:-40], r"any.file, line 1 cannot be read \(broken JSON"),
-    (b'{"image": "\xff"}', r"any.file cannot be read .*save it as UTF-8"),
-    (json.dumps(QWEN)[:-1] + ", {]", "line 1 cannot be read"),
-    ("", "any.file (is empty|is no whole pickle)"),
     (pickle.dumps(REFS, 0)[:-50], "is no whole pickle"),
-    (pickle.dumps([1, 2]), "is a pickle, but not a list of ann_id, image_id, sentences, split"),
-    (b"PAR1\x15\x04", r"is a parquet file; two lines of Python .*read_parquet\('.*any.file'\)"),
-    ("version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
-    ("<!DOCTYPE html><html>", "is a web page"),
+    (pickle.dumps([1, 2]), "is a pickle, but not a list with split and sentences"),
+    (b"PAR1\x15\x04", "is a parquet file; write its rows, .* as lines of JSON: pandas does it"),
     ("[]", "holds no annotation"),
     (json.dumps(INSTANCES), "line 1 is an annotation of no form that is read here: MiniGPT-v2"),
-    ('[{"image": "a.jpg"}, 5]', "entry 1 is an annotation of no form"),
     (lines(QWEN) + '{"image": "a.jpg", "sent": "x"}', "line 4 lacks bbox, height, width, which"),
     (lines([OWN[0] | {"width": 40}]), "line 1 lacks height, which the form of nanogap has"),
     (lines(OWN) + lines([OWN[0] | {"box": [5, 5, 9, 35]}]), "line 4: the box .*reaches out of its "
      "image, 40 x 30 pixels"),
     (lines(QWEN) + "5", "line 4 lacks bbox, height, image, sent, width"),
-    (qwen("[1, 2, 3]"), r"line 1: the box \[1, 2, 3\] is not four numbers"),
     (qwen("[1, 2, NaN, 4]"), r"the box \[1, 2, nan, 4\] is not four numbers"),
-    (qwen("[1, 2, 1e400, 4]"), "is not four numbers"),
-    (qwen('"1234"'), "is not four numbers"),
-    (qwen("[5, 5, 5, 9]"), r"the box \[5, 5, 5, 9\] has no area"),
-    (qwen("[5, 5, 9, 35]"), "reaches out of its image, 40 x 30 pixels"),
+    (qwen("[1, 1, 9, 9]").replace("40", '"40"'), r"height \('40', 30\) are no whole ones"),
+    (lines(OWN) + lines([OWN[0] | {"box": [5, 5, 5, 9]}]), r"line 4: the box .* has no area"),
     (qwen("[1, 1, 9, 9]").replace('"x"', '" "'), "line 1: the expression is empty"),
-    (qwen("[1, 1, 9, 9]").replace("40", '"40"'), "line 1: the image and the expression must"),
+    (qwen("[1, 1, 9, 9]").replace('"x"', "5"), "line 1: an expression is a text"),
 ])
 def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, message: str):
     said = refused(message, write(folder, text), folder)
@@ -161,8 +142,8 @@ def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, mes
 
 @pytest.mark.parametrize("text, message", [
     ('{"annotations": []}', r"instances.json does not have .*KeyError\('images'\)"),
-    ('{"annotations": [], "images": []}', r"do not fit together \(KeyError\(71\)\)"),
-    (None, "is not there, or is .*put instances.json")])
+    ('{"annotations": [], "images": []}', r"do not fit together \(KeyError\(7\)\)"),
+    (None, "is not there, and .*put instances.json")])
 def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path, text: str | None, message: str):
     path = refs(folder)
     (folder / "instances.json").unlink()
@@ -171,68 +152,55 @@ def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path, text: str | No
     refused(message, path, folder, "val")
 
 
+def test_a_sentence_that_is_there_twice_is_refused(folder: Path):
+    """Counted twice, it would be answered once."""
+    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
+    refused("holds a sent_id twice", refs(folder, twice), folder, "val")
+
+
 def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
     other = [entry | {"img_path": "COCO_train2014_000000000008.jpg"} for entry in SHIKRA]
     data = read_data(write(folder, lines(other[:2] + SHIKRA)), folder)
     assert (data.expressions, data.missing) == (5, ["COCO_train2014_000000000008.jpg"])
     assert [(e.number, len(e.questions)) for e in data.examples] == [(1, 3)]
     path = write(folder, lines(other))
-    refused("none of the 1 images is in .*000008.jpg; get COCO", path, folder)
+    refused("none of the 1 images is in .*000008.jpg; give the folder of COCO's", path, folder)
 
 
-def test_images_are_found_with_their_folders_without_them_and_beside_the_file(folder: Path):
+def test_images_are_found_with_their_folders_without_them_and_under_their_names_of_2017(folder):
     deep = folder / "images" / "data" / "coco" / "train2014"
     deep.mkdir(parents=True)
     path = write(folder, lines(QWEN))
     assert not read_data(path, None).missing
     (folder / f"{NAME}.jpg").rename(deep / f"{NAME}.jpg")
     assert not read_data(path, folder / "images").missing
+    (deep / f"{NAME}.jpg").rename(deep / "000000000007.jpg")
     assert not read_data(path, deep).missing
 
 
-@pytest.mark.parametrize("entries", [QWEN, OWN, [own | SIZE for own in OWN]],
-                         ids=["Qwen's", "one's own", "one's own with a size"])
-def test_an_image_has_the_size_that_was_annotated_or_that_it_had(folder: Path, entries: list):
-    """In one's own form the picture says it itself; one of another size is another image."""
-    example, = read_data(write(folder, lines(entries)), folder).examples
-    assert Path(example.name).name == f"{NAME}.jpg"
-    assert example.size == example.image().size == (40, 30)
+@pytest.mark.parametrize("entries", [QWEN, OWN], ids=["annotated", "that it had"])
+def test_an_image_has_one_size_and_its_pixels_as_they_are_stored(folder: Path, entries: list):
+    """EXIF does not turn it, for its box is in stored pixels; of another size it is another."""
+    data = write(folder, lines(entries))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = Image.linear_gradient("L").resize((40, 30))
+        stored.save(folder / f"{NAME}.jpg", exif=exif)
+        example, = read_data(data, None).examples
+        assert example.size == example.image().size == (40, 30)
+        assert example.image().getpixel((0, 0)) < example.image().getpixel((0, 29))
     Image.new("RGB", (80, 60)).save(folder / f"{NAME}.jpg")
     with pytest.raises(NanogapError, match="is 80 x 60 pixels and was annotated at 40 x 30"):
         example.image()
 
 
-def test_where_no_picture_is_opened_none_is_missed_but_for_its_size(tmp_path: Path):
-    """As for --score, which needs nothing but the size."""
-    data = read_data(write(tmp_path, lines(SHIKRA)), None, pictures=False)
-    assert (told(data), data.missing, data.examples[0].size) == (SAID, [], (40, 30))
-    both = lines([*OWN, OWN[0] | SIZE | {"image": "b.jpg"}])
-    data = read_data(write(tmp_path, both), None, pictures=False)
-    assert (told(data), data.missing) == (SAID[:1], [f"{NAME}.jpg"])
-
-
 def test_the_digest_changes_with_an_image_and_not_with_a_word_that_may_be_mended(folder: Path):
     """Answers hold their own question, against which they are compared on --resume."""
-    other = QWEN[0] | {"image": "other.jpg"}
+    mended, other = QWEN[0] | {"sent": "x"}, QWEN[0] | {"image": "other.jpg"}
     same, *digests = (read_data(write(folder, lines(entries)), folder).digest for entries in (
-        [QWEN[0] | {"sent": " "}, *QWEN[1:]], QWEN, [other, *QWEN], [*QWEN, other]))
+        [mended, *QWEN[1:]], QWEN, [other, *QWEN], [*QWEN, other]))
     assert digests[0] == same and len(set(digests)) == 3
-    assert read_data(write(folder, lines(QWEN), "else.where"), folder).digest == same
-
-
-@pytest.mark.skipif(not (PUBLISHED / "refcoco_val.json").is_file(),
-                    reason="set NANOGAP_REFCOCO to a folder with refcoco_val.json of MiniGPT-v2")
-def test_the_published_val_split_has_10834_expressions_about_1500_images(tmp_path: Path):
-    Image.new("RGB", (640, 428)).save(tmp_path / "COCO_train2014_000000580957.jpg")
-    data = read_data(PUBLISHED / "refcoco_val.json", tmp_path)
-    assert data.name == "refcoco_val.json (MiniGPT-v2): 10834 expressions about 1500 images"
-    assert len(data.missing) == 1499
-    id_, expression, box = data.examples[0].questions[0]
-    assert expression == "bowl behind the others can only see part"
-    assert box == pytest.approx((468.3, 0.91, 640.0, 117.03))
-
-
-# ----- files as people hold them ------------------------------------------------------------------
 
 
 def test_rows_of_lmms_lab_have_a_list_of_expressions(folder: Path):
@@ -245,16 +213,14 @@ def test_rows_of_lmms_lab_have_a_list_of_expressions(folder: Path):
     assert told(data) == SAID and data.expressions == 3 and len(data.examples) == 1
 
 
-@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-8-sig"])
-@pytest.mark.parametrize("text", [lines(SHIKRA), json.dumps(SHIKRA)], ids=["lines", "list"])
-def test_what_powershell_wrote_is_read(folder: Path, coding: str, text: str):
-    mark = b"\xff\xfe" if coding == "utf-16-le" else b""
-    assert told(read_data(write(folder, mark + text.encode(coding)), folder)) == SAID
+@pytest.mark.parametrize("coding", ["utf-16", "utf-8-sig"])
+def test_what_powershell_wrote_is_read(folder: Path, coding: str):
+    assert told(read_data(write(folder, lines(SHIKRA).encode(coding)), folder)) == SAID
 
 
 def test_pictures_of_another_data_set_have_the_names_that_instances_json_says(folder: Path):
     Image.new("RGB", (40, 30)).save(folder / "ship_a.jpg")
-    path = refs(folder, json.loads(json.dumps(REFS[:1]).replace("COCO_7_71.jpg", "ship_a.jpg")))
+    path = refs(folder, [REFS[0] | {"file_name": "ship_a.jpg"}])
     write(folder, json.dumps(INSTANCES).replace("7.jpg", "ship_a.jpg"), "instances.json")
     assert read_data(path, folder, "val").examples[0].name == "ship_a.jpg"
 
@@ -266,106 +232,31 @@ def test_minigpts_name_of_a_crop_is_the_pictures_and_a_number(folder: Path, stem
     assert data.examples[0].name == f"{stem}.jpg" and data.groups == {f"{stem}_1": ["1"]}
 
 
-def test_where_no_picture_is_found_what_is_there_decides_the_next_step(tmp_path: Path):
-    """COCO's are to be fetched, others are not; and those in a folder below are named."""
-    own = write(tmp_path, lines([OWN[0] | SIZE | {"image": "ship.jpg"}]), "own")
-    coco = write(tmp_path, lines(SHIKRA), "coco.jsonl")
-    refused("holds no picture: give theirs with --images", own, None)
-    Image.new("RGB", (40, 30)).save(tmp_path / "other.jpg")
-    refused("holds 1 pictures, such as other.jpg: give theirs", own, None)
-    below = tmp_path / "coco" / "train2014"
-    below.mkdir(parents=True)
-    Image.new("RGB", (40, 30)).save(below / f"{NAME}.jpg")
-    refused(r"it is in .*coco/train2014: give that with --images", coco, None)
-    (below / f"{NAME}.jpg").rename(tmp_path / "000000000007.jpg")        # its name in 2017
-    assert not read_data(coco, None).missing
-
-
-# ----- frames -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ending", [".jpg", ".png", ".webp"])
-@pytest.mark.parametrize("entries", [QWEN, OWN], ids=["with a size", "without"])
-def test_an_annotated_picture_is_not_turned_for_its_box_is_in_stored_pixels(
-        tmp_path: Path, entries: list, ending: str):
-    data = write(tmp_path, lines([entry | {"image": f"a{ending}"} for entry in entries]))
-    stored = Image.effect_noise((40, 30), 50).convert("RGB")
-    plain = None
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        stored.save(tmp_path / f"a{ending}", exif=exif)
-        example, = read_data(data, None).examples
-        plain = plain or example.image().tobytes()
-        assert (example.size, example.image().tobytes()) == ((40, 30), plain), orientation
-        turned = open_image(tmp_path / f"a{ending}").size          # as run.py has it
-        assert turned == ((40, 30) if orientation < 5 else (30, 40))
-
-
-@pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
+@pytest.mark.parametrize("key, entries", [("bbox", QWEN), ("solution", VLM_R1), ("box", OWN)])
 @pytest.mark.parametrize("scale", [1, 1000], ids=["shares", "thousandths"])
-def test_boxes_that_are_no_pixels_are_refused(folder: Path, entries: list, scale: int):
+def test_boxes_that_are_no_pixels_are_refused(folder: Path, key: str, entries: list, scale: int):
     """In one's own form the picture says how large it is."""
-    key = next(key for key in ("bbox", "solution", "box") if key in entries[0])
     sides = (40, 30, 40, 30)
     wrong = [entry | {key: [scale * v / side for v, side in zip(entry[key], sides, strict=True)]}
              for entry in entries]
-    why = "normalised and not in pixels" if scale == 1 else "boxes are in pixels here"
-    refused(why, write(folder, lines(wrong)), folder)
+    refused("boxes are no pixels|in pixels here", write(folder, lines(wrong)), folder)
 
 
-# ----- files that someone made to do harm ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["../secret.jpg", "x/../../secret.jpg", "{}/secret.jpg", "..", "/",
-                                  "", ".", "\0", "a\0.jpg", "x" * 5000])
+@pytest.mark.parametrize("name", ["../secret.jpg", "x/../../secret.jpg", "{}/secret.jpg", "..", ""])
 def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
     folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "secret.jpg")
     path = write(tmp_path, lines([QWEN[0] | {"image": name.format(tmp_path)}]))
     refused("none of the 1 images is in", path, folder)
-    Image.new("RGB", (40, 30)).save(folder / "secret.jpg")
-    if name.endswith("secret.jpg"):            # by its name alone it is found in the folder
-        read_data(path, folder).examples[0].image()
-
-
-def test_a_sentence_that_is_there_twice_is_refused(folder: Path):
-    """Counted twice, it would be answered once."""
-    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
-    refused("sentence 100 is there twice; take one of them out", refs(folder, twice), folder, "val")
-
-
-@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "/dev/full", ".", "/dev/null"])
-def test_a_file_that_is_no_file_is_not_read(folder: Path, monkeypatch, name: str):
-    monkeypatch.chdir(folder)
-    os.mkfifo("pipe")
-    refused(r"--data .* cannot be read \(", Path(name), folder)
-    path = refs(folder)
-    (folder / "instances.json").unlink()
-    (folder / "instances.json").symlink_to(Path(name).absolute())
-    refused(r"instances.json is not there, or is no regular file", path, folder, "val")
-
-
-OTHERS = ["null", "true", "7", "-1", "0.5", "1e999", "NaN", '""', '" "', '"x"', '"\\ud800"', "[]",
-          "{}", "[1, 2, 3, 4]", "[0, 0, 1, 1]", '["a"]', '{"a": 1}', "9" * 5000, "[" * 5000,
-          "[[1, 2, 3, 4]]", '"' + "x" * 5000 + '"', '"\\u0000"', "[1e300, 1, 2, 3]"]
 
 
 @pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
 def test_each_key_of_another_type_is_one_line_or_left_out(folder: Path, entries: list):
-    """Every key of every form, and no key at all."""
-    kinds = []
-    for key in entries[1]:
-        for other in [*OTHERS, None]:
-            changed = {k: v for k, v in entries[1].items() if k != key or other is not None}
-            text = json.dumps(changed | ({} if other is None else {key: "OTHER"}))
-            text = text.replace('"OTHER"', other or "")
-            path = write(folder, lines(entries[:1]) + text + "\n" + lines(entries[2:]))
-            try:
-                data = read_data(path, folder)
-                kinds.append(len(data.left_out) + len(data.missing))
-            except NanogapError as error:
-                assert "\n" not in str(error) and len(str(error)) < 600 + len(str(folder)), error
-                kinds.append(-1)
-    assert {-1, 0, 1} <= set(kinds)                     # one line, what is not read, and left out
+    for key, other in product(entries[1], [None, 7, -1, "", [], {}, [1, 2, 3, 4]]):
+        path = write(folder, lines([entries[0], entries[1] | {key: other}, entries[2]]))
+        try:
+            data = read_data(path, folder)
+            assert len(data.left_out) + len(data.missing) <= 1
+        except NanogapError as error:
+            assert "line 2" in str(error)
