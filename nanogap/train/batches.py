@@ -1,4 +1,4 @@
-"""What training draws: scenes of each kind, batch by batch, and captions of them.
+"""What training draws: scenes of each kind, batch by batch.
 
 In:  a seed.  Out: a batch of scenes, ready for the model, and what is said of them.
 """
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption, deal, draw_scene, named
+from nanogap.train.scenes import COLOURS, KINDS, Scene, deal, draw_scene, named
 
 Draw = Callable[[random.Random, int], Scene]
 Prepare = Callable[[Image.Image], Tensor]
@@ -49,10 +49,9 @@ def draw_often_alike(rng: random.Random, size: int) -> Scene:
 
 @dataclass
 class Scenes(torch.utils.data.Dataset):
-    """Training batches by step: item `step` is a list of freshly drawn scenes, ready for the model.
+    """Item `step` is the batch of a training step.
 
-    A split of nanogap/train/scenes.py is one word, so these seeds, of several words, are never a
-    split's.
+    A split is one word, so these seeds, of several words, are never a split's.
     """
 
     seed: str
@@ -62,8 +61,8 @@ class Scenes(torch.utils.data.Dataset):
     ask: Ask                      # what is said of the scenes: captions or conversations
     draw: Draw = draw_scene
 
-    def __getitem__(self, index: int) -> Batch:
-        rng = random.Random(f"train {self.seed} {index}")
+    def __getitem__(self, step: int) -> Batch:
+        rng = random.Random(f"train {self.seed} {step}")
         scenes = []
         pixels = []
         for _ in range(self.images):
@@ -73,12 +72,3 @@ class Scenes(torch.utils.data.Dataset):
             # from here on only the size of a picture is needed: workers need not send it
             scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
         return pixels, scenes, self.ask(scenes, rng)
-
-
-SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]
-
-
-def captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
-    """A caption for each scene, and one for each thing that there can be."""
-    return ([caption(scene.things, rng) for scene in scenes],
-            [caption([thing], rng) for thing in SINGLES])

@@ -111,12 +111,10 @@ def started(folder: Path, name: str) -> VLM:
     model = family(config)
     model.tokenizer = found.tokenizer
     found.text_guide = None                   # it is copied as it stands
-    try:
-        new = set(model.load_state_dict(found.state_dict(), strict=False).unexpected_keys)
-    except RuntimeError:   # a tensor has another shape
-        new = {"a tensor of another shape"}
-    if new:
-        raise NanogapError(f"--start {folder} has {min(new)}, which a {name} has not; start from "
-                           f"a {name}, or from nothing")
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    state = found.state_dict()
+    if any(shapes.get(key) != value.shape for key, value in state.items()):
+        raise NanogapError(f"--start {folder} has other tensors than a {name}; start from a {name}")
+    model.load_state_dict(state, strict=False)
     model.get_submodule("vision_tower").requires_grad_(False)
     return model
