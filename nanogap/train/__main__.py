@@ -6,10 +6,7 @@
 
 Together with --start, torchrun wants `-m -- nanogap.train`, since it has options of that beginning.
 
-In:  nothing but a seed, or weights to start from.
-Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`;
-     all of it comes at the end, and weights that are there already are left alone.
-
+Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`.
 The recipes are in recipes.py, the losses in clip.py and reading.py, the scenes in scenes.py.
 """
 
@@ -32,10 +29,9 @@ from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import save
-from nanogap.train.batches import Scenes
 from nanogap.train.clip import CLIP, captions, clip_loss, save_clip
 from nanogap.train.fit import Progress, fit
-from nanogap.train.questions import conversations
+from nanogap.train.questions import Scenes, conversations
 from nanogap.train.reading import llava_loss
 from nanogap.train.recipes import CPU, RECIPES, Recipe, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
@@ -96,16 +92,16 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
     planned = sum(stage.minutes for stage in recipe.stages)
     for stage in recipe.stages[progress.stage:]:
         part = stage.share(joined()[1])
-        data = partial(Scenes, f"{seed} {stage.name.lower()}", part.images, recipe.pictures,
-                       at_hand.pixel_values, draw=stage.draw)
         length = minutes and minutes * stage.minutes / planned
+        scenes = partial(Scenes, seed, part, recipe.pictures, at_hand.pixel_values)
         if clip and words and stage.name == "CLIP":
-            fit(part, clip, partial(clip_loss, clip, words, device=device), data(ask=captions),
-                progress, length, workers)
+            loss = partial(clip_loss, clip, words, device=device)
+            fit(clip, loss, scenes(captions), progress, length, workers)
             model.vision_tower.load_state_dict(clip.vision_model.state_dict())
         else:
-            fit(part, model, partial(llava_loss, model, device=device),
-                data(ask=partial(conversations, at_hand, part)), progress, length, workers)
+            loss = partial(llava_loss, model, device=device)
+            ask = partial(conversations, at_hand, part)
+            fit(model, loss, scenes(ask), progress, length, workers)
         progress.end_stage()
     return progress, model, clip, words
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nanogap.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
 from nanogap.models.eva import EvaTower
 from nanogap.models.saving import save_tensors
-from nanogap.train.batches import Batch
+from nanogap.train.questions import Batch
 from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption, contents
 
 SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]

@@ -22,7 +22,7 @@ from nanogap.checks.command import tell
 from nanogap.checks.output import write_whole
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
-from nanogap.train.batches import Batch, Scenes
+from nanogap.train.questions import Batch, Scenes
 from nanogap.train.recipes import Stage
 
 TIMED = 20             # steps after which --minutes is turned into a number of steps, repeatedly
@@ -133,12 +133,13 @@ def steps_in(seconds: float, seconds_per_step: float) -> int:
     return int(steps)
 
 
-def fit(stage: Stage, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes,
-        progress: Progress, minutes: float | None = None, workers: int = 0) -> None:
-    """One stage, from its first step or from where it was interrupted.
+def fit(model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes, progress: Progress,
+        minutes: float | None = None, workers: int = 0) -> None:
+    """The stage of the data, from its first step or from where it was interrupted.
 
     minutes: take as many steps as fit into them
     """
+    stage = data.stage
     rank, world = joined()
     steppers = optimizers(model, stage)
     for stepper, state in zip(steppers, progress.optimizers, strict=False):   # none at the start

@@ -1,21 +1,51 @@
-"""What LLaVA is asked about drawn scenes, and what it should answer: the data of its training.
+"""What is drawn, asked and answered in training, batch by batch.
 
-In:  scenes, and a stage of the training.
-Out: conversations of one or more turns, in tokens, and what each token weighs in the loss.
-
+In:  a seed, and a stage of the training.
+Out: scenes ready for the model, and what is said of them: for LLaVA conversations in tokens, and
+     what each token weighs in the loss.
 Source: the kinds of answers are those of LLaVA-1.5's own mixture, arXiv 2310.03744.
 """
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
 
 from nanogap.models import VLM
 from nanogap.prompt import DESCRIBE, encode
 from nanogap.train.recipes import Stage
 from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption
+
+Batch = tuple[list[Tensor], list[Scene], Any]
+
+
+@dataclass
+class Scenes(torch.utils.data.Dataset):
+    """Item `step` is the batch of a training step, which no split of scenes.py holds."""
+
+    seed: int
+    stage: Stage
+    image_size: int                                     # long side of the smaller ones, pixels
+    prepare: Callable[[Image.Image], Tensor]            # a model's pixel_values, on the CPU
+    ask: Callable[[list[Scene], random.Random], Any]    # for captions or conversations
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = random.Random(f"train {self.seed} {self.stage.name.lower()} {step}")
+        scenes = []
+        pixels = []
+        for _ in range(self.stage.images):
+            # pictures are as large as the model sees them, or twice as large
+            scene = self.stage.draw(rng, rng.choice((1, 2)) * self.image_size)
+            pixels.append(self.prepare(scene.image))                          # (views, 3, S, S)
+            # from here on only the size of a picture is needed: workers need not send it
+            scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
+        return pixels, scenes, self.ask(scenes, rng)
 
 
 @dataclass(frozen=True)

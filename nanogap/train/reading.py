@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from nanogap.llama import LlamaModel
 from nanogap.models import VLM
 from nanogap.prune import Kept
-from nanogap.train.batches import Batch
-from nanogap.train.questions import Conversation
+from nanogap.train.questions import Batch, Conversation
 
 # of the tokens of all answers the logits (M, V), which tokens they should be (M,), their weights
 Read = tuple[Tensor, Tensor, Tensor]

@@ -1,13 +1,43 @@
-"""How small models are trained: their sizes, and the stages of the training."""
+"""How small models are trained: their sizes, the stages of the training, and what these draw."""
 
 import math
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.train.batches import Draw, draw_often_alike, draw_single
-from nanogap.train.scenes import draw_scene
+from nanogap.train.scenes import COLOURS, KINDS, Scene, deal, draw_scene, named
+
+Draw = Callable[[random.Random, int], Scene]
+
+
+def draw_single(rng: random.Random, size: int) -> Scene:
+    """Draw one thing."""
+    return draw_scene(rng, size, deal(rng)[:1])
+
+
+def draw_alike(rng: random.Random, size: int) -> Scene:
+    """Draw two to four things that are alike, each named by kind and colour.
+
+    Four times in five they are of one kind, else of one colour.
+    """
+    count = rng.randint(2, 4)
+    kinds = rng.sample(list(KINDS), count)
+    colours = rng.sample(list(COLOURS), count)
+    if rng.random() < 0.8:
+        kinds = kinds[:1] * count
+    else:
+        colours = colours[:1] * count
+    drawn = draw_scene(rng, size, list(zip(kinds, colours, strict=True)))
+    names = (f"the {named(thing.kind, thing.colour)}" for thing in drawn.things)
+    return replace(drawn, expressions=tuple((name, i) for i, name in enumerate(names)))
+
+
+def draw_often_alike(rng: random.Random, size: int) -> Scene:
+    """Draw things that are alike two times in three, else two to seven of any kind and colour."""
+    return draw_alike(rng, size) if rng.random() < 2 / 3 else draw_scene(rng, size)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,14 @@ from nanogap.image import Pad, to_pixel_values
 from nanogap.models import MODELS, VLM
 from nanogap.train import __main__ as train
 from nanogap.train import fit, reading, recipes
-from nanogap.train.batches import Batch, Scenes, draw_alike
 from nanogap.train.clip import captions, clip_loss
-from nanogap.train.questions import conversations, decimal_places, short_questions
+from nanogap.train.questions import (
+    Batch,
+    Scenes,
+    conversations,
+    decimal_places,
+    short_questions,
+)
 from nanogap.train.reading import llava_loss
 from nanogap.train.scenes import Scene, named, scene
 from nanogap.train.untrained import new_clip, new_model
@@ -60,8 +65,8 @@ def model() -> VLM:
 
 
 def drawn(model: VLM, later: float = 0.0) -> Batch:
-    ask = partial(conversations, model, replace(BOX, later=later))
-    return Scenes("test", 2, 56, model.pixel_values, ask)[3]
+    stage = replace(BOX, later=later)
+    return Scenes(0, stage, 56, model.pixel_values, partial(conversations, model, stage))[3]
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -182,9 +187,9 @@ def test_each_stage_draws_its_own_scenes():
         names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
         return [expression for expression, _ in drawn.expressions] == names
 
-    drawn = {stage.name: [one for i in range(12)
-                          for one in Scenes("test", 4, 56, nothing, nothing, stage.draw)[i][1]]
-             for stage in TINY.stages}
+    drawn = {stage.name: [one for i in range(2)
+                          for one in Scenes(0, stage, 56, nothing, nothing)[i][1]]
+             for stage in recipes.CPU.stages}
     assert {len(one.things) for one in drawn["read"]} == {1}
     assert 26 <= sum(map(alike, drawn["find"])) <= 40                         # of 48
     for name in ("CLIP", "box"):
@@ -195,7 +200,7 @@ def test_each_stage_draws_its_own_scenes():
 def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone():
     counts = Counter()
     for seed in range(200):
-        drawn = draw_alike(random.Random(seed), 56)
+        drawn = recipes.draw_alike(random.Random(seed), 56)
         kinds = {thing.kind for thing in drawn.things}
         colours = {thing.colour for thing in drawn.things}
         assert sorted((len(kinds), len(colours))) == [1, len(drawn.things)]
@@ -207,16 +212,13 @@ def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone()
     assert 145 <= sum(counts[True, n] for n in (2, 3, 4)) <= 175              # four in five
 
 
-def test_batches_follow_from_the_seed_and_belong_to_no_split():
-    def batch(seed: str, images: int = 2, index: int = 7) -> Batch:
-        return Scenes(seed, images, 56, pixels_of, nothing)[index]
+def test_batches_follow_from_the_seed():
+    def batch(seed: int) -> Batch:
+        return Scenes(seed, BOX, 56, pixels_of, nothing)[7]
 
-    first, again, other = (torch.cat(batch(seed)[0]) for seed in ("0 llava", "0 llava", "1 llava"))
+    first, again, other = (torch.cat(batch(seed)[0]) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    scenes = batch("0 llava", 8, 0)[1]
-    assert len(pickle.dumps(scenes)) < 10_000          # workers send no pictures through their pipe
-    drawn = [s.things for s in scenes]
-    assert scene("train", 0).things not in drawn and scene("val", 0).things not in drawn
+    assert len(pickle.dumps(batch(0)[1])) < 10_000     # workers send no pictures through their pipe
 
 
 # ----- a whole training ---------------------------------------------------------------------------
@@ -294,8 +296,8 @@ def test_minutes_become_steps_by_what_the_last_ones_took(
     monkeypatch.setattr(fit, "time", SimpleNamespace(time=lambda: told.pop(0)))
     clip, words = new_clip(TINY, 0)
     progress = fit.Progress(tmp_path / "training.pt", {}, torch.nn.ModuleDict(), [9])
-    fit.fit(TINY.stages[0], clip, lambda batch: clip_loss(clip, words, batch, CPU),
-            Scenes("test", 2, 56, pixels_of, captions), progress, minutes=1.0)
+    fit.fit(clip, lambda batch: clip_loss(clip, words, batch, CPU),
+            Scenes(0, TINY.stages[0], 56, pixels_of, captions), progress, minutes=1.0)
     assert progress.step == progress.steps[0] == 51       # by the first two steps alone about ten
     lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"CLIP   step 51/51  loss \d\.\d{3}  0 s to go \.\.\.", lines[-1])
