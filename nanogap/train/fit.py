@@ -104,8 +104,12 @@ def take_step(model: nn.Module, steppers: Sequence[torch.optim.Optimizer], loss:
     """Change the weights by the gradients of a loss, at a share of the rates; returns the loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     loss.backward()
-    if joined()[1] > 1:
-        average_gradients(parameters)
+    if dist.is_initialized():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        mean = nn.utils.parameters_to_vector(grads)           # of all processes, in one message
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+        nn.utils.vector_to_parameters(mean, grads)
     nn.utils.clip_grad_norm_(parameters, 1.0)
     for stepper in steppers:
         for group in stepper.param_groups:
@@ -113,16 +117,6 @@ def take_step(model: nn.Module, steppers: Sequence[torch.optim.Optimizer], loss:
         stepper.step()
         stepper.zero_grad()
     return loss.item()
-
-
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """The mean of the gradients over all processes, in one message."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
 
 
 def steps_in(seconds: float, seconds_per_step: float) -> int:

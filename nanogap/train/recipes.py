@@ -14,7 +14,6 @@ Draw = Callable[[random.Random, int], Scene]
 
 
 def draw_single(rng: random.Random, size: int) -> Scene:
-    """Draw one thing."""
     return draw_scene(rng, size, deal(rng)[:1])
 
 

@@ -198,18 +198,14 @@ def test_each_stage_draws_its_own_scenes():
 
 
 def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone():
-    counts = Counter()
+    one_kind = 0
     for seed in range(200):
         drawn = recipes.draw_alike(random.Random(seed), 56)
         kinds = {thing.kind for thing in drawn.things}
         colours = {thing.colour for thing in drawn.things}
         assert sorted((len(kinds), len(colours))) == [1, len(drawn.things)]
-        assert [i for _, i in drawn.expressions] == list(range(len(drawn.things)))
-        assert all({drawn.things[i].kind, drawn.things[i].colour} < {*words.split()}
-                   for words, i in drawn.expressions)
-        counts[len(kinds) == 1, len(drawn.things)] += 1
-    assert set(counts) == {(one_kind, n) for one_kind in (True, False) for n in (2, 3, 4)}
-    assert 145 <= sum(counts[True, n] for n in (2, 3, 4)) <= 175              # four in five
+        one_kind += len(kinds) == 1
+    assert 145 <= one_kind <= 175                                             # four in five
 
 
 def test_batches_follow_from_the_seed():
