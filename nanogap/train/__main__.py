@@ -53,7 +53,7 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
         run()
         return
     with claim("--out", out):
-        there = [*out.glob("*.json"), *out.glob("*.safetensors")]
+        there = sorted([*out.glob("*.json"), *out.glob("*.safetensors")])
         if there and not (out / "training.pt").exists():      # beside it they are of this training
             raise NanogapError(f"--out {out} holds weights already ({there[0].name}), which are "
                                "not overwritten; give a new folder")
