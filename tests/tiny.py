@@ -1,11 +1,7 @@
 """Tiny checkpoints for the tests: random, but real files in every published layout of LLaVA.
 
-In:  a configuration, a layout, a number of shards and a seed.
-Out: a folder that `nanogap.load` reads, and transformers as well.
-
-The numbers are uniform draws, one generator for each tensor, seeded by its name: the same on every
-machine, and whatever the order in which modules are declared.  They are large enough that logits
-differ clearly from token to token and from position to position.
+Each tensor has a generator of its own, seeded by its name, so the numbers are the same on every
+machine, and large enough that logits differ clearly from token to token and place to place.
 """
 
 import json
@@ -30,7 +26,6 @@ from nanogap.models.saving import our_name, save
 from nanogap.train.tokenizer import train_llama_tokenizer
 from nanogap.weights import load
 
-LAYOUTS = ("a", "b", "c", "d")
 IMAGE_TOKEN = 560          # <image> in the tiny tokenizer; 561 is <pad>
 
 NEWER = ((r"^language_model\.lm_head\.", "lm_head."),
@@ -43,6 +38,7 @@ PUBLISHED = {   # from our names, which are layout (b), to those of the others
     "c": (*NEWER, (r"^vision_tower\.", "model.vision_tower.vision_model.")),
     "d": (*NEWER, (r"^vision_tower\.", "model.vision_tower.")),
 }
+LAYOUTS = tuple(PUBLISHED)
 
 
 def tiny_config(**text: object) -> LlavaConfig:

@@ -6,16 +6,13 @@
 
 Together with --start, torchrun wants `-m -- nanogap.train`, since it has options of that beginning.
 
-In:  nothing but a seed, or weights to start from.
-Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`;
-     all of it comes at the end, and weights that are there already are left alone.
-
-The recipes are in recipes.py, the losses in objectives.py, the scenes in scenes.py.
+Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`.
+The recipes are in recipes.py, the losses in clip.py and reading.py, the scenes in scenes.py.
 """
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,35 +29,12 @@ from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import save
-from nanogap.train.batches import Ask, Scenes, captions
-from nanogap.train.clip import CLIP, save_clip
+from nanogap.train.clip import CLIP, captions, clip_loss, save_clip
 from nanogap.train.fit import Progress, fit
-from nanogap.train.objectives import clip_loss, llava_loss
-from nanogap.train.questions import conversations
-from nanogap.train.recipes import CPU, RECIPES, Recipe, TrainingStage, recipe_for
+from nanogap.train.questions import Scenes, conversations
+from nanogap.train.reading import llava_loss
+from nanogap.train.recipes import CPU, RECIPES, Recipe, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
-
-
-def progress_of(out: Path, recipe: Recipe, seed: int, steps: list[int] | None,
-                minutes: float | None) -> Progress:
-    """How far the training in a folder has come; the arguments are those of `train`."""
-    stages = recipe.stages
-    settings = {"seed": seed, "model": recipe.family, "size": recipe.vision.image_size,
-                "stages": [stage.name for stage in stages]}
-    planned = sum(stage.minutes for stage in stages)
-    shares = [minutes * stage.minutes / planned for stage in stages] if minutes else None
-    progress = Progress(out / "training.pt", settings, [stage.steps for stage in stages], shares)
-    progress.load()
-    progress.steps = steps or progress.steps                                  # not those saved
-    return progress
-
-
-def check_new(out: Path) -> None:
-    """Refuse a folder with weights in it; beside training.pt there may be some of its own."""
-    there = [path.name for end in ("json", "safetensors") for path in out.glob(f"*.{end}")]
-    if "config.json" in there or there and not (out / "training.pt").exists():
-        raise NanogapError(f"--out {out} holds weights already ({min(there)}), and they are not "
-                           "overwritten; give a new folder, or move them away")
 
 
 def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
@@ -74,63 +48,62 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
     raises:  NanogapError where the folder holds weights, or another training writes to it
     """
     check_folder("--out", out)
-    progress = partial(progress_of, out, recipe, seed, steps, minutes)
-    if joined()[0] > 0:
-        train_stages(recipe, device, seed, progress(), workers, start)
+    run = partial(train_stages, out, recipe, device, seed, steps, minutes, workers, start)
+    if joined()[0] > 0:                                      # the first process writes for all
+        run()
         return
     with claim("--out", out):
-        check_new(out)
+        there = sorted([*out.glob("*.json"), *out.glob("*.safetensors")])
+        if there and not (out / "training.pt").exists():      # beside it they are of this training
+            raise NanogapError(f"--out {out} holds weights already ({there[0].name}), which are "
+                               "not overwritten; give a new folder")
         tell("drawing scenes, to learn their words ...")
-        done = progress()
-        model, clip, words = train_stages(recipe, device, seed, done, workers, start)
+        progress, model, clip, words = run()
         with whole_checkpoint("--out", out) as folder:
             if clip and words and model.Tower is CLIPVisionTower:
                 save_clip(folder / "clip_text", clip, words)
             elif start and (start / "clip_text").exists():
                 shutil.copytree(start / "clip_text", folder / "clip_text")
             save(folder, model)
-        done.path.unlink(missing_ok=True)
-        tell_if_short(recipe, done.steps)
-        print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, done.steps))}")
+        progress.path.unlink(missing_ok=True)
+        print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, progress.steps))}")
 
 
-def tell_if_short(recipe: Recipe, steps: list[int]) -> None:
-    """Say what a model cannot do that was trained for few steps."""
-    planned = [stage.steps for stage in recipe.stages]
-    if sum(steps) < sum(planned) / 2:
-        minutes = sum(stage.minutes for stage in recipe.stages)
-        tell(f"so few steps teach a model to speak, but hardly where anything is: expect nonsense "
-             f"for boxes; the recipe has --steps {' '.join(map(str, planned))}, about "
-             f"{minutes:.0f} minutes (leave out --minutes and --steps)")
-
-
-def train_stages(recipe: Recipe, device: torch.device, seed: int, progress: Progress, workers: int,
-                 start: Path | None) -> tuple[VLM, CLIP | None, Tokenizer | None]:
+def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
+                 steps: list[int] | None, minutes: float | None, workers: int, start: Path | None
+                 ) -> tuple[Progress, VLM, CLIP | None, Tokenizer | None]:
     """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
-    def run(stage: TrainingStage, model: nn.Module, loss: Callable, ask: Ask) -> None:
-        data = Scenes(f"{seed} {stage.name.lower()}", stage.images, recipe.pictures,
-                      at_hand.pixel_values, ask, stage.draw)
-        fit(stage, model, partial(loss, device=device), data, progress, workers)
-
-    stages = [stage.share(joined()[1]) for stage in recipe.stages]
-    clip, words = None, None
+    clip, words, parts = None, None, nn.ModuleDict()
     # one model is trained; the one at hand prepares pictures and asks, on the CPU
     if start is None:
         clip, words = new_clip(recipe, seed)
-        at_hand = new_model(recipe, seed, clip)
-        if progress.stage == 0:
-            run(stages[0], clip.to(device), partial(clip_loss, clip, words), captions)
-            progress.clip, progress.state = clip.state_dict(), {}
-            if joined()[0] == 0:
-                progress.save()
-        clip.load_state_dict(progress.clip)
         at_hand, model = (new_model(recipe, seed, clip) for _ in range(2))
+        parts["clip"] = clip
     else:
+        torch.manual_seed(seed)      # LLaVA-1.6 has a newline that LLaVA-1.5 has not
         at_hand, model = (started(start, recipe.family) for _ in range(2))
-    model.to(device)
-    for stage in stages[progress.stage:]:
-        run(stage, model, partial(llava_loss, model), partial(conversations, at_hand, stage.asked))
-    return model, clip, words
+    parts["model"] = model
+    settings = {"seed": seed, "model": recipe.family, "size": recipe.vision.image_size,
+                "stages": [stage.name for stage in recipe.stages]}
+    progress = Progress(out / "training.pt", settings, parts.to(device),
+                        [stage.steps for stage in recipe.stages])
+    progress.load()
+    progress.steps = steps or progress.steps                                  # not those saved
+    planned = sum(stage.minutes for stage in recipe.stages)
+    for stage in recipe.stages[progress.stage:]:
+        part = stage.share(joined()[1])
+        length = minutes and minutes * stage.minutes / planned
+        scenes = partial(Scenes, seed, part, recipe.pictures, at_hand.pixel_values)
+        if clip and words and stage.name == "CLIP":
+            loss = partial(clip_loss, clip, words, device=device)
+            fit(clip, loss, scenes(captions), progress, length, workers)
+            model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+        else:
+            loss = partial(llava_loss, model, device=device)
+            ask = partial(conversations, at_hand, part)
+            fit(model, loss, scenes(ask), progress, length, workers)
+        progress.end_stage()
+    return progress, model, clip, words
 
 
 def command(argv: Sequence[str] | None) -> None:
@@ -168,14 +141,15 @@ def command(argv: Sequence[str] | None) -> None:
     kind = args.recipe or ("gpu" if device.type == "cuda" else "cpu")
     recipe = recipe_for(args.model, RECIPES[kind])
     chosen = args.stages or names[args.start is not None:]
-    if ("CLIP" in chosen) == (args.start is not None) or len(set(chosen)) < len(chosen):
+    if ("CLIP" in chosen) == (args.start is not None):
         raise NanogapError(f"--stages {' '.join(chosen)}: from nothing CLIP is the first, and with "
                            "--start it is there already")
-    recipe = replace(recipe, stages=tuple(s for s in recipe.stages if s.name in chosen))
-    if args.steps and len(args.steps) != len(recipe.stages):
+    stages = tuple(stage for stage in recipe.stages if stage.name in chosen)
+    if args.steps and len(args.steps) != len(stages):
         raise NanogapError(f"--steps {' '.join(map(str, args.steps))}: give a number for each of "
-                           f"{', '.join(s.name for s in recipe.stages)}")
-    train(args.out, recipe, device, args.seed, args.steps, args.minutes, args.workers, args.start)
+                           f"{', '.join(stage.name for stage in stages)}")
+    train(args.out, replace(recipe, stages=stages), device, args.seed, args.steps, args.minutes,
+          args.workers, args.start)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""CLIP as a whole, as it is trained: both towers, and their projections into one space."""
+"""CLIP as a whole, as it is trained: both towers, their projections into one space, and the loss.
+
+Source: arXiv 2103.00020.
+Letters: B images, C captions or channels, E channels of CLIP's space.
+"""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import asdict
 from math import log
@@ -15,6 +20,10 @@ from torch import Tensor, nn
 from nanogap.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
 from nanogap.models.eva import EvaTower
 from nanogap.models.saving import save_tensors
+from nanogap.train.questions import Batch
+from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption, contents
+
+SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]
 
 
 def pooled(tower: CLIPVisionTower | EvaTower, pixel_values: Tensor) -> Tensor:
@@ -32,8 +41,6 @@ def pooled(tower: CLIPVisionTower | EvaTower, pixel_values: Tensor) -> Tensor:
 
 
 class CLIP(nn.Module):
-    """Both towers and their projections into one space, as CLIP trains them."""
-
     def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int,
                  tower: Callable[[Any], Any] = CLIPVisionTower) -> None:
         """tower: makes the vision tower of these sizes; EVA's is the other one."""
@@ -46,13 +53,41 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> unit vectors (B, projection_dim)."""
+        """Images (B, 3, S, S) -> unit vectors (B, E)."""
         seen = pooled(self.vision_model, pixel_values)                        # (B, C)
         return F.normalize(self.visual_projection(seen), dim=-1)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
-        """Texts (M, T) -> unit vectors (M, projection_dim)."""
+        """Texts (M, T) -> unit vectors (M, E)."""
         return F.normalize(self.text_projection(self.text_model(input_ids)), dim=-1)
+
+
+def captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
+    """A caption for each scene, which names everything in it, and for each thing that can be."""
+    return ([caption(scene.things, rng) for scene in scenes],
+            [caption([thing], rng) for thing in SINGLES])
+
+
+def clip_loss(clip: CLIP, tokenizer: Tokenizer, batch: Batch, device: torch.device) -> Tensor:
+    """The symmetric contrastive loss between B images and C captions that may be true of them.
+
+    Several are true of an image, so the targets are equal shares.
+    """
+    pixels, scenes, (wholes, singles) = batch
+    held = [contents(scene.things) for scene in scenes]
+    claims = held + [contents([thing]) for thing in SINGLES]
+    truth = torch.tensor([[float(claim <= have) for claim in claims] for have in held])
+    truth = truth.to(device)                                                  # (B, C)
+    # each list is padded to its own longest
+    ids = [[encoded.ids for encoded in tokenizer.encode_batch(said)] for said in (wholes, singles)]
+    texts = torch.cat([clip.text_features(torch.tensor(rows, device=device)) for rows in ids])
+    first_views = torch.cat([views[:1] for views in pixels])                  # (B, 3, S, S)
+    images = clip.image_features(first_views.to(device))                      # (B, E)
+    logits = clip.logit_scale.exp() * images @ texts.T                        # (B, C)
+    by_image = F.cross_entropy(logits, truth / truth.sum(1, keepdim=True))
+    true = truth.sum(0) > 0                                                   # (C,) of any image
+    by_text = F.cross_entropy(logits.T[true], (truth / truth.sum(0)).T[true])
+    return (by_image + by_text) / 2
 
 
 def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer,

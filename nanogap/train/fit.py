@@ -9,7 +9,6 @@ Under torchrun every process takes its own batches, and the gradients are averag
 import io
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +22,12 @@ from nanogap.checks.command import tell
 from nanogap.checks.output import write_whole
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
-from nanogap.train.batches import Batch, Scenes
-from nanogap.train.recipes import TrainingStage
+from nanogap.train.questions import Batch, Scenes
+from nanogap.train.recipes import Stage
 
 TIMED = 20             # steps after which --minutes is turned into a number of steps, repeatedly
 REPORT_EVERY = 10.0    # seconds
 SAVE_EVERY = 120.0     # seconds
-
-
-# ----- where training stands ----------------------------------------------------------------------
 
 
 @dataclass
@@ -39,98 +35,47 @@ class Progress:
     """Where training stands, saved on the way."""
 
     path: Path
-    settings: dict
-    steps: list[int]                              # of each stage
-    minutes: list[float] | None                   # of each stage, where they decide its steps
+    settings: dict                # of a training that may go on with this one
+    parts: nn.ModuleDict          # all that is trained
+    steps: list[int]              # of each stage
     stage: int = 0
     step: int = 0
-    clip: dict = field(default_factory=dict)      # weights of CLIP, once trained
-    state: dict = field(default_factory=dict)     # weights and optimizers of the current stage
+    optimizers: list[dict] = field(default_factory=list)
 
-    KEPT = ("settings", "steps", "stage", "step", "clip", "state")
+    KEPT = ("settings", "steps", "stage", "step", "optimizers")
 
-    def save(self) -> None:
-        """Write the whole file or nothing."""
-        data = io.BytesIO()
-        torch.save({key: getattr(self, key) for key in self.KEPT}, data)
-        write_whole("--out", self.path, data.getvalue())
+    def save(self, optimizers: list[dict]) -> None:
+        """Write the whole file or nothing; the first process does it for all."""
+        self.optimizers = optimizers
+        if joined()[0] == 0:
+            data = io.BytesIO()
+            kept = {key: getattr(self, key) for key in self.KEPT}
+            torch.save(kept | {"parts": self.parts.state_dict()}, data)
+            write_whole("--out", self.path, data.getvalue())
 
     def load(self) -> None:
-        """Go on where an earlier run stopped, if there was one.
-
-        raises: NanogapError where the file is broken, or of a training with other settings
-        """
+        """Go on where an earlier run stopped, if there was one."""
         if not self.path.exists():
             return
         try:
-            with warnings.catch_warnings(action="ignore"):   # of a file of another kind
-                saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings = saved["settings"]
-        except Exception as error:   # whatever an unpickler comes upon
-            raise NanogapError(f"{self.path} cannot be read ({type(error).__name__}); "
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            if saved["settings"] != self.settings:
+                raise ValueError
+            self.parts.load_state_dict(saved["parts"])
+            for key in self.KEPT:
+                setattr(self, key, saved[key])
+        except Exception:   # whatever an unpickler comes upon
+            raise NanogapError(f"{self.path} is broken, or of a training with other settings; "
                                "delete it to start anew") from None
-        if settings != self.settings or saved.keys() != set(self.KEPT):
-            raise NanogapError(f"{self.path} is of a training with other settings "
-                               f"({settings!s:.200}), or of an older version; delete it to start "
-                               "anew")
-        for key in self.KEPT:
-            setattr(self, key, saved[key])
 
-    def restore(self, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
-        """Give a model and its optimizers what was saved in this stage, if there is anything."""
-        if self.state:
-            model.load_state_dict(self.state["model"])
-            # no optimizers at the beginning of a stage
-            for stepper, state in zip(steppers, self.state["optimizers"], strict=False):
-                stepper.load_state_dict(state)
-
-    def keep(self, step: int, model: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> None:
-        """Save the state within a stage."""
-        self.step = step
-        self.state = {"model": model.state_dict(),
-                      "optimizers": [stepper.state_dict() for stepper in steppers]}
-        self.save()
-
-    def end_stage(self, model: nn.Module) -> None:
-        """The next stage begins with this model and with new optimizers."""
+    def end_stage(self) -> None:
+        """The next stage begins with new optimizers."""
         self.stage += 1
         self.step = 0
-        self.state = {"model": model.state_dict(), "optimizers": []}
-
-    def choose_steps(self, done: int, seconds: float, seconds_per_step: float) -> int:
-        """Turn what is left of a stage's minutes into steps, the same number in all processes."""
-        assert self.minutes is not None
-        left = (60 * self.minutes[self.stage] - seconds) / seconds_per_step
-        chosen = torch.tensor(done + max(int(left), 1))
-        if dist.is_initialized():
-            dist.broadcast(chosen, 0)
-        self.steps[self.stage] = int(chosen)
-        return int(chosen)
+        self.save([])
 
 
-class Report:
-    """A line of progress now and then, with a running mean of the loss."""
-
-    def __init__(self, name: str, start: int, begun: float) -> None:
-        self.name, self.start, self.begun = name, start, begun
-        self.told = begun
-        self.average: float | None = None
-
-    def add(self, loss: float, done: int, steps: int, now: float) -> None:
-        """Note the loss of a step; `done` steps of `steps` are done with it."""
-        self.average = loss if self.average is None else 0.98 * self.average + 0.02 * loss
-        if now - self.told < REPORT_EVERY and done < steps:
-            return
-        self.told = now
-        left = (now - self.begun) / (done - self.start) * (steps - done)
-        time_left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
-        tell(f"{self.name:5}  step {done}/{steps}  loss {self.average:.3f}  {time_left} to go ...")
-
-
-# ----- a step -------------------------------------------------------------------------------------
-
-
-def optimizers(model: nn.Module, stage: TrainingStage) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     """AdamW; where the stage has a rate for it, Muon for the matrices of projector and decoder.
 
     Embeddings and the head stay with AdamW.  Muon takes a step of one size in every direction of a
@@ -157,60 +102,63 @@ def rate_share(step: int, steps: int, left: float) -> float:
 def take_step(model: nn.Module, steppers: Sequence[torch.optim.Optimizer], loss: Tensor,
               share: float) -> float:
     """Change the weights by the gradients of a loss, at a share of the rates; returns the loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss.backward()
+    if dist.is_initialized():
+        grads = [p.grad for p in parameters if p.grad is not None]
+        mean = nn.utils.parameters_to_vector(grads)           # of all processes, in one message
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+        nn.utils.vector_to_parameters(mean, grads)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
     for stepper in steppers:
         for group in stepper.param_groups:
             group["lr"] = stepper.defaults["lr"] * share
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    loss.backward()
-    if joined()[1] > 1:
-        average_gradients(parameters)
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    for stepper in steppers:
         stepper.step()
         stepper.zero_grad()
     return loss.item()
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """The mean of the gradients over all processes, in one message."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+def steps_in(seconds: float, seconds_per_step: float) -> int:
+    """How many steps fit into what is left of a stage's time, the same in all processes."""
+    steps = torch.tensor(max(int(seconds / seconds_per_step), 1))
+    if dist.is_initialized():
+        dist.broadcast(steps, 0)
+    return int(steps)
 
 
-# ----- a stage ------------------------------------------------------------------------------------
+def fit(model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes, progress: Progress,
+        minutes: float | None = None, workers: int = 0) -> None:
+    """The stage of the data, from its first step or from where it was interrupted.
 
-
-def fit(stage: TrainingStage, model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes,
-        progress: Progress, workers: int) -> None:
-    """One stage, from its first step or from where it was interrupted."""
+    minutes: take as many steps as fit into them
+    """
+    stage = data.stage
     rank, world = joined()
     steppers = optimizers(model, stage)
-    progress.restore(model, steppers)
-    by_minutes = progress.minutes is not None and progress.step == 0
-    begun = saved = timed = time.time()
-    report = Report(stage.name, progress.step, begun)
-    own = range(progress.step * world + rank, sys.maxsize, world)             # of this process
-    batches = DataLoader(data, batch_size=None, num_workers=workers, sampler=own)
-    for step, batch in enumerate(batches, progress.step):
+    for stepper, state in zip(steppers, progress.optimizers, strict=False):   # none at the start
+        stepper.load_state_dict(state)
+    first, average = progress.step, None
+    begun = told = saved = timed = time.time()
+    own = range(first * world + rank, sys.maxsize, world)                     # of this process
+    batches = iter(DataLoader(data, batch_size=None, num_workers=workers, sampler=own))
+    while progress.step < progress.steps[progress.stage]:
         steps = progress.steps[progress.stage]
-        if by_minutes and step % TIMED == 0 and 0 < step <= max(TIMED, steps / 2):
-            now = time.time()
+        share = rate_share(progress.step, steps, stage.rate_left)
+        loss = take_step(model, steppers, loss_of(next(batches)), share)
+        average = loss if average is None else 0.98 * average + 0.02 * loss
+        progress.step += 1
+        now, done = time.time(), progress.step
+        if minutes and first == 0 and done % TIMED == 0 and done <= max(TIMED, steps / 2):
             # by the last steps alone: the first are slow on a GPU
-            steps = progress.choose_steps(step, now - begun, (now - timed) / TIMED)
+            steps = done + steps_in(60 * minutes - (now - begun), (now - timed) / TIMED)
+            progress.steps[progress.stage] = steps
             timed = now
-        if step >= steps:
-            break
-        share = rate_share(step, steps, stage.rate_left)
-        loss = take_step(model, steppers, loss_of(batch), share)
-        now = time.time()
-        if rank > 0:                              # the first process reports and saves for all
-            continue
-        report.add(loss, step + 1, steps, now)
+        if rank == 0 and (now - told >= REPORT_EVERY or done == steps):
+            told = now
+            left = (now - begun) / (done - first) * (steps - done)
+            time_left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
+            tell(f"{stage.name:5}  step {done}/{steps}  loss {average:.3f}  {time_left} to go ...")
         if now - saved > SAVE_EVERY:
             saved = now
-            progress.keep(step + 1, model, steppers)
-    progress.end_stage(model)
+            progress.save([stepper.state_dict() for stepper in steppers])

@@ -57,7 +57,6 @@ def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> di
 
 
 def centre(box: Box) -> tuple[float, float]:
-    """The middle of a box (x, y)."""
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 

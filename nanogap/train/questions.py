@@ -1,35 +1,51 @@
-"""What LLaVA is asked about drawn scenes, and what it should answer: the data of its training.
+"""What is drawn, asked and answered in training, batch by batch.
 
-In:  scenes, and a mixture of kinds of questions.
-Out: conversations of one or more turns, in tokens, and what each token weighs in the loss.
-
+In:  a seed, and a stage of the training.
+Out: scenes ready for the model, and what is said of them: for LLaVA conversations in tokens, and
+     what each token weighs in the loss.
 Source: the kinds of answers are those of LLaVA-1.5's own mixture, arXiv 2310.03744.
-Letters: T tokens.
 """
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
 
 from nanogap.models import VLM
 from nanogap.prompt import DESCRIBE, encode
+from nanogap.train.recipes import Stage
 from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption
 
+Batch = tuple[list[Tensor], list[Scene], Any]
 
-@dataclass(frozen=True)
-class Mixture:
-    """How many questions a step asks at most, and what the answers' tokens weigh in the loss."""
 
-    boxes: int                     # where something is
-    finds: int = 0                 # the same, but the answer stops at "[0.1": which thing it is
-    words: int = 0                 # answered with a word
-    descriptions: int = 8          # of an image
-    later: float = 0.0             # share of the questions that come after one or two others
-    hundredths: float = 1.0        # of boxes, and what is smaller
-    find: float = 1.0              # the last token of a find; those before it weigh nothing
-    word: float = 1.0              # tokens of short answers; all others weigh 1
+@dataclass
+class Scenes(torch.utils.data.Dataset):
+    """Item `step` is the batch of a training step, which no split of scenes.py holds."""
+
+    seed: int
+    stage: Stage
+    image_size: int                                     # long side of the smaller ones, pixels
+    prepare: Callable[[Image.Image], Tensor]            # a model's pixel_values, on the CPU
+    ask: Callable[[list[Scene], random.Random], Any]    # for captions or conversations
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = random.Random(f"train {self.seed} {self.stage.name.lower()} {step}")
+        scenes = []
+        pixels = []
+        for _ in range(self.stage.images):
+            # pictures are as large as the model sees them, or twice as large
+            scene = self.stage.draw(rng, rng.choice((1, 2)) * self.image_size)
+            pixels.append(self.prepare(scene.image))                          # (views, 3, S, S)
+            # from here on only the size of a picture is needed: workers need not send it
+            scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
+        return pixels, scenes, self.ask(scenes, rng)
 
 
 @dataclass(frozen=True)
@@ -53,15 +69,14 @@ class Conversation:
     weights: list[float]           # (T,) 0 for what is no answer
 
 
-def conversations(model: VLM, mixture: Mixture, scenes: list[Scene],
+def conversations(model: VLM, stage: Stage, scenes: list[Scene],
                   rng: random.Random) -> list[Conversation]:
     """Every question once, alone or after others about the same image."""
-    asked = list(chain(box_turns(model, scenes, mixture, rng),
-                       word_turns(model, scenes, mixture, rng)))
+    asked = list(turns_about(model, stage, scenes, rng))
     said = []
     for turn in asked:
         earlier: list[Turn] = []
-        if rng.random() < mixture.later:
+        if rng.random() < stage.later:
             others = [other for other in asked
                       if other.image == turn.image and other.kind != "find" and other is not turn]
             earlier = rng.sample(others, min(rng.randint(1, 2), len(others)))
@@ -82,22 +97,30 @@ def converse(model: VLM, turns: Sequence[Turn]) -> Conversation:
     return Conversation(kind, turns[0].image, tokens, weights)
 
 
-def box_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
-              rng: random.Random) -> Iterator[Turn]:
-    """Questions for boxes, and for the first tokens of boxes."""
+def turns_about(model: VLM, stage: Stage, scenes: list[Scene],
+                rng: random.Random) -> Iterator[Turn]:
+    """Questions for boxes, for their first tokens, for a word, and for descriptions."""
+    end = [model.config.eos_token]
     places = [(i, expression, thing) for i, scene in enumerate(scenes)
               for expression, thing in scene.expressions]
-    for kind, count in (("box", mixture.boxes), ("find", mixture.finds)):
+    for kind, count in (("box", stage.boxes), ("find", stage.finds)):
         for i, expression, thing in rng.sample(places, min(count, len(places))):
             box = model.frame.from_pixels(scenes[i].things[thing].box, *scenes[i].image.size)
-            answer = encode(model.tokenizer, model.box_format.say(box))
-            answer.append(model.config.eos_token)
-            places_of = decimal_places([model.tokenizer.decode([token]) for token in answer])
-            weights = [mixture.hundredths if place > 1 else 1.0 for place in places_of]
+            answer = encode(model.tokenizer, model.box_format.say(box)) + end
+            digits = decimal_places([model.tokenizer.decode([token]) for token in answer])
+            weights = [stage.hundredths if place > 1 else 1.0 for place in digits]
             if kind == "find":
-                tenth = places_of.index(1)
-                answer, weights = answer[:tenth + 1], [0.0] * tenth + [mixture.find]
+                tenth = digits.index(1)
+                answer, weights = answer[:tenth + 1], [0.0] * tenth + [stage.find]
             yield Turn(kind, i, model.question(expression), answer, weights)
+    short = [(i, *asked) for i, scene in enumerate(scenes) for asked in short_questions(scene, rng)]
+    said = [("word", stage.word, *asked)
+            for asked in rng.sample(short, min(stage.words, len(short)))]
+    said += [("description", 1.0, i, DESCRIBE, caption(scene.things, rng))
+             for i, scene in enumerate(scenes[:stage.descriptions])]
+    for kind, weight, i, question, text in said:
+        answer = encode(model.tokenizer, text) + end
+        yield Turn(kind, i, question, answer, [weight] * len(answer))
 
 
 def decimal_places(tokens: Sequence[str]) -> list[int]:
@@ -112,20 +135,6 @@ def decimal_places(tokens: Sequence[str]) -> list[int]:
         for place, at in enumerate(range(*number.span(1)), 1):
             places[at] = place
     return [places[at] for at in accumulate(map(len, tokens[:-1]), initial=0)]
-
-
-def word_turns(model: VLM, scenes: list[Scene], mixture: Mixture,
-               rng: random.Random) -> Iterator[Turn]:
-    """Questions that a word answers, and for descriptions."""
-    short = [(i, question, word) for i, scene in enumerate(scenes)
-             for question, word in short_questions(scene, rng)]
-    said = [("word", i, question, word, mixture.word)
-            for i, question, word in rng.sample(short, min(mixture.words, len(short)))]
-    said += [("description", i, DESCRIBE, caption(scene.things, rng), 1.0)
-             for i, scene in enumerate(scenes[:mixture.descriptions])]
-    for kind, i, question, text, weight in said:
-        answer = encode(model.tokenizer, text) + [model.config.eos_token]
-        yield Turn(kind, i, question, answer, [weight] * len(answer))
 
 
 def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:

@@ -1,17 +1,46 @@
-"""How small models are trained: their sizes, and the stages of the training."""
+"""How small models are trained: their sizes, the stages of the training, and what these draw."""
 
 import math
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig
-from nanogap.train.batches import Draw, draw_often_alike, draw_single
-from nanogap.train.questions import Mixture
-from nanogap.train.scenes import draw_scene
+from nanogap.train.scenes import COLOURS, KINDS, Scene, deal, draw_scene, named
+
+Draw = Callable[[random.Random, int], Scene]
+
+
+def draw_single(rng: random.Random, size: int) -> Scene:
+    return draw_scene(rng, size, deal(rng)[:1])
+
+
+def draw_alike(rng: random.Random, size: int) -> Scene:
+    """Draw two to four things that are alike, each named by kind and colour.
+
+    Four times in five they are of one kind, else of one colour.
+    """
+    count = rng.randint(2, 4)
+    kinds = rng.sample(list(KINDS), count)
+    colours = rng.sample(list(COLOURS), count)
+    if rng.random() < 0.8:
+        kinds = kinds[:1] * count
+    else:
+        colours = colours[:1] * count
+    drawn = draw_scene(rng, size, list(zip(kinds, colours, strict=True)))
+    names = (f"the {named(thing.kind, thing.colour)}" for thing in drawn.things)
+    return replace(drawn, expressions=tuple((name, i) for i, name in enumerate(names)))
+
+
+def draw_often_alike(rng: random.Random, size: int) -> Scene:
+    """Draw things that are alike two times in three, else two to seven of any kind and colour."""
+    return draw_alike(rng, size) if rng.random() < 2 / 3 else draw_scene(rng, size)
 
 
 @dataclass(frozen=True)
-class TrainingStage:
+class Stage:
     """A part of the training with its own warm-up and decay."""
 
     name: str
@@ -19,20 +48,26 @@ class TrainingStage:
     steps: int
     images: int               # of a step
     rate: float               # AdamW's
-    asked: Mixture = Mixture(boxes=0)   # CLIP's asks nothing
     muon_rate: float = 0.0    # 0: AdamW alone
     rate_left: float = 0.0    # the share of the rates that is left at the end
     draw: Draw = draw_scene
+    # how many questions a step asks at most (CLIP's none)
+    boxes: int = 0            # where something is
+    finds: int = 0            # the same, but the answer stops at "[0.1": which thing it is
+    words: int = 0            # answered with a word
+    descriptions: int = 8     # of an image
+    later: float = 0.0        # share of the questions that come after one or two others
+    # what the answers' tokens weigh in the loss
+    hundredths: float = 1.0   # of boxes, and what is smaller
+    find: float = 1.0         # the last token of a find; those before it weigh nothing
+    word: float = 1.0         # tokens of short answers; all others weigh 1
 
-    def share(self, processes: int) -> "TrainingStage":
+    def share(self, processes: int) -> "Stage":
         """What each of several processes does of it."""
-        def part(count: int) -> int:
-            return math.ceil(count / processes)
-
-        asked = self.asked
-        return replace(self, images=part(self.images), asked=replace(
-            asked, boxes=part(asked.boxes), finds=part(asked.finds), words=part(asked.words),
-            descriptions=part(asked.descriptions)))
+        counts = ("images", "boxes", "finds", "words", "descriptions")
+        parts: dict[str, Any] = {name: math.ceil(getattr(self, name) / processes)
+                                 for name in counts}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
@@ -43,11 +78,19 @@ class Recipe:
     text: CLIPTextConfig
     decoder: LlamaConfig
     projection_dim: int
-    stages: tuple[TrainingStage, ...]   # the first is CLIP's, the others are the VLM's
-    pictures: int                       # long side of the smaller ones, pixels
-    family: str = "llava"               # one of nanogap.models.MODELS
+    stages: tuple[Stage, ...]    # the first is CLIP's, the others are the VLM's
+    pictures: int                # long side of the smaller ones, pixels
+    family: str = "llava"        # one of nanogap.models.MODELS
 
 
+CLIP = Stage("CLIP", minutes=28, steps=4500, images=32, rate=1e-3)
+READ = Stage("read", minutes=7, steps=1000, images=16, rate=2.5e-3, draw=draw_single,
+             boxes=128, descriptions=16)
+FIND = Stage("find", minutes=36, steps=2600, images=24, rate=1.5e-3, muon_rate=0.006,
+             rate_left=0.5, draw=draw_often_alike, boxes=48, finds=120, words=32,
+             hundredths=0.25, find=20.0, word=3.0)
+BOX = Stage("box", minutes=60, steps=3250, images=16, rate=1.5e-3, muon_rate=0.004,
+            boxes=120, finds=48, words=16, later=0.6, find=6.0, word=3.0)
 # For two CPU cores: LLaVA in miniature, 12 x 12 patches.
 CPU = Recipe(
     vision=CLIPVisionConfig(
@@ -60,23 +103,7 @@ CPU = Recipe(
         hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, head_dim=32, vocab_size=0, rms_norm_eps=1e-5,
         max_position_embeddings=2048),
-    projection_dim=128,
-    pictures=168,
-    stages=(
-        TrainingStage("CLIP", 28, 4500, 32, 1e-3),
-        TrainingStage("read", 7, 1000, 16, 2.5e-3, Mixture(boxes=128, descriptions=16),
-                      draw=draw_single),
-        TrainingStage(
-            "find", 36, 2600, 24, 1.5e-3,
-            Mixture(boxes=48, finds=120, words=32, descriptions=8, hundredths=0.25,
-                    find=20.0, word=3.0),
-            muon_rate=0.006, rate_left=0.5, draw=draw_often_alike),
-        TrainingStage(
-            "box", 60, 3250, 16, 1.5e-3,
-            Mixture(boxes=120, finds=48, words=16, descriptions=8, later=0.6, find=6.0, word=3.0),
-            muon_rate=0.004),
-    ))
-CLIP, READ, FIND, BOX = CPU.stages
+    projection_dim=128, pictures=168, stages=(CLIP, READ, FIND, BOX))
 # One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
 GPU = Recipe(
     vision=replace(
@@ -86,14 +113,12 @@ GPU = Recipe(
     decoder=replace(
         CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
         num_attention_heads=10, num_key_value_heads=10),
-    projection_dim=128,
-    pictures=336,
+    projection_dim=128, pictures=336,
     stages=(
         replace(CLIP, minutes=20, steps=6000, images=128),
-        replace(READ, steps=2000, rate=1.5e-3, asked=Mixture(boxes=128)),
+        replace(READ, steps=2000, rate=1.5e-3, descriptions=8),
         replace(FIND, minutes=52, steps=7000, rate=1e-3),
-        replace(BOX, minutes=41, steps=7000, rate=1e-3),
-    ))
+        replace(BOX, minutes=41, steps=7000, rate=1e-3)))
 RECIPES = {"cpu": CPU, "gpu": GPU}
 
 

@@ -2,13 +2,9 @@
 
     python -m nanogap.train.scenes SPLIT INDEX OUT.jpg [--size 672]
 
-In:  a split's name and an index, or a Random.
-Out: an image, the things in it with tight boxes, and expressions, each true of exactly one thing.
-     The picture notes in its EXIF which scene it is, so that `run.py` can draw the true box.
-
-A thing can be told apart by its name ("the man in blue"), by its place among others of that name
-("the man on the left"), or by a landmark ("the man left of the tree").  The same Random draws the
-same scene, to the byte.  How things look is in drawing.py, and what is clearly so in places.py.
+In:  a split's name and an index, or a Random: the same draws the same scene, to the byte.
+Out: an image, the things in it with tight boxes, and expressions, each true of exactly one thing:
+     by name ("the man in blue"), place ("the man on the left") or landmark ("left of the tree").
 """
 
 import re
@@ -236,10 +232,6 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--size", type=whole_number, default=672,
                         help="long side, pixels (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        args.split.encode()
-    except UnicodeEncodeError:
-        raise NanogapError("the split is not valid Unicode: type it in UTF-8") from None
     check_picture("OUT", args.out)
     drawn = scene(args.split, args.index, args.size)
     exif = Image.Exif()

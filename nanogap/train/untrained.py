@@ -45,8 +45,16 @@ def initialise(model: nn.Module, depth: int) -> None:
 
 
 @cache
-def sentences(seed: int, family: str) -> list[str]:
-    """What the tokenizer learns from: questions and answers about a thousand scenes."""
+def clip_tokenizer(seed: int) -> Tokenizer:
+    """It learns from captions of a thousand scenes."""
+    rng = random.Random(f"train {seed} captions")
+    said = [caption(draw_scene(rng, 168).things, rng) for _ in range(1000)]
+    return train_clip_tokenizer(said, 256)
+
+
+@cache
+def llama_tokenizer(seed: int, family: str) -> Tokenizer:
+    """It learns from questions and answers about a thousand scenes."""
     rng = random.Random(f"train {seed} words")
     model = MODELS[family]
     said = []
@@ -61,19 +69,12 @@ def sentences(seed: int, family: str) -> list[str]:
         for question, answer in asked:
             before, after = model.template.around(question)
             said += [before, f"{after} {answer}"]
-    return said
-
-
-@cache
-def caption_words(seed: int) -> list[str]:
-    """What the CLIP tokenizer learns from."""
-    rng = random.Random(f"train {seed} captions")
-    return [caption(draw_scene(rng, 168).things, rng) for _ in range(1000)]
+    return train_llama_tokenizer(said, 640, model.special_tokens)
 
 
 def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
     """An untrained CLIP and its tokenizer."""
-    words = train_clip_tokenizer(caption_words(seed), 256)
+    words = clip_tokenizer(seed)
     text = replace(recipe.text, vocab_size=words.get_vocab_size())
     clip = CLIP(recipe.vision, text, recipe.projection_dim, MODELS[recipe.family].Tower)
     torch.manual_seed(seed)
@@ -84,18 +85,17 @@ def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
 def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
     """An untrained projector and decoder on CLIP's vision tower, which is frozen."""
     family = MODELS[recipe.family]
-    tokenizer = train_llama_tokenizer(sentences(seed, recipe.family), 640, family.special_tokens)
+    tokenizer = llama_tokenizer(seed, recipe.family)
     rows = 64 * math.ceil(tokenizer.get_vocab_size() / 64)                    # as published
-    decoder = replace(recipe.decoder, vocab_size=rows)
     image_token = tokenizer.token_to_id(family.special_tokens[0])
     assert image_token is not None
-    model = family(family.Config(decoder, recipe.vision, image_token))
+    model = family(family.Config(
+        replace(recipe.decoder, vocab_size=rows), recipe.vision, image_token))
     model.tokenizer = tokenizer
     torch.manual_seed(seed + 1)
     initialise(model, recipe.decoder.num_hidden_layers)
-    tower = model.get_submodule("vision_tower")
-    tower.load_state_dict(clip.vision_model.state_dict())
-    tower.requires_grad_(False)
+    model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    model.vision_tower.requires_grad_(False)
     return model
 
 
@@ -111,12 +111,10 @@ def started(folder: Path, name: str) -> VLM:
     model = family(config)
     model.tokenizer = found.tokenizer
     found.text_guide = None                   # it is copied as it stands
-    try:
-        new = set(model.load_state_dict(found.state_dict(), strict=False).unexpected_keys)
-    except RuntimeError:   # a tensor has another shape
-        new = {"a tensor of another shape"}
-    if new:
-        raise NanogapError(f"--start {folder} has {min(new)}, which a {name} has not; start from "
-                           f"a {name}, or from nothing")
-    model.get_submodule("vision_tower").requires_grad_(False)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    state = found.state_dict()
+    if any(shapes.get(key) != value.shape for key, value in state.items()):
+        raise NanogapError(f"--start {folder} has other tensors than a {name}; start from a {name}")
+    model.load_state_dict(state, strict=False)
+    model.vision_tower.requires_grad_(False)
     return model

@@ -2,11 +2,8 @@
 
 run:  pip install transformers==5.23.0 && python -m tests.reference.make_minigpt
 
-transformers has no MiniGPT-v2, but it has the parts: BLIP-2's vision model is EVA's tower, and the
-decoder is a LLaMA.  Between them stand a LayerNorm, four neighbours to one token, and a Linear,
-which are written out here.
-In:  tensors drawn from fixed seeds under the names of the published pieces, one prompt, one image.
-Out: samples of features and logits with 8 significant digits, and the greedy words; a few KB.
+BLIP-2's vision model is EVA's tower, and the decoder is a LLaMA.  Between them stand a LayerNorm,
+four neighbours to one token, and a Linear, which are written out here.
 """
 
 from collections.abc import Sequence
@@ -21,12 +18,12 @@ from nanogap.models.minigpt import MiniGPT, MiniGPTConfig
 from nanogap.models.saving import our_name
 from tests import tiny
 from tests.reference.make_reference import (
+    Answer,
     answer_of_parts,
     noise,
     part,
     rounded,
     summary,
-    their_decoder,
     write_outputs,
 )
 
@@ -39,10 +36,8 @@ POSITIONS = [3, 4, 19, 23]       # of 4 + 16 + 4 tokens: text, first and last vi
 NEW_TOKENS = 8
 pixel_values = partial(noise, 112)                       # (1, 3, 112, 112)
 
-# The 4 kept tokens of 8 x 2, the most important first; for each mode the order in which they are
-# fed, and the position IDs, by hand: unpruned, the text before the image has 0 to 3, its tokens 4
-# to 19 and the text after it 20 to 23
-KEEP = [9, 2, 14, 5]
+# For each mode the order in which tokens are fed, and the position IDs, by hand: unpruned, the text
+# before the image has 0 to 3, its tokens 4 to 19 and the text after it 20 to 23
 MODES = {
     "full": (list(range(16)), list(range(24))),
     "gap": ([2, 5, 9, 14], [0, 1, 2, 3, 6, 9, 13, 18, 20, 21, 22, 23]),
@@ -72,8 +67,6 @@ def tensors(table: int = 8, seed: int = 0) -> dict[str, Tensor]:
     drawn["ln_vision.weight"] = tiny.draw("norm.weight", (32,), seed)
     return drawn
 
-
-# ----- their parts --------------------------------------------------------------------------------
 
 THEIR_NAMES = (
     (r"^visual_encoder\.", ""), (r"^cls_token$", "embeddings.class_embedding"),
@@ -117,11 +110,11 @@ def their_visual(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
 
 
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
-                 ids: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of the prompt with the visual tokens `order` at these IDs, and greedy words."""
-    decoder = their_decoder(part(state, "llama_model."), tiny_config().text)
+                 ids: Sequence[int]) -> Answer:
+    """What is said of the prompt with the visual tokens `order` at these IDs."""
     visual = their_visual(state, pixels)[list(order)]
-    return answer_of_parts(decoder, PROMPT, IMAGE, visual, ids, NEW_TOKENS)
+    return answer_of_parts(part(state, "llama_model."), tiny_config().text, PROMPT, IMAGE,
+                           visual, ids, NEW_TOKENS)
 
 
 def positions(mode: str) -> list[int]:

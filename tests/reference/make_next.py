@@ -2,9 +2,8 @@
 
 run:  pip install transformers==5.23.0 && python -m tests.reference.make_next
 
-In:  the checkpoints of tests/tiny.py, one prompt, and pictures of several shapes.
-Out: how many visual tokens each has, samples of the pixels of the hub's own processor and of the
-logits, and the greedy words; a few KB.  test_reference_next.py reads it.
+Of pictures of several shapes: how many visual tokens each has, samples of the pixels of the hub's
+own processor and of the logits, and the greedy words.  test_reference_next.py reads it.
 """
 
 import random
@@ -57,7 +56,7 @@ PRUNED = {
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """A photograph's worth of detail, coarse and fine, from a fixed seed."""
+    """Coarse and fine detail, as a photograph has it."""
     draws = random.Random(f"{width} x {height}")
     coarse = Image.frombytes("RGB", (9, 7), draws.randbytes(9 * 7 * 3)).resize((width, height))
     fine = Image.frombytes("RGB", (width, height), draws.randbytes(width * height * 3))
@@ -76,8 +75,7 @@ def their_picture(image: Image.Image, size: int = S) -> dict[str, Tensor]:
 
 def asked(theirs: torch.nn.Module,
           image: Image.Image) -> tuple[int, dict[str, Tensor], Tensor, list[int]]:
-    """N, newlines among them; the picture as the processor has it; and what `their_answer` returns.
-    """
+    """N; the picture as the processor has it; and what `their_answer` returns."""
     picture = their_picture(image)
     N = len(theirs.model.get_image_features(**picture).pooler_output[0])
     logits, words = their_answer(theirs, expand(PROMPT, IMAGE_TOKEN, N), picture["pixel_values"],
@@ -86,7 +84,7 @@ def asked(theirs: torch.nn.Module,
 
 
 def places(T: int) -> list[int]:
-    """Which of T positions are stored: the first patch, some behind it, and the last word."""
+    """Which of T positions are stored."""
     return [5, 20, T // 2, T - 7, T - 1]
 
 

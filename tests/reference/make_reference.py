@@ -3,9 +3,8 @@
 run:  pip install transformers==5.23.0 && python -m tests.reference.make_reference
 
 In:  the checkpoints of tests/tiny.py, one prompt and one image, all of them drawn from fixed seeds.
-Out: samples of logits and features with 8 significant digits, and the greedy words; a few KB, so
-that the agreement is tested where transformers is not installed.  test_reference.py reads it, and
-uses the functions below on other checkpoints where transformers is.
+Out: samples of logits and features, and the greedy words: with these the agreement is tested where
+     transformers is not installed.  Where it is, tests ask the functions below about more.
 """
 
 import json
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from nanogap.llama import LlamaConfig
 from tests.tiny import IMAGE_TOKEN, tiny_config, write_checkpoint
+
+Answer = tuple[Tensor, list[int]]     # logits (T, V) of a whole prompt, and the greedy words
 
 OUTPUTS = Path(__file__).with_name("outputs.json")
 
@@ -39,6 +40,7 @@ PROMPT = [1, 319, 400, 77, 512, IMAGE_TOKEN, 35, 36, 500, 9, 301, 88]        # P
 POSITIONS = [3, 5, 20, 26]       # of 5 + 16 + 6 tokens: text, first and last patch, last word
 VOCABULARY = list(range(0, 640, 54))
 NEW_TOKENS = 10
+END = 2
 
 # The 4 kept patches, the most important first; for each mode the order in which they are fed, and
 # the position IDs, by hand: unpruned, the text before the image has 0 to 4, its patches 5 to 20 and
@@ -72,18 +74,9 @@ def expand(prompt: Sequence[int], image_token: int, patches: int) -> Tensor:
     return torch.tensor([[*prompt[:place], *[image_token] * patches, *prompt[place + 1:]]])
 
 
-def their_features(theirs: torch.nn.Module, pixels: Tensor) -> Tensor:
-    """Patch features (N, C) of the second-to-last hidden state, without CLS."""
-    out = theirs.model.vision_tower(pixels, output_hidden_states=True)
-    return out.hidden_states[theirs.config.vision_feature_layer][0, 1:]
-
-
 def their_answer(theirs: torch.nn.Module, input_ids: Tensor, pixels: Tensor, new_tokens: int,
-                 **more: Tensor) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of the whole prompt with the image, and the greedy words after it.
-
-    more: what else is said of the picture, such as its size
-    """
+                 **more: Tensor) -> Answer:
+    """Logits of the whole prompt with the image; more: what else is said of the picture."""
     asked = {"input_ids": input_ids, "pixel_values": pixels,
              "attention_mask": torch.ones_like(input_ids), **more}
     logits = theirs(**asked).logits[0]
@@ -111,8 +104,7 @@ def their_generate(theirs: torch.nn.Module, x: Tensor, position_ids: Sequence[in
                    new_tokens: int) -> list[int]:
     """The greedy words after embeddings (1, T, C) at the position IDs given, in one call.
 
-    transformers 5.23.0 and 5.24.0 count on from the last ID; older versions do not: for these
-    `their_pruned_answer` is the loop.
+    transformers 5.23.0 and 5.24.0 count on from the last ID; `answer_at` is for older ones.
     """
     words = theirs.generate(
         inputs_embeds=x, position_ids=torch.tensor([position_ids]),
@@ -121,31 +113,33 @@ def their_generate(theirs: torch.nn.Module, x: Tensor, position_ids: Sequence[in
     return words[0].tolist()
 
 
-def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
-                        order: Sequence[int], position_ids: Sequence[int], new_tokens: int,
-                        **more: Tensor) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of a pruned prompt at the position IDs given, and the greedy words after it.
+def answer_at(decoder: torch.nn.Module, head: torch.nn.Module, x: Tensor,
+              position_ids: Sequence[int], new_tokens: int) -> Answer:
+    """Logits (T, V) of embeddings (1, T, C) at the position IDs given, and the greedy words.
 
     With a cache: without one, and without a mask, transformers takes a gap in the position IDs for
     the border between two packed sequences, and lets neither side see the other.  The cache is
     passed by place: its name is `past_key_values` up to 5.23, and `cache` from 5.24 on.
     """
     from transformers import DynamicCache
-    decoder = theirs.model.language_model
-    x = their_pruned_prompt(theirs, prompt, pixels, order, **more)            # (1, T, C)
     cache = DynamicCache(config=decoder.config)
     out = decoder(None, None, torch.tensor([position_ids]), cache, x)
-    logits = theirs.lm_head(out.last_hidden_state)[0]                         # (T, V)
+    logits = head(out.last_hidden_state)[0]                                   # (T, V)
     words = [int(logits[-1].argmax())]
     position = position_ids[-1]
-    while len(words) < new_tokens and words[-1] != theirs.generation_config.eos_token_id:
+    while len(words) < new_tokens and words[-1] != END:
         position += 1
         out = decoder(torch.tensor([words[-1:]]), None, torch.tensor([[position]]), cache)
-        words.append(int(theirs.lm_head(out.last_hidden_state)[0, -1].argmax()))
+        words.append(int(head(out.last_hidden_state)[0, -1].argmax()))
     return logits, words
 
 
-# ----- models that transformers has only the parts of ---------------------------------------------
+def their_pruned_answer(theirs: torch.nn.Module, prompt: Sequence[int], pixels: Tensor,
+                        order: Sequence[int], position_ids: Sequence[int], new_tokens: int,
+                        **more: Tensor) -> Answer:
+    """Logits (T, V) of a pruned prompt at the position IDs given, and the greedy words after it."""
+    x = their_pruned_prompt(theirs, prompt, pixels, order, **more)            # (1, T, C)
+    return answer_at(theirs.model.language_model, theirs.lm_head, x, position_ids, new_tokens)
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -154,33 +148,16 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
             if name.startswith(prefix)}
 
 
-def their_decoder(state: dict[str, Tensor], config: LlamaConfig) -> torch.nn.Module:
-    """LLaMA, with attention written out."""
+def answer_of_parts(state: dict[str, Tensor], config: LlamaConfig, prompt: Sequence[int],
+                    image_token: int, visual: Tensor, position_ids: Sequence[int],
+                    new_tokens: int) -> Answer:
+    """What a LLaMA of these tensors says of visual tokens (K, C) in a prompt at these IDs."""
     import transformers
     decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **asdict(config), attn_implementation="eager")).eval().requires_grad_(False)
     decoder.load_state_dict(state, strict=True)
-    return decoder
-
-
-def answer_of_parts(decoder: torch.nn.Module, prompt: Sequence[int], image_token: int,
-                    visual: Tensor, position_ids: Sequence[int],
-                    new_tokens: int) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of the prompt with visual tokens (K, C) at these IDs, and the greedy words.
-
-    Without a cache; with a mask, or a gap in the IDs would count as the border of two sequences.
-    """
-    embed, ids = decoder.model.embed_tokens, list(position_ids)
-    x = spliced(embed, prompt, image_token, visual)
-    answers, words = [], []
-    while len(words) < new_tokens and words[-1:] != [2]:
-        answers.append(decoder(
-            inputs_embeds=x, position_ids=torch.tensor([ids]), use_cache=False,
-            attention_mask=torch.ones(1, len(ids))).logits[0])
-        words.append(int(answers[-1][-1].argmax()))
-        x = torch.cat([x, embed(torch.tensor([words[-1:]]))], dim=1)
-        ids.append(ids[-1] + 1)
-    return answers[0], words
+    x = spliced(decoder.model.embed_tokens, prompt, image_token, visual)
+    return answer_at(decoder.model, decoder.lm_head, x, position_ids, new_tokens)
 
 
 # ----- what is stored -----------------------------------------------------------------------------
@@ -191,7 +168,7 @@ def rounded(values: Tensor) -> list:
     return json.loads(json.dumps(values.tolist()), parse_float=lambda x: float(f"{float(x):.8g}"))
 
 
-def summary(answer: tuple[Tensor, list[int]], positions: Sequence[int], **more: list) -> dict:
+def summary(answer: Answer, positions: Sequence[int], **more: list) -> dict:
     """What is stored of logits (T, V) and words: of each position some logits, and a sum of all."""
     logits, words = answer
     return {"largest": rounded(logits.abs().max()),
@@ -208,8 +185,9 @@ def main() -> None:
             folder, config = Path(temporary) / name, tiny_config(**differs)
             theirs = load_theirs(write_checkpoint(folder, config, layout, shards, seed))
             answer = their_answer(theirs, input_ids, pixels, NEW_TOKENS)
-            features = their_features(theirs, pixels)[[0, 7, 15], :6]
-            outputs["cases"][name] = summary(answer, POSITIONS) | {"features": rounded(features)}
+            seen = theirs.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+            features = rounded(seen[0, 1:][[0, 7, 15], :6])                   # without CLS
+            outputs["cases"][name] = summary(answer, POSITIONS) | {"features": features}
         theirs = load_theirs(Path(temporary) / "layout a")
         for mode, (order, ids) in PRUNED.items():
             answer = their_pruned_answer(theirs, PROMPT, pixels, order, ids, NEW_TOKENS)

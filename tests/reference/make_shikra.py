@@ -2,10 +2,7 @@
 
 run:  pip install transformers==5.23.0 && python -m tests.reference.make_shikra
 
-transformers has no Shikra, but it has the parts: CLIP's vision model and a LLaMA, with one linear
-layer between them.
-In:  tensors drawn from fixed seeds, one prompt, one image.
-Out: samples of features and logits with 8 significant digits, and the greedy words; a few KB.
+They are CLIP's vision model and a LLaMA, with one linear layer between them.
 """
 
 from collections.abc import Sequence
@@ -22,12 +19,12 @@ from tests.reference.make_reference import (
     NEW_TOKENS,
     POSITIONS,
     PRUNED,
+    Answer,
     answer_of_parts,
     part,
     pixel_values,
     rounded,
     summary,
-    their_decoder,
     write_outputs,
 )
 
@@ -51,33 +48,26 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
             for name, value in model.state_dict().items()}
 
 
-# ----- their parts --------------------------------------------------------------------------------
-
-
-def their_tower(state: dict[str, Tensor]) -> nn.Module:
-    """CLIP's vision model, with attention written out."""
+def their_features(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
+    """Patch features (16, C): the last layer but one, without CLS."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
     tower = CLIPVisionModel(CLIPVisionConfig(
         **asdict(tiny_config().vision), hidden_act="quick_gelu",
         attn_implementation="eager")).eval()
     inner = getattr(tower, "vision_model", tower)         # in some versions it is one in another
     inner.load_state_dict(part(state, "vision_tower."), strict=True)
-    return tower.requires_grad_(False)
-
-
-def their_features(state: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    """Patch features (16, C): the last layer but one, without CLS."""
-    return their_tower(state)(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+    tower.requires_grad_(False)
+    return tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
 
 
 def their_answer(state: dict[str, Tensor], pixels: Tensor, order: Sequence[int],
-                 ids: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Logits (T, V) of the prompt with the patches `order` at these IDs, and the greedy words."""
-    decoder = their_decoder(part(state, "language_model."), tiny_config().text)
+                 ids: Sequence[int]) -> Answer:
+    """What is said of the prompt with the patches `order` at these IDs."""
     visual = nn.functional.linear(their_features(state, pixels)[list(order)],
                                   state["multi_modal_projector.weight"],
                                   state["multi_modal_projector.bias"])
-    return answer_of_parts(decoder, PROMPT, PATCH, visual, ids, NEW_TOKENS)
+    return answer_of_parts(part(state, "language_model."), tiny_config().text, PROMPT, PATCH,
+                           visual, ids, NEW_TOKENS)
 
 
 def positions(mode: str) -> list[int]:

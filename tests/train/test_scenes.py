@@ -12,7 +12,7 @@ from random import Random
 from statistics import median
 
 import pytest
-from PIL import Image, ImageChops, ImageDraw, ImageStat
+from PIL import Image, ImageChops, ImageDraw
 
 from nanogap.checks.command import answer_for
 from nanogap.train import scenes
@@ -47,9 +47,6 @@ SAID = {   # claim: (things, some of what is said, a pattern of what is never sa
     "12 pixels of 100 further left are clear": (
         [at("man", 50, 50), at("man", 62, 50)], {("the man on the left", 0)}, "top"),
     "11 pixels are not, so nothing is said": ([at("man", 50, 50), at("man", 61, 50)], set(), ""),
-    "a woman further left is no man": (
-        [at("woman", 10, 50), at("man", 50, 50), at("man", 70, 50)], {("the man on the left", 1)},
-        "top"),
     "of three where two are close only the third stands out": (
         [at("dog", 20, 50), at("dog", 25, 50), at("dog", 80, 50)], {("the dog on the right", 2)},
         "^(?!.*right)"),
@@ -64,9 +61,6 @@ SAID = {   # claim: (things, some of what is said, a pattern of what is never sa
         {("the man", 0), ("man", 0), ("the man in blue", 0), ("the person", 0), ("the red car", 1),
          ("green car", 2)},
         "^the (car|blue man)$"),
-    "colour and place together pick one of several red cars": (
-        [at("car", 20, 50), at("car", 80, 50), at("car", 50, 50, "blue")],
-        {("the red car on the left", 0), ("the leftmost car", 0), ("the blue car", 2)}, "top"),
     "bigger needs nearly twice the area: 20 x 20 against 14 x 14 is 2.04": (
         [at("ball", 50, 50), at("ball", 52, 50, side=14)],
         {("the biggest ball", 0), ("the largest ball", 0), ("the smallest ball", 1)},
@@ -91,21 +85,15 @@ def test_what_is_said_is_clear(things: list[Thing], some: set[tuple[str, int]], 
     assert not [text for text, _ in told if re.search(never, text)]
 
 
-def test_a_caption_says_what_is_there_in_any_order():
+def test_a_caption_says_what_is_there_in_any_order_and_not_where(drawn):
     things = [at("man", 20, 50, "blue"), at("tree", 50, 50, "green"), at("tree", 90, 50, "green"),
               at("car", 50, 90, "orange")]
     told = {caption(things, Random(seed)) for seed in range(40)}
     assert "a man in blue, an orange car and two green trees" in told
     assert len(told) == 6  # the orders of three parts
-    assert caption(things[:1], Random(0)) == "a man in blue"
     assert caption([at("woman", 0, 0, "red")] * 3, Random(0)) == "three women in red"
-
-
-def test_captions_of_drawn_scenes_hold_no_word_of_place(drawn):
-    words = {word for s in drawn for word in re.findall(r"\w+", caption(s.things, Random(0)))}
-    numbers = {"a", "an", "two", "three", "four", "five", "six", "seven"}
-    plurals = {plural for plural, _ in KINDS.values()}
-    assert words <= {*KINDS, *plurals, *COLOURS, *numbers, "in", "and"}
+    places = r"left|right|top|bottom|middle|above|below|next"
+    assert not any(re.search(places, caption(s.things, Random(0))) for s in drawn)
 
 
 ENDS = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign
@@ -198,32 +186,10 @@ def test_a_box_is_tight_around_what_is_drawn(kind, box):
         assert set(inwards) <= {0, 1}
 
 
-def test_things_and_expressions_stay_what_they_were_in_every_process(drawn):
-    """The mini model learned from these, and tables were made of them.
-
-    A string seeds Random through SHA-512; the order of a set of strings would differ.
-    """
+def test_things_and_expressions_stay_what_they_were(drawn):
+    """The mini model learned from these, and tables were made of them."""
     said = repr([(s.things, s.expressions) for s in drawn])
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "770baf59c51236a7"
-
-
-def test_splits_and_indices_differ():
-    images = {scene(split, i, 64).image.tobytes() for split in ("train", "test") for i in range(5)}
-    assert len(images) == 10
-
-
-def test_wide_tall_and_square_images_occur_with_the_long_side_as_asked(drawn):
-    shapes = {s.image.size for s in drawn}
-    assert {(168, 168), (168, 112), (112, 168)} <= shapes
-    assert {max(shape) for shape in shapes} == {168}
-    assert max(scene("test", 0, 801).image.size) == 801
-
-
-def test_kinds_repeat_so_that_place_is_needed(drawn):
-    """More than half of the scenes hold two or more of a kind, and men on the left are common."""
-    repeated = [s for s in drawn if len({t.kind for t in s.things}) < len(s.things)]
-    assert len(repeated) > 100
-    assert any(text == "the man on the left" for s in drawn for text, _ in s.expressions)
 
 
 def test_a_given_cast_is_drawn_in_full():
@@ -231,46 +197,30 @@ def test_a_given_cast_is_drawn_in_full():
     assert scenes.contents(draw_scene(Random(0), 64, cast).things) == Counter(cast)
 
 
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_the_command_draws_the_same_in_another_process_and_prints_what_is_true_of_it(
-        seed: str, tmp_path):
+def test_the_command_draws_the_same_in_another_process_and_prints_what_is_true_of_it(tmp_path):
+    """A string seeds Random through SHA-512; the order of a set of strings would differ."""
     words = ["-m", "nanogap.train.scenes", "test", "7", tmp_path / "out.png", "--size", "200"]
     told = subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True,
-                          env={**os.environ, "PYTHONHASHSEED": seed}, text=True).stdout
+                          env={**os.environ, "PYTHONHASHSEED": "1"}, text=True).stdout
     ours = scene("test", 7, 200)
     with Image.open(tmp_path / "out.png") as image:
         assert image.format == "PNG" and image.tobytes() == ours.image.tobytes()
     assert told.splitlines() == [f"{text:40} {ours.things[i].box}" for text, i in ours.expressions]
 
 
-def test_the_command_draws_the_image_that_ships(tmp_path):
-    """But for what another version of Pillow may round."""
-    scenes.command(["image", "1117", str(tmp_path / "image.jpg")])
-    with Image.open(tmp_path / "image.jpg") as new, Image.open(ROOT / "image.jpg") as ours:
-        assert new.format == "JPEG"
-        assert max(ImageStat.Stat(ImageChops.difference(new, ours)).mean) < 0.5
-
-
 @pytest.mark.parametrize("words, message", [
     (["test", "7", "none/out.jpg"], "OUT none/out.jpg would be in a folder that does not exist"),
-    (["test", "7", "folder.jpg"], "OUT folder.jpg is a folder"),
     (["test", "7", "out.txt"], "OUT out.txt: a picture cannot be written with that ending"),
-    (["test", "7", "out"], "OUT out: a picture cannot be written with that ending"),
-    (["test", "seven", "out.jpg"], "argument index: 'seven' is not a whole number from 0 on"),
     (["test", "-1", "out.jpg"], "argument index: '-1' is not a whole number from 0 on"),
-    (["test", "9" * 100, "out.jpg"], "is not a whole number from 0 on"),
-    (["\udcff", "7", "out.jpg"], "the split is not valid Unicode: type it in UTF-8"),
     (["test", "7", "out.jpg", "--size", "4097"], "size 4097 cannot be drawn: give 32 to 4096"),
-    (["test", "7", "out.jpg", "--size", "31"], "size 31 cannot be drawn: give 32 to 4096"),
     (["test", "7"], "the following arguments are required: out"),
 ])
 def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.jpg").mkdir()
     assert answer_for("nanogap.train.scenes", scenes.command, words) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and lines_of(err) == 1
-    assert not (tmp_path / "out.jpg").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_picture_notes_which_scene_it_is_unless_its_exif_is_broken(tmp_path):

@@ -1,8 +1,8 @@
 """Training: what it learns from, that shared prefixes change nothing, and that it continues."""
 
-import io
 import pickle
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -21,26 +21,34 @@ from nanogap.clip import CLIPVisionConfig
 from nanogap.image import Pad, to_pixel_values
 from nanogap.models import MODELS, VLM
 from nanogap.train import __main__ as train
-from nanogap.train import fit, objectives, reading, recipes
-from nanogap.train.batches import SINGLES, Batch, Scenes, captions, draw_alike, draw_often_alike
-from nanogap.train.fit import Progress, Report
-from nanogap.train.objectives import llava_loss
-from nanogap.train.questions import Mixture, conversations, decimal_places, short_questions
-from nanogap.train.scenes import Scene, Thing, contents, draw_scene, named, scene
-from nanogap.train.untrained import new_clip, new_model, started
+from nanogap.train import fit, reading, recipes
+from nanogap.train.clip import captions, clip_loss
+from nanogap.train.questions import (
+    Batch,
+    Scenes,
+    conversations,
+    decimal_places,
+    short_questions,
+)
+from nanogap.train.reading import llava_loss
+from nanogap.train.scenes import Scene, named, scene
+from nanogap.train.untrained import new_clip, new_model
+from tests.tiny import lines_of
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                           num_attention_heads=2, image_size=56, patch_size=14)
-MIXTURE = Mixture(boxes=6, finds=4, words=5, hundredths=0.25, find=20.0, word=3.0)
+ASKED = {"images": 2, "boxes": 6, "finds": 4, "words": 5, "descriptions": 8, "later": 0.0,
+         "hundredths": 0.25, "find": 20.0, "word": 3.0}
 TINY = replace(recipes.CPU, vision=VISION, projection_dim=8,
-               stages=tuple(replace(stage, images=2, asked=stage.asked and MIXTURE)
-                             for stage in recipes.CPU.stages),
+               stages=tuple(replace(stage, **ASKED) for stage in recipes.CPU.stages),
                text=replace(recipes.CPU.text, hidden_size=16, intermediate_size=32,
                             num_hidden_layers=1, num_attention_heads=2),
                decoder=replace(recipes.CPU.decoder, hidden_size=32, intermediate_size=48,
                                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
                                head_dim=16))
+BOX = TINY.stages[-1]
 CPU = torch.device("cpu")
+MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -56,21 +64,18 @@ def model() -> VLM:
     return new_model(TINY, 0, new_clip(TINY, 0)[0])
 
 
-def drawn(model: VLM, mixture: Mixture = MIXTURE) -> Batch:
-    ask = partial(conversations, model, mixture)
-    return Scenes("test", 2, 56, model.pixel_values, ask)[3]
+def drawn(model: VLM, later: float = 0.0) -> Batch:
+    stage = replace(BOX, later=later)
+    return Scenes(0, stage, 56, model.pixel_values, partial(conversations, model, stage))[3]
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("later", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("later", [0.0, 0.6])
 def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversation_alone(
         monkeypatch: pytest.MonkeyPatch, family: str, later: float):
-    """Shikra's image stands behind words that differ, so its conversations share nothing."""
     recipe = replace(TINY, family=family)
     model = new_model(recipe, 0, new_clip(recipe, 0)[0])
-    mixture = replace(MIXTURE, later=later)
-    pixels, scenes, said = drawn(model, mixture)
-    assert reading.can_share(model, said) == (family != "shikra")
+    pixels, scenes, said = drawn(model, later)
     losses, weights = [], []
     for one in said:
         size = scenes[one.image].image.size
@@ -81,16 +86,16 @@ def test_the_loss_side_by_side_and_on_shared_prefixes_is_that_of_each_conversati
         losses.append(F.cross_entropy(logits[behind], targets, reduction="none"))
         weights += [one.weights[i] for i in at]
     alone = (torch.cat(losses) * torch.tensor(weights)).sum() / sum(weights)
-    shared = llava_loss(model, drawn(model, mixture), CPU)
-    monkeypatch.setattr(reading, "can_share", lambda *_: False)
-    whole = llava_loss(model, drawn(model, mixture), CPU)
+    shared = llava_loss(model, drawn(model, later), CPU)
+    monkeypatch.setattr(reading, "read_sharing", reading.read_whole)
+    whole = llava_loss(model, drawn(model, later), CPU)
     assert whole.item() == pytest.approx(alone.item(), abs=1e-5)
     assert shared.item() == pytest.approx(alone.item(), abs=1e-5)
 
 
 def test_a_share_of_the_questions_comes_after_others_about_the_same_image(model: VLM):
     """In the form of a conversation, and the loss is on all answers, each with its own weights."""
-    asked = [drawn(model, replace(MIXTURE, later=later))[2] for later in (0.0, 0.6, 1.0)]
+    asked = [drawn(model, later)[2] for later in (0.0, 0.6, 1.0)]
     kinds = [Counter(one.kind for one in said) for said in asked]
     assert kinds[0] == {"box": 6, "find": 4, "word": 5, "description": 2}
     assert 4 < kinds[1]["turns"] < 17 and kinds[2] == {"turns": 17}
@@ -100,7 +105,7 @@ def test_a_share_of_the_questions_comes_after_others_about_the_same_image(model:
     assert user == end in (2, 3) and text.count("<image>") == 1
     assert "</s>▁USER:" in text and text.endswith("</s>")
     assert [one.tokens[i] for i, w in enumerate(one.weights) if w > 0].count(2) == end
-    finds = [one for one in asked[2] if one.weights[-1] == MIXTURE.find]
+    finds = [one for one in asked[2] if one.weights[-1] == BOX.find]
     assert len(finds) == 4 and all(one.tokens[-1] != 2 for one in finds)
 
 
@@ -169,7 +174,7 @@ def test_a_rate_warms_up_and_decays_to_what_the_stage_leaves():
         assert found == pytest.approx(shares)
 
 
-def test_training_never_touches_the_vision_tower_in_stage_one(model: VLM):
+def test_the_vision_tower_is_frozen_behind_clips_stage(model: VLM):
     llava_loss(model, drawn(model), CPU).backward()
     assert all(p.grad is None for p in model.vision_tower.parameters())
     assert all(p.grad is not None for p in model.multi_modal_projector.parameters())
@@ -177,57 +182,42 @@ def test_training_never_touches_the_vision_tower_in_stage_one(model: VLM):
 
 
 def test_each_stage_draws_its_own_scenes():
-    data = [Scenes("test", 4, 56, nothing, nothing, stage.draw) for stage in recipes.CPU.stages]
-    counts = [{len(drawn.things) for i in range(9) for drawn in scenes[i][1]} for scenes in data]
-    assert [stage.name for stage in recipes.CPU.stages] == ["CLIP", "read", "find", "box"]
-    assert counts.pop(1) == {1}
-    assert all(min(count) == 2 and max(count) > 4 for count in counts)
-
-
-def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone():
-    counts = Counter()
-    for seed in range(200):
-        drawn = draw_alike(random.Random(seed), 56)
-        kinds = {thing.kind for thing in drawn.things}
-        colours = {thing.colour for thing in drawn.things}
-        assert sorted((len(kinds), len(colours))) == [1, len(drawn.things)]
-        assert [i for _, i in drawn.expressions] == list(range(len(drawn.things)))
-        assert all({drawn.things[i].kind, drawn.things[i].colour} < {*words.split()}
-                   for words, i in drawn.expressions)
-        counts[len(kinds) == 1, len(drawn.things)] += 1
-    assert set(counts) == {(one_kind, n) for one_kind in (True, False) for n in (2, 3, 4)}
-    assert 145 <= sum(counts[True, n] for n in (2, 3, 4)) <= 175              # four in five
-
-
-def test_two_of_three_scenes_can_show_things_alike():
+    """One thing in *read*; in *find* two of three scenes show things alike."""
     def alike(drawn: Scene) -> bool:
         names = [f"the {named(thing.kind, thing.colour)}" for thing in drawn.things]
         return [expression for expression, _ in drawn.expressions] == names
 
-    data = [Scenes("test", 4, 56, nothing, nothing, draw)
-            for draw in (draw_often_alike, draw_scene)]
-    often, any_scene = (sum(alike(drawn) for i in range(12) for drawn in scenes[i][1])
-                        for scenes in data)
-    assert 26 <= often <= 40 and any_scene == 0                               # of 48
+    drawn = {stage.name: [one for i in range(2)
+                          for one in Scenes(0, stage, 56, nothing, nothing)[i][1]]
+             for stage in recipes.CPU.stages}
+    assert {len(one.things) for one in drawn["read"]} == {1}
+    assert 26 <= sum(map(alike, drawn["find"])) <= 40                         # of 48
+    for name in ("CLIP", "box"):
+        assert {len(one.things) for one in drawn[name]} >= {2, 3, 4, 5}
+        assert not any(map(alike, drawn[name]))
 
 
-def test_batches_follow_from_the_seed_and_belong_to_no_split():
-    def batch(seed: str, images: int = 2, index: int = 7) -> Batch:
-        return Scenes(seed, images, 56, pixels_of, nothing)[index]
+def test_things_that_are_alike_are_told_apart_by_kind_alone_or_by_colour_alone():
+    one_kind = 0
+    for seed in range(200):
+        drawn = recipes.draw_alike(random.Random(seed), 56)
+        kinds = {thing.kind for thing in drawn.things}
+        colours = {thing.colour for thing in drawn.things}
+        assert sorted((len(kinds), len(colours))) == [1, len(drawn.things)]
+        one_kind += len(kinds) == 1
+    assert 145 <= one_kind <= 175                                             # four in five
 
-    first, again, other = (torch.cat(batch(seed)[0]) for seed in ("0 llava", "0 llava", "1 llava"))
+
+def test_batches_follow_from_the_seed():
+    def batch(seed: int) -> Batch:
+        return Scenes(seed, BOX, 56, pixels_of, nothing)[7]
+
+    first, again, other = (torch.cat(batch(seed)[0]) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    drawn = [s.things for s in batch("0 llava", 8, 0)[1]]
-    assert scene("train", 0).things not in drawn and scene("val", 0).things not in drawn
+    assert len(pickle.dumps(batch(0)[1])) < 10_000     # workers send no pictures through their pipe
 
 
-def test_a_caption_is_true_of_an_image_that_holds_at_least_as_much():
-    box = (0.0, 0.0, 1.0, 1.0)
-    two_trees = [Thing("tree", "green", box)] * 2
-    assert contents(two_trees[:1]) <= contents(two_trees)
-    assert not contents(two_trees) <= contents(two_trees[:1])
-    assert contents(two_trees) == Counter({("tree", "green"): 2})
-    assert len(SINGLES) == 64
+# ----- a whole training ---------------------------------------------------------------------------
 
 
 def run(out: Path, steps: list[int], **options: object) -> dict[str, bytes]:
@@ -249,126 +239,81 @@ def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_
     assert result.timings["new_tokens"] >= 1
 
 
-@pytest.mark.parametrize("steps_left", [2, 7])   # within "read", within "box"
-def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_left: int):
-    whole = run(tmp_path / "whole", [2, 4, 1, 3])
-    monkeypatch.setattr(fit, "SAVE_EVERY", 0.0)   # save after every step
-
+def break_off(out: Path, steps: list[int], after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a training after so many steps behind CLIP's, each of which it saved."""
     def interrupted(*args: object, **named: object) -> torch.Tensor:
-        nonlocal steps_left
-        if steps_left == 0:
+        nonlocal after
+        if after == 0:
             raise KeyboardInterrupt
-        steps_left -= 1
+        after -= 1
         return llava_loss(*args, **named)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "SAVE_EVERY", 0.0)
         patch.setattr(train, "llava_loss", interrupted)
-        run(tmp_path / "broken", [2, 4, 1, 3])
-    assert (tmp_path / "broken" / "training.pt").exists()
-    assert run(tmp_path / "broken", [2, 4, 1, 3]) == whole
-    assert not (tmp_path / "broken" / "training.pt").exists()
+        run(out, steps)
+    assert (out / "training.pt").exists()
 
 
-def test_steps_that_are_given_count_and_not_those_that_were_saved(tmp_path: Path, capsys):
-    model = new_clip(TINY, 0)[0]
-    torch.save({"settings": {"seed": 0, "model": "llava", "size": 56,
-                             "stages": ["CLIP", "read", "find", "box"]},
-                "steps": [9, 9, 9, 9], "stage": 1, "step": 0, "clip": model.state_dict(),
-                "state": {}}, tmp_path / "training.pt")
-    run(tmp_path, [9, 1, 2, 1])
-    assert capsys.readouterr().out.endswith("--steps 9 1 2 1\n")
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before "read", within it, and within "box"."""
+    whole = run(tmp_path / "whole", [2, 3, 1, 2])
+    for after in (0, 2, 5):
+        out = tmp_path / str(after)
+        break_off(out, [2, 3, 1, 2], after, monkeypatch)
+        assert run(out, [2, 3, 1, 2]) == whole                   # without training.pt
 
 
-def test_minutes_become_steps_by_what_the_last_ones_took(tmp_path: Path):
-    progress = Progress(tmp_path / "training.pt", {}, steps=[7, 7], minutes=[9.0, 1.0], stage=1)
-    assert progress.choose_steps(20, seconds=10.0, seconds_per_step=0.5) == 20 + 50 / 0.5
-    assert progress.steps == [7, 120]
-    assert progress.choose_steps(120, seconds=70.0, seconds_per_step=0.5) == 121
+def test_steps_that_are_given_count_and_not_those_that_were_saved(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    break_off(tmp_path, [1, 9, 9, 9], 0, monkeypatch)
+    run(tmp_path, [1, 1, 2, 1])
+    assert capsys.readouterr().out.endswith("--steps 1 1 2 1\n")
 
 
-def test_a_slow_start_does_not_shorten_a_training(tmp_path: Path, monkeypatch, capsys):
-    """By a clock that goes on by a second when it is read, and by ten before the first step."""
+def test_a_state_that_is_broken_or_of_other_settings_is_not_continued(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "training.pt"
+    break_off(tmp_path, [1, 1, 1, 1], 1, monkeypatch)
+    whole = path.read_bytes()
+    for data in (whole, whole[:-1], b"", b"text", pickle.dumps(1, 2)):
+        path.write_bytes(data)
+        with pytest.raises(NanogapError, match="training.pt is broken, or of a training with othe"):
+            run(tmp_path, [1, 1, 1, 1], seed=int(data == whole))
+        assert [there.name for there in tmp_path.iterdir()] == ["training.pt"]
+
+
+def test_minutes_become_steps_by_what_the_last_ones_took(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """By a clock that goes on by a second a step, and by ten before the first."""
     told = [0, *range(10, 10_000)]
     monkeypatch.setattr(fit, "TIMED", 2)
     monkeypatch.setattr(fit, "time", SimpleNamespace(time=lambda: told.pop(0)))
-    stage = replace(TINY.stages[0], steps=9)
-    progress = Progress(tmp_path / "training.pt", {}, [stage.steps], [1.0])
     clip, words = new_clip(TINY, 0)
-    fit.fit(stage, clip, lambda batch: objectives.clip_loss(clip, words, batch, CPU),
-            Scenes("test", 2, 56, pixels_of, captions), progress, 0)
-    assert progress.steps[0] >= 30 and told[0] <= 60   # by the first two steps alone about ten
+    progress = fit.Progress(tmp_path / "training.pt", {}, torch.nn.ModuleDict(), [9])
+    fit.fit(clip, lambda batch: clip_loss(clip, words, batch, CPU),
+            Scenes(0, TINY.stages[0], 56, pixels_of, captions), progress, minutes=1.0)
+    assert progress.step == progress.steps[0] == 51       # by the first two steps alone about ten
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"CLIP   step 51/51  loss \d\.\d{3}  0 s to go \.\.\.", lines[-1])
 
 
-def test_workers_send_no_pictures():
-    """Which would be most of what goes through their pipe; of a picture, training asks the size."""
-    drawn = Scenes("test", 2, 56, nothing, nothing)[3][1]
-    assert [s.image.mode for s in drawn] == ["1", "1"]
-    assert {s.image.width for s in drawn} <= {56, 112}
-    assert len(pickle.dumps(drawn)) < 10_000
-
-
-def test_a_training_takes_steps_or_minutes(tmp_path: Path, capsys):
-    asked = ["--out", str(tmp_path), "--minutes", "1", "--steps", *"1111"]
-    assert answer_for("train", train.command, asked) == 2
-    assert "not allowed with argument --minutes" in capsys.readouterr().err
-
-
-def saved(state: dict) -> bytes:
-    data = io.BytesIO()
-    torch.save(state, data)
-    return data.getvalue()
-
-
-GOOD = {key: {} for key in Progress.KEPT}
-WHOLE = saved(GOOD)
-OTHER, BROKEN = "is of a training with other settings .*", "cannot be read .*"
-
-
-@pytest.mark.parametrize("data, message", [
-    (saved(GOOD | {"settings": {"seed": 7}}), OTHER),
-    (saved({"settings": {"seed": 0, "size": 56, "courses": ["CLIP", "read", "find", "box"]},
-            "course": 1}), OTHER),                                            # an older version
-    (b"", BROKEN), (b"not a saved state", BROKEN), (pickle.dumps([], protocol=2), BROKEN),
-    (WHOLE[:len(WHOLE) // 2], BROKEN), (WHOLE[:-1], BROKEN)])                 # cut off
-def test_a_state_that_is_broken_or_of_other_settings_is_not_continued(
-        data: bytes, message: str, tmp_path: Path):
-    (tmp_path / "training.pt").write_bytes(data)
-    with pytest.raises(NanogapError, match=f"training.pt {message} delete it to start anew"):
-        train.train(tmp_path, TINY, CPU, steps=[1, 1, 1, 1])
-    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
-
-
-def test_progress_is_told_by_time_and_at_the_end_of_a_stage(capsys):
-    """At seconds 4, 10, 14 and 15 of 20 steps."""
-    report = Report("box", 0, 0.0)
-    for done, now in ((4, 4.0), (10, 10.0), (14, 14.0), (20, 15.0)):
-        report.add(2.0, done, 20, now)
-    assert capsys.readouterr().err.splitlines() == [
-        "box    step 10/20  loss 2.000  10 s to go ...",
-        "box    step 20/20  loss 2.000  0 s to go ..."]
-
-
-def test_a_short_training_says_what_its_model_cannot_do(tmp_path: Path, capsys):
-    train.tell_if_short(TINY, [4500, 1000, 2600, 3250])
-    assert capsys.readouterr().err == ""
-    train.tell_if_short(TINY, [40, 10, 20, 30])
-    assert capsys.readouterr().err.startswith(
-        "so few steps teach a model to speak, but hardly where anything is: expect nonsense")
-
-
-def test_a_training_may_start_from_weights_that_ship(tmp_path: Path):
-    """With the text tower beside them, which is copied and not trained."""
-    mini = Path(__file__).resolve().parents[2] / "weights/mini"
-    assert started(mini, "llava").text_guide is None
-    with pytest.raises(NanogapError, match="which a minigpt_v2 has not; start from a minigpt_v2"):
-        started(mini, "minigpt_v2")
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("words, message", [
+    (["--out", "file/out"], "file/out cannot be written"),
+    (["--minutes", "0"], "--minutes 0.0 is no time to train in"),
+    (["--stages", "CLIP", "--start", str(MINI)], "with --start it is there already"),
+    (["--stages", "box"], "from nothing CLIP is the first"),
+    (["--steps", "1", "2"], "give a number for each of CLIP, read, find, box"),
+    (["--start", str(MINI), "--model", "minigpt_v2"], "start from a minigpt_v2")])
+def test_a_mistake_is_one_line(
+        words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(NanogapError, match="file/out cannot be written .*; give another folder"):
-        train.train(tmp_path / "file" / "out", TINY, CPU, steps=[1, 1, 1, 1])
+    asked = ["--out", "out", "--device", "cpu", *words]
+    assert answer_for("train", train.command, asked) == 2
+    said = capsys.readouterr().err
+    assert message in said and lines_of(said) == 1
 
 
 def test_torchrun_hands_start_on_behind_two_dashes():
