@@ -131,7 +131,7 @@ def get_model(args: argparse.Namespace, folder: Path | None, device: torch.devic
         pack(model)
     model.config = replace(model.config, eos_token=-1, other_ends=())
     if args.graph:
-        model.next_pass = GraphedDecoder(model.language_model)
+        model.next_pass = GraphedDecoder(model.language_model.model)
     return model, size
 
 

@@ -16,7 +16,8 @@ from nanogap.bench import __main__ as bench
 from nanogap.bench import measure, sizes
 from nanogap.bench.sizes import random_model, save_random
 from nanogap.checks.command import answer_for
-from nanogap.fast.decoder import Cache, feed
+from nanogap.fast import decoder
+from nanogap.fast.decoder import Cache, Part
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.llama import LlamaConfig
 from nanogap.models import VLM
@@ -205,26 +206,25 @@ def test_signals_neither_explode_nor_vanish_in_random_weights():
 # ----- what makes it fast -------------------------------------------------------------------------
 
 
-def test_a_graphed_pass_gives_the_logits_of_the_model():
-    """Of all tokens of a pass, with alternatives and without, for two prompts in turns."""
-    model = random_model("tiny", CPU, torch.float32).language_model
+def test_a_graphed_pass_gives_what_the_decoder_gives():
+    """Whatever its mask, for three prompts in turns."""
+    model = random_model("tiny", CPU, torch.float32).language_model.model
     graphed = GraphedDecoder(model)
     generator = torch.Generator().manual_seed(0)
-    for rows, T, alternatives in ((9, 1, 1), (9, 5, 1), (9, 5, 3), (70, 5, 3), (9, 5, 5)):
+    for rows, T in ((9, 1), (9, 5), (70, 5), (9, 5)):
         prompt = torch.randn(1, rows, 64, generator=generator)
         x = torch.randn(1, T, 64, generator=generator)
-        ids = torch.arange(rows) * 3
-        places = ids[-1] + 1 + torch.arange(T)
-        caches = [Cache(model.model.config, rows + T + 2, x) for _ in range(2)]
+        ids = torch.arange(rows + T) * 3
+        sees = torch.rand(T, rows + T, generator=generator) < 0.5
+        mask = None if T == 1 else torch.zeros(T, rows + T).masked_fill(~sees, float("-inf"))
+        caches = [Cache(model.config, rows + T + 2, x) for _ in range(2)]
         for cache in caches:
-            model(prompt, ids, cache)
-        plain = feed(model, x, places, caches[0], alternatives)
-        logits = graphed(x, places, caches[1], alternatives)
-        assert logits.shape == (T, 640)
-        assert torch.allclose(logits, plain, atol=1e-5)
+            model(prompt, ids[:rows], cache)
+        plain = decoder.run(model, x, ids[rows:], [Part(caches[0], T, mask)], T)
+        hidden = graphed(x, ids[rows:], Part(caches[1], T, mask))
+        assert torch.allclose(hidden, plain, atol=1e-5)
         assert caches[1].lengths == caches[0].lengths == [rows + T] * 3
-    assert sorted(graphed.recordings) == [
-        (64, 1, 1), (64, 5, 1), (64, 5, 3), (64, 5, 5), (128, 5, 3)]
+    assert sorted(graphed.recordings) == [(64, 1), (64, 5), (128, 5)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -241,8 +241,8 @@ def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
         return [(r.tokens, r.kv_bytes, r.timings["passes"]) for r in answers]
 
     plain = said(False) + said(True)
-    model.next_pass = GraphedDecoder(model.language_model)
+    model.next_pass = GraphedDecoder(model.language_model.model)
     assert said(False) + said(True) == plain
-    assert {rows % 64 for rows, _, _ in model.next_pass.recordings} == {0}
+    assert {rows % 64 for rows, _ in model.next_pass.recordings} == {0}
 
 
