@@ -3,8 +3,8 @@ weights of every size, and decoding with graphs.
 """
 
 import json
-import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from nanogap.fast import decoder
 from nanogap.fast.decoder import Cache, Part
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.llama import LlamaConfig
-from nanogap.models import VLM
 from tests.tiny import lines_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")           # transformers' warnings
@@ -142,7 +141,7 @@ def test_agreement_one_after_the_other(capsys, folder: Path):
 def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(NanogapError, match="not installed here; get it with `pip install transf"):
-        bench.command(["--against", "transformers"])
+        bench.command(["--against", "transformers", "--weights", "mini"])
 
 
 # ----- mistakes -----------------------------------------------------------------------------------
@@ -154,12 +153,10 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     (["--random", "tiny", "--agree"], "add --save DIR"),
     (["--random", "8b"], "invalid choice: '8b'"),
     (["--new", "1"], "nothing would be measured"),
-    (["--rounds", "0"], "nothing would be measured"),
     (["--keep", "0"], "is not a number of visual tokens"),
     (["--random", "tiny", "--keep", "17"], "cannot keep 17 of 16 visual tokens"),
     (["--random", "tiny", "--keep", "auto"], "cls_attention cannot keep auto of 16"),
     (["--random", "tiny", "--prune", "nothing"], "unknown strategy 'nothing'"),
-    (["--random", "tiny", "--prune", "nowhere.py:mine"], "there is no file nowhere.py"),
     (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
 ])
 def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
@@ -168,14 +165,10 @@ def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
     assert out == "" and message in err and lines_of(err) == 1
 
 
-def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeypatch):
+def test_nothing_is_overwritten(tiny: Path):
     message = "is there already; give a new folder, or measure what is in it"
     with pytest.raises(NanogapError, match=message):
         save_random("tiny", tiny, CPU, torch.bfloat16)
-    usage = shutil._ntuple_diskusage(0, 0, 13 * 10 ** 9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(NanogapError, match="7b takes 14.1 GB and 13.0 GB are free"):
-        save_random("7b", tmp_path / "7b", CPU, torch.bfloat16)
 
 
 # ----- random weights -----------------------------------------------------------------------------
@@ -184,15 +177,15 @@ def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeyp
 def test_random_weights_come_back_from_disk_as_they_were_drawn(tiny):
     drawn = random_model("tiny", CPU, torch.bfloat16)
     loaded = nanogap.load(tiny, "cpu", "bfloat16")
-    assert loaded.config == drawn.config
+    assert loaded.config == replace(drawn.config, dtype="bfloat16")
     for name, value in drawn.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("size, parameters", [("7b", 7.06e9), ("13b", 13.35e9), ("350m", 0.35e9)])
 def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
-    assert sizes.count_parameters(size) == pytest.approx(parameters, rel=0.01)
-    assert isinstance(sizes.empty_model(size), VLM)
+    drawn = sum(p.numel() for p in sizes.empty_model(size).parameters())
+    assert drawn == pytest.approx(parameters, rel=0.01)
     assert sizes.SIZES[size].vision.grid ** 2 == 576
 
 
