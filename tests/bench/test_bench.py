@@ -16,8 +16,6 @@ from nanogap.bench import __main__ as bench
 from nanogap.bench import measure, sizes
 from nanogap.bench.sizes import random_model, save_random
 from nanogap.checks.command import answer_for
-from nanogap.fast import decoder
-from nanogap.fast.decoder import Cache, Part
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.llama import LlamaConfig
 from tests.tiny import lines_of
@@ -194,30 +192,6 @@ def test_signals_neither_explode_nor_vanish_in_random_weights():
     logits = model(model.prompt("the man"), model.prepare_image(measure.IMAGE))
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(-1).unique()) > 20
-
-
-# ----- what makes it fast -------------------------------------------------------------------------
-
-
-def test_a_graphed_pass_gives_what_the_decoder_gives():
-    """Whatever its mask, for three prompts in turns."""
-    model = random_model("tiny", CPU, torch.float32).language_model.model
-    graphed = GraphedDecoder(model)
-    generator = torch.Generator().manual_seed(0)
-    for rows, T in ((9, 1), (9, 5), (70, 5), (9, 5)):
-        prompt = torch.randn(1, rows, 64, generator=generator)
-        x = torch.randn(1, T, 64, generator=generator)
-        ids = torch.arange(rows + T) * 3
-        sees = torch.rand(T, rows + T, generator=generator) < 0.5
-        mask = None if T == 1 else torch.zeros(T, rows + T).masked_fill(~sees, float("-inf"))
-        caches = [Cache(model.config, rows + T + 2, x) for _ in range(2)]
-        for cache in caches:
-            model(prompt, ids[:rows], cache)
-        plain = decoder.run(model, x, ids[rows:], [Part(caches[0], T, mask)], T)
-        hidden = graphed(x, ids[rows:], Part(caches[1], T, mask))
-        assert torch.allclose(hidden, plain, atol=1e-5)
-        assert caches[1].lengths == caches[0].lengths == [rows + T] * 3
-    assert sorted(graphed.recordings) == [(64, 1), (64, 5), (128, 5)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
