@@ -31,12 +31,6 @@ class StaticCache(KVCache):
         self.keys.zero_()
         self.values.zero_()
 
-    def copy(self, other: KVCache) -> None:
-        """Take over the rows of another one that are in use."""
-        rows = other.lengths[0]
-        self.keys[..., :rows, :] = other.keys[..., :rows, :]
-        self.values[..., :rows, :] = other.values[..., :rows, :]
-
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (1, G, T, D) into the next rows; return all rows (1, G, R, D)."""
         self.keys[layer].index_copy_(2, self.next_rows, k)
@@ -74,7 +68,8 @@ class GraphedDecoder:
         if R not in self.caches:
             self.caches[R] = StaticCache(self.decoder.config, R, x)
         if part.cache is not self.copied:
-            self.caches[R].copy(part.cache)
+            self.caches[R].keys[..., :start, :] = part.cache.keys[..., :start, :]
+            self.caches[R].values[..., :start, :] = part.cache.values[..., :start, :]
             self.copied = part.cache
         mask = x.new_full((T, R), float("-inf"))
         mask[:, :start + T] = 0 if part.mask is None else part.mask

@@ -2,9 +2,7 @@
 
 In:  a model (nanogap/models/), a picture, expressions, and how to prune.
 Out: for each expression the words of nanogap/ground.py, with what was asked beside them.
-
-What is kept and where it stands is decided here; how questions share a cache and passes stands in
-lanes.py.
+What is kept and where it stands is decided here; the passes are in lanes.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence

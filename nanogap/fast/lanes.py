@@ -1,7 +1,5 @@
 """Questions that share a cache, and caches that share passes.
 
-In:  the questions of each lane, laid out (see ground_all.py).  Out: their answers.
-
 Prompts about one picture begin alike: the words before it, the visual tokens, the first words of
 the question.  That is read once.  What follows of each question lies side by side in the same
 cache, and one pass of the decoder brings every question its next tokens: it reads the weights once
@@ -17,8 +15,7 @@ position ID is the one that it has alone (gap.py), for the row says nothing abou
 there too: after a pass the rows of those that were wrong are given up.
 Where a picture is asked about under several prunings, each has such a cache, a lane, and the lanes
 share the passes: only attention looks into each cache on its own.
-Letters: S tokens that all prompts begin with, T tokens fed in a pass, R rows in the cache, C
-channels.
+Letters: S tokens that are shared, T fed in a pass, R rows in the cache, C channels.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -32,6 +29,7 @@ from torch import Tensor
 from nanogap.fast.decode import Question
 from nanogap.fast.decoder import Cache, Part, likeliest, run
 from nanogap.fast.draft import Draft, Form, draft
+from nanogap.llama import LlamaConfig
 from nanogap.llava import clock_ms
 
 CACHES = 1 << 30    # bytes of all caches that share passes, if there are several
@@ -70,11 +68,12 @@ class Lane:
         """Rows for what the questions share, and for answers and drafts of `longest` tokens."""
         return self.x.shape[1] + sum(len(q.text) + longest for q in self.questions)
 
-    def begin(self, cache: Cache) -> Part:
-        """What the questions share is to be read into this cache."""
-        self.cache, self.position_ids = cache, self.position_ids.to(self.x.device)
+    def begin(self, config: LlamaConfig, longest: int) -> Part:
+        """Make the cache, into which the next pass reads what the questions share."""
+        self.cache = Cache(config, self.rows(longest), self.x)
+        self.position_ids = self.position_ids.to(self.x.device)
         self.owner = torch.full_like(self.position_ids, SHARED)               # (R,)
-        return Part(cache, self.x.shape[1], None)
+        return Part(self.cache, self.x.shape[1], None)
 
     def open(self) -> list[Question]:
         """The questions that are not answered yet."""
@@ -119,10 +118,9 @@ class Lane:
 @torch.inference_mode()                                                       # no_grad, but faster
 def ask(model: Any, lanes: Sequence[Lane], form: Form, max_new_tokens: int) -> None:
     """Answer the questions of all lanes: as many lanes at a time as there is memory for."""
-    config = model.config.text
     longest = max_new_tokens + max(map(len, form), default=0)
     for asked in together(lanes, longest, row_bytes(model)):
-        prompts = [lane.begin(Cache(config, lane.rows(longest), lane.x)) for lane in asked]
+        prompts = [lane.begin(model.config.text, longest) for lane in asked]
         while asked:
             step(model, asked, form, max_new_tokens, prompts)
             asked, prompts = [lane for lane in asked if lane.open()], []
@@ -131,8 +129,7 @@ def ask(model: Any, lanes: Sequence[Lane], form: Form, max_new_tokens: int) -> N
 def row_bytes(model: Any) -> int:
     """Keys and values of a token, in all layers."""
     c = model.config.text
-    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return numbers * model.dtype.itemsize
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
 
 
 def together(lanes: Sequence[Lane], longest: int, row_bytes: int) -> Iterator[list[Lane]]:
@@ -161,8 +158,8 @@ def step(model: Any, lanes: Sequence[Lane], form: Form, max_new_tokens: int,
     choices = rows <= CHOICES.get(device.type, CHOICES["cpu"])
     fed = [lane.feed(form, max_new_tokens, choices) for lane in lanes]
     sizes = [len(each) for each in fed]
-    columns = torch.tensor([each for of_lane in fed for each in of_lane], device=device).T
-    tokens, position_ids, owner = columns                                     # (T,) each
+    columns = torch.tensor([each for of_lane in fed for each in of_lane], device=device)
+    tokens, position_ids, owner = columns.T                                   # (T,) each
     x = decoder.embed_tokens(tokens)[None]                                    # (1, T, C)
     shared = [lane.position_ids for lane in lanes]
     parts = [lane.append(*each) for lane, *each in zip(
