@@ -101,13 +101,10 @@ def test_the_work_of_a_prefill_by_hand():
 
 
 def test_a_pass_reads_all_weights_but_the_embeddings():
-    """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; a norm; the head 640 x 64."""
     model = random_model("tiny", CPU, torch.bfloat16)
-    parameters = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
-    assert measure.decoder_bytes(model.config.text, model.dtype) == 2 * parameters
     read = [p.nbytes for name, p in model.language_model.named_parameters()
             if "embed_tokens" not in name]
-    assert sum(read) == 2 * parameters
+    assert measure.decoder_bytes(model.config.text, model.dtype) == sum(read)
 
 
 # ----- against transformers -----------------------------------------------------------------------
@@ -164,8 +161,7 @@ def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
 
 
 def test_nothing_is_overwritten(tiny: Path):
-    message = "is there already; give a new folder, or measure what is in it"
-    with pytest.raises(NanogapError, match=message):
+    with pytest.raises(NanogapError, match="is there already; give a new folder, or measure what"):
         save_random("tiny", tiny, CPU, torch.bfloat16)
 
 
