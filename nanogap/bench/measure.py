@@ -16,7 +16,7 @@ from nanogap.bench.sizes import random_model
 from nanogap.checks.loading import load
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.fast.packed import pack
-from nanogap.llama import LlamaConfig
+from nanogap.llama import LlamaConfig, LlamaForCausalLM
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import budget_of
@@ -32,30 +32,26 @@ BOUGHT = ("vision_ms", "prefill_ms", "first_token_ms", "pass_ms", "box_ms", "kv_
 COMPARED = ("vision_ms", "first_token_ms", "pass_ms", "box_ms", "drafted_box_ms")
 
 
-def layer_weights(c: LlamaConfig) -> tuple[int, int]:
-    """How many weights the matrices of a layer have: for keys and values, and for all else."""
-    kv = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
-    q_and_o = 2 * c.hidden_size * c.num_attention_heads * c.head_dim
-    return kv, q_and_o + 3 * c.hidden_size * c.intermediate_size
-
-
 def prefill_flop(c: LlamaConfig, T: int) -> int:
     """Additions and multiplications that it takes to read T tokens and give the last one's logits.
 
     In the last layer the other tokens need only keys and values.  Under the causal mask T tokens
     look at T (T + 1) / 2 rows; each look is two products of D numbers in each head.
     """
-    layers = c.num_hidden_layers
-    kv, others = layer_weights(c)
+    layers, heads = c.num_hidden_layers, c.num_attention_heads * c.head_dim
+    kv = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim               # weights of a layer
+    others = 2 * c.hidden_size * heads + 3 * c.hidden_size * c.intermediate_size
     products = kv * T * layers + others * (T * (layers - 1) + 1) + c.hidden_size * c.vocab_size
     looks = T * (T + 1) // 2 * (layers - 1) + T
-    return 2 * products + 4 * c.num_attention_heads * c.head_dim * looks
+    return 2 * products + 4 * heads * looks
 
 
 def decoder_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights that a pass over one token reads: all but the embeddings."""
-    matrices = sum(layer_weights(c)) * c.num_hidden_layers + c.hidden_size * c.vocab_size
-    return dtype.itemsize * (matrices + (2 * c.num_hidden_layers + 1) * c.hidden_size)
+    with torch.device("meta"):
+        decoder = LlamaForCausalLM(c)
+    numbers = sum(p.numel() for p in decoder.parameters())
+    return dtype.itemsize * (numbers - decoder.model.embed_tokens.weight.numel())
 
 
 def our_times(model: VLM, run: Run, new: int) -> dict:
