@@ -22,14 +22,13 @@ from nanogap.llama import KVCache, LlamaDecoderLayer, LlamaModel, rotate
 
 
 class Cache(KVCache):
-    """A cache that rows can be taken out of again."""
+    """A cache in which rows can be moved."""
 
-    def retain(self, start: int, rows: Tensor) -> None:
-        """Of the rows from `start` on only these (n,) stay, moved together."""
+    def move(self, start: int, rows: Tensor) -> None:
+        """These rows (n,) of every layer to `start` and behind it."""
         end = start + len(rows)
         self.keys[..., start:end, :] = self.keys[..., rows, :]
         self.values[..., start:end, :] = self.values[..., rows, :]
-        self.lengths = [end] * len(self.lengths)
 
 
 class Part(NamedTuple):

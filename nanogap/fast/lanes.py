@@ -109,10 +109,19 @@ class Lane:
             row += q.fed
         if not self.open():
             del self.cache
-        elif start + len(stay) < row:
-            rows = torch.tensor([*range(start), *stay], device=self.owner.device)
-            self.owner, self.position_ids = self.owner[rows], self.position_ids[rows]
-            self.cache.retain(start, rows[start:])
+        elif len(stay) < row - start:
+            self.retain(start, stay)
+
+    def retain(self, start: int, stay: Sequence[int]) -> None:
+        """Of the rows from `start` on only these stay, moved together."""
+        end = start + len(stay)
+        if stay[-1] >= end:                            # else they are together
+            rows = torch.tensor(stay, device=self.owner.device)
+            self.owner[start:end] = self.owner[rows]
+            self.position_ids[start:end] = self.position_ids[rows]
+            self.cache.move(start, rows)
+        self.owner, self.position_ids = self.owner[:end], self.position_ids[:end]
+        self.cache.lengths = [end] * len(self.cache.lengths)
 
 
 @torch.inference_mode()                                                       # no_grad, but faster
