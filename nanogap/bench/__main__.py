@@ -4,12 +4,10 @@
     python -m nanogap.bench --random 350m --save /tmp/350m --against transformers
     python -m nanogap.bench --weights /tmp/350m --agree
 
-In:  weights, or a size to draw random ones in (sizes.py).
-Out: a table, and one JSON document on the last line.
-
-Every round runs everything once, transformers included; a first round is not counted.  Times are
-medians over the rounds, and ratios are quotients of these medians.  Generation does not stop at the
-end token, so that every run has the same number of new tokens.
+Prints a table, and one JSON document on the last line.  Every round runs everything once,
+transformers included; a first round is not counted.  Times are medians over the rounds, and ratios
+are quotients of these medians.  Generation does not stop at the end token, so that every run has
+the same number of new tokens.
 """
 
 import argparse
@@ -21,14 +19,36 @@ import torch
 
 from nanogap import methods
 from nanogap.bench.measure import EXPRESSION, IMAGE, measure
-from nanogap.bench.peer import agree, their_class, their_library
+from nanogap.bench.peer import agree, their_class
 from nanogap.bench.sizes import SIZES, save_random
-from nanogap.bench.table import print_table
 from nanogap.checks.command import Parser, answer_for, keep_argument, path_argument, whole_number
 from nanogap.checks.loading import check_place, default_weights, folder_of
 from nanogap.errors import NanogapError
 from nanogap.prune import STRATEGIES
 from nanogap.weights import DTYPES
+
+PLACE = """\
+{weights} on {machine}, {dtype}, {threads} threads, {millions:.0f} million parameters, \
+{new_tokens} new tokens; medians of {rounds} rounds
+the limits here: {copy_gb_s:.3g} GB/s copied, {matmul_tflop_s:.3g} TFLOP/s in products
+milliseconds   tokens  vision  prefill 1st token  a pass   to box  with drafts  KV MB \
+prefill TFLOP/s    pass GB/s"""
+BOTH = ("{prune:14} {visual_tokens:6g} {vision_ms:7.1f} {prefill_ms:8.1f} {first_token_ms:9.1f} "
+        "{pass_ms:7.2f} {box_ms:8.1f}")                    # the columns that both sides have
+OURS = BOTH + (" {drafted_box_ms:8.1f} {drafted_passes:3.0f} {kv_mb:6.1f} {prefill_tflop_s:9.3g} "
+               "{prefill_share:5.0%} {decode_gb_s:6.3g} {decode_share:5.0%}")
+RATIOS = ("{prune:14} {visual_tokens:6g} {vision_ms:7.2f}          {first_token_ms:9.2f} "
+          "{pass_ms:7.2f} {box_ms:8.2f} {drafted_box_ms:8.2f}")
+TOGETHER = ("ground_all, {number} questions about one picture, {prune} {keep}: "
+            "{ground_all_per_s:.3g} answers a second, one by one {one_by_one_per_s:.3g}; "
+            "{faster:.2f} times faster")
+FIRST_USE = ("{who}: loaded in {load_s:.2f} s{over}; peak memory {peak_over_weights:.2f} of the "
+             "weights' {megabytes:.0f} MB")
+SUMMARY = """\
+Pruning to {visual_tokens:g} tokens makes prefill {prefill_ms:.1f} times faster and the cache \
+{kv_bytes:.1f} times smaller.
+It does little for the vision tower ({vision_ms:.2f}), which sees all patches, and for a pass of \
+the decoder ({pass_ms:.2f}), which reads all weights."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,14 +81,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.random and args.weights or args.save and not args.random:
         raise NanogapError("give --weights DIR, or --random SIZE, and --save DIR only with the "
                            "latter")
-    if args.against or args.agree:
-        if args.random and not args.save:
-            raise NanogapError("transformers reads weights from a folder: add --save DIR")
-        their_library()
+    if (args.against or args.agree) and args.random and not args.save:
+        raise NanogapError("transformers reads weights from a folder: add --save DIR")
     if args.new < 2 or args.rounds < 1:
         raise NanogapError("nothing would be measured: give --new 2 and --rounds 1 at least")
     args.prune = methods.find(args.prune)
     return args
+
+
+def print_table(d: dict) -> None:
+    """Print the document of `nanogap.bench.measure`, and what pruning saves."""
+    about = {"dtype": d["dtype"] + ", packed" * d["packed"], "machine": d["gpu"] or d["processor"],
+             "millions": d["parameters"] / 1e6}
+    print(PLACE.format_map(d | about))
+    for row in d["runs"]:
+        print(OURS.format_map(row | {"kv_mb": row["kv_bytes"] / 2 ** 20}))
+    asked = d["questions"]
+    faster = asked["ground_all_per_s"] / asked["one_by_one_per_s"]
+    print(TOGETHER.format_map(asked | {"faster": faster}))
+    if d["theirs"]:
+        seen = {"prune": "transformers", "visual_tokens": d["runs"][0]["visual_tokens"]}
+        print(BOTH.format_map(d["theirs"] | seen))
+        print("times faster than transformers, which sees all tokens:")
+        for row in d["runs"]:
+            print(RATIOS.format_map(row | row["theirs_over_this"]))
+    for who in ("ours", "theirs"):
+        if d[who]:
+            longer = d[who]["load_over_read"]
+            over = f", {longer:.2f} times as long as to read the bytes" if longer else ""
+            megabytes = d[who]["weight_bytes"] / 1e6
+            print(FIRST_USE.format_map(d[who] | {"who": who, "over": over, "megabytes": megabytes}))
+    fewest = min(d["runs"], key=lambda row: row["visual_tokens"])
+    print(SUMMARY.format_map(fewest | fewest["full_over_this"]))
 
 
 @torch.no_grad()
@@ -79,18 +123,17 @@ def command(argv: Sequence[str] | None) -> None:
     dtype_name = None if args.dtype == "auto" else args.dtype
     check_place(name, dtype_name)
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.save:
-        save_random(args.random, args.save, device, DTYPES.get(args.dtype, torch.bfloat16))
     folder = args.save or args.weights
-    if folder is None and not args.random:
-        folder = default_weights()
-    folder = folder and folder_of(folder)
-    if folder and (args.against or args.agree):
+    if args.save:
+        save_random(args.random, folder, device, DTYPES.get(args.dtype, torch.bfloat16))
+    if folder or not args.random:
+        folder = folder_of(folder or default_weights())
+    if args.against or args.agree:
         their_class(folder)
     if args.agree:
         print(json.dumps(agree(folder, device, dtype_name, IMAGE, EXPRESSION, args.new)))
         return
-    document = measure(args, folder, device, dtype_name)
+    document = measure(args, folder, device)
     if not args.json:
         print_table(document)
     print(json.dumps(document))

@@ -1,7 +1,5 @@
 """The machine: what it can do at most, and how much time and memory a model takes.
 
-In:  a device, and something to run.  Out: seconds, bytes, and bytes and operations a second.
-
 Limits are measured, not looked up: a large copy, and a large matrix product, each the best of five.
 """
 
@@ -10,16 +8,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from nanogap.llava import clock_ms
 from nanogap.weights import weight_files
-
-Model = TypeVar("Model", bound=nn.Module)
-Done = TypeVar("Done")
 
 
 def processor() -> str:
@@ -29,28 +24,24 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def timed(device: torch.device, work: Callable[[], Done]) -> tuple[Done, float]:
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
     """What some work gives, and the milliseconds that it takes."""
     start = clock_ms(device)
     done = work()
     return done, clock_ms(device) - start
 
 
-def fastest(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that some work takes: the best of five, after one more that is not counted."""
-    return min([timed(device, work)[1] for _ in range(6)][1:]) / 1000
-
-
 def limits(device: torch.device, dtype: torch.dtype) -> dict:
     """The limits of a device: bytes copied (read and written), and a large matrix product."""
-    side, size = 2048, 1 << 26
-    if device.type == "cuda":
-        side, size = 8192, 1 << 30
+    def fastest(work: Callable[[], object]) -> float:
+        return min([timed(device, work)[1] for _ in range(6)][1:]) / 1000     # seconds
+
+    side, size = (8192, 1 << 30) if device.type == "cuda" else (2048, 1 << 26)
     source = torch.rand(size, device=device)
     target = torch.empty_like(source)
     matrix = torch.randn(side, side, device=device).to(dtype)
-    copying = fastest(device, lambda: target.copy_(source))
-    multiplying = fastest(device, lambda: matrix @ matrix)
+    copying = fastest(lambda: target.copy_(source))
+    multiplying = fastest(lambda: matrix @ matrix)
     return {"copy_gb_s": 2 * source.nbytes / copying / 1e9,
             "matmul_tflop_s": 2 * side ** 3 / multiplying / 1e12}
 
@@ -73,23 +64,21 @@ def memory(device: torch.device, forget_peak: bool = False) -> tuple[int, int]:
     return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
 
-def first_use(get: Callable[[], tuple[Model, int]], use: Callable[[Model], object],
-              device: torch.device) -> tuple[Model, dict]:
-    """Load a model and use it once: the model, and how much time and memory that took.
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's weights; where these are mapped from a file, this reads them."""
+    for parameter in model.parameters():
+        parameter.view(-1)[::1024].sum()
+    return sum(parameter.nbytes for parameter in model.parameters())
 
-    get: gives the model, and how many bytes its weights have
-    """
+
+def first_use(get: Callable[[], tuple[Any, int]], use: Callable[[Any], object],
+              device: torch.device) -> tuple[Any, dict]:
+    """Get a model and its bytes, and use it once: the model, and the time and memory it took."""
     in_use, _ = memory(device, forget_peak=True)
-    start = clock_ms(device)
-    model, size = get()
-    for module in model.modules():
-        # without attributes, for to look at a packed weight would unpack it (fast/packed.py)
-        for parameter in filter(torch.is_tensor, module.__dict__["_parameters"].values()):
-            parameter.view(-1)[::1024].sum()   # where it is memory-mapped, this reads it
-    load_s = (clock_ms(device) - start) / 1000
+    (model, size), load_ms = timed(device, get)
     use(model)
     peak = memory(device)[1] - in_use
-    return model, {"load_s": load_s, "weight_bytes": size, "peak_bytes": peak,
+    return model, {"load_s": load_ms / 1000, "weight_bytes": size, "peak_bytes": peak,
                    "peak_over_weights": peak / size}
 
 

@@ -1,8 +1,4 @@
-"""What is measured of a model, and what follows from it: the bench's JSON document.
-
-In:  the arguments of the command, and a folder of weights or none.
-Out: times, rates and bytes.
-"""
+"""What is measured of a model, and what follows from it: the bench's JSON document."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -11,41 +7,29 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
-from nanogap.bench.machine import first_use, limits, processor, read_files, timed
-from nanogap.bench.peer import generate, load_peer, peer_times, prompt, seen
-from nanogap.bench.sizes import count_parameters, random_model
+from nanogap.bench.machine import bytes_of, first_use, limits, processor, read_files, timed
+from nanogap.bench.peer import generate, inputs_for, load_peer, peer_times
+from nanogap.bench.sizes import random_model
 from nanogap.checks.loading import load
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.fast.packed import pack
-from nanogap.llama import LlamaConfig
+from nanogap.llama import LlamaConfig, LlamaForCausalLM
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import budget_of
 from nanogap.train.scenes import scene
 from nanogap.weights import DTYPES
 
-SCENE = scene("bench", 0)
-IMAGE = SCENE.image
-EXPRESSION = SCENE.expressions[0][0]
+IMAGE = scene("bench", 0).image
 QUESTIONS = [scene("bench", number).expressions[0][0] for number in range(7)]   # as in RefCOCO
+EXPRESSION = QUESTIONS[0]
 Run = tuple[str, int | None, str]   # strategy, budget, mode
 WHOLE: Run = ("random", None, "full")
 BOUGHT = ("vision_ms", "prefill_ms", "first_token_ms", "pass_ms", "box_ms", "kv_bytes")
 COMPARED = ("vision_ms", "first_token_ms", "pass_ms", "box_ms", "drafted_box_ms")
-
-
-# ----- what a model must do -----------------------------------------------------------------------
-
-
-def layer_weights(c: LlamaConfig) -> tuple[int, int]:
-    """How many weights the matrices of a layer have: for keys and values, and for all else."""
-    kv = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
-    q_and_o = 2 * c.hidden_size * c.num_attention_heads * c.head_dim
-    return kv, q_and_o + 3 * c.hidden_size * c.intermediate_size
 
 
 def prefill_flop(c: LlamaConfig, T: int) -> int:
@@ -54,20 +38,20 @@ def prefill_flop(c: LlamaConfig, T: int) -> int:
     In the last layer the other tokens need only keys and values.  Under the causal mask T tokens
     look at T (T + 1) / 2 rows; each look is two products of D numbers in each head.
     """
-    layers = c.num_hidden_layers
-    kv, others = layer_weights(c)
+    layers, heads = c.num_hidden_layers, c.num_attention_heads * c.head_dim
+    kv = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim               # weights of a layer
+    others = 2 * c.hidden_size * heads + 3 * c.hidden_size * c.intermediate_size
     products = kv * T * layers + others * (T * (layers - 1) + 1) + c.hidden_size * c.vocab_size
     looks = T * (T + 1) // 2 * (layers - 1) + T
-    return 2 * products + 4 * c.num_attention_heads * c.head_dim * looks
+    return 2 * products + 4 * heads * looks
 
 
 def decoder_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
     """Bytes of the weights that a pass over one token reads: all but the embeddings."""
-    matrices = sum(layer_weights(c)) * c.num_hidden_layers + c.hidden_size * c.vocab_size
-    return dtype.itemsize * (matrices + (2 * c.num_hidden_layers + 1) * c.hidden_size)
-
-
-# ----- measuring ----------------------------------------------------------------------------------
+    with torch.device("meta"):
+        decoder = LlamaForCausalLM(c)
+    numbers = sum(p.numel() for p in decoder.parameters())
+    return dtype.itemsize * (numbers - decoder.model.embed_tokens.weight.numel())
 
 
 def our_times(model: VLM, run: Run, new: int) -> dict:
@@ -101,37 +85,37 @@ def rounds(todo: Sequence[Callable[[], dict]], number: int) -> list[dict]:
             for rows in zip(*took, strict=True)]
 
 
-def derive(row: dict, full: dict, theirs: dict | None, model: VLM, rates: dict) -> dict:
+def derive(run: Run, row: dict, full: dict, theirs: dict | None, model: VLM, rates: dict) -> dict:
     """A run's medians and what follows from them; above a ratio of 1 this run is the faster."""
+    prune, _, mode = run
     T = round(len(model.prompt(EXPRESSION)) - 1 + row["visual_tokens"])
     tflop_s = prefill_flop(model.config.text, T) / row["prefill_ms"] / 1e9
     read = decoder_bytes(model.config.text, model.dtype) + row["kv_bytes"]
     gb_s = read / row["pass_ms"] / 1e6
-    row = row | {"prompt_tokens": T, "prefill_tflop_s": tflop_s, "decode_gb_s": gb_s,
-                 "prefill_share": tflop_s / rates["matmul_tflop_s"],
-                 "decode_share": gb_s / rates["copy_gb_s"],
-                 "full_over_this": {key: full[key] / row[key] for key in BOUGHT}}
+    derived = {"prompt_tokens": T, "prefill_tflop_s": tflop_s, "decode_gb_s": gb_s,
+               "prefill_share": tflop_s / rates["matmul_tflop_s"],
+               "decode_share": gb_s / rates["copy_gb_s"],
+               "full_over_this": {key: full[key] / row[key] for key in BOUGHT}}
     if theirs:
-        row["theirs_over_this"] = {key: theirs[key.removeprefix("drafted_")] / row[key]
-                                   for key in COMPARED}
-    return row
+        derived["theirs_over_this"] = {key: theirs[key.removeprefix("drafted_")] / row[key]
+                                       for key in COMPARED}
+    return {"prune": "none" if mode == "full" else prune, **row, **derived}
 
 
-def get_model(args: argparse.Namespace, folder: Path | None, device: torch.device,
-              dtype_name: str | None) -> tuple[VLM, int]:
+def get_model(args: argparse.Namespace, folder: Path | None,
+              device: torch.device) -> tuple[VLM, int]:
     """The model that was asked for, with an end token that it never says; its weights' bytes."""
+    dtype = DTYPES.get(args.dtype)
     if folder:
-        model = load(folder, device, dtype_name, pack=False)
+        model = load(folder, device, dtype, pack=False)
     else:
-        small = device.type == "cpu" and count_parameters(args.random) <= 2e9
-        dtype = DTYPES[dtype_name or ("float32" if small else "bfloat16")]
         model = random_model(args.random, device, dtype)
-    size = sum(p.nbytes for p in model.parameters())
+    size = bytes_of(model)
     if not args.no_pack:
         pack(model)
     model.config = replace(model.config, eos_token=-1, other_ends=())
     if args.graph:
-        model.next_pass = GraphedDecoder(model.language_model)
+        model.next_pass = GraphedDecoder(model.language_model.model)
     return model, size
 
 
@@ -142,44 +126,39 @@ def runs_asked(args: argparse.Namespace, model: VLM) -> list[Run]:
     return [WHOLE, *((args.prune, budget_of(keep, most, args.prune), "gap") for keep in args.keep)]
 
 
-def get_peer(args: argparse.Namespace, folder: Path, model: VLM) -> tuple[Any, dict]:
-    """transformers' model of the same weights, and the facts of its first use."""
-    peer, facts = first_use(
-        partial(load_peer, folder, model.device, model.dtype),
-        lambda peer: peer_times(peer, model, IMAGE, EXPRESSION, args.new), model.device)
-    said = model.ground(IMAGE, EXPRESSION, mode="full", max_new_tokens=args.new).tokens
-    ids = prompt(model, EXPRESSION, model.encode_image(IMAGE).n_visual)
-    theirs = generate(peer, ids, seen(model, IMAGE), args.new)
-    return peer, facts | {"library": f"transformers {version('transformers')}",
-                          "same_tokens": said == theirs}
+def get_peer(folder: Path, model: VLM, new: int) -> tuple[Callable[[], dict], dict]:
+    """transformers' model of the same weights: what times it, and the facts of its first use."""
+    theirs, facts = first_use(lambda: load_peer(folder, model.device, model.dtype),
+                              lambda theirs: peer_times(theirs, model, IMAGE, EXPRESSION, new),
+                              model.device)
+    ours = model.ground(IMAGE, EXPRESSION, mode="full", max_new_tokens=new).tokens
+    same = ours == generate(theirs, new, inputs_for(model, IMAGE, EXPRESSION))
+    facts |= {"library": f"transformers {version('transformers')}", "same_tokens": same}
+    return partial(peer_times, theirs, model, IMAGE, EXPRESSION, new), facts
 
 
-def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
-            dtype_name: str | None) -> dict:
+def measure(args: argparse.Namespace, folder: Path | None, device: torch.device) -> dict:
     """The JSON document."""
     our_times(random_model("tiny", device, torch.float32), WHOLE, 2)   # libraries start up
     read_s = read_files(folder) if folder else None
     model, ours = first_use(
-        lambda: get_model(args, folder, device, dtype_name),
+        lambda: get_model(args, folder, device),
         lambda model: [our_times(model, run, args.new) for run in runs_asked(args, model)], device)
     runs = runs_asked(args, model)
     todo = [partial(our_times, model, run, args.new) for run in runs]
     todo.append(partial(many_times, model, runs[-1], args.new))
     theirs = None
     if args.against and folder:
-        peer, theirs = get_peer(args, folder, model)
-        todo.append(partial(peer_times, peer, model, IMAGE, EXPRESSION, args.new))
-    medians = rounds(todo, args.rounds)
+        time_theirs, theirs = get_peer(folder, model, args.new)
+        medians = rounds([*todo, time_theirs], args.rounds)
+        theirs |= medians.pop()
+    else:
+        medians = rounds(todo, args.rounds)
     rates = limits(device, model.dtype)
-    if theirs:
-        theirs |= medians[-1]
     for facts in filter(None, (ours, theirs)):
         facts["load_over_read"] = facts["load_s"] / read_s if read_s else None
-    rows = [{"prune": "none" if mode == "full" else prune}
-            | derive(row, medians[0], theirs, model, rates)
-            for (prune, _, mode), row in zip(runs, medians, strict=False)]
     prune, keep, _ = runs[-1]
-    questions = {"number": len(QUESTIONS), "prune": prune, "keep": keep, **medians[len(runs)]}
+    questions = {"number": len(QUESTIONS), "prune": prune, "keep": keep, **medians.pop()}
     return {"weights": str(folder or f"random {args.random}"), "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
             "parameters": ours["weight_bytes"] // model.dtype.itemsize, "new_tokens": args.new,
@@ -187,4 +166,5 @@ def measure(args: argparse.Namespace, folder: Path | None, device: torch.device,
             "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, **rates,
             "processor": processor(), "read_s": read_s, "ours": ours, "theirs": theirs,
-            "runs": rows, "questions": questions}
+            "runs": [derive(run, row, medians[0], theirs, model, rates)
+                     for run, row in zip(runs, medians, strict=True)], "questions": questions}

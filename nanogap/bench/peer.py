@@ -1,11 +1,10 @@
 """The other side of the comparison: transformers' model of the same weights, image and prompt.
 
-In:  a checkpoint's folder.  Out: times of its parts, and the tokens that it generates.
-
 It is given the least work that it allows: logits of the last token only, its own cache, no mask.
 """
 
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nanogap.bench.machine import bytes_of
 from nanogap.checks.loading import load
 from nanogap.checks.reading import read_json
 from nanogap.errors import NanogapError
@@ -24,24 +24,15 @@ CLASSES = {"llava": "LlavaForConditionalGeneration",   # by `model_type`, where 
            "llava_next": "LlavaNextForConditionalGeneration"}
 
 
-def their_library() -> Any:
-    """transformers, with its messages turned off."""
+def their_class(folder: Path) -> str:
+    """transformers' class for the model of a folder; NanogapError where there is none."""
     try:
         import transformers
     except ImportError:
         raise NanogapError("transformers is not installed here; get it with "
-                           "`pip install transformers==5.23.0`, or leave the comparison out") \
-            from None
+                           "`pip install transformers==5.23.0`") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return transformers
-
-
-def their_class(folder: Path) -> str:
-    """The name of transformers' class for the model of a folder.
-
-    raises: NanogapError where it has none
-    """
     found = read_json(folder / "config.json").get("model_type")
     if found not in CLASSES:
         raise NanogapError(f"{folder} holds a {found!r:.80} model, and transformers has only "
@@ -51,22 +42,14 @@ def their_class(folder: Path) -> str:
 
 def load_peer(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, int]:
     """transformers' model, with the fastest attention that it has; its weights' bytes."""
-    found = getattr(their_library(), their_class(folder))
+    found = getattr(import_module("transformers"), their_class(folder))
     peer = found.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     peer.generation_config.eos_token_id = None   # as many tokens as are asked for
     peer = peer.to(device).eval()
-    return peer, sum(p.nbytes for p in peer.parameters())
+    return peer, bytes_of(peer)
 
 
-def prompt(model: VLM, expression: str, n_visual: int) -> Tensor:
-    """input_ids (1, P + N + A): our prompt as transformers wants it, an image token for each of N.
-    """
-    ids = model.prompt(expression)                                            # (P + 1 + A,)
-    repeats = torch.where(ids == model.config.image_token, n_visual, 1)
-    return ids.repeat_interleave(repeats)[None].to(model.device)
-
-
-def seen(model: VLM, image: Image.Image) -> dict[str, Tensor]:
+def picture_for(model: VLM, image: Image.Image) -> dict[str, Tensor]:
     """A picture as transformers wants it: with its size, where its tokens depend on that."""
     pixel_values = model.prepare_image(image)                                 # (views, 3, S, S)
     if model.pictures_alike:
@@ -75,10 +58,20 @@ def seen(model: VLM, image: Image.Image) -> dict[str, Tensor]:
     return {"pixel_values": pixel_values[None], "image_sizes": size}
 
 
-def generate(peer: Any, ids: Tensor, picture: dict[str, Tensor], new: int) -> list[int]:
-    """`new` tokens by transformers' own generation, greedily; picture: as `seen` gives it."""
-    said = peer.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                         max_new_tokens=new, **picture)
+def inputs_for(model: VLM, image: Image.Image, expression: str,
+               n_visual: int | None = None) -> dict[str, Tensor]:
+    """A picture and our prompt (1, P + N + A) about it, which has an image token for each of N."""
+    ids = model.prompt(expression)                                            # (P + 1 + A,)
+    N = n_visual or model.encode_image(image).n_visual
+    ids = ids.repeat_interleave(torch.where(ids == model.config.image_token, N, 1))
+    return {"input_ids": ids[None].to(model.device), **picture_for(model, image)}
+
+
+def generate(peer: Any, new: int, inputs: dict[str, Tensor]) -> list[int]:
+    """`new` tokens by transformers' own generation, greedily."""
+    ids = inputs["input_ids"]
+    said = peer.generate(**inputs, attention_mask=torch.ones_like(ids), do_sample=False,
+                         max_new_tokens=new)
     return said[0, ids.shape[1]:].tolist()
 
 
@@ -89,10 +82,10 @@ def peer_times(peer: Any, model: VLM, image: Image.Image, expression: str, new: 
     """
     n_visual = model.encode_image(image).n_visual
     at = [clock_ms(model.device)]
-    peer.model.get_image_features(**seen(model, image))
+    peer.model.get_image_features(**picture_for(model, image))
     at.append(clock_ms(model.device))
-    ids = prompt(model, expression, n_visual)
-    out = peer(input_ids=ids, use_cache=True, logits_to_keep=1, **seen(model, image))
+    inputs = inputs_for(model, image, expression, n_visual)
+    out = peer(**inputs, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)                        # (1, 1)
     token.item()
     at.append(clock_ms(model.device))
@@ -102,12 +95,12 @@ def peer_times(peer: Any, model: VLM, image: Image.Image, expression: str, new: 
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         token.item()                                  # as generation does to look for its end
     at.append(clock_ms(model.device))
-    ids = prompt(model, expression, n_visual)
-    model.tokenizer.decode(generate(peer, ids, seen(model, image), new))
+    inputs = inputs_for(model, image, expression, n_visual)
+    model.tokenizer.decode(generate(peer, new, inputs))
     at.append(clock_ms(model.device))
     vision, first, passes, box = (after - before for before, after in pairwise(at))
     return {"vision_ms": vision, "prefill_ms": first - vision, "first_token_ms": first,
-            "pass_ms": passes / max(new - 1, 1), "box_ms": box}
+            "pass_ms": passes / (new - 1), "box_ms": box}
 
 
 def agree(folder: Path, device: torch.device, dtype_name: str | None, image: Image.Image,
@@ -118,22 +111,18 @@ def agree(folder: Path, device: torch.device, dtype_name: str | None, image: Ima
     """
     model = load(folder, device, dtype_name)
     model.config = replace(model.config, eos_token=-1, other_ends=())
-    dtype = model.dtype
-    n_visual = model.encode_image(image).n_visual
-    ids = prompt(model, expression, n_visual)                                 # (1, T)
-    picture = seen(model, image)
+    dtype, inputs = model.dtype, inputs_for(model, image, expression)
     ours = model(model.prompt(expression), model.prepare_image(image), size=image.size)   # (T, V)
     said = model.ground(image, expression, mode="full", max_new_tokens=new).tokens
     del model
     peer, _ = load_peer(folder, device, dtype)
-    theirs = peer(input_ids=ids, **picture).logits[0].float()                 # (T, V)
+    theirs = peer(**inputs).logits[0].float()                                 # (T, V)
     our_choice = ours.argmax(-1)                                              # (T,)
-    their_choice = theirs.argmax(-1)
     far = theirs.max(-1).values - theirs.gather(1, our_choice[:, None])[:, 0]   # 0: they agree
     return {"weights": str(folder), "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."), "logits": len(their_choice),
-            "same_argmax": int((our_choice == their_choice).sum()),
+            "dtype": str(dtype).removeprefix("torch."), "logits": len(theirs),
+            "same_argmax": int((our_choice == theirs.argmax(-1)).sum()),
             "largest_difference": float((ours - theirs).abs().max()),
             "largest_logit": float(theirs.abs().max()),
             "theirs_over_our_choice": float(far.max()),
-            "same_tokens": said == generate(peer, ids, picture, new)}
+            "same_tokens": said == generate(peer, new, inputs)}

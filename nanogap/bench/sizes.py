@@ -1,14 +1,9 @@
 """Published sizes with random weights, which are enough to measure speed and memory.
 
-In:  the name of a size.
-Out: a model that runs at the speed of the real one and answers nonsense, or a folder of its weights
-     in the published layout.
-
 Weights are normal with standard deviation fan_in^-1/2, and biases 0: signals neither explode nor
 vanish.  The tokens are those of weights/mini, at the front of a vocabulary of the published size.
 """
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +12,7 @@ import torch
 from tokenizers import AddedToken
 
 from nanogap.checks.loading import MINI
-from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
+from nanogap.checks.output import check_folder, whole_checkpoint
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
@@ -59,27 +54,26 @@ SIZES = {
 }
 
 
-def empty_model(size: str, image_token: int = 0, dtype: str = "float32") -> VLM:
+def empty_model(size: str, image_token: int = 0) -> VLM:
     """A model of a size with all shapes and no memory (meta device)."""
     entry = SIZES[size]
     family = MODELS[entry.family]
     with torch.device("meta"):
-        return family(family.Config(entry.text, entry.vision, image_token, dtype=dtype))
-
-
-def count_parameters(size: str) -> int:
-    """How many parameters a model of a size has."""
-    return sum(p.numel() for p in empty_model(size).parameters())
+        return family(family.Config(entry.text, entry.vision, image_token))
 
 
 @torch.no_grad()
-def random_model(size: str, device: torch.device, dtype: torch.dtype) -> VLM:
-    """A model of a size with random weights, drawn in place: no more memory than they take."""
+def random_model(size: str, device: torch.device, dtype: torch.dtype | None) -> VLM:
+    """A model of a size with random weights, drawn in place: no more memory than they take.
+
+    dtype: None is chosen as for a checkpoint in bfloat16: see nanogap/weights.py
+    """
     special = MODELS[SIZES[size].family].special_tokens
     tokenizer = read_tokenizer(MINI)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    image_token = tokenizer.token_to_id(special[0]) or 0
-    model = empty_model(size, image_token, str(dtype).removeprefix("torch.")).to(dtype)
+    model = empty_model(size, tokenizer.token_to_id(special[0]) or 0)
+    small = sum(p.numel() for p in model.parameters()) <= 2e9
+    model.to(dtype or (torch.float32 if small and device.type == "cpu" else torch.bfloat16))
     model.to_empty(device=device).requires_grad_(False).eval()
     model.tokenizer = tokenizer
     generator = torch.Generator(device).manual_seed(0)
@@ -95,20 +89,10 @@ def random_model(size: str, device: torch.device, dtype: torch.dtype) -> VLM:
 
 
 def save_random(size: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Write random weights in the published layout.
-
-    raises: NanogapError where the folder is not empty, or has too little room
-    """
+    """Write random weights in the published layout; NanogapError where something is there."""
     check_folder("--save", folder)
-    with claim("--save", folder):
-        if any(path.name != CLAIM for path in folder.iterdir()):
-            raise NanogapError(f"--save {folder} is there already; give a new folder, or measure "
-                               f"what is in it with --weights {folder}")
-        needed = dtype.itemsize * count_parameters(size)
-        free = shutil.disk_usage(folder).free
-        if free < 1.01 * needed:
-            raise NanogapError(f"--save {folder}: {size} takes {needed / 1e9:.1f} GB and "
-                               f"{free / 1e9:.1f} GB are free; give a folder on another disk")
-        model = random_model(size, device, dtype)
-        with whole_checkpoint("--save", folder) as partial:
-            save(partial, model, dtype)
+    if any(folder.iterdir()):
+        raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what "
+                           f"is in it with --weights {folder}")
+    with whole_checkpoint("--save", folder) as partial:
+        save(partial, random_model(size, device, dtype), dtype)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from nanogap.checks.command import visible
-from nanogap.ground import Keep, Result
+from nanogap.ground import Result
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,3 @@ class Answered(Result):
         return (f"\"{' '.join(self.expression.split())}\": {box} ({self.mode}, "
                 f"{self.visual_tokens:g} of {len(self.cells)} visual tokens{by}); "
                 f"the model said {visible(self.text)}")
-
-
-def answered(result: Result, cells: Tensor, expression: str, prune: str, keep: Keep,
-             mode: str) -> Answered:
-    """A result with what was asked beside it."""
-    prune = "" if isinstance(keep, Tensor | list | tuple) else prune
-    return Answered(**vars(result), expression=expression, prune=prune, mode=mode, cells=cells)

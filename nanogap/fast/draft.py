@@ -6,9 +6,9 @@ Out: the tokens that may stand at each place of a box; then those that may come 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, takewhile
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -23,9 +23,11 @@ def foretell(box_format: BoxFormat, tokenizer: Tokenizer) -> Form:
 
     Empty where the tokenizer does not split numbers into digits.
     """
-    decimals = digits_of(box_format)
-    ones = int("1" * decimals) / 10 ** decimals                   # 0.11 where boxes have two
-    numbers = [digit * ones for digit in range(10)]
+    if box_format.whole:
+        decimals = len(str(box_format.whole - 1))
+    else:
+        decimals = len(re.findall(r"\.(\d*)", box_format.say((0.5,) * 4))[0])
+    numbers = [int(digit * decimals) / 10 ** decimals for digit in "0123456789"]   # 0.11, 0.22 ...
     if box_format.whole:
         numbers[0] = 10 / box_format.whole                        # two digits, as the others have
     boxes = [encode(tokenizer, box_format.say((number,) * 4)) for number in numbers]
@@ -38,16 +40,7 @@ def foretell(box_format: BoxFormat, tokenizer: Tokenizer) -> Form:
     return form if len(digits) == 4 * decimals else ()
 
 
-def digits_of(box_format: BoxFormat) -> int:
-    """How many digits of each number are not known before: decimals, or those below `whole`."""
-    if box_format.whole:
-        return len(str(box_format.whole - 1))
-    number = re.search(r"\.(\d+)", box_format.say((0.5,) * 4))
-    return len(number[1]) if number else 0
-
-
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """What may come next: tokens one behind the other, and then a choice among several."""
 
     chain: tuple[int, ...] = ()
@@ -56,11 +49,6 @@ class Draft:
     @property
     def tokens(self) -> tuple[int, ...]:
         return self.chain + self.choice
-
-    @property
-    def alternatives(self) -> int:
-        """How many tokens share the last place."""
-        return max(len(self.choice), 1)
 
     def places(self, start: int) -> list[int]:
         """Where the tokens stand if the first is at `start`; those of the choice share a place."""
@@ -107,7 +95,7 @@ def accepted(greedy: Sequence[int], drafted: Draft) -> tuple[int, list[int]]:
 
     greedy: the 1 + D tokens of highest logit: behind what was fed, and behind each drafted token
     """
-    chain, choice = drafted.chain, drafted.choice
+    chain, choice = drafted
     agreed = 0
     while agreed < len(chain) and greedy[agreed] == chain[agreed]:
         agreed += 1

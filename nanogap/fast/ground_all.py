@@ -1,10 +1,8 @@
-"""Many questions about one picture, under one pruning or several, faster than one by one.
+"""Questions about a picture, answered the fast way: one, or many under one pruning or several.
 
-In:  a model, a picture, expressions, and how to prune.
-Out: a Result for each expression, with the words that it gets alone.
-
-What is kept and where it stands is decided here; how questions share a cache and passes stands in
-lanes.py.
+In:  a model (nanogap/models/), a picture, expressions, and how to prune.
+Out: for each expression the words of nanogap/ground.py, with what was asked beside them.
+What is kept and where it stands is decided here; the passes are in lanes.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,16 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from nanogap.errors import NanogapError
-from nanogap.fast.answered import Answered, answered
+from nanogap.fast.answered import Answered
+from nanogap.fast.decode import Question
 from nanogap.fast.draft import foretell
-from nanogap.fast.ground import check_lengths, ground
-from nanogap.fast.lanes import Lane, Question, ask
-from nanogap.gap import Layout, lay_out
-from nanogap.ground import MAX_NEW_TOKENS, Keep, choose
+from nanogap.fast.lanes import Lane, ask, row_bytes
+from nanogap.gap import lay_out
+from nanogap.ground import MAX_NEW_TOKENS, Keep, Result, choose
 from nanogap.llava import EncodedImage, clock_ms
-from nanogap.methods import find
+from nanogap.methods import find, in_decoder
 from nanogap.methods.in_decoder import prunes_there
+from nanogap.prompt import DESCRIBE
 from nanogap.prune import needs_of
+
+TOGETHER = 32     # questions in a cache at a time: what bounds its memory
 
 
 class Asked(NamedTuple):
@@ -37,6 +38,38 @@ class Asked(NamedTuple):
     prune: str = "cls_attention"
     keep: Keep = "50%"
     mode: str = "gap"
+    question: str | None = None
+
+    @property
+    def indices(self) -> bool:
+        """Whether `keep` names the tokens that are kept."""
+        return isinstance(self.keep, Tensor | list | tuple)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether a strategy says which tokens are kept."""
+        return self.mode != "full" and not self.indices
+
+
+def ground(model: Any, image: Image.Image | str | Path | EncodedImage, expression: str,
+           prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
+           max_new_tokens: int = MAX_NEW_TOKENS, drafts: bool = True,
+           question: str | None = None) -> Answered:
+    """Find what an expression refers to: see nanogap/ground.py.
+
+    drafts: whether a pass may be fed several tokens; the words are the same
+    """
+    asked = Asked([expression], prune, keep, mode, question)
+    return ground_runs(model, image, [asked], seed, max_new_tokens, drafts)[0][0]
+
+
+def describe(model: Any, image: Image.Image | str | Path | EncodedImage,
+             prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap",
+             seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
+             drafts: bool = True) -> Answered:
+    """Say what is in a picture; the arguments are those of `ground`."""
+    return ground(model, image, DESCRIBE, prune, keep, mode, seed, max_new_tokens=max_new_tokens,
+                  drafts=drafts, question=DESCRIBE)
 
 
 def ground_all(model: Any, image: Image.Image | str | Path | EncodedImage,
@@ -49,8 +82,6 @@ def ground_all(model: Any, image: Image.Image | str | Path | EncodedImage,
     returns:     for each what `ground` returns; of the milliseconds, an equal share of what all
                  of them took
     raises:      NanogapError as `ground` does, before anything is asked
-    It goes one by one where the questions cannot share the image: where what is kept depends on
-    the question, or where they differ before the image.
     """
     if isinstance(expressions, str):
         raise NanogapError("expressions is a single text: give a list of them, or call ground")
@@ -64,55 +95,87 @@ def ground_runs(model: Any, image: Image.Image | str | Path | EncodedImage, runs
                 drafts: bool = True) -> list[list[Answered]]:
     """`ground_all` for each of these at once; of a pass's time each has a share by its tokens."""
     encoded: EncodedImage = model.encode_image(image)
+    runs = [asked._replace(prune=find(asked.prune)) for asked in runs]
     encode = cache(model.encode_question)              # many runs may ask the same
-    lanes = [lane_of(model, encoded, encode, asked, seed, max_new_tokens) for asked in runs]
+    lanes = [lanes_of(model, encoded, encode, asked, seed, max_new_tokens) for asked in runs]
     form = foretell(model.box_format, model.tokenizer) if drafts else ()
-    ask(model, [lane for lane in lanes if lane], form, max_new_tokens)
-    cells, results = model.cells(encoded), []
-    for asked, lane in zip(runs, lanes, strict=True):
-        name, mode = find(asked.prune), asked.mode
-        if lane:
-            results.append([answered(result, cells, expression, name, asked.keep, mode)
-                            for result, expression in zip(lane.results(model, encoded),
-                                                          asked.expressions, strict=True)])
+    ask(model, [lane for of_run in lanes for lane in of_run], form, max_new_tokens)
+    cells, answers = model.cells(encoded), []
+    for asked, of_run in zip(runs, lanes, strict=True):
+        if asked.pruned and prunes_there(asked.prune):
+            results = [in_decoder.ground(model, encoded, expression, asked.prune, asked.keep,
+                                         asked.mode, seed, max_new_tokens=max_new_tokens,
+                                         question=asked.question)
+                       for expression in asked.expressions]
         else:
-            results.append([ground(model, encoded, expression, name, asked.keep, mode, seed,
-                                   max_new_tokens=max_new_tokens, drafts=drafts)
-                            for expression in asked.expressions])
-    return results
+            results = [result for lane in of_run for result in results_of(model, encoded, lane)]
+        prune = "" if asked.indices else asked.prune
+        answers.append([Answered(**vars(result), expression=expression, prune=prune,
+                                 mode=asked.mode, cells=cells)
+                        for result, expression in zip(results, asked.expressions, strict=True)])
+    return answers
 
 
-def lane_of(model: Any, encoded: EncodedImage, encode: Callable[[str], Tensor], asked: Asked,
-            seed: int, max_new_tokens: int) -> "Lane | None":
-    """Select and lay out; None where it goes one by one."""
-    start, name = clock_ms(model.device), find(asked.prune)
-    prompts = [encode(model.question(each)) for each in asked.expressions]
+def lanes_of(model: Any, encoded: EncodedImage, encode: Callable[[str], Tensor], asked: Asked,
+             seed: int, max_new_tokens: int) -> list[Lane]:
+    """Questions that share what is kept of the picture, TOGETHER at most, in a lane.
+
+    Each has its own where what is kept depends on it, or where it stands before the image.
+    """
+    prompts = [encode(asked.question or model.question(each)) for each in asked.expressions]
     for prompt in prompts:
         check_lengths(model, prompt, encoded, max_new_tokens)
-    alike = begin_alike(prompts)
-    if not prompts or model.around_image(prompts[0])[0] >= alike \
-            or reads_question(name, asked.keep, asked.mode):
-        return None
-    kept = choose(model, encoded, "", name, asked.keep, asked.mode, seed)
-
-    def layout_of(input_ids: Tensor) -> Layout:
-        P, A = model.around_image(input_ids)
-        return lay_out(kept.ranked, P, encoded.n_visual, A, asked.mode, kept.n_added)
-
-    shared = layout_of(prompts[0][:alike])
-    x = model.embed(prompts[0][:alike], encoded, kept, shared.order)          # (1, S, C)
-    questions = [Question(number, prompt[alike:].tolist(), layout_of(prompt))
-                 for number, prompt in enumerate(prompts)]
-    return Lane(kept, shared, x, questions, clock_ms(model.device) - start)
+    if not prompts or asked.pruned and prunes_there(asked.prune):
+        return []                      # the decoder prunes for each question on its own
+    reads = asked.pruned and not needs_of(asked.prune).isdisjoint({"text", "question"})
+    alone = reads or model.around_image(prompts[0])[0] >= begin_alike(prompts)
+    size = 1 if alone else TOGETHER
+    return [lane_of(model, encoded, asked, asked.expressions[i], prompts[i:i + size], seed)
+            for i in range(0, len(prompts), size)]
 
 
-def reads_question(prune: str, keep: Keep, mode: str) -> bool:
-    """Whether what is kept depends on the question."""
-    pruned = mode != "full" and not isinstance(keep, Tensor | list | tuple)
-    return pruned and (prunes_there(prune) or bool(needs_of(prune) & {"text", "question"}))
+def lane_of(model: Any, encoded: EncodedImage, asked: Asked, expression: str,
+            prompts: Sequence[Tensor], seed: int) -> Lane:
+    """Select and lay out, for prompts (P + 1 + A,) that begin alike."""
+    start, alike = clock_ms(model.device), begin_alike(prompts)
+    kept = choose(model, encoded, expression, asked.prune, asked.keep, asked.mode, seed)
+    questions = []
+    for prompt in prompts:
+        P, A = model.around_image(prompt)
+        layout = lay_out(kept.ranked, P, encoded.n_visual, A, asked.mode, kept.n_added)
+        questions.append(Question(prompt[alike:].tolist(), layout))
+    layout = questions[0].layout
+    x = model.embed(prompts[0][:alike], encoded, kept, layout.order)          # (1, S, C)
+    return Lane(x, layout.position_ids[:x.shape[1]], questions, kept.n_added,
+                clock_ms(model.device) - start)
+
+
+def check_lengths(model: Any, prompt: Tensor, image: EncodedImage, max_new_tokens: int) -> None:
+    """Refuse what leaves no answer, and a prompt (P + 1 + A,) longer than the model can number."""
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise NanogapError(f"max_new_tokens is {max_new_tokens!r:.80} here: give a whole number "
+                           "from 1")
+    model.check_length(len(prompt) - 1 + image.n_visual + max_new_tokens)
 
 
 def begin_alike(prompts: Sequence[Tensor]) -> int:
     """How many tokens all prompts begin with; of each, the last is its own."""
     columns = zip(*(prompt[:-1].tolist() for prompt in prompts), strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def results_of(model: Any, image: EncodedImage, lane: Lane) -> list[Result]:
+    """What the lesson's `ground` returns for each question; its cache holds the rows it saw."""
+    times = {"vision_ms": image.vision_ms, "prefill_ms": lane.prefill_ms / len(lane.questions),
+             "decode_ms": lane.decode_ms / len(lane.questions)}
+    results = []
+    for q in lane.questions:
+        text = model.tokenizer.decode(q.said)
+        results.append(Result(
+            text=text, box=model.box_in(text, image.width, image.height),
+            keep=q.layout.kept, visual_tokens=len(q.layout.kept) + lane.n_added,
+            position_ids=q.layout.position_ids, next_position=q.layout.next_position,
+            tokens=q.said, cut_off=q.said[-1] not in model.end_tokens,
+            timings=times | {"new_tokens": len(q.said), "passes": q.passes - 1},
+            kv_bytes=row_bytes(model) * (lane.x.shape[1] + q.read)))
+    return results

@@ -1,16 +1,12 @@
 """Products on a CPU as fast as it can: each large matrix in the order in which it multiplies.
 
-In:  a model on a CPU.  Out: the same model, with the same weights and names.
-
 A CPU's product wants its matrix in blocks, so torch rearranges it in every call.  With many rows
 that is little; with the few of a decoder's pass it takes longer than the product.  Here it is done
 once, and the plain matrix is given back: there is one copy.  Whoever looks at the parameters of a
-layer, to write, train, move, convert or change them, gets them plain, bit for bit, and the layer
-multiplies by these from there on: what is packed can never be stale.  Small matrices stay as they
-are; the decoder's are multiplied by the same library where there are many rows, twice as fast.
+layer, to write, train, move, copy or change them, gets them plain, bit for bit, and the layer
+multiplies by these from there on: what is packed can never be stale.
 Sums are taken in another order, so logits differ in their last digits.  A small tower's matrices
 are left to torch, for VisPruner chooses by the last digit of what it sees.
-`python -m nanogap.bench` measures what it brings, and `--no-pack` turns it off.
 """
 
 from collections import Counter
@@ -61,15 +57,11 @@ class PackedLinear(QuickLinear):
 
     def unpack(self) -> None:
         """Become a plain layer again."""
-        plain = self.plain()
-        object.__setattr__(self, "__class__", QuickLinear)
-        del self.packed
-        self.weight = plain
-
-    def plain(self) -> nn.Parameter:
-        """The matrix as it was."""
         with torch.inference_mode(False):
-            return nn.Parameter(self.packed.to_dense(), requires_grad=False)
+            plain = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+        self.__class__ = QuickLinear                                # type: ignore[assignment]
+        del self.packed
+        self._parameters["weight"] = plain
 
     # whatever torch does with parameters comes by one of these
     @property
@@ -82,41 +74,26 @@ class PackedLinear(QuickLinear):
         self.unpack()
         return self.weight
 
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What is copied or pickled is plain."""
         self.unpack()
-        self.weight = value
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        """Copies, and what is pickled, are plain layers; this one stays packed."""
-        parameters = {**self.__dict__["_parameters"], "weight": self.plain()}
-        state = {**self.__dict__, "_parameters": parameters}
-        del state["packed"]
-        return plain_layer, (state,)
-
-
-def plain_layer(state: dict) -> QuickLinear:
-    """A layer with these attributes."""
-    layer = QuickLinear.__new__(QuickLinear)
-    layer.__dict__.update(state)
-    return layer
+        return self.__reduce_ex__(protocol)
 
 
 def pack(model: nn.Module) -> nn.Module:
     """Pack every large matrix of a model where that is faster, one by one; returns the model."""
-    shared = Counter(id(p) for module in model.modules()
-                     for p in module.__dict__["_parameters"].values())
-    decoder = set(getattr(model, "language_model", model).modules())
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for small in (p for p in model.parameters() if p.is_cpu and p.nbytes < LARGE):
         small.data = small.data.clone()    # mapped, it would hold its neighbours in the file too
+    decoder = set(getattr(model, "language_model", model).modules())
     for module in model.modules():
         if not isinstance(module, nn.Linear) or type(module) not in (nn.Linear, QuickLinear):
             continue
         weight = module.weight
         if module in decoder:
             module.__class__ = QuickLinear
-        alone = shared[id(weight)] == 1 and not weight.requires_grad
-        if alone and weight.nbytes >= LARGE and can_pack(weight):
+        if (weight.nbytes >= LARGE and uses[id(weight)] == 1 and not weight.requires_grad
+                and can_pack(weight)):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             module.__dict__["packed"] = packed
             module._parameters["weight"] = None           # it keeps its place

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from nanogap.clip import CLIPVisionTower
 from nanogap.errors import ItemError, NanogapError
-from nanogap.fast.ground import describe, ground
-from nanogap.fast.ground_all import ground_all, ground_runs
+from nanogap.fast.ground_all import describe, ground, ground_all, ground_runs
 from nanogap.gap import lay_out
 from nanogap.image import Box, open_image
 from nanogap.llava import EncodedImage, Llava, LlavaConfig

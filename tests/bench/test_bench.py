@@ -3,8 +3,8 @@ weights of every size, and decoding with graphs.
 """
 
 import json
-import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,8 @@ from nanogap.bench import __main__ as bench
 from nanogap.bench import measure, sizes
 from nanogap.bench.sizes import random_model, save_random
 from nanogap.checks.command import answer_for
-from nanogap.fast.decoder import Cache, feed
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.llama import LlamaConfig
-from nanogap.models import VLM
 from tests.tiny import lines_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")           # transformers' warnings
@@ -104,12 +102,8 @@ def test_the_work_of_a_prefill_by_hand():
 
 def test_a_pass_reads_all_weights_but_the_embeddings():
     """3 layers: 4 * 64 * 64 + 3 * 64 * 128 + two norms of 64; a norm; the head 640 x 64."""
-    model = random_model("tiny", CPU, torch.bfloat16)
     parameters = 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 640 * 64
-    assert measure.decoder_bytes(model.config.text, model.dtype) == 2 * parameters
-    read = [p.nbytes for name, p in model.language_model.named_parameters()
-            if "embed_tokens" not in name]
-    assert sum(read) == 2 * parameters
+    assert measure.decoder_bytes(sizes.SIZES["tiny"].text, torch.bfloat16) == 2 * parameters
 
 
 # ----- against transformers -----------------------------------------------------------------------
@@ -141,7 +135,7 @@ def test_agreement_one_after_the_other(capsys, folder: Path):
 def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(NanogapError, match="not installed here; get it with `pip install transf"):
-        bench.command(["--against", "transformers"])
+        bench.command(["--against", "transformers", "--weights", "mini"])
 
 
 # ----- mistakes -----------------------------------------------------------------------------------
@@ -153,12 +147,10 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     (["--random", "tiny", "--agree"], "add --save DIR"),
     (["--random", "8b"], "invalid choice: '8b'"),
     (["--new", "1"], "nothing would be measured"),
-    (["--rounds", "0"], "nothing would be measured"),
     (["--keep", "0"], "is not a number of visual tokens"),
     (["--random", "tiny", "--keep", "17"], "cannot keep 17 of 16 visual tokens"),
     (["--random", "tiny", "--keep", "auto"], "cls_attention cannot keep auto of 16"),
     (["--random", "tiny", "--prune", "nothing"], "unknown strategy 'nothing'"),
-    (["--random", "tiny", "--prune", "nowhere.py:mine"], "there is no file nowhere.py"),
     (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
 ])
 def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
@@ -167,14 +159,9 @@ def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
     assert out == "" and message in err and lines_of(err) == 1
 
 
-def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeypatch):
-    message = "is there already; give a new folder, or measure what is in it"
-    with pytest.raises(NanogapError, match=message):
+def test_nothing_is_overwritten(tiny: Path):
+    with pytest.raises(NanogapError, match="is there already; give a new folder, or measure what"):
         save_random("tiny", tiny, CPU, torch.bfloat16)
-    usage = shutil._ntuple_diskusage(0, 0, 13 * 10 ** 9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(NanogapError, match="7b takes 14.1 GB and 13.0 GB are free"):
-        save_random("7b", tmp_path / "7b", CPU, torch.bfloat16)
 
 
 # ----- random weights -----------------------------------------------------------------------------
@@ -183,15 +170,15 @@ def test_nothing_is_overwritten_and_room_is_made_sure_of(tiny, tmp_path, monkeyp
 def test_random_weights_come_back_from_disk_as_they_were_drawn(tiny):
     drawn = random_model("tiny", CPU, torch.bfloat16)
     loaded = nanogap.load(tiny, "cpu", "bfloat16")
-    assert loaded.config == drawn.config
+    assert loaded.config == replace(drawn.config, dtype="bfloat16")
     for name, value in drawn.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("size, parameters", [("7b", 7.06e9), ("13b", 13.35e9), ("350m", 0.35e9)])
 def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
-    assert sizes.count_parameters(size) == pytest.approx(parameters, rel=0.01)
-    assert isinstance(sizes.empty_model(size), VLM)
+    drawn = sum(p.numel() for p in sizes.empty_model(size).parameters())
+    assert drawn == pytest.approx(parameters, rel=0.01)
     assert sizes.SIZES[size].vision.grid ** 2 == 576
 
 
@@ -200,31 +187,6 @@ def test_signals_neither_explode_nor_vanish_in_random_weights():
     logits = model(model.prompt("the man"), model.prepare_image(measure.IMAGE))
     assert 0.3 < float(logits.std()) < 3
     assert len(logits.argmax(-1).unique()) > 20
-
-
-# ----- what makes it fast -------------------------------------------------------------------------
-
-
-def test_a_graphed_pass_gives_the_logits_of_the_model():
-    """Of all tokens of a pass, with alternatives and without, for two prompts in turns."""
-    model = random_model("tiny", CPU, torch.float32).language_model
-    graphed = GraphedDecoder(model)
-    generator = torch.Generator().manual_seed(0)
-    for rows, T, alternatives in ((9, 1, 1), (9, 5, 1), (9, 5, 3), (70, 5, 3), (9, 5, 5)):
-        prompt = torch.randn(1, rows, 64, generator=generator)
-        x = torch.randn(1, T, 64, generator=generator)
-        ids = torch.arange(rows) * 3
-        places = ids[-1] + 1 + torch.arange(T)
-        caches = [Cache(model.model.config, rows + T + 2, x) for _ in range(2)]
-        for cache in caches:
-            model(prompt, ids, cache)
-        plain = feed(model, x, places, caches[0], alternatives)
-        logits = graphed(x, places, caches[1], alternatives)
-        assert logits.shape == (T, 640)
-        assert torch.allclose(logits, plain, atol=1e-5)
-        assert caches[1].lengths == caches[0].lengths == [rows + T] * 3
-    assert sorted(graphed.recordings) == [
-        (64, 1, 1), (64, 5, 1), (64, 5, 3), (64, 5, 5), (128, 5, 3)]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -241,8 +203,8 @@ def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
         return [(r.tokens, r.kv_bytes, r.timings["passes"]) for r in answers]
 
     plain = said(False) + said(True)
-    model.next_pass = GraphedDecoder(model.language_model)
+    model.next_pass = GraphedDecoder(model.language_model.model)
     assert said(False) + said(True) == plain
-    assert {rows % 64 for rows, _, _ in model.next_pass.recordings} == {0}
+    assert {rows % 64 for rows, _ in model.next_pass.recordings} == {0}
 
 

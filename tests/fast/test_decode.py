@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,11 @@ from torch import Tensor
 
 import nanogap
 from nanogap.errors import NanogapError
-from nanogap.fast import decode as decoding
-from nanogap.fast.decoder import attend, feed, mask_of
+from nanogap.fast.decoder import Part, attend, run
 from nanogap.fast.draft import Draft, Form, draft, foretell
 from nanogap.gap import MODES
 from nanogap.ground import Result, ground
-from nanogap.llava import EncodedImage, Llava
+from nanogap.llava import EncodedImage
 from nanogap.models import VLM
 from nanogap.prompt import TWO_DECIMALS, encode
 from nanogap.prune import STRATEGIES
@@ -72,39 +72,11 @@ def test_a_draft_reaches_to_the_next_choice_and_holds_all_of_it(said: list, most
     assert draft(FORM, said, most) == expected
 
 
-def test_the_tokens_of_a_choice_stand_at_one_place():
-    assert Draft((7, 8), (1, 2, 3)).places(40) == [40, 41, 42, 42, 42]
-    assert Draft((), (1, 2, 3)).places(40) == [40, 40, 40] and Draft((7,)).places(40) == [40]
-
-
-# ----- who looks at whom --------------------------------------------------------------------------
-
-
-def test_a_mask_by_hand_for_a_token_and_three_alternatives():
-    """Rows 2 to 5 of 7: the last three stand in one place, and row 6 is not in use."""
-    sees = mask_of(torch.arange(2, 6), 7, 3, torch.float32) == 0
-    assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0, 0],
-                                   [1, 1, 1, 1, 0, 0, 0],
-                                   [1, 1, 1, 0, 1, 0, 0],
-                                   [1, 1, 1, 0, 0, 1, 0]]
-
-
-@pytest.mark.parametrize("M", [1, 2, 5, 9])
-def test_a_mask_of_the_last_rows_alone_looks_as_one_of_all_rows_does(M: int):
-    """The tokens before them are causal among themselves."""
-    torch.manual_seed(0)
-    q, (k, v) = torch.randn(1, 4, 9, 8), torch.randn(2, 1, 2, 9, 8)
-    alternatives = max(M - 2, 1)
-    whole = mask_of(torch.arange(9), 9, alternatives, q.dtype)                # (9, 9)
-    expected = F.scaled_dot_product_attention(q, k, v, whole, enable_gqa=True)
-    torch.testing.assert_close(attend(q, k, v, whole[9 - M:]), expected)
-
-
 def test_one_query_in_half_precision_is_attended_to_in_float32():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, n, 8).bfloat16() for n in (1, 9, 9))
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
-    assert torch.equal(attend(q, k, v), exact)
+    assert torch.equal(attend(q, k, v, None), exact)
 
 
 # ----- the words stay the same --------------------------------------------------------------------
@@ -113,7 +85,7 @@ def test_one_query_in_half_precision_is_attended_to_in_float32():
 def say(model: VLM, image: EncodedImage, form: Form) -> Result:
     """An answer of which this form is foretold."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "foretell", lambda *_: form)
+        patch.setattr(sys.modules["nanogap.fast.ground_all"], "foretell", lambda *_: form)
         return model.ground(image, "the man", keep=torch.tensor([9, 2, 14]), max_new_tokens=20)
 
 
@@ -174,9 +146,7 @@ def test_drafts_never_say_more_than_was_asked_for(mini: VLM, shown: EncodedImage
         assert said.tokens == whole[:most] and said.cut_off == (most < 25)
 
 
-def test_what_leaves_no_answer_is_refused(model: VLM, picture, monkeypatch):
-    with pytest.raises(NanogapError, match="max_new_tokens is 0 here: give a whole number from 1"):
-        model.ground(picture, "the man", max_new_tokens=0)
+def test_numbers_that_are_not_finite_are_no_answer(model: VLM, picture, monkeypatch):
     monkeypatch.setattr(model.language_model, "logits", lambda hidden: hidden * torch.nan)
     with pytest.raises(NanogapError, match="numbers that are not finite"):
         model.ground(picture, "the man")
@@ -190,53 +160,42 @@ def test_a_picture_can_be_described(mini: VLM):
 # ----- where new tokens stand ---------------------------------------------------------------------
 
 
-Fed = list[tuple[int, list[int], int]]     # rows before, position IDs, alternatives of a pass
-
-
 @pytest.fixture
-def fed(mini: VLM, monkeypatch: pytest.MonkeyPatch) -> Fed:
-    """What every pass behind the prompt is given from here on."""
-    passes: Fed = []
+def fed(mini: VLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """What every pass behind the prompt is given from here on: rows before it, position IDs."""
+    passes: list[tuple[int, list[int]]] = []
 
-    def heard(x: Tensor, position_ids: Tensor, cache, alternatives: int) -> Tensor:
-        passes.append((cache.lengths[0], position_ids.tolist(), alternatives))
-        return feed(mini.language_model, x, position_ids, cache, alternatives)
+    def heard(x: Tensor, position_ids: Tensor, part: Part) -> Tensor:
+        passes.append((part.cache.lengths[0], position_ids.tolist()))
+        return run(mini.language_model.model, x, position_ids, [part], part.size)
 
     monkeypatch.setattr(mini, "next_pass", heard)
     return passes
 
 
-def rows_and_first(model: Llava, mode: str, K: int) -> tuple[int, int]:
-    """Rows of a prompt, and the ID of the first token behind it."""
-    P, A = model.around_image(model.prompt("the man on the left"))
-    return P + K + A, P + (K if MODES[mode][2] == "compact" else 144) + A
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prune", ["random", "prumerge"])
-def test_token_t_is_fed_at_next_position_plus_t(mini: VLM, shown: EncodedImage, fed: Fed,
+def test_token_t_is_fed_at_next_position_plus_t(mini: VLM, shown: EncodedImage, fed: list,
                                                 mode: str, prune: str):
     """Whatever the length of the cache, which under GAP is another number."""
     result = mini.ground(shown, "the man on the left", prune, 36, mode, drafts=False)
+    P, A = mini.around_image(mini.prompt("the man on the left"))
     K = 144 if mode == "full" else 36 + (prune == "prumerge")
-    rows, first = rows_and_first(mini, mode, K)
+    rows, first = P + K + A, P + (K if MODES[mode][2] == "compact" else 144) + A
     assert result.next_position == first
-    assert fed == [(rows + t, [first + t], 1) for t in range(len(result.tokens) - 1)]
+    assert fed == [(rows + t, [first + t]) for t in range(len(result.tokens) - 1)]
     assert (first == rows) == (mode == "full" or MODES[mode][2] == "compact")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_drafted_tokens_are_fed_at_their_own_places_in_four_passes(
-        mini: VLM, shown: EncodedImage, fed: Fed, mode: str):
+        mini: VLM, shown: EncodedImage, fed: list, mode: str):
     """One place behind the other, and all alternatives at the last; rows stay dense."""
     result = mini.ground(shown, "the man on the left", "random", 36, mode)
-    rows, first = rows_and_first(mini, mode, 144 if mode == "full" else 36)
-    starts = []
-    for row, position_ids, alternatives in fed:
-        places = [position - first for position in position_ids]
-        chain = places[:len(places) - alternatives + 1]
-        assert chain == list(range(row - rows, row - rows + len(chain)))
-        assert places[len(chain) - 1:] == [chain[-1]] * alternatives
-        starts.append(chain[0])
-    assert len(starts) == result.timings["passes"] == 4 and starts == sorted(set(starts))
+    for row, position_ids in fed:
+        start, alternatives = row - len(result.position_ids), position_ids.count(position_ids[-1])
+        chain = len(position_ids) - alternatives + 1
+        places = [*range(start, start + chain), *[start + chain - 1] * (alternatives - 1)]
+        assert position_ids == [result.next_position + place for place in places]
+    assert len(fed) == result.timings["passes"] == 4
     assert result.timings["new_tokens"] == len(result.tokens) == 25

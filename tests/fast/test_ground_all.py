@@ -2,28 +2,27 @@
 
 import sys
 from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from nanogap import NanogapError
+from nanogap import ground as lesson
 from nanogap.fast import lanes
-from nanogap.fast.ground_all import Asked, begin_alike
-from nanogap.fast.lanes import ALL, ROWS, TOGETHER, Lane, mask_of_lane
+from nanogap.fast.ground_all import TOGETHER, Asked, begin_alike
+from nanogap.fast.lanes import CHOICES, SHARED, Lane, mask_of
 from nanogap.gap import MODES
 from nanogap.ground import Result
+from nanogap.methods import in_decoder
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import MODELS, VLM
-from nanogap.prune import STRATEGIES, needs_of, strategy
+from nanogap.prune import STRATEGIES, needs_of
 from nanogap.train.scenes import Scene, scene
 from tests.tiny import tiny_model
 
 THINGS = ["the man", "a red car behind the tall tree", "woman with a blue umbrella", "the dog",
           "the second cup from the right"]
-BEFORE = [name for name in STRATEGIES
-          if not prunes_there(name) and not needs_of(name) & {"text", "question"}]
 MODULE = sys.modules["nanogap.fast.ground_all"]
 
 
@@ -38,34 +37,37 @@ def differences(a: list[Result], b: list[Result], *without: str) -> set[str]:
             if told(one, name) != told(other, name)}
 
 
-def one_by_one(model: VLM, image: object, expressions: list[str], *args, **more) -> list[Result]:
-    return [model.ground(image, expression, *args, **more) for expression in expressions]
+def one_by_one(model: VLM, image: object, expressions: list[str], prune: str = "cls_attention",
+               *args, **more) -> list[Result]:
+    """The answers of the lesson, without a draft."""
+    ground = in_decoder.ground if prunes_there(prune) else lesson.ground
+    return [ground(model, image, expression, prune, *args, **more) for expression in expressions]
 
 
-def both(model: VLM, image: object, expressions: list[str], *args, **more) -> list[list[Result]]:
+def both(model: VLM, image: object, expressions: list[str], *args, drafts: bool = True,
+         **more) -> list[list[Result]]:
     """The answers one by one, and together."""
     return [one_by_one(model, image, expressions, *args, **more),
-            model.ground_all(image, expressions, *args, **more)]
+            model.ground_all(image, expressions, *args, drafts=drafts, **more)]
 
 
 def five_of(drawn: Scene) -> list[str]:
-    return [expression for expression, _ in drawn.expressions][:5]
+    return [expression for expression, _ in drawn.expressions[:5]]
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """What each pass of the decoder is fed of each lane, behind what it shares."""
+    """What each pass of the decoder is fed of the questions of each lane."""
     seen: list[dict] = []
-    feed = Lane.feed
+    append = Lane.append
 
-    def look(lane):
-        rows = lane.cache.lengths[0]
-        fed = feed(lane)
-        seen.append({"tokens": len(fed), "ids": fed[:, 3].tolist(), "mask": lane.mask,
-                     "rows": rows, "room": lane.cache.keys.shape[3]})
-        return fed
+    def look(lane: Lane, position_ids: Tensor, owner: Tensor):
+        part = append(lane, position_ids, owner)
+        seen.append({"ids": position_ids.tolist(), "tokens": part.size, "mask": part.mask,
+                     "rows": len(lane.owner) - part.size, "room": part.cache.keys.shape[3]})
+        return part
 
-    monkeypatch.setattr(Lane, "feed", look)
+    monkeypatch.setattr(Lane, "append", look)
     return seen
 
 
@@ -87,11 +89,12 @@ def test_every_mode_says_what_it_says_one_by_one(mini: VLM, mode: str):
     assert len(texts) > 2
 
 
-@pytest.mark.parametrize("name", BEFORE)
-def test_every_strategy_that_reads_no_question_keeps_what_it_keeps(model, picture, name: str):
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if "text" not in needs_of(name)])
+def test_every_strategy_keeps_what_it_keeps_alone(model, picture, name: str):
     """And with the same passes, a cache that holds as much."""
     for mode in ("gap", "permuted"):
-        alone, together = both(model, picture, THINGS, name, 6, mode, 3, max_new_tokens=9,
+        budget = 13 if prunes_there(name) else 6
+        alone, together = both(model, picture, THINGS, name, budget, mode, 3, max_new_tokens=9,
                                drafts=False)
         assert len({tuple(result.tokens) for result in alone}) > 2
         assert differences(alone, together) == set()
@@ -100,7 +103,7 @@ def test_every_strategy_that_reads_no_question_keeps_what_it_keeps(model, pictur
 
 @pytest.mark.parametrize("family", MODELS)
 def test_every_family_says_what_it_says_one_by_one(family: str, picture):
-    """Shikra's question stands before its image, so its questions share no image."""
+    """Shikra's question stands before its image, so its questions share no cache."""
     model = tiny_model(family)
     for args in (("cls_attention", "50%", "gap"), ("random", None, "full"),
                  ("random", torch.tensor([9, 2, 14, 5]), "shifted")):
@@ -120,7 +123,7 @@ def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model, picture, mo
     said = [result.tokens for result in plain]
     every = [tuple(sorted(set(column))) for column in zip(*said, strict=True)]
     some = [tuple({said[i % 5][i], said[(i + 1) % 5][i]}) for i in range(12)]
-    monkeypatch.setitem(ROWS, "cpu", rows)
+    monkeypatch.setitem(CHOICES, "cpu", rows)
     passes = []
     for form in (every, some, every[:5] + some, [(token,) for token in said[2]], []):
         monkeypatch.setattr(MODULE, "foretell", lambda *_, form=form: form)
@@ -135,33 +138,30 @@ def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model, picture, mo
 
 
 def test_several_prunings_at_once_say_what_each_says_by_itself(mini: VLM):
-    """More lanes than share a pass; one strategy goes one by one."""
     drawn = scene("ground_all", 0)
     image, expressions = mini.encode_image(drawn.image), five_of(drawn)
     runs = [Asked(expressions[:n], prune, keep, mode) for n, prune, keep, mode in (
         (5, "spatial", 50, "gap"), (3, "random", "30%", "permuted"), (5, "spatial", 50, "full"),
-        (0, "random", 9, "gap"), (2, "fastv", 50, "shifted"), (5, "random", [9, 2, 14], "gap"))]
-    alone = [one_by_one(mini, image, expressions, *more, seed=3) for expressions, *more in runs]
-    for together in (mini.ground_runs(image, runs, 3), mini.ground_runs(image, runs * 5, 3)[-6:]):
-        assert [len(answers) for answers in together] == [5, 3, 5, 0, 2, 5]
+        (0, "random", 9, "gap"), (2, "fastv", 50, "shifted"), (5, "random", [9, 2, 14], "gap"),
+        (3, "text_similarity", 20, "gap"))]
+    alone = [one_by_one(mini, image, expressions, *more, seed=3) for expressions, *more, _ in runs]
+    for together in (mini.ground_runs(image, runs, 3), mini.ground_runs(image, runs * 5, 3)[-7:]):
+        assert [len(answers) for answers in together] == [5, 3, 5, 0, 2, 5, 3]
         assert differences(sum(together, []), sum(alone, []), "kv_bytes") == set()
 
 
-@pytest.mark.parametrize("bound, most, sizes", [
-    ("CACHES", 1 << 30, [3]), ("CACHES", 1, [1, 1, 1]), ("TOGETHER", 2, [2, 1])])
-def test_as_many_prunings_share_a_pass_as_memory_allows(model, picture, monkeypatch, bound: str,
-                                                        most: int, sizes: list[int]):
+@pytest.mark.parametrize("most, sizes", [(1 << 30, [3]), (1, [1, 1, 1])])
+def test_as_many_prunings_share_a_pass_as_memory_allows(model, picture, monkeypatch, most: int,
+                                                        sizes: list[int]):
     """And a cache is given up when its questions are answered."""
     seen: list[list[Lane]] = []
-    begin = lanes.begin
-    monkeypatch.setattr(lanes, "begin", lambda decoder, asked, longest: (
-        seen.append(asked), begin(decoder, asked, longest)))
-    monkeypatch.setattr(lanes, bound, most)
-    runs = model.ground_runs(picture, [Asked(THINGS[:2], "random", 4)] * 3, max_new_tokens=3)
+    step = lanes.step
+    monkeypatch.setattr(lanes, "step", lambda model, asked, *rest: (
+        seen.append(asked), step(model, asked, *rest)))
+    monkeypatch.setattr(lanes, "CACHES", most)
+    model.ground_runs(picture, [Asked(THINGS[:2], "random", 4)] * 3, max_new_tokens=1)
     assert [len(asked) for asked in seen] == sizes
     assert not any(hasattr(lane, "cache") for asked in seen for lane in asked)
-    alone = one_by_one(model, picture, THINGS[:2], "random", 4, max_new_tokens=3)
-    assert [[r.tokens for r in run] for run in runs] == [[r.tokens for r in alone]] * 3
 
 
 # ----- where everything stands --------------------------------------------------------------------
@@ -169,9 +169,9 @@ def test_as_many_prunings_share_a_pass_as_memory_allows(model, picture, monkeypa
 
 def test_a_mask_by_hand_for_two_questions_behind_two_shared_rows():
     """Question 0 has one token, then a choice of two; question 1 has two tokens."""
-    owner = torch.tensor([ALL, ALL, 0, 0, 0, 1, 1])
-    place = torch.tensor([0, 0, 0, 1, 1, 0, 1])
-    sees = mask_of_lane(owner, place, 5)
+    owner = torch.tensor([SHARED, SHARED, 0, 0, 0, 1, 1])
+    position_ids = torch.tensor([8, 9, 10, 11, 11, 10, 11])
+    sees = mask_of(owner, position_ids, 5, torch.float32) == 0
     assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0, 0],
                                    [1, 1, 1, 1, 0, 0, 0],
                                    [1, 1, 1, 0, 1, 0, 0],
@@ -182,31 +182,21 @@ def test_a_mask_by_hand_for_two_questions_behind_two_shared_rows():
 @pytest.mark.parametrize("mode", MODES)
 def test_each_token_stands_where_it_stands_alone(model: VLM, picture, passes, mode: str):
     """The rest of each prompt, and then a token of each answer to a pass; rows are dense."""
-    results = model.ground_all(picture, THINGS, "random", 5, mode, max_new_tokens=4, drafts=False)
+    alone, together = both(model, picture, THINGS, "random", 5, mode, max_new_tokens=4,
+                           drafts=False)
     alike = begin_alike([model.prompt(thing) for thing in THINGS])
-    expected: list[list[int]] = [[], [], [], []]
-    for thing, result in zip(THINGS, results, strict=True):
-        own = len(model.prompt(thing)) - alike
-        alone = model.ground(picture, thing, "random", 5, mode, max_new_tokens=4)
-        expected[0] += alone.position_ids[-own:].tolist()
-        for t in range(3):
-            expected[1 + t] += [alone.next_position + t] * (len(result.tokens) > t + 1)
-    assert [p["ids"] for p in passes] == [ids for ids in expected if ids]
-    rows = alike - 1 + (16 if mode == "full" else 5)        # in place of the image token
+    texts = [len(model.prompt(thing)) - alike for thing in THINGS]
+    expected = [[id_ for result, text in zip(alone, texts, strict=True)
+                 for id_ in result.position_ids[-text:].tolist()]]
+    expected += [[result.next_position + t for result in alone if len(result.tokens) > t + 1]
+                 for t in range(3)]
+    assert [fed["ids"] for fed in passes] == [ids for ids in expected if ids]
+    rows = len(alone[0].position_ids) - texts[0]
     for fed in passes:
-        assert fed["rows"] == rows and fed["tokens"] == len(fed["ids"])
+        assert fed["rows"] == rows
         rows += fed["tokens"]
         assert fed["mask"].shape == (fed["tokens"], rows)
-
-
-def test_rows_of_what_was_drafted_in_vain_are_given_up(model: VLM, picture, passes, monkeypatch):
-    """A chain that nobody says: each pass begins with the rows of what was said, and no more."""
-    monkeypatch.setattr(MODULE, "foretell", lambda *_: [(5,), (6,), (7,)])
-    for drafts in (True, False):
-        model.ground_all(picture, THINGS, max_new_tokens=4, drafts=drafts)
-    drafted, plain = passes[:len(passes) // 2], passes[len(passes) // 2:]
-    assert drafted[0]["tokens"] == plain[0]["tokens"] + 5 * 3
-    assert [p["rows"] for p in drafted] == [p["rows"] for p in plain]
+    assert differences(alone, together) == set()
 
 
 def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, passes, monkeypatch):
@@ -225,38 +215,19 @@ def test_a_question_that_is_answered_is_fed_nothing_more(model: VLM, picture, pa
     assert [result.tokens for result in drafted] == [result.tokens for result in alone]
 
 
-def test_a_hundred_questions_need_no_more_rows_than_a_few(model: VLM, picture, passes):
-    """They are asked in groups, one after the other in the same rows."""
+def test_a_hundred_questions_stand_in_four_caches(model: VLM, picture, passes):
     many = [f"the {thing} {i}" for i in range(25) for thing in ("man", "car", "dog", "cup")]
     together = model.ground_all(picture, many, max_new_tokens=2, drafts=False)
-    assert len(passes) == 2 * 4 and len({fed["room"] for fed in passes}) == 1
     prompts = [model.prompt(thing) for thing in many]
-    shared = begin_alike(prompts)
-    longest = max(map(len, prompts)) - shared
-    assert passes[0]["room"] <= shared - 1 + 8 + TOGETHER * (longest + 2)
-    assert [fed["rows"] for fed in passes[::2]] == [shared - 1 + 8] * 4
-    alone = one_by_one(model, picture, many[30:36], max_new_tokens=2, drafts=False)
+    longest = max(map(len, prompts)) - begin_alike(prompts)
+    assert len(passes) == 2 * 4
+    assert max(fed["room"] - fed["rows"] for fed in passes[:4]) <= TOGETHER * (longest + 2)
+    alone = one_by_one(model, picture, many[30:36], max_new_tokens=2)
     assert [r.tokens for r in together[30:36]] == [r.tokens for r in alone]
 
 
-# ----- one by one ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["fastv", "ivc(layer=1)", "reads"])
-def test_where_what_is_kept_depends_on_the_question_it_goes_one_by_one(model, picture, monkeypatch,
-                                                                       name: str):
-    @strategy(needs={"text"})
-    def reads(seen, budget, generator):
-        return STRATEGIES["random"](seen, budget, generator)
-
-    guide = SimpleNamespace(embed=lambda text: torch.ones(3))
-    monkeypatch.setattr(type(model), "guide", lambda self: guide)
-    monkeypatch.setattr(lanes, "step", None)
-    assert differences(*both(model, picture, THINGS[:2], name, 13, max_new_tokens=4)) == set()
-
-
 def test_in_mode_full_and_with_indices_no_strategy_is_asked(model, picture, monkeypatch):
-    monkeypatch.setattr(MODULE, "ground", None)
+    monkeypatch.setattr(in_decoder, "ground", None)
     full = model.ground_all(picture, THINGS, "fastv", 8, "full", max_new_tokens=2)
     own = model.ground_all(picture, THINGS, "fastv", torch.tensor([3, 1]), max_new_tokens=2)
     assert [len(result.keep) for result in full + own] == [16] * 5 + [2] * 5
@@ -265,10 +236,10 @@ def test_in_mode_full_and_with_indices_no_strategy_is_asked(model, picture, monk
 
 def test_one_expression_and_the_same_one_twice(model, picture):
     """The last token of a prompt is never shared: its logits are what is asked for."""
-    alone = model.ground(picture, THINGS[0], max_new_tokens=5)
+    alone = one_by_one(model, picture, THINGS[:1], max_new_tokens=5)
     once = model.ground_all(picture, iter(THINGS[:1]), max_new_tokens=5)
     twice = model.ground_all(picture, THINGS[:1] * 2, max_new_tokens=5)
-    assert differences([alone] * 3, once + twice, "kv_bytes") == set()
+    assert differences(alone * 3, once + twice, "kv_bytes") == set()
     assert model.ground_all(picture, []) == []
 
 
