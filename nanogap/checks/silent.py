@@ -100,7 +100,7 @@ def silent(folder: Path) -> None:
     generation = optional(folder / "generation_config.json")
     file, processor = read_processor(folder)
     read = weights.read_config(folder, MODELS[config["model_type"]])
-    check_layer(config, read.vision.num_hidden_layers)
+    check_layer_and_token(config, read.vision.num_hidden_layers)
     kind = text.get("model_type") or "llama"
     window = text.get("sliding_window")
     if kind == "mistral" and window is not None and window < read.text.max_position_embeddings:
@@ -161,8 +161,11 @@ def check_rope(text: dict) -> None:
     require(rope, {"partial_rotary_factor": (1,)})
 
 
-def check_layer(config: dict, layers: int) -> None:
-    """The tower's layer whose features are taken: neither the first nor the last."""
+def check_layer_and_token(config: dict, layers: int) -> None:
+    """The tower's layer whose features are taken, neither the first nor the last; a token's ID."""
+    image_token = config.get("image_token_index")
+    if image_token is not None and image_token not in range(1 << 22):
+        raise wrong("config.json", "image_token_index", image_token, ", not the ID of a token")
     layer = config.get("vision_feature_layer")
     if layer is not None and layer not in (*range(-layers, -1), *range(1, layers)):
         raise wrong("config.json", "vision_feature_layer", layer,
@@ -225,6 +228,11 @@ def read_processor(folder: Path) -> tuple[str, dict]:
 def check_pixels(file: str, found: dict, config: dict, known: Table,
                  vision: CLIPVisionConfig) -> None:
     """How pictures become pixels."""
+    kind, kinds = found.get("image_processor_type"), known["image_processor_type"]
+    if kind is not None and kind not in kinds:
+        raise wrong(file, "image_processor_type", kind,
+                    f", and a {config['model_type']} (config.json) has {kinds[0]}: the files "
+                    "belong to different checkpoints")
     require(found, known, file)
     for key in ("size", "crop_size")[:1 if found.get("do_center_crop") is False else 2]:
         sides = found.get(key)
