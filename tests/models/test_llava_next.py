@@ -19,7 +19,6 @@ from torch import Tensor
 import nanogap
 from nanogap import gap
 from nanogap.errors import NanogapError
-from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.llava_next import (
     TEMPLATES,
     EncodedTiles,
@@ -30,7 +29,6 @@ from nanogap.models.llava_next import (
     shared_out,
 )
 from nanogap.models.saving import save
-from nanogap.prune import STRATEGIES, needs_of
 from nanogap.show.explain import explain
 from tests.reference.make_next import noise
 from tests.tiny import tiny_next_config, write_checkpoint
@@ -40,7 +38,6 @@ HUB = Tiles(pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 10
 SIZE = (100, 60)
 N = 16 + 4 * 9
 NEWLINES = [24, 33, 42, 51]
-PRUNED = [mode for mode in gap.MODES if mode != "full"]
 
 
 @pytest.fixture(scope="module")
@@ -221,23 +218,6 @@ def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, image, pixel
     assert seen.rows * seen.columns == len(seen.features) == 8
     for name, value in expected.items():
         assert torch.allclose(seen.fields[name], value, atol=1e-5), name
-
-
-@pytest.mark.parametrize("name", [name for name in STRATEGIES
-                                  if "text" not in needs_of(name) and not prunes_there(name)])
-def test_every_strategy_prunes_every_view_in_every_mode(model, image, ids, name: str):
-    P, A = model.around_image(ids)
-    for mode in PRUNED:
-        result = model.ground(image, "the man", name, "50%", mode, max_new_tokens=3)
-        keep = result.keep.tolist()
-        assert len(set(keep)) == len(keep)
-        assert {index for index in keep if index in NEWLINES} == {
-            end for end in image.row_end(result.keep).tolist() if end >= 0}
-        if gap.MODES[mode][0] == "raster":
-            assert keep == sorted(keep)
-        if mode == "gap":
-            assert result.position_ids[P:P + len(keep)].tolist() == [P + index for index in keep]
-            assert result.next_position == P + N + A
 
 
 def test_indices_of_ones_own_are_fed_as_they_are(model, image):
