@@ -220,12 +220,6 @@ def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, image, pixel
         assert torch.allclose(seen.fields[name], value, atol=1e-5), name
 
 
-def test_indices_of_ones_own_are_fed_as_they_are(model, image):
-    keep = torch.tensor([17, 3, 51])
-    assert model.ground(image, "the man", keep=keep).keep.tolist() == [3, 17, 51]
-    assert model.ground(image, "the man", keep=keep, mode="permuted").keep.tolist() == [17, 3, 51]
-
-
 # ----- boxes and words ----------------------------------------------------------------------------
 
 

