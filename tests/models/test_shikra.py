@@ -32,6 +32,8 @@ def test_the_image_is_one_token_between_start_and_end_and_no_space_is_next_to_th
     assert said[0] == "<s>" and "".join(said[:at]).endswith("▁in▁the▁image")
     assert said[at:at + 3] == ["<im_start>", "<im_patch>", "<im_end>"]
     assert "".join(said[at + 3:]) == "▁and▁provide▁the▁coordinates▁of▁its▁location?▁ASSISTANT:"
+    said = pieces(shikra, DESCRIBE)                   # a question without an image begins with it
+    assert "".join(said[:said.index("<im_start>")]).endswith("▁USER:")
 
 
 def test_how_many_tokens_stand_before_the_image_depends_on_the_expression(shikra: Shikra):
@@ -45,13 +47,6 @@ def test_how_many_tokens_stand_before_the_image_depends_on_the_expression(shikra
         assert found.position_ids.tolist() == [
             *range(first), first + 5, first + 10, *range(first + 16, first + 16 + A)]
         assert found.next_position == first + 16 + A
-
-
-def test_a_question_without_an_image_begins_with_it(shikra: Shikra):
-    said = pieces(shikra, DESCRIBE)
-    at = said.index("<im_start>")
-    assert "".join(said[:at]).endswith("▁USER:")
-    assert "".join(said[at + 3:]).startswith("▁Provide▁a▁brief")
 
 
 @pytest.mark.parametrize("expression", ["the <image> on the left", "</s>", "<im_patch> <im_end>"])
@@ -76,15 +71,12 @@ def test_a_picture_is_padded_with_white(shikra: Shikra):
     assert shikra.frame == WHITE
 
 
-@pytest.mark.parametrize("size, box, text", [
-    ((640, 480), (334.72, 298.08, 522.88, 450.24), "[0.523,0.591,0.817,0.829]"),
-    ((427, 640), (103.93, 299.99, 238.15, 477.41), "[0.328,0.469,0.538,0.746]")])
-def test_a_box_there_and_back(shikra: Shikra, size: tuple[int, int], box: tuple, text: str):
+def test_a_box_there_and_back(shikra: Shikra):
     """Of 640 x 480 pixels the square has 80 above: (298.08 + 80) / 640 = 0.59075."""
-    said = shikra.box_format.say(shikra.frame.from_pixels(box, *size))
-    assert said == f"Answer: {text} ."
-    back = shikra.to_pixels(shikra.parse_box(said), *size)
-    assert max(abs(a - b) for a, b in zip(back, box, strict=True)) <= 0.0005 * max(size) + 1e-9
+    box = (334.72, 298.08, 522.88, 450.24)
+    said = shikra.box_format.say(shikra.frame.from_pixels(box, 640, 480))
+    assert said == "Answer: [0.523,0.591,0.817,0.829] ."
+    assert shikra.to_pixels(shikra.parse_box(said), 640, 480) == pytest.approx(box, abs=0.32)
 
 
 @pytest.mark.parametrize("text, box", [
