@@ -52,7 +52,7 @@ def told(result: Kept) -> list:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rows, columns", [
-    (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (1, 7), (7, 1), (4, 4), (6, 6)])
+    (1, 1), (1, 2), (2, 1), (3, 1), (2, 3), (1, 7), (6, 6)])
 def test_every_budget_is_kept_in_different_patches_and_finite_numbers(
         name: str, rows: int, columns: int):
     """Also of pictures that are all alike, and nothing in a picture is changed.

@@ -44,7 +44,8 @@ def test_what_stays_is_what_it_is_by_hand(mini: VLM, mode: str):
     foreground = best(W[[P + seeds[0], *question]].mean(0)[P:P + N], 29)
     result = mini.ground(PICTURE, WORDS, "ivc", None, mode, max_new_tokens=1)
     assert result.keep.tolist() == sorted({*seeds, *foreground, *axes_by_hand(mini)})
-    assert result.position_ids[P] == P + (int(result.keep[0]) if mode == "gap" else 0)
+    ids = result.keep.tolist() if mode == "gap" else range(len(result.keep))
+    assert result.position_ids[P:P + len(ids)].tolist() == [P + own for own in ids]
     assert result.cuts == [(2, len(result.keep))]
 
 
@@ -103,14 +104,3 @@ def test_published_shares_of_576_are_those_of_the_code():
     assert kept.ranked.tolist() == [*range(115), *range(n - 58, n)]
     assert plan("ivc", n, None, 32) == [(16, None)]
     assert plan(find("ivc(layer=2)"), n, None, 28) == [(2, None)]
-
-
-def test_original_ids_alone_keep_axes_where_rope_has_them(mini: VLM):
-    """Under `shifted` two of 14 patches kept as axes stand where RoPE has an axis, by chance."""
-    P, axes, ids = mini.around_image(mini.prompt(WORDS))[0], axes_by_hand(mini), {}
-    for mode in ("gap", "shifted"):
-        result = mini.ground(PICTURE, WORDS, "ivc", None, mode, max_new_tokens=1)
-        at = dict(zip(result.keep.tolist(), result.position_ids[P:].tolist(), strict=False))
-        ids[mode] = {at[axis] - P for axis in axes}
-    assert len(axes) == 14 and ids["gap"] == axes
-    assert ids["shifted"] & axes == {4, 5}

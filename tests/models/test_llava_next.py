@@ -19,7 +19,6 @@ from torch import Tensor
 import nanogap
 from nanogap import gap
 from nanogap.errors import NanogapError
-from nanogap.methods.in_decoder import prunes_there
 from nanogap.models.llava_next import (
     TEMPLATES,
     EncodedTiles,
@@ -30,7 +29,6 @@ from nanogap.models.llava_next import (
     shared_out,
 )
 from nanogap.models.saving import save
-from nanogap.prune import STRATEGIES, needs_of
 from nanogap.show.explain import explain
 from tests.reference.make_next import noise
 from tests.tiny import tiny_next_config, write_checkpoint
@@ -40,7 +38,6 @@ HUB = Tiles(pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 10
 SIZE = (100, 60)
 N = 16 + 4 * 9
 NEWLINES = [24, 33, 42, 51]
-PRUNED = [mode for mode in gap.MODES if mode != "full"]
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +54,6 @@ def image(model: LlavaNext) -> EncodedTiles:
 @pytest.fixture(scope="module")
 def pixels(model: LlavaNext) -> Tensor:
     return model.prepare_image(noise(*SIZE))
-
-
-@pytest.fixture(scope="module")
-def ids(model: LlavaNext) -> Tensor:
-    return model.prompt("the man")
 
 
 # ----- the choice of a grid -----------------------------------------------------------------------
@@ -139,7 +131,8 @@ def test_a_picture_so_long_that_its_rows_round_to_none_is_a_base_view_alone(mode
 # ----- what the decoder is fed --------------------------------------------------------------------
 
 
-def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, ids, pixels):
+def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, pixels):
+    ids = model.prompt("the man")
     assert model(ids, pixels, size=SIZE).shape == (len(ids) - 1 + N, 640)
     with pytest.raises(NanogapError, match="3 squares, and pixel_values holds 5: give its "):
         model(ids, pixels)
@@ -147,10 +140,11 @@ def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(mod
     assert model(ids, square).shape == model(ids, square, size=(56, 56)).shape
 
 
-@pytest.mark.parametrize("mode", gap.MODES)
-def test_keeping_everything_is_no_pruning_bit_for_bit(model, ids, pixels, mode: str):
-    everything = model(ids, pixels, torch.arange(N), mode, size=SIZE)
-    assert torch.equal(everything, model(ids, pixels, size=SIZE))
+def test_keeping_everything_is_no_pruning_bit_for_bit(model, pixels):
+    ids = model.prompt("the man")
+    for mode in gap.MODES:
+        everything = model(ids, pixels, torch.arange(N), mode, size=SIZE)
+        assert torch.equal(everything, model(ids, pixels, size=SIZE))
 
 
 # ----- pruning ------------------------------------------------------------------------------------
@@ -221,29 +215,6 @@ def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, image, pixel
     assert seen.rows * seen.columns == len(seen.features) == 8
     for name, value in expected.items():
         assert torch.allclose(seen.fields[name], value, atol=1e-5), name
-
-
-@pytest.mark.parametrize("name", [name for name in STRATEGIES
-                                  if "text" not in needs_of(name) and not prunes_there(name)])
-def test_every_strategy_prunes_every_view_in_every_mode(model, image, ids, name: str):
-    P, A = model.around_image(ids)
-    for mode in PRUNED:
-        result = model.ground(image, "the man", name, "50%", mode, max_new_tokens=3)
-        keep = result.keep.tolist()
-        assert len(set(keep)) == len(keep)
-        assert {index for index in keep if index in NEWLINES} == {
-            end for end in image.row_end(result.keep).tolist() if end >= 0}
-        if gap.MODES[mode][0] == "raster":
-            assert keep == sorted(keep)
-        if mode == "gap":
-            assert result.position_ids[P:P + len(keep)].tolist() == [P + index for index in keep]
-            assert result.next_position == P + N + A
-
-
-def test_indices_of_ones_own_are_fed_as_they_are(model, image):
-    keep = torch.tensor([17, 3, 51])
-    assert model.ground(image, "the man", keep=keep).keep.tolist() == [3, 17, 51]
-    assert model.ground(image, "the man", keep=keep, mode="permuted").keep.tolist() == [17, 3, 51]
 
 
 # ----- boxes and words ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from nanogap.prune import Kept
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.scenes import scene
 from nanogap.train.tokenizer import train_clip_tokenizer
+from tests.methods.by_hand import ids_by_hand
 from tests.reference.make_next import noise
 from tests.reference.make_reference import (
     CASES,
@@ -151,8 +152,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "tiny":
         folder = write_checkpoint(tmp_path_factory.mktemp("tiny"))
         return nanogap.load(folder, "cpu"), load_theirs(folder), PROMPT, pixel_values(), KEEP
-    if not (MINI / "model.safetensors").is_file():
-        pytest.skip("weights/mini is not there")
     ours = nanogap.load(MINI, "cpu", "float32")
     picture = scene("test", 0, 168)
     patches = ours.config.vision.grid ** 2
@@ -170,13 +169,10 @@ def test_every_logit_and_every_word_is_that_of_transformers(pair):
 
 
 def by_hand(ours: VLM, prompt: list[int], keep: list[int], mode: str) -> Layout:
-    """In which order patches are fed in a mode, and all position IDs, without nanogap.gap."""
+    """In which order patches are fed in a mode, and all position IDs."""
     P, N = prompt.index(ours.config.image_token), ours.config.vision.grid ** 2
     order = keep if mode == "permuted" else sorted(keep)
-    if mode == "gap":
-        visual = [P + patch for patch in order]
-        return order, [*range(P), *visual, *range(P + N, N + len(prompt) - 1)]
-    return order, list(range(len(prompt) - 1 + len(keep)))
+    return order, ids_by_hand(order, P, N, len(prompt) - P - 1, mode)
 
 
 @live

@@ -1,34 +1,23 @@
 """Shikra: the image inside the sentence, a white square, three decimals, and one linear layer."""
 
-
 import pytest
 import torch
 from PIL import Image
 
 import nanogap
 from nanogap import NanogapError
-from nanogap.clip import CLIPTextConfig
-from nanogap.gap import MODES
 from nanogap.models.saving import save
 from nanogap.models.shikra import SHIKRA, WHITE, Shikra
 from nanogap.prompt import DESCRIBE
-from nanogap.prune import STRATEGIES
-from nanogap.train.clip import CLIP, save_clip
-from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
-from tests.tiny import draw, tiny_config, tiny_model
+from nanogap.train.tokenizer import train_llama_tokenizer
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
 def shikra(tmp_path_factory: pytest.TempPathFactory) -> Shikra:
-    """A random one with 4 x 4 patches, saved with its CLIP beside it and loaded again."""
+    """A random one with 4 x 4 patches, saved and loaded again."""
     folder = tmp_path_factory.mktemp("shikra")
     save(folder, tiny_model("shikra"), torch.float32)
-    words = train_clip_tokenizer(["a red car", "the man on the left"], 300)
-    text = CLIPTextConfig(16, 32, 1, 2, vocab_size=words.get_vocab_size())
-    clip = CLIP(tiny_config().vision, text, 16)
-    for name, value in clip.requires_grad_(False).named_parameters():
-        value.copy_(draw(name.replace("vision_model.", "vision_tower."), value.shape, 0))
-    save_clip(folder / "clip_text", clip, words, torch.float32)
     return nanogap.load(folder, "cpu")
 
 
@@ -43,6 +32,8 @@ def test_the_image_is_one_token_between_start_and_end_and_no_space_is_next_to_th
     assert said[0] == "<s>" and "".join(said[:at]).endswith("▁in▁the▁image")
     assert said[at:at + 3] == ["<im_start>", "<im_patch>", "<im_end>"]
     assert "".join(said[at + 3:]) == "▁and▁provide▁the▁coordinates▁of▁its▁location?▁ASSISTANT:"
+    said = pieces(shikra, DESCRIBE)                   # a question without an image begins with it
+    assert "".join(said[:said.index("<im_start>")]).endswith("▁USER:")
 
 
 def test_how_many_tokens_stand_before_the_image_depends_on_the_expression(shikra: Shikra):
@@ -56,13 +47,6 @@ def test_how_many_tokens_stand_before_the_image_depends_on_the_expression(shikra
         assert found.position_ids.tolist() == [
             *range(first), first + 5, first + 10, *range(first + 16, first + 16 + A)]
         assert found.next_position == first + 16 + A
-
-
-def test_a_question_without_an_image_begins_with_it(shikra: Shikra):
-    said = pieces(shikra, DESCRIBE)
-    at = said.index("<im_start>")
-    assert "".join(said[:at]).endswith("▁USER:")
-    assert "".join(said[at + 3:]).startswith("▁Provide▁a▁brief")
 
 
 @pytest.mark.parametrize("expression", ["the <image> on the left", "</s>", "<im_patch> <im_end>"])
@@ -87,15 +71,12 @@ def test_a_picture_is_padded_with_white(shikra: Shikra):
     assert shikra.frame == WHITE
 
 
-@pytest.mark.parametrize("size, box, text", [
-    ((640, 480), (334.72, 298.08, 522.88, 450.24), "[0.523,0.591,0.817,0.829]"),
-    ((427, 640), (103.93, 299.99, 238.15, 477.41), "[0.328,0.469,0.538,0.746]")])
-def test_a_box_there_and_back(shikra: Shikra, size: tuple[int, int], box: tuple, text: str):
+def test_a_box_there_and_back(shikra: Shikra):
     """Of 640 x 480 pixels the square has 80 above: (298.08 + 80) / 640 = 0.59075."""
-    said = shikra.box_format.say(shikra.frame.from_pixels(box, *size))
-    assert said == f"Answer: {text} ."
-    back = shikra.to_pixels(shikra.parse_box(said), *size)
-    assert max(abs(a - b) for a, b in zip(back, box, strict=True)) <= 0.0005 * max(size) + 1e-9
+    box = (334.72, 298.08, 522.88, 450.24)
+    said = shikra.box_format.say(shikra.frame.from_pixels(box, 640, 480))
+    assert said == "Answer: [0.523,0.591,0.817,0.829] ."
+    assert shikra.to_pixels(shikra.parse_box(said), 640, 480) == pytest.approx(box, abs=0.32)
 
 
 @pytest.mark.parametrize("text, box", [
@@ -106,18 +87,3 @@ def test_a_box_there_and_back(shikra: Shikra, size: tuple[int, int], box: tuple,
     ("[0.1,0.2,0.3,1.4]", None)])
 def test_the_first_box_of_an_answer_is_read(shikra: Shikra, text: str, box: tuple | None):
     assert shikra.parse_box(text) == box
-
-
-@pytest.mark.parametrize("prune", STRATEGIES)
-def test_every_strategy_prunes_those_that_read_words_with_clips_text_tower(
-        shikra: Shikra, prune: str):
-    """The text tower is that of CLIP-L/14 at 224 pixels, which stands in `clip_text` here."""
-    picture = Image.new("RGB", (60, 40), (250, 20, 20))
-    for mode in MODES:
-        found = shikra.ground(picture, "the man", prune, 12, mode, max_new_tokens=2)
-        if mode == "full":
-            assert found.visual_tokens == 16
-        elif prune == "holov":                     # a strip may have a share that it cannot fill
-            assert 0 < found.visual_tokens <= 12
-        else:
-            assert found.visual_tokens in (12, 13)                            # one may be added
