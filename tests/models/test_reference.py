@@ -27,7 +27,6 @@ from nanogap.prune import Kept
 from nanogap.train.clip import CLIP, save_clip
 from nanogap.train.scenes import scene
 from nanogap.train.tokenizer import train_clip_tokenizer
-from tests.methods.by_hand import ids_by_hand
 from tests.reference.make_next import noise
 from tests.reference.make_reference import (
     CASES,
@@ -169,10 +168,13 @@ def test_every_logit_and_every_word_is_that_of_transformers(pair):
 
 
 def by_hand(ours: VLM, prompt: list[int], keep: list[int], mode: str) -> Layout:
-    """In which order patches are fed in a mode, and all position IDs."""
+    """In which order patches are fed in a mode, and all position IDs, without nanogap.gap."""
     P, N = prompt.index(ours.config.image_token), ours.config.vision.grid ** 2
     order = keep if mode == "permuted" else sorted(keep)
-    return order, ids_by_hand(order, P, N, len(prompt) - P - 1, mode)
+    if mode == "gap":
+        visual = [P + patch for patch in order]
+        return order, [*range(P), *visual, *range(P + N, N + len(prompt) - 1)]
+    return order, list(range(len(prompt) - 1 + len(keep)))
 
 
 @live
