@@ -56,11 +56,12 @@ def test_the_limit_counts_expressions_and_not_images():
 @pytest.mark.parametrize("protocol, ious, box", [
     ("pixels", [1, 35 / 70, 34 / 70, 0], [20, 0, 100, 70]),
     ("lmms-eval", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60])])
-def test_boxes_are_mapped_back_and_scored_by_the_protocol(
+def test_boxes_are_mapped_back_and_scored_by_the_protocol_and_json_is_one_document(
         finder, annotations: Path, printed, protocol: str, ious: list, box: list):
-    out = annotations.with_name("answers.jsonl")
+    out, picture = annotations.with_name("answers.jsonl"), annotations.with_name("plot.png")
     document = json.loads(printed("--weights", finder, "--data", annotations, "--mode", "full",
-                                  "--protocol", protocol, "--out", out, "--json"))
+                                  "--protocol", protocol, "--out", out, "--json", "--plot",
+                                  picture))
     lines = timeless(out)
     assert [line["iou"] for line in lines] == pytest.approx(ious)
     assert lines[0]["box"] == pytest.approx(box)
@@ -69,7 +70,11 @@ def test_boxes_are_mapped_back_and_scored_by_the_protocol(
         "keep": 16, "box": 0, "text": BOX, "truth": [20, 0, 100, 35], "iou": 0, "cut_off": False,
         "visual_tokens": 16, "kept": list(range(16)), "padding": 0.5, "prefill_ms": 0,
         "decode_ms": 0}
-    assert document["protocol"] == protocol
+    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol",
+                             "max_new_tokens", "picture", "expressions", "of", "missing_images",
+                             "left_out", "runs"}
+    assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
+    assert document["protocol"] == protocol and Image.open(picture).width == plot.WIDTH
     assert document["runs"][0]["accuracy"] == (0.5 if protocol == "pixels" else 0.25)
 
 
@@ -87,18 +92,6 @@ def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: P
         ["random", "8", "8", "shifted", "0.500", "0.150..0.850"]]
     assert len(lines) == 4 + 1 + 2 * 3
     assert said.err == "1 images are missing, such as gone.jpg\n"
-
-
-def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path, printed):
-    picture = annotations.with_name("plot.png")
-    document = json.loads(printed("--weights", finder, "--data", annotations, "--json", "--plot",
-                                  picture))
-    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol",
-                             "max_new_tokens", "picture", "expressions", "of", "missing_images",
-                             "left_out", "runs"}
-    assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
-    assert [row["mode"] for row in document["runs"]] == ["full", "shifted", "permuted", "gap"]
-    assert Image.open(picture).width == plot.WIDTH
 
 
 # ----- every strategy, budget and mode ------------------------------------------------------------
