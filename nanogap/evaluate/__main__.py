@@ -52,15 +52,16 @@ def score_file(args: argparse.Namespace) -> None:
     """Score the answers of any program, and report."""
     data = data_asked(args)
     how = How(args.protocol, args.format, args.resized)
-    scored = read_answers(args.score, data, first(data.examples, args.limit), how)
-    rows = [summary(scored.records, run, args.protocol) | {"unanswered": count}
-            for run, count in scored.unanswered.items()]
+    examples = first(data.examples, args.limit)
+    records, unanswered, doubts = read_answers(args.score, data, examples, how)
+    rows = [summary(records, run, args.protocol) | {"unanswered": count}
+            for run, count in unanswered.items()]
     asked = rows[0]["expressions"]
     notes = [f"{row['prune']}, {row['mode']}: {row['unanswered']} of {asked} expressions have no "
              "answer, and count as wrong" for row in rows if row["unanswered"]]
     made = {"score": str(args.score), "format": args.format or "llava", "protocol": args.protocol}
     title = f"{args.score}, {data.name}, {asked} expressions"
-    print_reports(args, [Report(title, made, data, rows, [*scored.notes, *notes])])
+    print_reports(args, [Report(title, made, data, rows, [*doubts, *notes])])
 
 
 def write_file(args: argparse.Namespace) -> None:

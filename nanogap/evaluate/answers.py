@@ -43,21 +43,15 @@ class How(NamedTuple):
         return FORMATS[self.form or "llava"]
 
 
-class Scored(NamedTuple):
-    """What became of a file of answers."""
-
-    records: list[dict]                # as the evaluator's own
-    unanswered: dict[Run, int]
-    notes: list[str]
-
-
 Asked = dict[str, tuple[Size, Box]]               # id -> size of the image, true box
 
 
-def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) -> Scored:
+def read_answers(path: Path, data: Data, examples: Sequence[Example],
+                 how: How) -> tuple[list[dict], dict[Run, int], list[str]]:
     """Read and score a file.
 
     examples: of the data, all that shall be answered
+    returns:  records as the evaluator's own, how many are not answered, and what to say of it
     raises:   NanogapError that names the line, for what is no answer, or answers nothing here
     """
     check_protocol(path, how.protocol)
@@ -87,7 +81,7 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example], how: How) 
         notes += check_format(path, [item["text"] for item, _ in given if "box" not in item], how)
     records = [record(run, found.get(id_, {"text": None}), size, truth, how)
                for run, found in runs.items() for id_, (size, truth) in asked.items()]
-    return Scored(records, {run: len(asked) - len(found) for run, found in runs.items()}, notes)
+    return records, {run: len(asked) - len(found) for run, found in runs.items()}, notes
 
 
 # ----- what is in a file --------------------------------------------------------------------------

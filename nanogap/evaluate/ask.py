@@ -40,7 +40,7 @@ Budgets = dict[tuple[str, str], int | str | None]   # strategy and --keep -> tok
 # ----- runs ---------------------------------------------------------------------------------------
 
 
-def budgets_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True) -> Budgets:
+def budgets_asked(args: argparse.Namespace, image: EncodedImage, alike: bool) -> Budgets:
     """What each budget that was asked for is in a model.
 
     image: any; a share of the visual tokens is a number of its
@@ -51,7 +51,7 @@ def budgets_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = T
             for name in args.prune for keep in args.keep}
 
 
-def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool = True) -> list[Run]:
+def runs_asked(args: argparse.Namespace, image: EncodedImage, alike: bool) -> list[Run]:
     """Every (strategy, budget, mode) that was asked for, once; mode full prunes nothing.
 
     image, alike: as above

@@ -47,14 +47,10 @@ def table(panels: Sequence[Panel]) -> str:
     lines = [["model", "prune", "keep",
               *("all tokens" if mode == "full" else mode for mode in modes), "no box"]]
     for model, label, found in rows:
-        shares = [share(found[mode]) if mode in found else "-" for mode in modes]
+        shares = ["{accuracy:.3f} {low:.3f}..{high:.3f}".format_map(found[mode])
+                  if mode in found else "-" for mode in modes]
         most = max(row["no_box"] for row in found.values())
         lines.append([model, *label.rsplit(" ", 1), *shares, f"{most:.3f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ("  ".join(map(str.ljust, line, widths)) for line in lines)
     return "\n".join([CAPTION, *(visible(line.rstrip()) for line in padded)])
-
-
-def share(row: dict) -> str:
-    """Accuracy and its interval."""
-    return f"{row['accuracy']:.3f} {row['low']:.3f}..{row['high']:.3f}"

@@ -10,12 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nanogap.evaluate.data import Size
 from nanogap.image import Box, Pad
 from nanogap.models import MiniGPT, Shikra
 from nanogap.models.frames import Stretch
 from nanogap.prompt import TWO_DECIMALS
 
-Size = tuple[int, int]
 LEAST, MOST = 56 * 56, 16384 * 28 * 28     # pixels of a picture as Qwen2.5-VL resizes it by default
 
 

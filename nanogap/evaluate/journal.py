@@ -46,7 +46,16 @@ def earlier(path: Path | None, settings: dict) -> list[dict]:
     if path is None or not path.exists():
         return []
     check_settings(path, settings)
-    return read_lines(path)
+    data = path.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))              # a line that a kill tore
+    records = []
+    for where, record in read_documents(path, whole):
+        if not isinstance(record, dict) or not KEYS <= record.keys():
+            raise NanogapError(f"--resume: {where} is no answer; take the line out")
+        records.append(record)
+    return records
 
 
 def check_settings(path: Path, settings: dict) -> None:
@@ -61,20 +70,6 @@ def check_settings(path: Path, settings: dict) -> None:
                                f"{now[key]}; give that one, or a new file")
     if before:
         settings["strategies"] = before | own
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The answers in a file; a line that a kill tore is cut off it."""
-    data = path.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    records = []
-    for where, record in read_documents(path, whole):
-        if not isinstance(record, dict) or not KEYS <= record.keys():
-            raise NanogapError(f"--resume: {where} is no answer; take the line out")
-        records.append(record)
-    return records
 
 
 def name(record: dict) -> tuple:

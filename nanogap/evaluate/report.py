@@ -27,7 +27,12 @@ class Report(NamedTuple):
 def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     """Draw the picture, and print the tables or the JSON document; several models are compared."""
     several = len(args.models) > 1
-    panels = panels_of(reports) if several else plot.panels_of(reports[0].rows)
+    if several:
+        names = compare.names_of([report.made["weights"] for report in reports])
+        panels = [compare.panel_of(name, report.rows, report.budgets)
+                  for name, report in zip(names, reports, strict=True)]
+    else:
+        panels = plot.panels_of(reports[0].rows)
     if args.plot:
         save_picture("--plot", args.plot, plot.draw(panels))
     if args.json:
@@ -46,13 +51,6 @@ def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
         print_table(args, report)
     if args.plot:
         print(f"picture: {args.plot}")
-
-
-def panels_of(reports: Sequence[Report]) -> list[plot.Panel]:
-    """A panel for each of several models."""
-    names = compare.names_of([report.made["weights"] for report in reports])
-    return [compare.panel_of(name, report.rows, report.budgets)
-            for name, report in zip(names, reports, strict=True)]
 
 
 def document(report: Report, picture: object) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.asking import BOX, run
+from tests.evaluate.asking import BOX, run, write_lines
 from tests.tiny import lines_of, tiny_config, write_checkpoint, write_finder
 
 
@@ -19,6 +19,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that answers every question with BOX, one token, and stops."""
     return write_finder(folder, tmp_path_factory.mktemp("finder"), BOX)
+
+
+@pytest.fixture
+def given(data: Path) -> Callable[..., list]:
+    """A command that scores some lines as answers to `data`."""
+    def asked(items: list, *flags: str) -> list:
+        file = write_lines(data.with_name("given.jsonl"), items)
+        return ["--score", file, "--data", data, *flags]
+
+    return asked
 
 
 @pytest.fixture

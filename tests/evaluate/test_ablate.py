@@ -3,27 +3,21 @@
 import pytest
 import torch
 
-import nanogap
 from nanogap.evaluate import ablate
 from nanogap.gap import Layout
 from nanogap.ground import Answer
 from nanogap.llava import EncodedImage
 from nanogap.models import VLM
 from nanogap.prune import Kept
-from tests.evaluate.asking import MINI, ROOT
+from tests.evaluate.asking import ROOT
 
 EXPRESSION = "the man on the left"
 SHUFFLED = torch.tensor([5, 1, 6, 0, 7, 3, 2, 4])
 
 
 @pytest.fixture(scope="module")
-def model() -> VLM:
-    return nanogap.load(MINI, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def image(model: VLM) -> EncodedImage:
-    return model.encode_image(ROOT / "image.jpg")
+def image(mini: VLM) -> EncodedImage:
+    return mini.encode_image(ROOT / "image.jpg")
 
 
 @pytest.mark.parametrize("name, order, visual, after", [
@@ -42,19 +36,19 @@ def test_cases_by_hand(name: str, order: list, visual: list, after: list):
     assert layout.next_position == after[-1] + 1
 
 
-def test_where_nothing_is_changed_the_model_says_what_it_says_in_mode_full(model: VLM, image):
-    full = model.ground(image, EXPRESSION, mode="full")
-    same = ablate.ask(model, image, EXPRESSION, "nothing changed", 3)
+def test_where_nothing_is_changed_the_model_says_what_it_says_in_mode_full(mini: VLM, image):
+    full = mini.ground(image, EXPRESSION, mode="full")
+    same = ablate.ask(mini, image, EXPRESSION, "nothing changed", 3)
     assert (same.text, same.box, same.cut_off) == (full.text, full.box, False)
     assert full.box is not None
 
 
-def test_the_seed_is_that_of_the_random_order(model: VLM, image):
-    said = [ablate.ask(model, image, EXPRESSION, "IDs permuted", seed).text for seed in (0, 0, 1)]
+def test_the_seed_is_that_of_the_random_order(mini: VLM, image):
+    said = [ablate.ask(mini, image, EXPRESSION, "IDs permuted", seed).text for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
 
 
-def test_where_the_order_is_permuted_tokens_are_fed_in_it(model: VLM, image, monkeypatch):
+def test_where_the_order_is_permuted_tokens_are_fed_in_it(mini: VLM, image, monkeypatch):
     fed = {}
 
     def caught(model: VLM, x: torch.Tensor, layout: Layout, most: int) -> Answer:
@@ -63,31 +57,27 @@ def test_where_the_order_is_permuted_tokens_are_fed_in_it(model: VLM, image, mon
 
     monkeypatch.setattr(ablate, "greedy", caught)
     for name in ("nothing changed", "order permuted"):
-        ablate.ask(model, image, EXPRESSION, name, 3)
+        ablate.ask(mini, image, EXPRESSION, name, 3)
     (_, plain), (order, permuted) = fed.items()
-    P, A = model.around_image(model.prompt(EXPRESSION))
+    P, A = mini.around_image(mini.prompt(EXPRESSION))
     assert order.tolist() != sorted(order.tolist()) == list(range(144))
     assert torch.allclose(permuted[0, P:-A], plain[0, P:-A][order], atol=1e-5)
     assert torch.equal(permuted[0, :P], plain[0, :P])
 
 
+@torch.no_grad()
 def test_moving_every_id_changes_no_logit_and_moving_the_image_and_what_follows_does(
-        model: VLM, image):
+        mini: VLM, image):
     """So what "image and text + 100" changes is the distance to the text before, and that alone."""
-    input_ids = model.prompt(EXPRESSION)
-    P, A = model.around_image(input_ids)
+    input_ids = mini.prompt(EXPRESSION)
+    P, A = mini.around_image(input_ids)
     everything = torch.arange(144)
-
-    with torch.no_grad():
-        x = model.embed(input_ids, image, Kept(everything), everything)
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return model.language_model(x, ids)[0]
-
-    plain, moved = (ablate.lay_out(name, P, 144, A, everything).position_ids
+    x = mini.embed(input_ids, image, Kept(everything), everything)
+    plain, apart = (ablate.lay_out(name, P, 144, A, everything).position_ids
                     for name in ("nothing changed", "image and text + 100"))
-    reference = logits(plain)
-    assert (logits(plain + 100) - reference).abs().max() < 1e-3 * reference.abs().max()
-    assert (logits(moved) - reference)[P:].abs().max() > 1e-2 * reference.abs().max()
-    assert torch.equal(logits(moved)[:P], reference[:P])
+    reference, moved, parted = (mini.language_model(x, ids)[0]
+                                for ids in (plain, plain + 100, apart))
+    most = reference.abs().max()
+    assert (moved - reference).abs().max() < 1e-3 * most
+    assert (parted - reference)[P:].abs().max() > 1e-2 * most
+    assert torch.equal(parted[:P], reference[:P])

@@ -23,16 +23,6 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def given(data: Path) -> Callable[..., list]:
-    """A command that scores some lines."""
-    def asked(items: list, *flags: str) -> list:
-        file = write_lines(data.with_name("given.jsonl"), items)
-        return ["--score", file, "--data", data, *flags]
-
-    return asked
-
-
-@pytest.fixture
 def rows(given, printed) -> Callable[..., list[dict]]:
     """The rows of their report."""
     return lambda *given_: json.loads(printed(*given(*given_), "--json"))["runs"]

@@ -1,5 +1,4 @@
 """The evaluator on checkpoints of which the answers are known, and on the mini model."""
-# ruff: noqa: F811
 
 import json
 import subprocess
@@ -56,13 +55,13 @@ def test_the_limit_counts_expressions_and_not_images():
 
 @pytest.mark.parametrize("protocol, ious, box", [
     ("pixels", [1, 35 / 70, 34 / 70, 0], [20, 0, 100, 70]),
-    ("vlmevalkit", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60]),
     ("lmms-eval", [0.5, 10 / 60, 9 / 60, 0], [20, 25, 100, 60])])
-def test_boxes_are_mapped_back_and_scored_by_the_protocol(
+def test_boxes_are_mapped_back_and_scored_by_the_protocol_and_json_is_one_document(
         finder, annotations: Path, printed, protocol: str, ious: list, box: list):
-    out = annotations.with_name("answers.jsonl")
+    out, picture = annotations.with_name("answers.jsonl"), annotations.with_name("plot.png")
     document = json.loads(printed("--weights", finder, "--data", annotations, "--mode", "full",
-                                  "--protocol", protocol, "--out", out, "--json"))
+                                  "--protocol", protocol, "--out", out, "--json", "--plot",
+                                  picture))
     lines = timeless(out)
     assert [line["iou"] for line in lines] == pytest.approx(ious)
     assert lines[0]["box"] == pytest.approx(box)
@@ -71,7 +70,11 @@ def test_boxes_are_mapped_back_and_scored_by_the_protocol(
         "keep": 16, "box": 0, "text": BOX, "truth": [20, 0, 100, 35], "iou": 0, "cut_off": False,
         "visual_tokens": 16, "kept": list(range(16)), "padding": 0.5, "prefill_ms": 0,
         "decode_ms": 0}
-    assert document["protocol"] == protocol
+    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol",
+                             "max_new_tokens", "picture", "expressions", "of", "missing_images",
+                             "left_out", "runs"}
+    assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
+    assert document["protocol"] == protocol and Image.open(picture).width == plot.WIDTH
     assert document["runs"][0]["accuracy"] == (0.5 if protocol == "pixels" else 0.25)
 
 
@@ -91,28 +94,7 @@ def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: P
     assert said.err == "1 images are missing, such as gone.jpg\n"
 
 
-def test_json_is_one_document_and_the_picture_is_drawn(finder, annotations: Path, printed):
-    picture = annotations.with_name("plot.png")
-    document = json.loads(printed("--weights", finder, "--data", annotations, "--json", "--plot",
-                                  picture))
-    assert set(document) == {"device", "dtype", "weights", "data", "seed", "protocol",
-                             "max_new_tokens", "picture", "expressions", "of", "missing_images",
-                             "left_out", "runs"}
-    assert document["missing_images"] == ["gone.jpg"] and document["of"] == 5
-    assert [row["mode"] for row in document["runs"]] == ["full", "shifted", "permuted", "gap"]
-    assert Image.open(picture).width == plot.WIDTH
-
-
 # ----- every strategy, budget and mode ------------------------------------------------------------
-
-
-def test_a_line_for_each_answer_image_by_image_and_run_by_run(folder, tmp_path):
-    out = tmp_path / "answers.jsonl"
-    assert run("--weights", folder, "--limit", 3, "--keep", 4, "--out", out) == 0
-    lines = read_lines(out)
-    assert [(line["mode"], line["id"]) for line in lines] == [
-        (mode, f"val/0/{i}") for mode in ("full", "shifted", "permuted", "gap") for i in range(3)]
-    assert all(set(line) == journal.KEYS for line in lines)
 
 
 def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_path, monkeypatch):
@@ -130,32 +112,13 @@ def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_
 
     monkeypatch.setattr(VLM, "encode_pixels", encode)
     monkeypatch.setattr(VLM, "ground_runs", ask)
-    assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap") == 0
+    out = tmp_path / "answers.jsonl"
+    assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap",
+               "--out", out) == 0
     assert len(encoded) == 1 + 2
     assert asked == [[1], [1], [1], [7, 7, 7], [2, 2, 2]]
-
-
-def test_one_that_is_stopped_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
-    def stopped(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ask, "answers", stopped)
-    assert run("--weights", folder, "--limit", 3, "--out", tmp_path / "a.jsonl") == 130
-    assert f"--resume goes on with {tmp_path / 'a.jsonl'}" in capsys.readouterr().err
-
-
-def test_an_expression_that_cannot_be_asked_leaves_the_others_answered(folder, tmp_path, printed):
-    """A blank one among four about a picture: each is asked alone then, in the same words."""
-    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
-    lines = [{"image": "a.png", "expression": expression, "box": [1, 2, 30, 31]}
-             for expression in ("the man", "the dog", "   ", "a car")]
-    texts = []
-    for name, items in (("whole", lines[:2] + lines[3:]), ("all", lines)):
-        data, out = write_lines(tmp_path / f"{name}.jsonl", items), tmp_path / f"{name}.out"
-        said = printed("--weights", folder, "--data", data, "--keep", 4, "--out", out)
-        texts.append([(x["mode"], x["expression"], x["text"]) for x in read_lines(out)])
-    assert texts[0] == texts[1] and len(texts[0]) == 3 * 4
-    assert "the expression is empty" in said
+    keeps = [line["keep"] for line in read_lines(out)]
+    assert keeps == [16] * 7 + [4] * 7 + [8] * 7 + [16, 16, 4, 4, 8, 8]
 
 
 def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, printed):
@@ -166,31 +129,22 @@ def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, printed):
     assert Image.open(picture).height > 14 * 40
 
 
-def test_a_strategy_of_ones_own_is_measured_under_its_name(folder, tmp_path, printed):
-    file = tmp_path / "mine.py"
+def test_a_strategy_of_ones_own_is_measured_and_an_edited_one_refused_by_name(
+        folder, tmp_path, printed, refused):
+    file, out = tmp_path / "mine.py", tmp_path / "answers.jsonl"
     file.write_text("import torch\nfrom nanogap.prune import Kept\n\n"
                     "def top_left(seen, budget, generator):\n"
                     "    return Kept(torch.arange(budget))\n")
-    out = tmp_path / "answers.jsonl"
-    assert "top_left" in printed("--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap",
-                                 "--prune", f"{file}:top_left", "--out", out)
+    own = f"{file}:top_left"
+    asked = ["--weights", folder, "--limit", 1, "--keep", 3, "--mode", "gap", "--out", out]
+    assert "top_left" in printed(*asked, "--prune", own)
     answer, = read_lines(out)
-    assert (answer["prune"], answer["kept"]) == (f"{file}:top_left", [0, 1, 2])
-
-
-def test_a_strategy_that_was_edited_is_refused_by_name(folder, tmp_path, printed, refused):
-    file, out = tmp_path / "mine.py", tmp_path / "answers.jsonl"
-    file.write_text("from nanogap.prune import random as mine\n\n"
-                    "def other(seen, budget, generator):\n"
-                    "    return mine(seen, budget, generator)\n")
-    asked = ["--weights", folder, "--limit", 2, "--keep", 3, "--mode", "gap", "--out", out]
-    printed(*asked, "--prune", f"{file}:other")
-    whole = out.read_text()
-    printed(*asked, "--prune", f"{file}:other", "--resume")
+    assert (answer["prune"], answer["kept"]) == (own, [0, 1, 2])
+    printed(*asked, "--prune", own, "--resume")
     file.write_text(file.read_text() + "# edited\n")
-    said = refused(*asked, "--prune", f"{file}:other", "random", "--resume")
-    assert "was made with another " in said and "mine.py:other" in said
-    assert out.read_text() == whole
+    said = refused(*asked, "--prune", own, "random", "--resume")
+    assert "was made with another " in said and "mine.py:top_left" in said
+    assert read_lines(out) == [answer]
 
 
 def test_where_the_decoder_cuts_is_said_once_for_each_budget(folder, printed):
@@ -370,13 +324,12 @@ def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
 
 
 @pytest.mark.parametrize("bad", ["", "\ud800", "thing " * 5000])
-def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
-        finder, annotations: Path, printed, bad: str):
+def test_an_expression_that_cannot_be_asked_is_left_out_and_counted_and_may_be_mended(
+        finder, annotations: Path, printed, refused, bad: str):
     lines = read_lines(annotations)[:4]
-    lines[1]["expression"] = bad
-    write_lines(annotations, lines)
-    asked = ["--weights", finder, "--data", annotations, "--out", annotations.with_name("x.jsonl"),
-             "--mode", "full", "gap"]
+    out = annotations.with_name("x.jsonl")
+    asked = ["--weights", finder, "--data", annotations, "--out", out, "--mode", "full", "gap"]
+    write_lines(annotations, [lines[0], lines[1] | {"expression": bad}, *lines[2:]])
     for again in ((), ("--resume",)):
         said = printed(*asked, *again).splitlines()
         assert said[2].startswith("covers 3 of 4 expressions: 1 cannot be asked, such as 2: ")
@@ -384,6 +337,14 @@ def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
     document = json.loads(printed(*asked, "--resume", "--json"))
     assert list(document["left_out"]) == ["2"]
     assert [row["expressions"] for row in document["runs"]] == [3, 3]
+    first = out.read_text()
+    write_lines(annotations, lines)
+    assert "covers" not in printed(*asked, "--resume")
+    assert out.read_text().startswith(first) and len(read_lines(out)) == 8
+    for change in ({"expression": "other"}, {"bbox": [20, 0, 100, 69]}):
+        write_lines(annotations, [lines[0] | change, *lines[1:]])
+        assert "x.jsonl has an answer to 1 in other data; " in refused(*asked, "--resume")
+    assert len(read_lines(out)) == 8
 
 
 @pytest.mark.parametrize("change, message", [
@@ -410,17 +371,17 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annot
     assert "cut off" not in printed(*asked, "--max-new-tokens", 2)
 
 
-@pytest.mark.parametrize("side, box, count, said", [
-    (200, [20, 30, 90, 100], 6, "percent"), (2000, [20, 30, 900, 1000], 6, "thousandths"),
-    (200, [20, 30, 90, 101], 6, None)])
+@pytest.mark.parametrize("side, box, said", [
+    (200, [20, 30, 90, 100], "if these are in percent the numbers below mean nothing"),
+    (2000, [20, 30, 900, 1000], "if these are in thousandths the numbers below mean nothing"),
+    (200, [20, 30, 90, 101], None)])
 def test_boxes_that_may_be_percent_are_wondered_at(
-        finder, tmp_path, printed, side: int, box: list, count: int, said: str | None):
+        finder, tmp_path, printed, side: int, box: list, said: str | None):
     Image.new("RGB", (side, side)).save(tmp_path / "a.png")
     entry = {"image": "a.png", "expression": "thing", "box": box}
-    data = write_lines(tmp_path / "own.jsonl", [entry] * count)
+    data = write_lines(tmp_path / "own.jsonl", [entry] * 6)
     told = printed("--weights", finder, "--data", data, "--mode", "full")
-    assert ("mean nothing" in told) == (said is not None)
-    assert said is None or f"if these are in {said} the numbers" in told
+    assert said in told if said else "mean nothing" not in told
 
 
 def test_what_stands_in_a_file_cannot_move_the_cursor(finder, annotations: Path, capsys):
@@ -437,21 +398,3 @@ def test_what_stands_in_a_file_cannot_move_the_cursor(finder, annotations: Path,
     heard = capsys.readouterr()
     assert all(c.isprintable() or c == "\n" for c in heard.out + heard.err)
     assert heard.out.count("\\x1b[2J") == 3 and heard.err.count("\\x1b[2J") == 2
-
-
-@pytest.mark.parametrize("bad", [" ", "thing " * 5000])
-def test_what_could_not_be_asked_may_be_mended_and_no_answer_is_lost(
-        finder, annotations: Path, printed, refused, bad: str):
-    lines = read_lines(annotations)[:4]
-    out = annotations.with_name("x.jsonl")
-    asked = ["--weights", finder, "--data", annotations, "--out", out, "--mode", "full"]
-    write_lines(annotations, [lines[0], lines[1] | {"expression": bad}, *lines[2:]])
-    printed(*asked)
-    first = out.read_text()
-    write_lines(annotations, lines)
-    assert "covers" not in printed(*asked, "--resume")
-    assert out.read_text().startswith(first) and len(read_lines(out)) == 4
-    for change in ({"expression": "other"}, {"bbox": [20, 0, 100, 69]}):
-        write_lines(annotations, [lines[0] | change, *lines[1:]])
-        assert "x.jsonl has an answer to 1 in other data; " in refused(*asked, "--resume")
-    assert len(read_lines(out)) == 4

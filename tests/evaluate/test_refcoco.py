@@ -33,6 +33,10 @@ QWEN = [{"image": f"data/coco/train2014/{NAME}.jpg", "sent": said, "bbox": box, 
 VLM_R1 = [{"image": f"coco/train2014/{NAME}.jpg", "problem": f"Please provide ... {said}.",
            "normal_caption": said, "solution": box, "normalized_solution": [0, 0, 999, 999], **SIZE}
           for said, box in SAID]
+LMMS_LAB = [{"question_id": "1", "bbox": by_side(SAID[0][1]), "answer": ["the man", "man on left"],
+             "file_name": f"{NAME}_3.jpg", "iscrowd": 0},
+            {"question_id": "2", "bbox": by_side(SAID[2][1]), "answer": ["a dog"],
+             "file_name": f"{NAME}.jpg", "iscrowd": 0}]
 OWN = [{"image": f"{NAME}.jpg", "expression": said, "box": box} for said, box in SAID]
 REFS = [{"ref_id": 1, "ann_id": 71, "image_id": 7, "split": "val", "file_name": "COCO_7_71.jpg",
          "sentences": [{"sent_id": 100, "sent": "the man", "raw": "THE MAN!", "tokens": []},
@@ -77,13 +81,14 @@ def told(data: Data) -> list[tuple[str, list]]:
 
 
 @pytest.mark.parametrize("text", [
-    json.dumps(MINIGPT), lines(SHIKRA), lines(QWEN), json.dumps(VLM_R1),
-    lines(OWN), lines(MINIGPT), json.dumps(QWEN, indent=2), "\ufeff\n" + lines(SHIKRA),
-], ids=["MiniGPT-v2", "Shikra", "Qwen", "VLM-R1", "one's own", "lines of MiniGPT's", "indented",
-        "with a BOM"])
-def test_all_forms_say_the_same_and_the_name_of_the_file_says_nothing(folder: Path, text: str):
+    json.dumps(MINIGPT), lines(SHIKRA), lines(QWEN), json.dumps(VLM_R1), lines(LMMS_LAB),
+    lines(OWN), json.dumps(QWEN, indent=2), "\ufeff\n" + lines(SHIKRA),
+    lines(SHIKRA).encode("utf-16"),
+], ids=["MiniGPT-v2", "Shikra", "Qwen", "VLM-R1", "lmms-lab", "one's own", "indented",
+        "with a BOM", "PowerShell"])
+def test_all_forms_say_the_same_and_the_name_of_the_file_says_nothing(folder: Path, text):
     data = read_data(write(folder, text), folder)
-    assert told(data) == SAID and data.expressions == 3
+    assert told(data) == SAID and data.expressions == 3 and len(data.examples) == 1
     assert [id_ for e in data.examples for id_, *_ in e.questions] == ["1", "2", "3"]
     assert data.examples[0].image().size == (40, 30)
 
@@ -111,6 +116,11 @@ def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
     for split in (None, "test"):
         refused("choose one with --split: testA 1, val 2", refs(folder), folder, split)
     refused("holds one split only; leave --split out", write(folder, lines(QWEN)), folder, "val")
+
+
+def test_a_sentence_that_is_there_twice_would_be_answered_once_and_is_refused(folder: Path):
+    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
+    refused("holds a sent_id twice", refs(folder, twice), folder, "val")
 
 
 def qwen(box: str) -> str:
@@ -150,12 +160,6 @@ def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path, text: str | No
     if text:
         write(folder, text, "instances.json")
     refused(message, path, folder, "val")
-
-
-def test_a_sentence_that_is_there_twice_is_refused(folder: Path):
-    """Counted twice, it would be answered once."""
-    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
-    refused("holds a sent_id twice", refs(folder, twice), folder, "val")
 
 
 def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
@@ -201,21 +205,6 @@ def test_the_digest_changes_with_an_image_and_not_with_a_word_that_may_be_mended
     same, *digests = (read_data(write(folder, lines(entries)), folder).digest for entries in (
         [mended, *QWEN[1:]], QWEN, [other, *QWEN], [*QWEN, other]))
     assert digests[0] == same and len(set(digests)) == 3
-
-
-def test_rows_of_lmms_lab_have_a_list_of_expressions(folder: Path):
-    """x y w h, and the crop's number in the file's name; the picture says how large it is."""
-    rows = [{"question_id": "1", "bbox": by_side(SAID[0][1]), "answer": ["the man", "man on left"],
-             "file_name": f"{NAME}_3.jpg", "iscrowd": 0},
-            {"question_id": "2", "bbox": by_side(SAID[2][1]), "answer": ["a dog"],
-             "file_name": f"{NAME}.jpg", "iscrowd": 0}]
-    data = read_data(write(folder, lines(rows)), folder)
-    assert told(data) == SAID and data.expressions == 3 and len(data.examples) == 1
-
-
-@pytest.mark.parametrize("coding", ["utf-16", "utf-8-sig"])
-def test_what_powershell_wrote_is_read(folder: Path, coding: str):
-    assert told(read_data(write(folder, lines(SHIKRA).encode(coding)), folder)) == SAID
 
 
 def test_pictures_of_another_data_set_have_the_names_that_instances_json_says(folder: Path):

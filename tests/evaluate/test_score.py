@@ -39,13 +39,11 @@ READINGS: dict[str, list[tuple[str, tuple | None]]] = {
         ("{<10><0><unk><50><70>}", (20, 0, 100, 70)),
         ("{<10><0><50><70>} a man", (20, 0, 100, 70)),
         ("{<10><0><50><70>} one of 2", None),                      # five numbers
-        ("{<10><0><50><70>}{<1><2><3><4>}", None),
         ("It is {<10><0><50><70>}", None),                         # not at the start
-        ("{<10><0><50>}", None), ("{<1000><0><50><70>}", None), ("[0.10, 0.00, 0.50, 0.70]", None),
+        ("{<1000><0><50><70>}", None), ("[0.10, 0.00, 0.50, 0.70]", None),
         ("{<10><0><500><70>}", (20, 0, 1000, 70)),                 # no range is asked
         ("{<50><70><10><0>}", (100, 70, 20, 0)),                   # nor an order
-        ("\n{<10><0><50><70>}", (20, 0, 100, 70)), ("", None),
-        ("{<10><0><50><70>} " + "9" * 5000, None)],
+        ("", None), ("{<10><0><50><70>} " + "9" * 5000, None)],
     "shikra": [
         ("Answer: [0.100,0.250,0.500,0.600] .", (20, 0, 100, 70)),
         ("[0.1,0.25,0.5,0.6]", (20, 0, 100, 70)),                  # as many digits as it likes
@@ -54,28 +52,24 @@ READINGS: dict[str, list[tuple[str, tuple | None]]] = {
         ("[0.1,0.25,0.5,0.6;0.1,0.1,0.2,0.2]", None),              # two boxes
         ("[0.1,0.25,0.5,0.6] or [0.1,0.1,0.2,0.2]", None),         # two brackets
         ("[the man] [0.1,0.25,0.5,0.6]; there", (20, 0, 100, 70)),  # the first is none
-        ("[0.1,0.25,0.5,0.6] [0.1, 0.1, 0.2, 0.2]", (20, 0, 100, 70)),
         ("[2.0,0.25,0.5,0.6]", (400, 0, 100, 70)),                 # no range is asked
         ("[0.1,0.25,0.5]", None), ("(0.1,0.25,0.5,0.6)", None), ("", None)],
     "lmms-eval": [
         ("[0.10, 0.25, 0.50, 0.60]", (20, 25, 100, 60)),           # of the picture, not the square
-        ("[ 0.1,0.25,  0.5, 0.6 ]", (20, 25, 100, 60)),
         ("[.10, .25, .50, .60]", None), ("[0.1 , 0.25, 0.5, 0.6]", None),
         ("[1, 2] [0.1, 0.25, 0.5, 0.6] [0.2, 0.2, 0.4, 0.4]", (20, 25, 100, 60)),   # the first
         ("[0.1, 0.25, 1.2, 0.6]", (20, 25, 240, 60)), ("[-0.1, 0, 0.5, 0.6]", (-20, 0, 100, 60)),
-        ("[100, 250, 500, 600]", (20000, 25000, 100000, 60000)),
         ("[0.1, 0.25, 0.5, 0.6, 0.7]", None), ("over there", None)],
     "vlmevalkit": [
-        ("[0.1, 0.0, 0.5, 0.7]", (20, 0, 100, 70)), ("[100 0 500 700]", (20, 0, 100, 70)),
+        ("[0.1, 0.0, 0.5, .7]", (20, 0, 100, 70)), ("[100 0 500 700]", (20, 0, 100, 70)),
         ("[0.1, 0.0, 1.5, 0.7]", (20, 0, 200, 70)),                # 1.5 is a share, and clipped
         ("[0.1, 0.0, 1.6, 0.7]", (0.02, 0, 0.32, 0.07)),           # 1.6 is a thousandth
         ("[20, 0, 1001, 70]", (20, 0, 200, 70)),                   # beyond 1000: pixels
         ("[500, 700, 100, 0]", (20, 0, 100, 70)),                  # corners are put in order
         ("<box>(100,0),(500,700)</box>", (20, 0, 100, 70)),        # no bracket: the first four
         ("in 1 picture: 100, 0, 500, 700", (0, 10, 0.2, 50)),      # 1, 100, 0, 500: put in order
-        ("[1, 2, 3] then [0.1,0,0.5,.7]", (20, 0, 100, 70)),
-        ("[1, 2, 3]", None), ("none", None),
-        ("[1e2, 0, 5e2, 7e2]", (20, 0, 100, 70)), ("[-100, 0, 500, 700]", (0, 0, 100, 70))]}
+        ("[1, 2, 3]", None), ("[1e2, 0, 5e2, 7e2]", (20, 0, 100, 70)),
+        ("[-100, 0, 500, 700]", (0, 0, 100, 70))]}
 
 
 @pytest.mark.parametrize("protocol, text, box", [
@@ -111,11 +105,6 @@ def test_numbers_beyond_any_picture_are_no_box_and_stay_finite():
             box, overlap = score(protocol, text, None, TRUTH, *SIZE)
             json.dumps([box, overlap], allow_nan=False)
             assert box is None or protocol == "vlmevalkit" and max(box) <= 200
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_words_are_no_box(protocol: str):
-    assert score(protocol, "over there", None, TRUTH, *SIZE) == (None, 0.0)
 
 
 def record(iou: float, box: list | None, tokens: float = 8, keep: int | None = 8) -> dict:
