@@ -16,7 +16,7 @@ import nanogap
 from nanogap import NanogapError, weights
 from nanogap.checks import silent as settings
 from nanogap.checks.silent import silent
-from tests.checks.test_weights import TINY, Change, edit, logits, refusal, tensors
+from tests.checks.test_weights import MODEL, TINY, Change, edit, logits, refusal, tensors
 from tests.tiny import write_shards, write_tensors
 
 
@@ -179,13 +179,8 @@ def test_the_file_that_counts_is_the_one_that_transformers_would_take(tmp_path: 
 PROJECTION = "language_model.model.layers.0.mlp.down_proj.weight"
 
 
-def no_weights(folder: Path, name: str) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / name).write_bytes(b"GGUF")
-
-
 FORMS: list[tuple[Change, str]] = [
-    *((lambda folder, name=name: no_weights(folder, name), says) for name, says in (
+    *((lambda folder, name=name: (folder / MODEL).rename(folder / name), says) for name, says in (
         ("adapter_model.safetensors", "adapter"), ("non_lora_trainables.bin", "adapter"),
         ("mm_projector.bin", "LLaVA's own layout"), ("llava-q4.gguf", "GGUF"))),
     *((tensors({name: value}), says) for name, value, says in (
