@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -149,18 +148,12 @@ def test_any_precision_on_disk_becomes_the_one_asked_for(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_that_was_converted_answers_with_every_strategy(
         dtype: torch.dtype, picture: Image.Image):
-    """The text guide goes with it, to float64 and back as well."""
+    """The text guide goes with it."""
     model = nanogap.load("mini", "cpu")
-    before = deepcopy(model)
     model.to(dtype)
     assert model.dtype == model.text_guide.text_projection.weight.dtype == dtype
     for name in STRATEGIES:
         model.ground(picture, "the red car", name, 100, max_new_tokens=2)
-    if dtype == torch.float64:
-        model.float()
-        answers = [one.ground(picture, "the red car", "trim", 40, max_new_tokens=9).tokens
-                   for one in (before, model)]
-        assert answers[0] == answers[1]
 
 
 def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
