@@ -101,7 +101,10 @@ def check_tokenizer(folder: Path, model: Llava) -> None:
 
 
 def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
-    """Refuse a CLIP that the vision tower does not come from."""
+    """Refuse a CLIP that the vision tower does not come from: each matrix's beginning is compared.
+
+    Precisions may differ, and the tower may have been trained a little with the rest.
+    """
     path = folder / "tokenizer.json"
     check_rows(path, guide.tokenizer, guide.text_model.config.vocab_size)
     ids, end = guide.tokenizer.encode("a").ids, max(guide.tokenizer.get_vocab().values())
@@ -109,14 +112,6 @@ def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
         raise NanogapError(f"{path} makes {ids} of a text, and CLIP reads it at its end token, "
                            "the highest ID; give the tokenizer.json that the CLIP was published "
                            "with")
-    check_tower(folder, model)
-
-
-def check_tower(folder: Path, model: Llava) -> None:
-    """Nor is one of other weights: the beginning of each of the tower's matrices is compared.
-
-    Precisions may differ, and the tower may have been trained a little with the rest.
-    """
     theirs = {name: value for name, value in weights.read_tensors(folder)
               if name.startswith("vision_model.")}
     for name, ours in model.get_submodule("vision_tower").named_parameters():

@@ -41,7 +41,7 @@ OTHERS = {
     "models--*": "is the hub's cache; give a folder in it, such as {folder}/models--OWNER--NAME"}
 
 
-def explain(folder: Path, error: BaseException, clip: Path | None = None) -> NanogapError:
+def explain(folder: Path, error: BaseException, clip: Path | None) -> NanogapError:
     """The mistake that it is when a folder could not be loaded, or the CLIP beside it."""
     if lacks_memory(error):
         return unreadable(folder, error)
@@ -53,9 +53,8 @@ def explain(folder: Path, error: BaseException, clip: Path | None = None) -> Nan
             weight_files(clip, CLIP_DOWNLOAD)
         if isinstance(error, NanogapError):
             return error
-        check_files(folder)
-        if clip is not None:
-            check_files(clip)
+        for part in filter(None, (folder, clip)):
+            check_files(part)
     except NanogapError as found:
         return found
     return NanogapError(f"{folder} cannot be loaded ({one_line(error)}); get all of its files "

@@ -60,8 +60,7 @@ def default_weights() -> Path:
 
 
 def folder_of(name: str | Path) -> Path:
-    """The folder that is meant: a path, the name of weights that ship, or a snapshot of the hub's.
-    """
+    """The folder that is meant: a path, the name of what ships, or a snapshot of the hub's."""
     folder = Path(name)
     if not folder.exists() and len(folder.parts) == 1 and (HERE / folder / "config.json").is_file():
         return HERE / folder

@@ -190,26 +190,19 @@ def check_ends(generation: dict, config: dict, text: dict, rows: int) -> None:
 
 
 def check_template(folder: Path, turn: str) -> None:
-    """Refuse a checkpoint that was trained with another chat template than the model's.
+    """Refuse another chat template than the model's, where transformers would find one.
 
     turn: a word of the model's own
     """
-    found = template_of(folder)
-    if found and (turn not in found[1] or OF_OTHERS.search(found[1])):
-        raise NanogapError(f"{found[0]} holds {OTHER_CHAT}; if this one was not, take the "
-                           "template away")
-
-
-def template_of(folder: Path) -> tuple[Path, str] | None:
-    """The chat template that transformers would take, and the file in which it stands."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.exists():
-        return jinja, text_of(jinja, read_bytes(jinja))
+    path = folder / "chat_template.jinja"
+    template = text_of(path, read_bytes(path)) if path.exists() else ""
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = optional(folder / name).get("chat_template")
-        if template:
-            return folder / name, str(template)      # of several, all of them
-    return None
+        if not template:
+            path = folder / name
+            template = str(optional(path).get("chat_template") or "")     # of several, all of them
+    if template and (turn not in template or OF_OTHERS.search(template)):
+        raise NanogapError(f"{path} holds {OTHER_CHAT}; if this one was not, take the template "
+                           "away")
 
 
 # ----- pixels -------------------------------------------------------------------------------------

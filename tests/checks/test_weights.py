@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,9 @@ from nanogap import NanogapError, weights
 from nanogap.clip import CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.models import MODELS, VLM
-from nanogap.models.saving import our_name, save
+from nanogap.models.saving import save
 from nanogap.prune import STRATEGIES
-from tests import tiny
-from tests.tiny import (
-    LAYOUTS,
-    tiny_config,
-    tiny_tensors,
-    write_checkpoint,
-    write_shards,
-    write_tensors,
-)
+from tests.tiny import tiny_config, tiny_tensors, write_checkpoint, write_shards, write_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 NORM = "language_model.model.norm.weight"
@@ -102,18 +93,11 @@ def cut(share: float) -> Change:
 # ----- what loads ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ours, layout, on_disk", [
-    (NORM, "a", "language_model.model.norm.weight"),
-    (NORM, "c", "model.language_model.norm.weight"),
-    ("language_model.lm_head.weight", "d", "lm_head.weight"),
-    ("multi_modal_projector.linear_1.bias", "d", "model.multi_modal_projector.linear_1.bias"),
-    ("vision_tower.pre_layrnorm.bias", "a", "vision_tower.vision_model.pre_layrnorm.bias"),
-    ("vision_tower.pre_layrnorm.bias", "b", "vision_tower.pre_layrnorm.bias"),
-    ("vision_tower.pre_layrnorm.bias", "c", "model.vision_tower.vision_model.pre_layrnorm.bias")])
-def test_each_layout_names_a_tensor_in_its_own_way_and_all_become_ours(
-        ours: str, layout: str, on_disk: str):
-    assert our_name(ours, tiny.PUBLISHED[layout]) == on_disk
-    assert our_name(on_disk, VLM.rename) == ours
+LAYOUTS = {       # by a tensor that only the one has
+    "a": "vision_tower.vision_model.pre_layrnorm.bias",
+    "b": "vision_tower.pre_layrnorm.bias",
+    "c": "model.vision_tower.vision_model.pre_layrnorm.bias",
+    "d": "model.vision_tower.pre_layrnorm.bias"}
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
@@ -122,6 +106,7 @@ def test_every_layout_single_or_sharded_gives_the_same_logits_bit_for_bit(
         layout: str, shards: int, folder: Path, tmp_path: Path):
     other = write_checkpoint(tmp_path / "other", layout=layout, shards=shards)
     assert len(list(other.glob("*.safetensors"))) == shards
+    assert LAYOUTS[layout] in dict(weights.read_tensors(other))
     assert torch.equal(logits(other), logits(folder))
 
 
@@ -133,11 +118,11 @@ def test_what_is_saved_loads_again_bit_for_bit(folder: Path, tmp_path: Path):
         "tokenizer.json"]
 
 
-@pytest.mark.parametrize("old", ["language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
-                                 "vision_tower.vision_model.embeddings.position_ids"])
-def test_buffers_that_older_files_hold_are_ignored(old: str, folder: Path):
+def test_buffers_that_older_files_hold_are_ignored(folder: Path):
     expected = logits(folder)
-    tensors({old: torch.arange(4)})(folder)
+    tensors(dict.fromkeys(("language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
+                           "vision_tower.vision_model.embeddings.position_ids"),
+                          torch.arange(4)))(folder)
     assert torch.equal(logits(folder), expected)
 
 
@@ -163,18 +148,12 @@ def test_any_precision_on_disk_becomes_the_one_asked_for(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_that_was_converted_answers_with_every_strategy(
         dtype: torch.dtype, picture: Image.Image):
-    """The text guide goes with it, to float64 and back as well."""
+    """The text guide goes with it."""
     model = nanogap.load("mini", "cpu")
-    before = deepcopy(model)
     model.to(dtype)
     assert model.dtype == model.text_guide.text_projection.weight.dtype == dtype
     for name in STRATEGIES:
         model.ground(picture, "the red car", name, 100, max_new_tokens=2)
-    if dtype == torch.float64:
-        model.float()
-        answers = [one.ground(picture, "the red car", "trim", 40, max_new_tokens=9).tokens
-                   for one in (before, model)]
-        assert answers[0] == answers[1]
 
 
 def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
@@ -213,13 +192,10 @@ BROKEN: list[tuple[Change, str]] = [
     (tensors({NORM: None}), f'{NOT_LOADED}Missing key(s) in state_dict: "{NORM}"...'),
     (tensors({MORE: torch.ones(64)}), f'{NOT_LOADED}Unexpected key(s) in state_dict: "{MORE}"...'),
     (tensors({NORM: torch.ones(63)}), f"{NOT_LOADED}size mismatch for {NORM}: copying a param ..."),
-    (key("text", "num_hidden_layers", 4), f"{NOT_LOADED}Missing key(s) in state_dict: ..."),
     # shards and their index
     (sharded("model-00002-of-00002.safetensors", Path.unlink),
      "FOLDER lacks model-00002-of-00002.safetensors, which its index names; run the download "
      "again: it continues where it stopped"),
-    (sharded(INDEX, lambda path: path.write_text("{}")),
-     f"FOLDER holds no {MODEL} and no index of shards; get the weights with {GET}"),
     (sharded(INDEX, lambda path: path.write_text("404")), NO_OBJECT.format(INDEX, "int")),
     # files of tensors
     *((cut(share), f"FOLDER/{MODEL} cannot be read (...); download it again")
@@ -264,17 +240,10 @@ def test_what_is_missing_broken_or_another_models_is_named(damage: Change, says:
 
 @pytest.mark.parametrize("part, name, value, text", [
     ("text", "rope_scaling", {"factor": 2}, "{'factor': 2}; nanogap implements None only"),
-    ("text", "hidden_act", "gelu", "'gelu'; nanogap implements 'silu' only"),
-    ("text", "model_type", "mistral", "'mistral'; nanogap implements 'llama' only"),
-    ("text", "attention_bias", True, "True; nanogap implements False only"),
-    ("vision", "hidden_act", "gelu", "'gelu'; nanogap implements 'quick_gelu' only"),
-    ("vision", "num_channels", 4, "4; nanogap implements 3 only"),
     ("text", "eos_token_id", 640, "640, not a whole number from 0 to 639"),
     ("text", "eos_token_id", ["</s>"], "'</s>', not a whole number from 0 to 639"),
     *((None, "vision_feature_layer", layer, f"{layer}; it must leave a layer before and after the "
-       "features, of 3") for layer in (-1, 0, 3, -4, [-2])),
-    (None, "vision_feature_select_strategy", "full", "'full'; nanogap implements 'default' only"),
-    (None, "projector_hidden_act", "relu", "'relu'; nanogap implements 'gelu' only")])
+       "features, of 3") for layer in (-1, 0, 3, -4, [-2]))])
 def test_a_config_that_nanogap_cannot_follow_is_refused_by_key(
         part: str | None, name: str, value: object, text: str, folder: Path):
     (folder / "generation_config.json").unlink()           # so that config.json says the end token
@@ -318,21 +287,12 @@ def test_an_empty_llava_config_is_that_of_transformers_classes(tmp_path: Path):
     assert weights.read_config(tmp_path).vision == b_32
 
 
-OMITTED = ("num_key_value_heads", "head_dim", "hidden_act", "rope_theta", "attention_bias",
-           "bos_token_id", "eos_token_id", "tie_word_embeddings", "layer_norm_eps")
-
-
-def test_keys_that_hold_their_defaults_may_be_missing_or_null(folder: Path):
+def test_keys_that_hold_their_defaults_may_be_null_and_small_files_missing(folder: Path):
     expected = logits(folder)
-
-    def omit(config: dict) -> None:
-        for key in OMITTED:
-            config["text_config"].pop(key, None)
-            config["vision_config"].pop(key, None)
-        del config["multimodal_projector_bias"], config["image_seq_length"], config["architectures"]
-        config["text_config"] |= dict.fromkeys(["rope_scaling", "num_key_value_heads", "head_dim"])
-
-    edit(folder / "config.json", omit)
+    for name in ("num_key_value_heads", "head_dim", "hidden_act", "rope_theta", "rope_scaling",
+                 "attention_bias", "bos_token_id", "eos_token_id", "layer_norm_eps"):
+        key("text", name, None)(folder)
+        key("vision", name, None)(folder)
     (folder / "generation_config.json").unlink()
     (folder / "preprocessor_config.json").unlink()
     assert torch.equal(logits(folder), expected)
@@ -340,7 +300,6 @@ def test_keys_that_hold_their_defaults_may_be_missing_or_null(folder: Path):
 
 @pytest.mark.parametrize("part, name, value", [
     ("text", "rms_norm_eps", 1e-2), ("text", "rope_theta", 5000.0),
-    ("text", "rope_parameters", {"rope_theta": 5000.0, "rope_type": "default"}),
     ("vision", "layer_norm_eps", 1e-2), (None, "vision_feature_layer", -3)])
 def test_what_the_config_says_is_read_and_not_guessed(
         part: str | None, name: str, value: object, folder: Path):
@@ -350,13 +309,11 @@ def test_what_the_config_says_is_read_and_not_guessed(
 
 
 def test_both_spellings_of_the_newer_keys_are_read(folder: Path):
-    def respell(config: dict) -> None:
-        config["image_token_id"] = config.pop("image_token_index")
-        config["dtype"] = config.pop("torch_dtype")
-
-    edit(folder / "config.json", respell)
+    for name, value in (("image_token_index", None), ("image_token_id", 559),
+                        ("torch_dtype", None), ("dtype", "float16")):
+        key(None, name, value)(folder)
     config = weights.read_config(folder)
-    assert (config.image_token, config.dtype) == (560, "float32")
+    assert (config.image_token, config.dtype) == (559, "float16")
 
 
 # ----- memory -------------------------------------------------------------------------------------

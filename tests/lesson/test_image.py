@@ -26,13 +26,10 @@ PAD = Pad()
     ("RGBA", (*ORANGE, 255), ORANGE),
     ("RGBA", (*ORANGE, 0), (122, 116, 104)),         # transparent: the padding colour
     ("RGBA", (222, 16, 104, 128), (172, 66, 104)),   # half: half way between the two
-    ("LA", (77, 255), (77, 77, 77)),
     ("LA", (77, 0), (122, 116, 104)),
     ("L", 77, (77, 77, 77)),
     ("1", 1, (255, 255, 255)),
     ("I;16", 40000, (156, 156, 156)),                # 40000 / 256
-    ("I;16", 33000, (128, 128, 128)),
-    ("I;16", 65535, (255, 255, 255)),
     ("CMYK", (0, 0, 255, 0), (255, 255, 0)),
 ])
 def test_every_kind_of_pixel_becomes_rgb(mode: str, colour: object, seen: tuple[int, ...],
@@ -136,14 +133,15 @@ def test_broken_exif_turns_nothing():
 
 @pytest.mark.parametrize("size, corner", [((4, 2), (0, 1)), ((2, 4), (1, 0)), ((3, 2), (0, 0)),
                                           ((5, 2), (0, 1)), ((3, 3), (0, 0))])
-def test_a_picture_stands_in_the_middle_of_a_square_of_the_mean_colour(
+def test_a_picture_stands_in_the_middle_of_a_square_of_the_frames_colour(
         size: tuple[int, int], corner: tuple[int, int]):
-    square = PAD.square(Image.new("RGB", size, ORANGE))
     side, (left, top) = max(size), corner
     inside = {(x, y) for x in range(left, left + size[0]) for y in range(top, top + size[1])}
-    assert square.size == (side, side)
-    for at in ((x, y) for x in range(side) for y in range(side)):
-        assert square.getpixel(at) == (ORANGE if at in inside else (122, 116, 104))
+    for pad, colour in ((PAD, (122, 116, 104)), (Pad((7, 8, 9)), (7, 8, 9))):
+        square = pad.square(Image.new("RGB", size, ORANGE))
+        assert square.size == (side, side)
+        for at in ((x, y) for x in range(side) for y in range(side)):
+            assert square.getpixel(at) == (ORANGE if at in inside else colour)
 
 
 def test_pixel_values_are_normalised_with_clips_mean_and_deviation():
@@ -173,11 +171,6 @@ def test_the_most_extreme_picture_fits_the_model(size: tuple[int, int]):
     assert values.shape == (1, 3, 56, 56) and bool(torch.isfinite(values).all())
 
 
-def test_a_frame_may_have_a_colour_of_its_own():
-    square = Pad((7, 8, 9)).square(Image.new("RGB", (1, 3), ORANGE))
-    assert [square.getpixel((x, 1)) for x in range(3)] == [(7, 8, 9), ORANGE, (7, 8, 9)]
-
-
 # ----- boxes --------------------------------------------------------------------------------------
 
 
@@ -185,8 +178,6 @@ def test_a_frame_may_have_a_colour_of_its_own():
     ((400, 200), (0.25, 0.5, 0.75, 0.625), (100, 100, 300, 150)),    # wide: without what is above
     ((200, 400), (0.5, 0.25, 0.625, 0.75), (100, 100, 150, 300)),    # tall: without what is left
     ((400, 200), (0, 0, 1, 1), (0, 0, 400, 200)),
-    ((200, 400), (0, 0, 1, 1), (0, 0, 200, 400)),
-    ((400, 200), (0, 0, 0.5, 0.5), (0, 0, 200, 100)),
     ((400, 200), (0, 0, 1, 0.2), (0, 0, 400, 0))])                   # in the padding: no area left
 def test_a_box_loses_the_padding_and_is_clipped_to_the_picture(size: tuple, box: tuple,
                                                               pixels: tuple):
