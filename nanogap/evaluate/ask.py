@@ -24,8 +24,7 @@ from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
 from nanogap.evaluate.data import Data, Example
 from nanogap.evaluate.score import TIMES, Run, score
-from nanogap.fast.ground_all import check_lengths
-from nanogap.fast.ground_all import Asked
+from nanogap.fast.ground_all import Asked, check_lengths
 from nanogap.fast.packed import pack
 from nanogap.ground import Result
 from nanogap.image import Box
