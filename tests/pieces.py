@@ -8,6 +8,7 @@ The numbers are those of tests/tiny.py: a tensor's name there, and not the piece
 import json
 import struct
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -61,10 +62,11 @@ def field(number: int, value: int | float | bytes) -> bytes:
     return varint(number << 3) + varint(value)
 
 
-def sentencepiece(scores: dict[str, float], dummy_prefix: int = 1) -> bytes:
-    """A tokenizer.model with these pieces."""
+def sentencepiece(pieces: Sequence[str], dummy_prefix: int = 1) -> bytes:
+    """A tokenizer.model; behind <unk>, <s>, </s> and the bytes, a later piece has a lower score."""
     data = b""
-    for piece, score in scores.items():
+    for i, piece in enumerate(pieces):
+        score = min(0.0, 258.0 - i)
         data += field(1, field(1, piece.encode()) + field(2, score) + field(3, 1))
     trainer = field(3, 2) + field(35, 1)
     normalizer = field(1, b"identity") + field(3, dummy_prefix) + field(4, 0)
@@ -72,12 +74,9 @@ def sentencepiece(scores: dict[str, float], dummy_prefix: int = 1) -> bytes:
 
 
 def write_tokenizer_model(folder: Path) -> None:
-    """The pieces of the tiny tokenizer; the earlier one was learnt, the higher its score."""
+    """The pieces of the tiny tokenizer, as they were learnt."""
     vocab = tiny_tokenizer().get_vocab(with_added_tokens=False)
-    pieces = sorted(vocab, key=vocab.get)
-    assert len(pieces) == PIECES
-    scores = {piece: 0.0 if i < 259 else 259.0 - i for i, piece in enumerate(pieces)}
-    (folder / "tokenizer.model").write_bytes(sentencepiece(scores))
+    (folder / "tokenizer.model").write_bytes(sentencepiece(sorted(vocab, key=vocab.get)))
 
 
 def write_files(folder: Path, tensors: dict[str, Tensor], files: str, count: int = 2) -> None:
@@ -96,20 +95,20 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))
 
 
-def llama_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
+def llama_tensors() -> dict[str, Tensor]:
     """A decoder under the names of LLaMA's own repositories, old buffers included."""
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in LlamaForCausalLM(DECODER).state_dict().items()}
-    tensors = {name: draw(f"language_model.{name}", shape, 0).to(dtype)
+    tensors = {name: draw(f"language_model.{name}", shape, 0).half()
                for name, shape in shapes.items()}
     return tensors | {OLD_BUFFER: torch.rand(8)}
 
 
-def tower_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
-    """A vision tower under CLIP's own names."""
+def clip_tensors() -> dict[str, Tensor]:
+    """A CLIP under its own names."""
     with torch.device("meta"):
         clip = CLIP(VISION, CLIP_TEXT, 16)
-    return {name: draw(name.replace("vision_model.", "vision_tower."), value.shape, 0).to(dtype)
+    return {name: draw(name.replace("vision_model.", "vision_tower."), value.shape, 0)
             for name, value in clip.state_dict().items()}
 
 
@@ -119,12 +118,12 @@ def tower_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 def write_clip(folder: Path, files: str = "bin") -> Path:
     """A CLIP as OpenAI's repositories hold it, in float32 and with a buffer of older versions."""
     folder.mkdir(parents=True)
-    tensors = tower_tensors(torch.float32)
+    tensors = clip_tensors()
     tensors["vision_model.embeddings.position_ids"] = torch.arange(VISION.grid ** 2 + 1)[None]
     write_files(folder, tensors, files, 1)
     write_json(folder / "config.json", {
         "model_type": "clip", "projection_dim": 16, "text_config": asdict(CLIP_TEXT),
-        "vision_config": asdict(VISION), "text_config_dict": asdict(CLIP_TEXT)})
+        "vision_config": asdict(VISION)})
     return folder
 
 
@@ -161,10 +160,10 @@ def write_llava(folder: Path, files: str = "bin", tiles: bool = False) -> Path:
 # ----- Shikra -------------------------------------------------------------------------------------
 
 
-def write_llama(folder: Path, files: str = "bin", **config: object) -> Path:
+def write_llama(folder: Path, **config: object) -> Path:
     """LLaMA-7B as huggyllama/llama-7b has it, or Llama-2."""
     folder.mkdir(parents=True)
-    write_files(folder, llama_tensors(torch.float16), files)
+    write_files(folder, llama_tensors(), "bin")
     write_json(folder / "config.json", TEXT_KEYS | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama"} | config)
     write_tokenizer_model(folder)
@@ -175,12 +174,12 @@ def write_delta(folder: Path) -> Path:
     """Shikra's difference to it: three more rows of embeddings, a projector, buffers of zeros."""
     folder.mkdir(parents=True)
     hidden, C = DECODER.hidden_size, VISION.hidden_size
-    shapes = {name: value.shape for name, value in llama_tensors(torch.float16).items()}
+    shapes = {name: value.shape for name, value in llama_tensors().items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         shapes[name] = (PIECES + 3, hidden)
-    tensors = {
-        name: torch.zeros(8) if name.endswith("inv_freq") else
-        0.25 * draw(f"delta {name}", shape, 1).half() for name, shape in shapes.items()}
+    tensors = {name: 0.25 * draw(f"delta {name}", shape, 1).half()
+               for name, shape in shapes.items()}
+    tensors[OLD_BUFFER] = torch.zeros(8)
     tensors["model.mm_projector.weight"] = draw("weight", (hidden, C), 2).half()
     tensors["model.mm_projector.bias"] = draw("bias", (hidden,), 2).half()
     write_files(folder, tensors, "bin")
@@ -189,9 +188,6 @@ def write_delta(folder: Path) -> Path:
         "vocab_size": PIECES + 3, "mm_vision_tower": "openai/clip-vit-large-patch14",
         "mm_vision_select_layer": -2, "mm_hidden_size": C, "mm_use_im_start_end": True,
         "use_mm_proj": True})
-    write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-    write_json(folder / "added_tokens.json", {
-        "<im_patch>": PIECES, "<im_start>": PIECES + 1, "<im_end>": PIECES + 2})
     write_tokenizer_model(folder)
     return folder
 
@@ -218,12 +214,11 @@ def lora_name(layer: int, kind: str, half: str, newer: bool = False) -> str:
             f"lora_{half}{'.default' if newer else ''}.weight")
 
 
-def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False,
-                  legacy: bool = False) -> dict[str, Path]:
+def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False) -> dict[str, Path]:
     """Llama-2, EVA and the checkpoint of a training; newer: as it might be written today."""
     base = write_llama(folder / "llama-2", rms_norm_eps=1e-5)
     vision, checkpoint = folder / "eva_vit_g.pth", folder / "minigptv2_checkpoint.pth"
-    torch.save(eva_tensors(blocks), vision, _use_new_zipfile_serialization=not legacy)
+    torch.save(eva_tensors(blocks), vision, _use_new_zipfile_serialization=newer)
     hidden = DECODER.hidden_size
     shapes = {"llama_proj.weight": (hidden, 4 * EVA.hidden_size), "llama_proj.bias": (hidden,)}
     for layer in range(DECODER.num_hidden_layers):
@@ -242,5 +237,5 @@ def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False,
         "optimizer": {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.rand(4)}},
                       "param_groups": [{"lr": 1e-5, "params": [0]}]},
         "config": Namespace(**settings) if newer else settings,
-    }, checkpoint, _use_new_zipfile_serialization=not legacy)
+    }, checkpoint, _use_new_zipfile_serialization=newer)
     return {"base": base, "vision": vision, "checkpoint": checkpoint}

@@ -102,7 +102,9 @@ def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
             loss = partial(llava_loss, model, device=device)
             ask = partial(conversations, at_hand, part)
             fit(model, loss, scenes(ask), progress, length, workers)
-        progress.end_stage()
+        progress.stage += 1
+        progress.step = 0
+        progress.save([])                                # new optimizers in the next stage
     return progress, model, clip, words
 
 

@@ -68,12 +68,6 @@ class Progress:
             raise NanogapError(f"{self.path} is broken, or of a training with other settings; "
                                "delete it to start anew") from None
 
-    def end_stage(self) -> None:
-        """The next stage begins with new optimizers."""
-        self.stage += 1
-        self.step = 0
-        self.save([])
-
 
 def optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     """AdamW; where the stage has a rate for it, Muon for the matrices of projector and decoder.

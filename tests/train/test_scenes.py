@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
-from statistics import median
 
 import pytest
 from PIL import Image, ImageChops, ImageDraw
@@ -47,9 +46,6 @@ SAID = {   # claim: (things, some of what is said, a pattern of what is never sa
     "12 pixels of 100 further left are clear": (
         [at("man", 50, 50), at("man", 62, 50)], {("the man on the left", 0)}, "top"),
     "11 pixels are not, so nothing is said": ([at("man", 50, 50), at("man", 61, 50)], set(), ""),
-    "of three where two are close only the third stands out": (
-        [at("dog", 20, 50), at("dog", 25, 50), at("dog", 80, 50)], {("the dog on the right", 2)},
-        "^(?!.*right)"),
     "the middle is of a row of three": (
         [at("cup", 20, 50), at("cup", 50, 55), at("cup", 80, 50)], {("the cup in the middle", 1)},
         "top"),
@@ -65,7 +61,6 @@ SAID = {   # claim: (things, some of what is said, a pattern of what is never sa
         [at("ball", 50, 50), at("ball", 52, 50, side=14)],
         {("the biggest ball", 0), ("the largest ball", 0), ("the smallest ball", 1)},
         "^(?!the (biggest|largest|smallest) ball$)"),
-    "against 16 x 16 it is 1.56": ([at("ball", 50, 50), at("ball", 52, 50, side=16)], set(), ""),
     "a relation names the one on that side of the landmark": (
         [at("man", 20, 50), at("man", 90, 45), at("tree", 45, 50)],
         {("the man to the left of the tree", 0), ("the man right of the tree", 1),
@@ -145,17 +140,6 @@ def test_every_expression_means_the_thing_it_stands_with(drawn):
             assert candidates(text, s.things) == [i], (text, s.things)
 
 
-def test_the_things_are_about_as_large_as_refcocos(drawn):
-    """The medians of RefCOCO val: 0.153 of the image, sides 0.448 and 0.257 of its long side."""
-    told = [(s.image, s.things[i].box) for s in drawn for _, i in s.expressions]
-    sides = [sorted((x2 - x1, y2 - y1)) for _, (x1, y1, x2, y2) in told]
-    area = median(short * long / image.width / image.height
-                  for (short, long), (image, _) in zip(sides, told, strict=True))
-    assert area == pytest.approx(0.153, rel=0.15)
-    assert median(long / 168 for _, long in sides) == pytest.approx(0.448, rel=0.15)
-    assert median(short / 168 for short, _ in sides) == pytest.approx(0.257, rel=0.15)
-
-
 def test_two_to_seven_things_stay_inside_and_mostly_visible(drawn):
     crowd = scene("val", 9, 168)  # seven seldom find room
     assert {len(s.things) for s in (*drawn, crowd)} == {2, 3, 4, 5, 6, 7}
@@ -206,6 +190,7 @@ def test_the_command_draws_the_same_in_another_process_and_prints_what_is_true_o
     with Image.open(tmp_path / "out.png") as image:
         assert image.format == "PNG" and image.tobytes() == ours.image.tobytes()
     assert told.splitlines() == [f"{text:40} {ours.things[i].box}" for text, i in ours.expressions]
+    assert scene_of(tmp_path / "out.png") == ours
 
 
 @pytest.mark.parametrize("words, message", [
@@ -223,10 +208,6 @@ def test_a_mistake_is_one_line(words: list[str], message: str, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_notes_which_scene_it_is_unless_its_exif_is_broken(tmp_path):
-    noted, broken = tmp_path / "noted.png", tmp_path / "broken.png"
-    scenes.command(["val", "3", str(noted)])
-    drawn = scene_of(noted)
-    assert drawn is not None and drawn.expressions == scene("val", 3).expressions
-    Image.new("RGB", (672, 504)).save(broken, exif=b"Exif\0\0no TIFF at all")
-    assert scene_of(broken) is None
+def test_a_picture_with_broken_exif_is_no_scene(tmp_path):
+    Image.new("RGB", (672, 504)).save(tmp_path / "x.png", exif=b"Exif\0\0no TIFF at all")
+    assert scene_of(tmp_path / "x.png") is None
