@@ -58,21 +58,19 @@ def test_packed_weights_are_measured_and_named(capsys, tiny, flags: list[str]):
 
 
 def test_a_run_for_all_tokens_and_for_every_budget(capsys, tiny):
-    """The cache: 3 layers of 64 channels in float32; of 3 new tokens the last is never fed."""
+    """The cache: 3 layers of 64 channels in float32; of 3 new tokens the last is never fed.
+
+    Ratios are quotients of the medians beside them.
+    """
     said, before = document(capsys, "--weights", str(tiny), "--keep", "8", "25%", "--json")
     assert before == ""
     assert [(r["prune"], r["visual_tokens"]) for r in said["runs"]] == [
         ("none", 16), ("cls_attention", 8), ("cls_attention", 4)]
     assert said["dtype"] == "float32" and said["new_tokens"] == 3 and said["theirs"] is None
     assert said["runs"][0]["prompt_tokens"] - said["runs"][2]["prompt_tokens"] == 12
-    for run in said["runs"]:
-        assert run["kv_bytes"] == (run["prompt_tokens"] + 2) * 2 * 3 * 64 * 4
-
-
-def test_ratios_are_quotients_of_the_medians_beside_them(capsys, tiny):
-    said, _ = document(capsys, "--weights", str(tiny), "--json")
     full, config = said["runs"][0], nanogap.load(tiny).config.text
     for run in said["runs"]:
+        assert run["kv_bytes"] == (run["prompt_tokens"] + 2) * 2 * 3 * 64 * 4
         assert run["full_over_this"] == {key: full[key] / run[key] for key in measure.BOUGHT}
         flop = measure.prefill_flop(config, run["prompt_tokens"])
         assert run["prefill_tflop_s"] == pytest.approx(flop / (run["prefill_ms"] / 1e3) / 1e12)
@@ -145,11 +143,8 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     (["--random", "tiny", "--weights", "w"], "give --weights DIR, or --random SIZE"),
     (["--save", "w"], "--save DIR only with the latter"),
     (["--random", "tiny", "--agree"], "add --save DIR"),
-    (["--random", "8b"], "invalid choice: '8b'"),
     (["--new", "1"], "nothing would be measured"),
-    (["--keep", "0"], "is not a number of visual tokens"),
     (["--random", "tiny", "--keep", "17"], "cannot keep 17 of 16 visual tokens"),
-    (["--random", "tiny", "--keep", "auto"], "cls_attention cannot keep auto of 16"),
     (["--random", "tiny", "--prune", "nothing"], "unknown strategy 'nothing'"),
     (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
 ])
@@ -180,13 +175,6 @@ def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
     drawn = sum(p.numel() for p in sizes.empty_model(size).parameters())
     assert drawn == pytest.approx(parameters, rel=0.01)
     assert sizes.SIZES[size].vision.grid ** 2 == 576
-
-
-def test_signals_neither_explode_nor_vanish_in_random_weights():
-    model = random_model("tiny", CPU, torch.float32)
-    logits = model(model.prompt("the man"), model.prepare_image(measure.IMAGE))
-    assert 0.3 < float(logits.std()) < 3
-    assert len(logits.argmax(-1).unique()) > 20
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])

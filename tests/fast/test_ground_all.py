@@ -11,7 +11,7 @@ from nanogap import NanogapError
 from nanogap import ground as lesson
 from nanogap.fast import lanes
 from nanogap.fast.ground_all import TOGETHER, Asked, begin_alike
-from nanogap.fast.lanes import CHOICES, SHARED, Lane, mask_of
+from nanogap.fast.lanes import CHOICES, Lane
 from nanogap.gap import MODES
 from nanogap.ground import Result
 from nanogap.methods import in_decoder
@@ -129,6 +129,8 @@ def test_any_form_right_or_wrong_leaves_the_words_as_they_are(model, picture, mo
         monkeypatch.setattr(MODULE, "foretell", lambda *_, form=form: form)
         together = model.ground_all(picture, THINGS, max_new_tokens=12)
         assert [result.tokens for result in together] == said
+        alone = model.ground_all(picture, THINGS[:1], max_new_tokens=12)
+        assert alone[0].tokens == said[0]
         passes.append([result.timings["passes"] for result in together])
         if form == [(token,) for token in said[2]]:      # all in one pass, and each has its row
             assert together[2].kv_bytes == plain[2].kv_bytes
@@ -165,18 +167,6 @@ def test_as_many_prunings_share_a_pass_as_memory_allows(model, picture, monkeypa
 
 
 # ----- where everything stands --------------------------------------------------------------------
-
-
-def test_a_mask_by_hand_for_two_questions_behind_two_shared_rows():
-    """Question 0 has one token, then a choice of two; question 1 has two tokens."""
-    owner = torch.tensor([SHARED, SHARED, 0, 0, 0, 1, 1])
-    position_ids = torch.tensor([8, 9, 10, 11, 11, 10, 11])
-    sees = mask_of(owner, position_ids, 5, torch.float32) == 0
-    assert sees.int().tolist() == [[1, 1, 1, 0, 0, 0, 0],
-                                   [1, 1, 1, 1, 0, 0, 0],
-                                   [1, 1, 1, 0, 1, 0, 0],
-                                   [1, 1, 0, 0, 0, 1, 0],
-                                   [1, 1, 0, 0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -40,7 +40,6 @@ def test_large_matrices_alone_are_packed_and_products_stay(dtype: torch.dtype, r
 
 LOOKS: dict[str, Callable[[nn.Module], Tensor]] = {
     "weight": lambda m: m[0].weight,
-    "data": lambda m: m[0].weight.data,
     "state_dict": lambda m: m.state_dict()["0.weight"],
     "parameters": lambda m: next(m.parameters()),
     "to": lambda m: m.to(torch.float64)[0].weight.float(),

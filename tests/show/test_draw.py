@@ -22,7 +22,7 @@ from nanogap.gap import MODES
 from nanogap.image import iou
 from nanogap.models.frames import Padded
 from nanogap.show import figures
-from nanogap.show.draw import MARGIN, STYLES, TRUTH, dim_dropped, draw_results, place_tag, shortened
+from nanogap.show.draw import MARGIN, STYLES, TRUTH, dim_dropped, draw_results, place_tag
 from tests.tiny import tiny_model
 
 PINK = (250, 150, 200)
@@ -86,11 +86,14 @@ BOX = (20, 10, 70, 40)
 
 
 def test_a_box_is_drawn_where_it_is_on_the_enlarged_picture():
-    picture = page((96, 48), {"gap": BOX})
+    picture = page((96, 48), {"gap": BOX, "shifted": None})
     left, top, right, bottom = (10 * v + MARGIN for v in BOX)
     for at in ((left, 250), (right, 250), (400, top), (400, bottom)):
         assert picture.getpixel(at) == BLUE
     assert picture.getpixel((400, 350)) == picture.getpixel((left - 20, 350)) == (0, 60, 0)
+    legend = MARGIN + 480 + MARGIN                           # there alone is who gave no box
+    assert ORANGE not in colours(picture, (0, 0, picture.width, legend))
+    assert ORANGE in colours(picture, (0, legend, picture.width, picture.height))
 
 
 def test_boxes_that_coincide_all_show_and_the_true_one_dotted():
@@ -102,13 +105,6 @@ def test_boxes_that_coincide_all_show_and_the_true_one_dotted():
     assert {BLUE, MINT} <= colours(told, left_side)
     last_line = told.height - MARGIN - 46
     assert MINT in colours(told, (0, last_line, 100, told.height))
-
-
-def test_an_answer_without_a_box_is_in_the_legend_only():
-    picture = page((96, 48), {"full": BOX, "shifted": None})
-    legend = MARGIN + 480 + MARGIN
-    assert ORANGE not in colours(picture, (0, 0, picture.width, legend))
-    assert ORANGE in colours(picture, (0, legend, picture.width, picture.height))
 
 
 def test_a_box_at_the_border_keeps_its_line_on_the_page():
@@ -142,11 +138,6 @@ def test_a_caption_that_is_too_long_is_cut_at_the_margin():
     picture = page((96, 48), {"gap": None}, expression="W" * 20000)
     border = (picture.width - MARGIN + 2, 0, picture.width, picture.height)
     assert colours(picture, border) == {(27, 27, 27)}
-
-
-def test_a_line_is_cut_where_the_room_ends_and_not_before():
-    assert shortened("a man\n[0.29]", 12, len) == "a man [0.29]"
-    assert shortened("a man [0.29]", 11, len) == "a man [0..."
 
 
 def test_a_figure_of_one_square_is_refused_of_a_model_that_sees_tiles(tmp_path: Path):

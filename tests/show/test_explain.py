@@ -25,11 +25,6 @@ BEST_FIRST = torch.randperm(144, generator=torch.Generator().manual_seed(0))[:72
 ADDS = ("prumerge", "prumerge_plus", "trim", "visionzip", "sparsevlm")   # tokens, such as a mean
 
 
-@pytest.fixture(scope="module")
-def model() -> VLM:
-    return nanogap.load(ROOT / "weights" / "mini", device="cpu", dtype="float32")
-
-
 def told(model: VLM, *modes: str, prune: str = "random") -> str:
     """What `run.py image.jpg "the man on the left" --explain` prints before its table."""
     image = model.encode_image(ROOT / "image.jpg")
@@ -39,8 +34,8 @@ def told(model: VLM, *modes: str, prune: str = "random") -> str:
     return out.getvalue()
 
 
-def test_the_golden_walk_through_one_query(model: VLM):
-    assert told(model, "gap") == GOLDEN.read_text(encoding="utf-8")
+def test_the_golden_walk_through_one_query(mini: VLM):
+    assert told(mini, "gap") == GOLDEN.read_text(encoding="utf-8")
 
 
 # ----- the numbers --------------------------------------------------------------------------------
@@ -58,9 +53,9 @@ def spelled_out(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", gap.MODES)
-def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: str, model: VLM):
-    text = told(model, mode)
-    P, A = model.around_image(model.prompt(EXPRESSION))
+def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: str, mini: VLM):
+    text = told(mini, mode)
+    P, A = mini.around_image(mini.prompt(EXPRESSION))
     keep = torch.arange(144) if mode == "full" else BEST_FIRST
     layout = gap.lay_out(keep, P, 144, A, mode)
     ids, next_position = layout.position_ids, layout.next_position
@@ -76,8 +71,8 @@ def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: 
 
 @pytest.mark.parametrize("mode", [mode for mode in gap.MODES if mode != "full"])
 def test_the_id_before_pruning_is_the_number_of_tokens_before_the_image_and_the_raster_index(
-        mode: str, model: VLM):
-    text = told(model, mode)
+        mode: str, mini: VLM):
+    text = told(mini, mode)
     before = dict(zip(cells(text, "cache row"), cells(text, "ID before"), strict=False))
     keep = [int(k) for k in cells(text, "keep") if k != ".."]                 # three, and the last
     fed = gap.lay_out(BEST_FIRST, 33, 144, 23, mode).kept.tolist()
@@ -87,16 +82,16 @@ def test_the_id_before_pruning_is_the_number_of_tokens_before_the_image_and_the_
 
 
 @pytest.mark.parametrize("prune", STRATEGIES)
-def test_whatever_prunes_is_told_in_80_columns(prune: str, model: VLM):
-    text = told(model, "shifted", "permuted", "gap", prune=prune)
+def test_whatever_prunes_is_told_in_80_columns(prune: str, mini: VLM):
+    text = told(mini, "shifted", "permuted", "gap", prune=prune)
     assert max(map(len, text.split("\n"))) <= 80
     assert ("behind the last cut it is" in text) == prunes_there(prune)
     assert (" added | A = " in text) == ("added" in cells(text, "token")) == (prune in ADDS)
 
 
-def test_each_cut_in_the_decoder_is_told(model: VLM):
+def test_each_cut_in_the_decoder_is_told(mini: VLM):
     """72 of 144 tokens in the mean: for PyramidDrop 78, 43 and 23 from the second layer on."""
-    text = told(model, "gap", prune="pyramiddrop")
+    text = told(mini, "gap", prune="pyramiddrop")
     assert ("   the first 1 of 4 layers read the whole sequence, all 144 patches;\n"
             "   before layer 1, counted from 0, it is cut to 78 visual tokens;\n"
             "   before layer 2, counted from 0, it is cut to 43 visual tokens;\n"
@@ -104,9 +99,9 @@ def test_each_cut_in_the_decoder_is_told(model: VLM):
     assert " | K = 23 patches | A = " in text
 
 
-def test_modes_say_what_is_theirs_alone(model: VLM):
-    assert "\n   not in mode full: all 144 patches stay\n" in told(model, "full")
-    text = told(model, "full", "original, text collides")
+def test_modes_say_what_is_theirs_alone(mini: VLM):
+    assert "\n   not in mode full: all 144 patches stay\n" in told(mini, "full")
+    text = told(mini, "full", "original, text collides")
     assert ("\n6  Mode original, text collides: raster order, original position IDs\n"
             "   and compact ones for the text after the image\n") in text
     assert text.count("ones for the text after the image") == 1
