@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanogap.checks.command import answer_for
+from nanogap.gap import MODES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,10 +35,11 @@ def test_another_error_is_not_called_a_lack_of_memory():
         answer_for("ask", failing(RuntimeError("shapes cannot be multiplied")), [])
 
 
-def test_an_interrupt_is_status_130_and_no_traceback():
+def test_an_interrupt_is_status_130_and_no_traceback(tmp_path: Path):
     """Also while torch is imported."""
-    asked = [[sys.executable, str(ROOT / "run.py"), "image.jpg", "x", "--out", os.devnull],
-             [sys.executable, "-m", "nanogap.evaluate", "--limit", "99"]]
+    slow = ["--no-draft", "--mode", *MODES, "--max-new-tokens", "999"]
+    asked = [[sys.executable, "run.py", "image.jpg", "x", "--out", str(tmp_path / "a.png"), *slow],
+             [sys.executable, "-m", "nanogap.evaluate", "--limit", "9999"]]
     running = [subprocess.Popen(one, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE) for one in asked]
     time.sleep(1)
