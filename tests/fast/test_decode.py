@@ -12,7 +12,7 @@ from torch import Tensor
 
 import nanogap
 from nanogap.errors import NanogapError
-from nanogap.fast.decoder import Part, run
+from nanogap.fast.decoder import Part, attend, run
 from nanogap.fast.draft import Draft, draft, foretell
 from nanogap.gap import MODES
 from nanogap.ground import ground
@@ -23,6 +23,13 @@ from nanogap.prune import STRATEGIES
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_one_query_in_half_precision_is_attended_to_in_float32():
+    """So only what it finds is rounded."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = attend(q[:, :, :1].float(), k.float(), v.float(), None)
+    assert torch.equal(attend(q[:, :, :1], k, v, None), exact.bfloat16())
 
 
 # ----- what the format foretells ------------------------------------------------------------------
