@@ -68,8 +68,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a folder, or mini, mini-next, mini-shikra or mini-minigpt, which ship (default: "
              "weights/llava-1.5-7b-hf where that is present, else mini)")
     add("--prune", metavar="NAME", default="random", action=ListStrategies,
-        help=f"{', '.join(STRATEGIES)}, with settings as in \"fastv(layer=2)\"; FILE.py:NAME for "
-             "one of your own; or list, to be told what each does (default: %(default)s)")
+        help=f"{', '.join(STRATEGIES)}, with settings as in \"vispruner(ratio=0.75)\"; "
+             "FILE.py:NAME for one of your own; or list, to be told what each does "
+             "(default: %(default)s)")
     add("--keep", metavar="N", type=keep_argument, default="50%",
         help="visual tokens to keep: a number such as 64, a share such as 25%% or 9.8%%, or auto "
              "where the strategy can tell (default: 50%%)")

@@ -21,7 +21,14 @@ from nanogap import methods
 from nanogap.bench.measure import EXPRESSION, IMAGE, measure
 from nanogap.bench.peer import agree, their_class
 from nanogap.bench.sizes import SIZES, save_random
-from nanogap.checks.command import Parser, answer_for, keep_argument, path_argument, whole_number
+from nanogap.checks.command import (
+    ListStrategies,
+    Parser,
+    answer_for,
+    keep_argument,
+    path_argument,
+    whole_number,
+)
 from nanogap.checks.loading import check_place, default_weights, folder_of
 from nanogap.errors import NanogapError
 from nanogap.prune import STRATEGIES
@@ -64,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--against", choices=["transformers"], help="run the same there, in turns")
     add("--agree", action="store_true",
         help="no times: compare the logits with those of transformers, one model after the other")
-    add("--prune", default="cls_attention", metavar="NAME",
+    add("--prune", default="cls_attention", action=ListStrategies, metavar="NAME",
         help=f"{', '.join(STRATEGIES)}, or FILE.py:NAME (default: %(default)s)")
     add("--keep", nargs="+", type=keep_argument, default=["50%", "25%"], metavar="N|N%|auto",
         help="visual tokens to keep, besides all (default: 50%% 25%%)")
@@ -128,6 +135,8 @@ def command(argv: Sequence[str] | None) -> None:
         save_random(args.random, folder, device, DTYPES.get(args.dtype, torch.bfloat16))
     if folder or not args.random:
         folder = folder_of(folder or default_weights())
+        if not (folder / "config.json").is_file():
+            raise NanogapError(f"--weights {folder} holds no checkpoint; give the folder of one")
     if args.against or args.agree:
         their_class(folder)
     if args.agree:

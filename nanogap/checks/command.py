@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 def whole_number(text: str, least: int = 0) -> int:
     """A whole number, such as a seed."""
     if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from {least} on")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a whole number from {least} on, "
+                                         "of 18 digits at most")
     return int(text)
 
 

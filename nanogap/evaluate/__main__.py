@@ -21,7 +21,7 @@ import torch
 
 from nanogap.checks.command import answer_for, tell
 from nanogap.checks.loading import load
-from nanogap.checks.output import claim
+from nanogap.checks.output import check_picture, claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
 from nanogap.evaluate.answers import How, read_answers, write_questions
@@ -193,6 +193,9 @@ def main(argv: Sequence[str] | None) -> None:
     rank, world = join()
     with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
         data = data_asked(args)
+        for example in data.examples:
+            if args.plot and example.file:
+                check_picture("--plot", args.plot, example.file)
         if data.missing and rank == 0:
             tell(missing(data))
         try:

@@ -65,7 +65,8 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example],
             continue
         if id_ not in asked:
             raise NanogapError(f"{where}: {shown(id_)} is none of the {len(asked)} expressions of "
-                               f"{data.name}; give the --data (and --limit) that was answered")
+                               f"{data.name}, such as {next(iter(asked))}; give the --data (and "
+                               "--limit) that was answered")
         run = item.get("prune", GIVEN), item.get("keep"), item.get("mode", GIVEN)
         found = runs.setdefault(run, {})
         if id_ in found:
@@ -215,10 +216,11 @@ def write_questions(path: Path, examples: Sequence[Example], same: Sequence[str]
 
     same: arguments of the command that say what data it is
     """
-    if path.exists():
-        raise NanogapError(f"--questions {path} exists, and may have answers in it; give a new "
-                           "file")
     folder = path.with_name(f"{path.stem}_images")
+    for there in (path, folder):
+        if there.exists():
+            raise NanogapError(f"--questions {path}: {there} exists, and may have answers or "
+                               "pictures in it; give a new file")
     lines = []
     for example in examples:
         image = example.file or folder / f"{example.name.partition(':')[2].replace('/', '-')}.png"

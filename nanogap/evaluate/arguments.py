@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nanogap import methods
 from nanogap.checks.command import (
+    ListStrategies,
     Parser,
     count_argument,
     keep_argument,
@@ -51,9 +52,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--split", help="of refs(unc).p, such as val")
     add("--images", type=path_argument, metavar="DIR",
         help="COCO train2014 (default: the file's folder)")
-    add("--prune", nargs="+", metavar="NAME|FILE.py:NAME",
+    add("--prune", nargs="+", action=ListStrategies, metavar="NAME|FILE.py:NAME",
         help=f"any of {', '.join(STRATEGIES)}, or of your own; settings stand behind the name, "
-             '"fastv(layer=2)" (default: random)')
+             '"vispruner(ratio=0.75)"; list: what each does (default: random)')
     add("--keep", nargs="+", type=keep_argument, metavar="N|N%|auto",
         help="visual tokens, or a share of them (default: 50%%); auto: what the strategy finds")
     add("--mode", nargs="+", choices=MODES, metavar="MODE",

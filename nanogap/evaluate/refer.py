@@ -62,8 +62,8 @@ def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
                            "refs(unc).p of the refer API") from None
     told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
     if split not in counts:
-        what = f"no split {split!r}" if split else "several splits"
-        raise NanogapError(f"{path} has {what}; choose one with --split: {told}")
+        asked = f"has no split {split!r}" if split else "has splits"
+        raise NanogapError(f"{path} {asked}; choose one with --split: {told}")
     boxes, sizes, names = read_instances(path.with_name("instances.json"))
     entries: list[Entry] = []
     try:

@@ -58,7 +58,11 @@ def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
             raise NanogapError(f"--out {out} holds weights already ({there[0].name}), which are "
                                "not overwritten; give a new folder")
         tell("drawing scenes, to learn their words ...")
-        progress, model, clip, words = run()
+        try:
+            progress, model, clip, words = run()
+        except KeyboardInterrupt:
+            tell(f"stopped; the same command goes on from what is saved in {out}")
+            raise
         with whole_checkpoint("--out", out) as folder:
             if clip and words and model.Tower is CLIPVisionTower:
                 save_clip(folder / "clip_text", clip, words)

@@ -146,7 +146,7 @@ def test_without_transformers_one_line_says_how_to_get_it(monkeypatch):
     (["--new", "1"], "nothing would be measured"),
     (["--random", "tiny", "--keep", "17"], "cannot keep 17 of 16 visual tokens"),
     (["--random", "tiny", "--prune", "nothing"], "unknown strategy 'nothing'"),
-    (["--weights", "nowhere"], "nowhere holds no model.safetensors"),
+    (["--weights", "nowhere"], "nowhere holds no checkpoint; give the folder of one"),
 ])
 def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
     assert answer_for("nanogap.bench", bench.command, [*argv, "--device", "cpu"]) == 2

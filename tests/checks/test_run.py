@@ -268,7 +268,7 @@ RANGE = "of 16 visual tokens: give a whole number from 1 to 16, or a share such 
         ("answer", ": a picture cannot be written with that ending; use .png or .jpg"),
         ("no/such/a.png", " would be in a folder that does not exist; make it with `mkdir -p "),
         ("folder.png", " is a folder; give the path of a picture to write"),
-        ("photo.png", " is the image itself; give another path")))])
+        ("photo.png", " is a picture that is asked about; give another path")))])
 def test_a_mistake_is_one_line_and_status_2_and_a_picture_of_before_stays(
         argv: str, message: str, photo: str, finder: Path, capsys: pytest.CaptureFixture):
     Path("folder.png").mkdir()

@@ -148,4 +148,6 @@ def test_questions_are_written_and_read_back_when_answered(
         assert Image.open(q["image"]).size == (q["width"], q["height"])
     write_lines(Path("q.jsonl"), [q | {"box": None} for q in questions])
     assert " 1.000 " in printed(*said[-1].split()[3:])                   # without a box, all
-    assert "exists, and may have answers in it" in refused(*asked)
+    assert "exists, and may have answers or pictures in it" in refused(*asked)
+    Path("q.jsonl").unlink()
+    assert "q_images exists, and may have answers or pictures" in refused(*asked)
