@@ -50,13 +50,13 @@ def check_file(flag: str, path: Path, what: str = "file") -> None:
         raise unwritable(flag, path, "permission denied")
 
 
-def check_picture(flag: str, path: Path, image: str | Path | None = None) -> None:
-    """Refuse a picture that could not be written, or would take the place of the image it shows."""
+def check_picture(flag: str, path: Path, *images: str | Path) -> None:
+    """Refuse a picture that could not be written, or would take the place of one of the images."""
     check_file(flag, path, "picture")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise NanogapError(f"{flag} {path}: a picture cannot be written with that ending; "
                            "use .png or .jpg")
-    if image is not None and path.resolve() == Path(image).resolve():
+    if path.resolve() in {Path(image).resolve() for image in images}:
         raise NanogapError(f"{flag} {path} is a picture that is asked about; give another path")
 
 

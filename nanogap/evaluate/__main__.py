@@ -45,6 +45,8 @@ def data_asked(args: argparse.Namespace) -> Data:
     if args.score and data.missing:
         raise NanogapError(f"{args.data} has no width and height of {data.missing[0]}, and the "
                            "picture is not there; give its folder with --images")
+    if args.plot:
+        check_picture("--plot", args.plot, *filter(None, (each.file for each in data.examples)))
     return data
 
 
@@ -193,9 +195,6 @@ def main(argv: Sequence[str] | None) -> None:
     rank, world = join()
     with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
         data = data_asked(args)
-        for example in data.examples:
-            if args.plot and example.file:
-                check_picture("--plot", args.plot, example.file)
         if data.missing and rank == 0:
             tell(missing(data))
         try:
