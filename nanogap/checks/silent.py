@@ -100,7 +100,8 @@ def silent(folder: Path) -> None:
     generation = optional(folder / "generation_config.json")
     file, processor = read_processor(folder)
     read = weights.read_config(folder, MODELS[config["model_type"]])
-    check_layer_and_token(config, read.vision.num_hidden_layers)
+    check_image_token(config)
+    check_layer(config, read.vision.num_hidden_layers)
     kind = text.get("model_type") or "llama"
     window = text.get("sliding_window")
     if kind == "mistral" and window is not None and window < read.text.max_position_embeddings:
@@ -161,11 +162,15 @@ def check_rope(text: dict) -> None:
     require(rope, {"partial_rotary_factor": (1,)})
 
 
-def check_layer_and_token(config: dict, layers: int) -> None:
-    """The tower's layer whose features are taken, neither the first nor the last; a token's ID."""
-    image_token = config.get("image_token_index")
-    if image_token is not None and image_token not in range(1 << 22):
-        raise wrong("config.json", "image_token_index", image_token, ", not the ID of a token")
+def check_image_token(config: dict) -> None:
+    """It is the ID of a token; LLaVA's own code has -200."""
+    for key in ("image_token_index", "image_token_id"):
+        if config.get(key) is not None and config[key] not in range(1 << 22):
+            raise wrong("config.json", key, config[key], ", not the ID of a token")
+
+
+def check_layer(config: dict, layers: int) -> None:
+    """The tower's layer whose features are taken: neither the first nor the last."""
     layer = config.get("vision_feature_layer")
     if layer is not None and layer not in (*range(-layers, -1), *range(1, layers)):
         raise wrong("config.json", "vision_feature_layer", layer,

@@ -242,7 +242,8 @@ def test_what_is_missing_broken_or_another_models_is_named(damage: Change, says:
     ("text", "rope_scaling", {"factor": 2}, "{'factor': 2}; nanogap implements None only"),
     ("text", "eos_token_id", 640, "640, not a whole number from 0 to 639"),
     ("text", "eos_token_id", ["</s>"], "'</s>', not a whole number from 0 to 639"),
-    (None, "image_token_index", -200, "-200, not the ID of a token"),       # as LLaVA's code has it
+    (None, "image_token_index", -200, "-200, not the ID of a token"),
+    (None, "image_token_id", -200, "-200, not the ID of a token"),
     *((None, "vision_feature_layer", layer, f"{layer}; it must leave a layer before and after the "
        "features, of 3") for layer in (-1, 0, 3, -4, [-2]))])
 def test_a_config_that_nanogap_cannot_follow_is_refused_by_key(
