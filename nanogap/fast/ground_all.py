@@ -50,6 +50,11 @@ class Asked(NamedTuple):
         """Whether a strategy says which tokens are kept."""
         return self.mode != "full" and not self.indices
 
+    @property
+    def cuts(self) -> bool:
+        """Whether the decoder prunes, which it does for each question on its own."""
+        return self.pruned and prunes_there(self.prune)
+
 
 def ground(model: Any, image: Image.Image | str | Path | EncodedImage, expression: str,
            prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
@@ -102,13 +107,14 @@ def ground_runs(model: Any, image: Image.Image | str | Path | EncodedImage, runs
     ask(model, [lane for of_run in lanes for lane in of_run], form, max_new_tokens)
     cells, answers = model.cells(encoded), []
     for asked, of_run in zip(runs, lanes, strict=True):
-        if asked.pruned and prunes_there(asked.prune):
-            results = [in_decoder.ground(model, encoded, expression, asked.prune, asked.keep,
-                                         asked.mode, seed, max_new_tokens=max_new_tokens,
-                                         question=asked.question)
-                       for expression in asked.expressions]
+        results: list[Result] = []
+        if asked.cuts:
+            results += [in_decoder.ground(model, encoded, expression, asked.prune, asked.keep,
+                                          asked.mode, seed, max_new_tokens=max_new_tokens,
+                                          question=asked.question)
+                        for expression in asked.expressions]
         else:
-            results = [result for lane in of_run for result in results_of(model, encoded, lane)]
+            results += [result for lane in of_run for result in results_of(model, encoded, lane)]
         prune = "" if asked.indices else asked.prune
         answers.append([Answered(**vars(result), expression=expression, prune=prune,
                                  mode=asked.mode, cells=cells)
@@ -125,8 +131,8 @@ def lanes_of(model: Any, encoded: EncodedImage, encode: Callable[[str], Tensor],
     prompts = [encode(asked.question or model.question(each)) for each in asked.expressions]
     for prompt in prompts:
         check_lengths(model, prompt, encoded, max_new_tokens)
-    if not prompts or asked.pruned and prunes_there(asked.prune):
-        return []                      # the decoder prunes for each question on its own
+    if asked.cuts or not prompts:
+        return []
     reads = asked.pruned and not needs_of(asked.prune).isdisjoint({"text", "question"})
     alone = reads or model.around_image(prompts[0])[0] >= begin_alike(prompts)
     size = 1 if alone else TOGETHER

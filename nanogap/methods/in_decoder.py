@@ -41,14 +41,8 @@ class Pruned(Result):
 
 def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, expression: str,
            prune: str = "fastv", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
-           max_new_tokens: int = MAX_NEW_TOKENS, question: str | None = None) -> Result:
-    """Find what an expression refers to, with cuts in the decoder: see nanogap/ground.py.
-
-    Where nothing is pruned, or indices are given, there is no cut, and no Pruned comes back.
-    """
-    if mode == "full" or not (keep is None or isinstance(keep, int | str)):
-        return lesson.ground(model, image, expression, prune, keep, mode, seed,
-                             max_new_tokens=max_new_tokens, question=question)
+           max_new_tokens: int = MAX_NEW_TOKENS, question: str | None = None) -> Pruned:
+    """Find what an expression refers to, with cuts in the decoder: see nanogap/ground.py."""
     encoded = model.encode_image(image)
     N, decoder = encoded.n_visual, model.language_model.model
     cuts = plan(prune, N, budget_of(keep, N, prune), len(decoder.layers))

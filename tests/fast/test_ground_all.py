@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -38,10 +39,12 @@ def differences(a: list[Result], b: list[Result], *without: str) -> set[str]:
 
 
 def one_by_one(model: VLM, image: object, expressions: list[str], prune: str = "cls_attention",
-               *args, **more) -> list[Result]:
+               keep: Any = "50%", mode: str = "gap", *seed: int, **more) -> list[Result]:
     """The answers of the lesson, without a draft."""
-    ground = in_decoder.ground if prunes_there(prune) else lesson.ground
-    return [ground(model, image, expression, prune, *args, **more) for expression in expressions]
+    cuts = prunes_there(prune) and mode != "full" and not isinstance(keep, list | Tensor)
+    ground = in_decoder.ground if cuts else lesson.ground
+    return [ground(model, image, expression, prune, keep, mode, *seed, **more)
+            for expression in expressions]
 
 
 def both(model: VLM, image: object, expressions: list[str], *args, drafts: bool = True,
