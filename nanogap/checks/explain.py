@@ -9,9 +9,6 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-import torch
-from torch import Size, nn
-
 from nanogap import weights
 from nanogap.checks.belongs import check_tensors, tensors_of
 from nanogap.checks.command import lacks_memory
@@ -146,12 +143,3 @@ def check_readable(path: Path) -> None:
         if foreign or "more than tensors" in why:
             step = "save it again with `torch.save(model.state_dict(), PATH)`"
         raise NanogapError(instead(path) or f"{path} cannot be read ({why}); {step}") from None
-
-
-def fits(model: nn.Module, name: str, shape: Size) -> bool:
-    """Whether a model takes a tensor of that shape, as it is or by fitting it."""
-    try:
-        model.load_state_dict({name: torch.empty(shape, device="meta")}, strict=False, assign=True)
-        return True
-    except RuntimeError:
-        return False

@@ -125,8 +125,3 @@ def broken_json(path: Path, where: str, error: Exception) -> NanogapError:
     """The mistake that broken JSON is; where: the file, and the line in it."""
     return NanogapError(instead(path) or f"{where} cannot be read (broken JSON: "
                         f"{one_line(error)}); mend it there, or get it again")
-
-
-def write_json(path: Path, value: dict) -> None:
-    """A JSON file that a person can read."""
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -16,17 +16,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Size, nn
 
 from nanogap.checks.command import Parser, answer_for, path_argument
-from nanogap.checks.explain import fits
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
-from nanogap.checks.reading import write_json
 from nanogap.checks.silent import silent
 from nanogap.convert.minigpt import minigpt_v2
 from nanogap.convert.recipes import Recipe, llava, shikra
 from nanogap.convert.writer import write_parts
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS, VLM
+from nanogap.models.base import write_json
 from nanogap.models.saving import our_name
 from nanogap.weights import read_config
 
@@ -107,6 +107,15 @@ def check_parts(recipe: Recipe, model: VLM) -> None:
         name = our_name(next(iter(expected)), model.on_disk)
         raise NanogapError(f"the pieces lack {len(expected)} of the model's tensors, such as "
                            f"{name}; get them again, whole")
+
+
+def fits(model: nn.Module, name: str, shape: Size) -> bool:
+    """Whether a model takes a tensor of that shape, as it is or by fitting it."""
+    try:
+        model.load_state_dict({name: torch.empty(shape, device="meta")}, strict=False, assign=True)
+        return True
+    except RuntimeError:
+        return False
 
 
 if __name__ == "__main__":

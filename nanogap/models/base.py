@@ -168,7 +168,7 @@ class VLM(Llava):
     def write_config(self, folder: Path, dtype: str) -> None:
         """config.json as the hub has it, every key spelled out, and the two files beside it."""
         for name, value in self.settings(dtype).items():
-            (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+            write_json(folder / name, value)
 
     def settings(self, dtype: str) -> dict[str, dict]:
         """What is written into each of these files."""
@@ -194,3 +194,8 @@ class VLM(Llava):
                 "resample": 3, "do_center_crop": True,
                 "crop_size": {"height": size, "width": size}, "do_rescale": True,
                 "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}}
+
+
+def write_json(path: Path, value: dict) -> None:
+    """A JSON file that a person can read."""
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -4,7 +4,6 @@ Source: arXiv 2103.00020.
 Letters: B images, C captions or channels, E channels of CLIP's space.
 """
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nanogap.clip import CLIPTextConfig, CLIPTextTower, CLIPVisionConfig, CLIPVisionTower
+from nanogap.models.base import write_json
 from nanogap.models.eva import EvaTower
 from nanogap.models.saving import save_tensors
 from nanogap.train.questions import Batch
@@ -105,6 +105,6 @@ def save_clip(folder: Path, clip: CLIP, tokenizer: Tokenizer,
             "model_type": "clip_text_model"},
         "vision_config": asdict(clip.vision_model.config) | shared | {
             "model_type": "clip_vision_model"}}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     tokenizer.save(str(folder / "tokenizer.json"))
     save_tensors(folder / "model.safetensors", clip, dtype)
