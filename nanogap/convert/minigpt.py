@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanogap.checks.pickles import read_saved
 from nanogap.convert.pieces import Piece
-from nanogap.convert.recipes import EMBEDDINGS, Recipe, decoder_config, tower_sizes
+from nanogap.convert.recipes import EMBEDDINGS, Recipe, config_of, tower_sizes
 from nanogap.errors import NanogapError
 from nanogap.models.saving import our_name
 
@@ -36,13 +36,12 @@ def minigpt_v2(base: Path, vision: Path, checkpoint: Path) -> Recipe:
     # what a training says of its model; what it does not say is as in the published ones
     said = (read_saved(checkpoint).get("config") or {}).get("model", {})
     settings = {"image_size": 448, "lora_alpha": 16} | said
-    rows = len(llama[EMBEDDINGS])
-    new = {"model_type": "minigpt_v2", "torch_dtype": str(llama[EMBEDDINGS].dtype),
-           "image_token_index": rows, "text_config": decoder_config(config, "llama", rows),
-           "vision_config": {"image_size": settings["image_size"],
-                             **tower_sizes(eva, "patch_embed.proj.weight", channels=88)}}
-    make = partial(minigpt_tensors, settings["lora_alpha"])
-    return Recipe(new, (), (llama, eva, trained), make)
+    sizes = tower_sizes(eva, "patch_embed.proj.weight", channels=88)
+    sizes["image_size"] = settings["image_size"]
+    rows, dtype = len(llama[EMBEDDINGS]), llama[EMBEDDINGS].dtype
+    new = config_of("minigpt_v2", config, sizes, dtype, pieces=rows, rows=rows)
+    return Recipe(new, (), (llama, eva, trained),
+                  partial(minigpt_tensors, settings["lora_alpha"]))
 
 
 def minigpt_tensors(alpha: float, llama: Piece, eva: Piece,
@@ -58,17 +57,10 @@ def minigpt_tensors(alpha: float, llama: Piece, eva: Piece,
     for name, tensor in eva.items():
         yield f"visual_encoder.{name}", tensor
     for name, tensor in llama.items():
-        a, b = (name.replace("weight", half) for half in ("lora_A", "lora_B"))
-        if a in rest and b in rest:
-            tensor = merged(alpha, tensor, rest.pop(a), rest.pop(b))
+        halves = [name.replace("weight", half) for half in ("lora_A", "lora_B")]
+        if rest.keys() >= set(halves):
+            a, b = (rest.pop(half).float() for half in halves)                # (r, in), (out, r)
+            # W + alpha / r * B A, added in float32
+            tensor = (tensor + alpha / len(a) * (b @ a)).to(tensor.dtype)     # (out, in)
         yield f"llama_model.{name}", tensor
     yield from rest.items()
-
-
-def merged(alpha: float, matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """W + alpha / r * B A, added in float32.
-
-    matrix: W (out, in), a: (r, in), b: (out, r)
-    """
-    change = b.float() @ a.float()                                            # (out, in)
-    return (matrix + alpha / len(a) * change).to(matrix.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nanogap.checks.explain import check_readable, weight_files
 from nanogap.checks.pickles import of_model, read_saved
 from nanogap.checks.reading import printable, read_json
-from nanogap.checks.silent import refuse_adapter, refuse_quantised
+from nanogap.checks.silent import refuse_quantised
 from nanogap.errors import NanogapError
 from nanogap.weights import DTYPES, UNUSED, read_tensors
 
@@ -27,7 +27,6 @@ class Piece(dict[str, Tensor]):
         self.path, self.download = path, download
         if not path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
-        refuse_adapter(path)
         for file in weight_files(path, download) if path.is_dir() else [path]:
             check_readable(file)
         found = read_tensors(path) if path.is_dir() else of_model(read_saved(path)).items()

@@ -49,9 +49,18 @@ LLAVA_NAMES = (
     (r"^(model\.(embed_tokens|layers|norm)\.|lm_head\.)", r"language_model.\1"))
 
 
-def decoder_config(config: dict, kind: str, rows: int) -> dict:
-    """text_config: what a config.json says of its decoder; beginning and end are LLaMA's."""
-    return config | {"model_type": kind, "vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}
+def config_of(model: str, published: dict, vision: dict, dtype: torch.dtype,
+              pieces: int, rows: int) -> dict:
+    """config.json, as far as the loader needs it; beginning and end of a text are LLaMA's.
+
+    published: what says the decoder's sizes;  vision: those of the tower
+    pieces:    of the tokenizer, behind which the image's token stands;  rows: of embeddings
+    """
+    kind = "mistral" if published["model_type"] == "llava_mistral" else "llama"
+    return {"model_type": model, "torch_dtype": str(dtype), "image_token_index": pieces,
+            "vision_feature_layer": published.get("mm_vision_select_layer"),
+            "vision_config": vision, "text_config": published | {
+                "model_type": kind, "vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}}
 
 
 def tower_sizes(piece: Piece, patches: str, channels: int) -> dict[str, int]:
@@ -88,8 +97,7 @@ def read_clip(path: Path | None, config: dict) -> tuple[dict, Piece]:
 # ----- LLaVA --------------------------------------------------------------------------------------
 
 LLAVA = "`hf download liuhaotian/llava-v1.5-7b --local-dir weights/llava-v1.5-7b` (14 GB)"
-# `model_type` in LLaVA's own layout -> its decoder's
-KINDS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+KINDS = ("llava", "llava_llama", "llava_mistral")      # `model_type` in LLaVA's own layout
 # what would change an answer and is not implemented: key -> the values that change nothing
 LLAVA_KEYS: Table = {
     "mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",),
@@ -120,16 +128,13 @@ def llava(base: Path, clip: Path | None = None) -> Recipe:
         piece.update(tower)
     tiles = config.get("image_aspect_ratio") == "anyres"
     model = "llava_next" if tiles else "llava"
-    special, rows = MODELS[model].special_tokens, len(piece[EMBEDDINGS])
-    more_rows = 64 * math.ceil((rows + len(special)) / 64)                    # as the hub has it
-    new = {"model_type": model, "torch_dtype": str(piece[EMBEDDINGS].dtype),
-           "image_token_index": rows, "vision_config": vision,
-           "vision_feature_layer": config.get("mm_vision_select_layer"),
-           "text_config": decoder_config(config, KINDS[config["model_type"]], more_rows)}
+    special, embeddings = MODELS[model].special_tokens, piece[EMBEDDINGS]
+    rows = 64 * math.ceil((len(embeddings) + len(special)) / 64)              # as the hub has it
+    new = config_of(model, config, vision, embeddings.dtype, pieces=len(embeddings), rows=rows)
     if tiles:   # LLaVA's own code reads (width, height), and the hub's the reverse
         new["image_grid_pinpoints"] = [
             pair[::-1] for pair in config.get("image_grid_pinpoints") or []]
-    return Recipe(new, special, (piece,), partial(llava_tensors, more_rows))
+    return Recipe(new, special, (piece,), partial(llava_tensors, rows))
 
 
 def llava_tensors(rows: int, piece: Piece) -> Iterator[tuple[str, Tensor]]:
@@ -155,14 +160,12 @@ def with_rows(old: Tensor, rows: int) -> Tensor:
 
 LLAMA = "`hf download huggyllama/llama-7b --exclude '*.bin*' --local-dir weights/llama-7b` (13 GB)"
 DELTA = "`hf download shikras/shikra-7b-delta-v1 --local-dir weights/shikra-7b-delta-v1` (13 GB)"
-SHIKRA_KEYS: Table = {"mm_use_im_start_end": (True,), "mm_vision_select_feature": ("patch",)}
 
 
 def shikra(base: Path, delta: Path, clip: Path) -> Recipe:
     """Shikra-7B: what is published is a difference to LLaMA-7B, and no vision tower."""
     llama, difference = Piece(base, LLAMA), Piece(delta, DELTA)
     config, of_base = difference.config("shikra"), llama.config("llama")
-    require(config, SHIKRA_KEYS, str(delta / "config.json"))
     for key, ours in known(LlamaConfig, config).items():
         theirs = of_base.get(key)
         if key != "vocab_size" and None not in (ours, theirs) and ours != theirs:
@@ -172,10 +175,7 @@ def shikra(base: Path, delta: Path, clip: Path) -> Recipe:
     vision, tower = read_clip(clip, config)
     difference.update(tower)
     special, rows = MODELS["shikra"].special_tokens, len(difference[EMBEDDINGS])
-    new = {"model_type": "shikra", "torch_dtype": "float16",
-           "image_token_index": rows - len(special), "vision_config": vision,
-           "vision_feature_layer": config.get("mm_vision_select_layer"),
-           "text_config": decoder_config(config, "llama", rows)}
+    new = config_of("shikra", config, vision, torch.float16, pieces=rows - len(special), rows=rows)
     return Recipe(new, special, (difference, llama), shikra_tensors)
 
 

@@ -28,21 +28,14 @@ TEXT, SCORE = 1, 2                      # and in a piece
 
 
 def read_llama_tokenizer(path: Path, special_tokens: Iterable[str]) -> Tokenizer:
-    """The tokenizer of a tokenizer.model, with special tokens behind its pieces."""
-    scores = read_scores(path)
-    vocab = {piece: i for i, piece in enumerate(scores)}
-    return llama_tokenizer(vocab, merges_of(scores), special_tokens)
-
-
-def read_scores(path: Path) -> dict[str, float]:
-    """The pieces of a tokenizer.model, in the order of their IDs, and the score of each.
+    """The tokenizer of a tokenizer.model, with special tokens behind its pieces.
 
     raises: NanogapError where it is missing, broken, or none of LLaMA's kind
     """
     if not path.is_file():
         raise NanogapError(f"{path.parent} lacks {path.name}, of which tokenizer.json is made; "
                            "download it as well")
-    scores: dict[str, float] = {}
+    scores: dict[str, float] = {}       # in the order of IDs
     try:
         for number, value in read_fields(path.read_bytes()):
             if number == PIECE:
@@ -54,7 +47,8 @@ def read_scores(path: Path) -> dict[str, float]:
     if tuple(scores)[:3] != START_TOKENS:
         raise NanogapError(f"{path} is of another kind than LLaMA's; give the one that was "
                            "published with the model")
-    return scores
+    vocab = {piece: i for i, piece in enumerate(scores)}
+    return llama_tokenizer(vocab, merges_of(scores), special_tokens)
 
 
 def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -98,16 +98,6 @@ def test_the_published_tokenizer_comes_out_with_its_pieces_and_merges_in_order()
     assert list(ours["model"]["vocab"]) == list(theirs["model"]["vocab"])
 
 
-MISTRAL = PUBLISHED.parent / "mistral-7b-instruct-v0.2/tokenizer.model"
-
-
-@pytest.mark.skipif(not MISTRAL.is_file(), reason="needs Mistral's published tokenizer.model")
-def test_mistrals_tokenizer_makes_the_ids_that_sentencepiece_makes():
-    tokenizer = read_llama_tokenizer(MISTRAL, ("<image>", "<pad>"))
-    assert tokenizer.encode("[INST] <image>\nPlease provide").ids == [
-        1, 733, 16289, 28793, 28705, 32000, 28705, 13, 12069, 3084]
-
-
 # ----- LLaVA's own layout -------------------------------------------------------------------------
 
 
@@ -269,8 +259,6 @@ BROKEN: list[tuple[str, Change, str]] = [
     # broken
     ("llava", half("llava/tokenizer.model"), "or is cut off"),
     ("minigpt-v2", half(EVA), "eva_vit_g.pth cannot be read ("),
-    ("shikra", tensors(f"delta/{SECOND}", **{NORM: torch.full((64,), torch.nan)}),
-     "the numbers of language_model.model.norm.weight come out not finite, so a piece is broken"),
     ("shikra", tensors(f"delta/{SECOND}", **{NORM: torch.ones(64, dtype=torch.int8)}),
      "delta: model.norm.weight is torch.int8, and weights are float32, bfloat16, float16; get it"),
     # foreign
@@ -289,7 +277,6 @@ BROKEN: list[tuple[str, Change, str]] = [
      "describes a 'siglip' model, not a 'clip'"),
     ("llava", keys("clip/config.json", vision_config={"image_size": 224, "patch_size": 14}),
      "clip is a CLIP for 224 pixels, and the model was trained with another; get it with `hf down"),
-    ("llava", put("llava/adapter_config.json", "{}"), "llava holds an adapter (LoRA)"),
     ("shikra", keys("llama/config.json", rms_norm_eps=1e-5),
      "llama/config.json: rms_norm_eps is 1e-05, and that of "),
     ("shikra", tensors(f"llama/{SECOND}", **{NORM: torch.ones(65)}),
