@@ -84,9 +84,9 @@ def write(recipe: Recipe, out: Path) -> None:
         except NanogapError as error:
             raise NanogapError(f"{source}: {error}") from None
         tokenizer = read_llama_tokenizer(source / "tokenizer.model", recipe.special_tokens)
-        pieces = tokenizer.get_vocab_size(with_added_tokens=False)
-        if pieces != config.image_token:
-            raise NanogapError(f"{source / 'tokenizer.model'} has {pieces} pieces, and the "
+        tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+        if tokens != config.image_token:
+            raise NanogapError(f"{source / 'tokenizer.model'} has {tokens} tokens, and the "
                                f"embeddings have rows for {config.image_token}; give the one of "
                                "this model")
         with torch.device("meta"):

@@ -39,7 +39,7 @@ def minigpt_v2(base: Path, vision: Path, checkpoint: Path) -> Recipe:
     sizes = tower_sizes(eva, "patch_embed.proj.weight", channels=88)
     sizes["image_size"] = settings["image_size"]
     rows, dtype = len(llama[EMBEDDINGS]), llama[EMBEDDINGS].dtype
-    new = config_of("minigpt_v2", config, sizes, dtype, pieces=rows, rows=rows)
+    new = config_of("minigpt_v2", config, sizes, dtype, tokens=rows, rows=rows)
     return Recipe(new, (), (llama, eva, trained),
                   partial(minigpt_tensors, settings["lora_alpha"]))
 

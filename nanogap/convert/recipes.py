@@ -29,7 +29,7 @@ class Recipe:
     """All that a new folder will hold."""
 
     config: dict                       # config.json: what cannot be told from the tensors
-    special_tokens: tuple[str, ...]    # of the tokenizer, behind the pieces of tokenizer.model
+    special_tokens: tuple[str, ...]    # behind those of tokenizer.model
     pieces: tuple[Piece, ...]          # tokenizer.model and the config come from the first
     # the pieces -> the new tensors, one by one, by their names on disk
     make: Callable[..., Iterator[tuple[str, Tensor]]]
@@ -50,14 +50,14 @@ LLAVA_NAMES = (
 
 
 def config_of(model: str, published: dict, vision: dict, dtype: torch.dtype,
-              pieces: int, rows: int) -> dict:
+              tokens: int, rows: int) -> dict:
     """config.json, as far as the loader needs it; beginning and end of a text are LLaMA's.
 
     published: what says the decoder's sizes;  vision: those of the tower
-    pieces:    of the tokenizer, behind which the image's token stands;  rows: of embeddings
+    tokens:    of tokenizer.model, behind which the image's stands;  rows: of embeddings
     """
     kind = "mistral" if published["model_type"] == "llava_mistral" else "llama"
-    return {"model_type": model, "torch_dtype": str(dtype), "image_token_index": pieces,
+    return {"model_type": model, "torch_dtype": str(dtype), "image_token_index": tokens,
             "vision_feature_layer": published.get("mm_vision_select_layer"),
             "vision_config": vision, "text_config": published | {
                 "model_type": kind, "vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}}
@@ -130,7 +130,7 @@ def llava(base: Path, clip: Path | None = None) -> Recipe:
     model = "llava_next" if tiles else "llava"
     special, embeddings = MODELS[model].special_tokens, piece[EMBEDDINGS]
     rows = 64 * math.ceil((len(embeddings) + len(special)) / 64)              # as the hub has it
-    new = config_of(model, config, vision, embeddings.dtype, pieces=len(embeddings), rows=rows)
+    new = config_of(model, config, vision, embeddings.dtype, tokens=len(embeddings), rows=rows)
     if tiles:   # LLaVA's own code reads (width, height), and the hub's the reverse
         new["image_grid_pinpoints"] = [
             pair[::-1] for pair in config.get("image_grid_pinpoints") or []]
@@ -175,7 +175,7 @@ def shikra(base: Path, delta: Path, clip: Path) -> Recipe:
     vision, tower = read_clip(clip, config)
     difference.update(tower)
     special, rows = MODELS["shikra"].special_tokens, len(difference[EMBEDDINGS])
-    new = config_of("shikra", config, vision, torch.float16, pieces=rows - len(special), rows=rows)
+    new = config_of("shikra", config, vision, torch.float16, tokens=rows - len(special), rows=rows)
     return Recipe(new, special, (difference, llama), shikra_tensors)
 
 

@@ -286,7 +286,7 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("llava", put("llava/tokenizer.model", sentencepiece(["<pad>", "</s>", "<unk>"])),
      "tokenizer.model is of another kind than LLaMA's"),                      # but T5's
     ("llava", put("llava/tokenizer.model", sentencepiece(START_TOKENS)),
-     "tokenizer.model has 3 pieces, and the embeddings have rows for 560"),
+     "tokenizer.model has 3 tokens, and the embeddings have rows for 560"),
     # in the place of a file
     ("minigpt-v2", put(EVA, "<!DOCTYPE html>"), "eva_vit_g.pth is a web page"),
     ("llava", put("llava/tokenizer.model", "version https://git-lfs.github.com/"),
