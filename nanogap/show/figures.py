@@ -23,7 +23,7 @@ from nanogap.fast.answered import Answered
 from nanogap.image import iou, open_image
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES, ranked
+from nanogap.prune import STRATEGIES
 from nanogap.show.draw import (
     MARGIN,
     PAGE,
@@ -161,7 +161,7 @@ def places(model: VLM) -> Image.Image:
     return sheet(panels, 4)
 
 
-# ----- chapter 10 and appendix D ------------------------------------------------------------------
+# ----- chapter 10 ---------------------------------------------------------------------------------
 
 
 def strategies(model: VLM) -> Image.Image:
@@ -176,20 +176,6 @@ def strategies(model: VLM) -> Image.Image:
         kept = model.ground(square.encoded, EXPRESSION, name, budget, max_new_tokens=1).keep
         panels.append((square.with_kept(kept), f"{name}, {len(kept)}"))
     return sheet(panels, 4)
-
-
-def axes(model: VLM) -> Image.Image:
-    """The patches of image.jpg that ivc keeps as axes of RoPE, and all that it keeps."""
-    square = Square(model)
-    N = len(square.cells)
-    P, _ = model.around_image(model.prompt(EXPRESSION))
-    cos, sin = model.language_model.model.angles(torch.arange(P, P + N)[None], torch.float32)
-    few = round(0.05 * N)
-    least, quarter = (ranked(turn.flatten(0, -2).mean(-1), few) for turn in (cos, sin))
-    kept = model.ground(square.encoded, EXPRESSION, "ivc", None, max_new_tokens=1).keep
-    return sheet([(square.with_kept(least), f"RoPE turns least, {few}"),
-                  (square.with_kept(quarter), f"by a quarter, {few}"),
-                  (square.with_kept(kept), f"all that ivc keeps, {len(kept)}")], 3, 324)
 
 
 # ----- the README ---------------------------------------------------------------------------------
@@ -277,7 +263,7 @@ class Sweep:
 
 
 FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
-    draw.__name__: draw for draw in (answer, patches, line, places, strategies, axes)}
+    draw.__name__: draw for draw in (answer, patches, line, places, strategies)}
 
 
 def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
