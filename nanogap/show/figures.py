@@ -33,6 +33,7 @@ from nanogap.show.draw import (
     dim_dropped,
     draw_results,
     stroke,
+    write,
 )
 from nanogap.show.table import true_box
 
@@ -49,13 +50,12 @@ def sheet(panels: Sequence[tuple[Image.Image, str]], columns: int, side: int = S
     page = Image.new("RGB", (columns * (side + MARGIN) + MARGIN,
                              rows * (high + LABEL) + 2 * MARGIN), PAGE)
     pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(FONT_SIZE)
     for i, (picture, label) in enumerate(panels):
         row, column = divmod(i, columns)
         x = MARGIN + column * (side + MARGIN)
         y = MARGIN + row * (high + LABEL)
         page.paste(picture.resize((side, high), Image.Resampling.LANCZOS), (x, y))
-        pen.text((x, y + high + LABEL / 2 - 2), label, font=font, fill=PAPER, anchor="lm")
+        write(pen, x, y + high + LABEL / 2 - 2, label, FONT_SIZE)
     return page
 
 
@@ -124,25 +124,23 @@ def line(model: VLM) -> Image.Image:
     cell, left, high = 38, 140, 64
     page = Image.new("RGB", (left + cell * (P + N + A + 1), 5 * high), PAGE)
     pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(FONT_SIZE)
     for row, mode in enumerate(("full", "gap", "shifted", "permuted")):
         layout = gap.lay_out(torch.arange(N) if mode == "full" else ranked, P, N, A, mode)
         kept = layout.kept.tolist()
         y = 14 + row * high
-        pen.text((MARGIN, y + cell / 2), mode, PAPER, font, anchor="lm")
+        write(pen, MARGIN, y + cell / 2, mode, FONT_SIZE)
         names = ["T"] * P + [str(index) for index in kept] + ["T"] * A
         hues = [f"hsv({306 * index / N}, 55%, 95%)" for index in kept]        # red to violet
         colours = [GREY] * P + hues + [GREY] * A
         for name, colour, at in zip(names, colours, layout.position_ids.tolist(), strict=True):
             x = left + at * cell
             pen.rectangle((x, y, x + cell - 4, y + cell - 4), colour)
-            pen.text((x + cell / 2 - 2, y + cell / 2 - 2), name, PAPER if name == "T" else PAGE,
-                     font, anchor="mm")
+            write(pen, x + cell / 2 - 2, y + cell / 2 - 2, name, FONT_SIZE,
+                  PAPER if name == "T" else PAGE, "mm")
     y = 4 * high + 16
-    pen.text((MARGIN, y), "position ID", PAPER, font, anchor="lm")
-    small = ImageFont.load_default(18)
+    write(pen, MARGIN, y, "position ID", FONT_SIZE)
     for at in range(P + N + A):
-        pen.text((left + at * cell + cell / 2 - 2, y), str(at), PAPER, small, anchor="mm")
+        write(pen, left + at * cell + cell / 2 - 2, y, str(at), 18, anchor="mm")
     return page
 
 
@@ -186,77 +184,60 @@ SIDES = {"shifted": "renumbered position IDs", "gap": "GAP: original position ID
 WIDTH, PANEL, LINE = 900, 430, 40                      # of a frame, a picture, a line of text
 MS = 160                                               # a frame is shown so long
 
+Side = tuple[str, Image.Image, str]                    # a mode, its picture, how good the box is
 
-class Sweep:
-    """image.jpg, asked one question with fewer and fewer patches.
+
+def sweep(model: VLM) -> tuple[list[Image.Image], Image.Image]:
+    """image.jpg, asked one question with fewer and fewer patches: frames, and some in one still.
 
     Nothing is chosen by its result: it is the question of the README, seed 0, and every share from
     100 % to 10 % in even steps, those in which GAP fails as well.  A smaller share keeps a part of
     what a larger one keeps, for `random` takes the first so many of one random order.
     """
+    encoded = model.encode_image(IMAGE)
+    frames, stills = [], []
+    for share in SHARES:
+        results = {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
+                   for mode in SIDES}
+        sides = [side(mode, result) for mode, result in results.items()]
+        frames.append(frame(share, len(results["gap"].keep), encoded.n_patches, sides))
+        if share in STILLS:
+            stills.append([(panel, f"{mode}, {share:g} %: {score}")
+                           for mode, panel, score in sides])
+    return frames, sheet([panel for row in zip(*stills, strict=True) for panel in row], len(STILLS))
 
-    def __init__(self, model: VLM) -> None:
-        encoded = model.encode_image(IMAGE)
-        truth = true_box(IMAGE, EXPRESSION)
-        assert truth is not None
-        self.truth = truth
-        self.picture = open_image(IMAGE)
-        self.results = {
-            share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
-                    for mode in SIDES} for share in SHARES}
 
-    def panel(self, result: Answered, mode: str) -> Image.Image:
-        """The picture with what was kept, the box that was said, and the true one dotted."""
-        scale = PANEL / self.picture.width
-        small = self.picture.resize((PANEL, round(self.picture.height * scale)),
-                                    Image.Resampling.LANCZOS)
-        panel = dim_dropped(small, result.keep.tolist(), result.cells * scale)
-        said = STYLES[mode][0], 5, None
-        for box, style in ((result.box, said), (self.truth, (TRUTH[0], 3, (1, 16)))):
-            if box is not None:
-                x1, y1, x2, y2 = (v * scale for v in box)
-                stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
-        return panel
+def side(mode: str, result: Answered) -> Side:
+    """The picture with what was kept, the box that was said, and the true one dotted."""
+    picture, truth = open_image(IMAGE), true_box(IMAGE, EXPRESSION)
+    scale = PANEL / picture.width
+    panel = picture.resize((PANEL, round(picture.height * scale)), Image.Resampling.LANCZOS)
+    panel = dim_dropped(panel, result.keep.tolist(), result.cells * scale)
+    styles = (STYLES[mode][0], 5, None), (TRUTH[0], 3, (1, 16))
+    for box, style in zip((result.box, truth), styles, strict=True):
+        if box is not None:
+            x1, y1, x2, y2 = (v * scale for v in box)
+            stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
+    return mode, panel, f"IoU {iou(result.box, truth):.2f}" if result.box and truth else "no box"
 
-    def score(self, result: Answered) -> str:
-        """IoU with the true box, as it is written."""
-        return f"IoU {iou(result.box, self.truth):.2f}" if result.box else "no box"
 
-    def frame(self, share: float) -> Image.Image:
-        """Both modes side by side, with their IoU, and how much is kept."""
-        below = LINE + round(self.picture.height * PANEL / self.picture.width)
-        page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
-        pen = ImageDraw.Draw(page)
-        font, large = ImageFont.load_default(22), ImageFont.load_default(28)
-        x, y = MARGIN, below + LINE / 2
-        for mode, result in self.results[share].items():
-            colour = STYLES[mode][0]
-            page.paste(self.panel(result, mode), (x, LINE))
-            pen.text((x, LINE / 2), SIDES[mode], colour, font, anchor="lm")
-            pen.text((x, y), self.score(result), colour, large, anchor="lm")
-            pen.text((x + 140, y), "dotted: the true box", PAPER, font, anchor="lm")
-            x = WIDTH - PANEL - MARGIN
-        kept, y = len(result.keep), below + 3 * LINE / 2
-        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {len(result.cells)}"
-        pen.text((MARGIN, y), told, PAPER, font, anchor="lm")
-        full = WIDTH - 2 * MARGIN
-        for length, colour in ((full, GREY), (full * share / 100, PAPER)):
-            pen.rectangle((MARGIN, y + 22, MARGIN + length, y + 36), colour)
-        return page
-
-    def frames(self) -> tuple[list[Image.Image], list[int]]:
-        """From all patches to the fewest and back, and how long each is shown, milliseconds."""
-        down = [self.frame(share) for share in SHARES]
-        frames = [*down, *down[-2:0:-1]]
-        shown = [MS] * len(frames)
-        shown[0] = shown[len(down) - 1] = 8 * MS
-        return frames, shown
-
-    def still(self) -> Image.Image:
-        """Some of the shares beside one another, for places that do not move."""
-        shown = [(self.results[share][mode], mode, share) for mode in SIDES for share in STILLS]
-        return sheet([(self.panel(result, mode), f"{mode}, {share} %: {self.score(result)}")
-                      for result, mode, share in shown], len(STILLS))
+def frame(share: float, kept: int, N: int, sides: Sequence[Side]) -> Image.Image:
+    """Both modes side by side, with their IoU, and how much is kept."""
+    below = LINE + sides[0][1].height
+    page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
+    pen = ImageDraw.Draw(page)
+    for (mode, panel, score), x in zip(sides, (MARGIN, WIDTH - PANEL - MARGIN), strict=True):
+        page.paste(panel, (x, LINE))
+        write(pen, x, LINE / 2, SIDES[mode], FONT_SIZE, STYLES[mode][0])
+        write(pen, x, below + LINE / 2, score, 28, STYLES[mode][0])
+        write(pen, x + 140, below + LINE / 2, "dotted: the true box", FONT_SIZE)
+    y = below + 3 * LINE / 2
+    write(pen, MARGIN, y, f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {N}",
+          FONT_SIZE)
+    full = WIDTH - 2 * MARGIN
+    for length, colour in ((full, GREY), (full * share / 100, PAPER)):
+        pen.rectangle((MARGIN, y + 22, MARGIN + length, y + 36), colour)
+    return page
 
 
 # ----- the command --------------------------------------------------------------------------------
@@ -270,11 +251,12 @@ def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
     """Draw some of the pictures; their paths."""
     for name in names:
         if name == "sweep":
-            sweep = Sweep(model)
-            picture = sweep.still()
-            frames, shown = sweep.frames()
-            save_picture("--out", out / "sweep.webp", frames[0], save_all=True,
-                         append_images=frames[1:], duration=shown, loop=0, quality=75, method=4)
+            frames, picture = sweep(model)
+            more = [*frames[1:], *frames[-2:0:-1]]             # to the last frame, and back
+            shown = [MS] * (1 + len(more))
+            shown[0] = shown[len(frames) - 1] = 8 * MS
+            save_picture("--out", out / "sweep.webp", frames[0], save_all=True, append_images=more,
+                         duration=shown, loop=0, quality=75, method=4)
             yield out / "sweep.webp"
         else:
             picture = FIGURES[name](model)
