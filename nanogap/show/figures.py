@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
 from nanogap.checks.command import Parser, answer_for, path_argument
-from nanogap.checks.loading import MINI, PACKAGE, TOP, folder_of, load
+from nanogap.checks.loading import MINI, PACKAGE, TOP, load
 from nanogap.checks.output import check_folder, save_picture
 from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered
@@ -63,19 +63,11 @@ class Square:
     """image.jpg as the model sees it, so large that each patch has PATCH whole pixels a side."""
 
     def __init__(self, model: VLM) -> None:
-        if not model.pictures_alike:
-            raise NanogapError("this figure shows a single square of patches, and the model sees "
-                               "tiles as well: give --weights weights/mini")
         self.encoded = model.encode_image(IMAGE)
-        self.seen = model.see(self.encoded, {"cls_attention"}, "")
-        self.rows, self.columns = self.seen.rows, self.seen.columns
+        self.rows, self.columns = self.encoded.rows, self.encoded.columns
         self.picture = model.frame.fit(open_image(IMAGE), self.columns * PATCH)
         self.cells = model.frame.cells(self.rows, self.columns, *self.picture.size)   # (N, 4)
         self.corners = self.cells.int().tolist()      # x1, y1, x2, y2 of each patch
-
-    def with_kept(self, kept: torch.Tensor) -> Image.Image:
-        """The square with dropped patches dimmed; kept: raster indices (K,)."""
-        return dim_dropped(self.picture, kept.tolist(), self.cells)
 
 
 # ----- chapters 1 and 2 ---------------------------------------------------------------------------
@@ -99,14 +91,14 @@ def patches(model: VLM) -> Image.Image:
         pen.rectangle((x1, y1, x2, y2), outline=PAGE)
         pen.text(((x1 + x2) / 2, (y1 + y2) / 2), str(index), PAGE, font, anchor="mm",
                  stroke_width=2, stroke_fill=PAPER)
+    weights = model.see(square.encoded, {"cls_attention"}, "").cls_attention.float().mean(0)  # (N,)
     return sheet([(square.picture, "padded to a square"),
                   (ruled, f"{square.rows} x {square.columns} patches"),
-                  (attended(square), "what CLS attends to")], 3, 324)
+                  (attended(square, weights), "what CLS attends to")], 3, 324)
 
 
-def attended(square: Square) -> Image.Image:
-    """The square in grey, and the more orange the more CLS attends to it, the mean over heads."""
-    weights = square.seen.cls_attention.float().mean(0)                       # (N,)
+def attended(square: Square, weights: torch.Tensor) -> Image.Image:
+    """The square in grey, and the more orange the more CLS attends to it."""
     levels = (200 * (weights / weights.max()) ** 0.5).round().int().tolist()
     mask = Image.frombytes("L", (square.columns, square.rows), bytes(levels))
     mask = mask.resize(square.picture.size, Image.Resampling.NEAREST)
@@ -172,7 +164,8 @@ def strategies(model: VLM) -> Image.Image:
     for name in STRATEGIES:
         budget = "50%" if prunes_there(name) else "25%"
         kept = model.ground(square.encoded, EXPRESSION, name, budget, max_new_tokens=1).keep
-        panels.append((square.with_kept(kept), f"{name}, {len(kept)}"))
+        bright = dim_dropped(square.picture, kept.tolist(), square.cells)
+        panels.append((bright, f"{name}, {len(kept)}"))
     return sheet(panels, 4)
 
 
@@ -272,16 +265,13 @@ def command(argv: Sequence[str] | None) -> None:
                     description="Draw the pictures of the README and of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"any of {', '.join(names)} (default: all)")
-    parser.add_argument("--weights", type=path_argument, default=MINI, metavar="DIR",
-                        help="default: weights/mini")
     parser.add_argument("--out", type=path_argument, default=PACKAGE / "show" / "figures",
                         metavar="DIR", help="default: nanogap/show/figures")
     args = parser.parse_args(argv)
     for name in set(args.names) - set(names):
         raise NanogapError(f"there is no picture {name!r}: choose from {', '.join(names)}")
     check_folder("--out", args.out)
-    model = load(folder_of(args.weights), "cpu", "float32")
-    for path in make(args.names or names, model, args.out):
+    for path in make(args.names or names, load(MINI, "cpu", "float32"), args.out):
         print(path, flush=True)
 
 
