@@ -77,24 +77,23 @@ def print_table(document: dict, box_pattern: re.Pattern[str]) -> None:
 
     box_pattern: of a box in the model's words
     """
-    runs = document["runs"]
+    runs, truth = document["runs"], document["true_box"]
     width = max(8, *(len(run["mode"]) for run in runs))
     print(f"{'mode':{width}} tokens  position IDs {'box (pixels)':22} IoU with full "
           "prefill  decode  KV MB  words")
     for run in runs:
         match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
-        first, last = run["position_ids"]
-        times = "".join(f"{run['timings'][key]:5.0f} ms" for key in ("prefill_ms", "decode_ms"))
-        numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {f'{first}..{last}':12} "
-                   f"{in_pixels(run['box']):22} {match:>13}{times} "
-                   f"{run['kv_bytes'] / 2 ** 20:6.1f}  ")
+        ids = "{}..{}".format(*run["position_ids"])
+        times = run["timings"]
+        numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {ids:12} "
+                   f"{in_pixels(run['box']):22} {match:>13}{times['prefill_ms']:5.0f} ms"
+                   f"{times['decode_ms']:5.0f} ms {run['kv_bytes'] / 2 ** 20:6.1f}  ")
         print((numbers + words(visible(run["text"]), box_pattern)).rstrip())
     told = f"The image was encoded once ({runs[0]['timings']['vision_ms']:.0f} ms)."
     if any(run["mode"] == "full" for run in runs):
         told += "  IoU is with the box of the full run, which may be wrong itself."
     print(told)
-    truth = document["true_box"]
-    if truth is not None:
+    if truth:
         with_truth = [f"{run['mode']} {iou(run['box'], truth) if run['box'] else 0:.2f}"
                       for run in runs]
         print(f"The true box of this drawn scene is {in_pixels(truth)}; "
@@ -123,5 +122,5 @@ def print_notes(model: VLM, results: Mapping[str, Answered]) -> None:
         print(cuts_in_words(cut.prune, cut.cuts, len(model.language_model.model.layers)) + ".")
     for mode, result in results.items():
         if result.cut_off:
-            print(f"{mode}: the answer was cut off before its end, at {len(result.tokens)} tokens; "
-                  "give it more room with --max-new-tokens.")
+            print(f"{mode}: the answer was cut off before its end; give it more room than "
+                  f"--max-new-tokens {len(result.tokens)}.")

@@ -102,8 +102,8 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(said: Callabl
     """It says a box, which is one token, and its end."""
     short = ["--mode", "full", "gap", "--max-new-tokens", "1"]
     assert said(*short, where="the man").splitlines()[5:7] == [
-        f"{mode}: the answer was cut off before its end, at 1 tokens; give it more room with "
-        "--max-new-tokens." for mode in ("full", "gap")]
+        f"{mode}: the answer was cut off before its end; give it more room than "
+        "--max-new-tokens 1." for mode in ("full", "gap")]
     assert [r["cut_off"] for r in json.loads(said(*short, "--json"))["runs"]] == [True, True]
     assert "cut off" not in said(*short, "--max-new-tokens", "2")
 
