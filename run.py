@@ -79,7 +79,7 @@ def run(argv: Sequence[str] | None) -> None:
     print_heading(document)
     if args.explain:
         explain(model, image, args.expression, results)
-    print_table(document, model.box_format.pattern)
+    print_table(document)
     print_notes(model, results)
     print(f"picture: {args.out}")
 

@@ -56,7 +56,7 @@ def explain_ids(ids_of_all: Tensor | list, ids_fed: Tensor | list, n_before: int
     old, new = by_rows(ids_of_all), by_rows(ids_fed)                          # (D, T), (D, T')
     P, N, A = n_before, n_visual, n_after
     K = new.shape[1] - P - A
-    if old.shape[1] != P + N + A or len(old) != len(new) or K < 0:
+    if old.shape[1] != P + N + A or len(old) != len(new) or K < 0 or not N:
         raise ValueError(f"IDs of shapes {tuple(old.shape)} and {tuple(new.shape)} do not belong "
                          f"to {P} tokens, {N} visual tokens and {A} tokens")
     whose = None if keep is None else check_keep(keep, K, N)
@@ -112,20 +112,20 @@ def how_far(was: tuple[Tensor, ...], now: tuple[Tensor, ...],
 
     It is that of the text before the image; without such a text, that of all whose ID is known.
     """
-    (before, patches, after), in_image = now, was[1]
+    before, patches, after = now
     steps = before - was[0]                                                   # (D, P)
     if not before.numel():
         steps = after - was[2]                                                # (D, A)
         if keep is not None:
             own = keep >= 0
-            of_patches = patches[:, own] - in_image[:, keep[own]]
+            of_patches = patches[:, own] - was[1][:, keep[own]]
             gaps = (keep[own].diff() != 1).any()     # they show a move, wherever the text is
             steps = of_patches if gaps else torch.cat([of_patches, steps], 1)
     alike = steps.numel() and (steps == steps[:, :1]).all()
     moved = steps[:, :1] if alike else steps.new_zeros(len(steps), 1)
     if before.numel() or keep is not None or not patches.numel():
         return moved, False
-    stay, move = (bool(same_ids(in_image + by, patches).any(1).all()) for by in (0 * moved, moved))
+    stay, move = (bool(same_ids(was[1] + by, patches).any(1).all()) for by in (0 * moved, moved))
     return moved if move and not stay else 0 * moved, stay and move and bool(moved.any())
 
 

@@ -1,7 +1,6 @@
 """The JSON document of a query, and the table, which shows the same numbers."""
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,11 +71,8 @@ def print_heading(document: dict) -> None:
                   "so the box is a guess; README.md names the words that they know.")
 
 
-def print_table(document: dict, box_pattern: re.Pattern[str]) -> None:
-    """A line for each mode, and what all have in common.
-
-    box_pattern: of a box in the model's words
-    """
+def print_table(document: dict) -> None:
+    """A line for each mode, and what all have in common."""
     runs, truth = document["runs"], document["true_box"]
     width = max(8, *(len(run["mode"]) for run in runs))
     print(f"{'mode':{width}} tokens  position IDs {'box (pixels)':22} IoU with full "
@@ -88,7 +84,7 @@ def print_table(document: dict, box_pattern: re.Pattern[str]) -> None:
         numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {ids:12} "
                    f"{in_pixels(run['box']):22} {match:>13}{times['prefill_ms']:5.0f} ms"
                    f"{times['decode_ms']:5.0f} ms {run['kv_bytes'] / 2 ** 20:6.1f}  ")
-        print((numbers + words(visible(run["text"]), box_pattern)).rstrip())
+        print((numbers + shortened(visible(run["text"]), WORDS, len)).rstrip())
     told = f"The image was encoded once ({runs[0]['timings']['vision_ms']:.0f} ms)."
     if any(run["mode"] == "full" for run in runs):
         told += "  IoU is with the box of the full run, which may be wrong itself."
@@ -103,16 +99,6 @@ def print_table(document: dict, box_pattern: re.Pattern[str]) -> None:
 def in_pixels(box: Sequence[float] | None) -> str:
     """A box in whole pixels."""
     return ", ".join(f"{v:.0f}" for v in box) if box else "-"
-
-
-def words(text: str, box_pattern: re.Pattern[str]) -> str:
-    """What the model said, cut to the column's width; a box in it stays whole."""
-    box = box_pattern.search(text)
-    if box is None or len(text) <= WORDS:
-        return shortened(text, WORDS, len)
-    room = max(3, WORDS - 4 - len(box[0]))
-    before = shortened(text[:box.start()], room, len)
-    return f"{before} {box[0]}".lstrip() + ("..." if text[box.end():] else "")
 
 
 def print_notes(model: VLM, results: Mapping[str, Answered]) -> None:
