@@ -64,9 +64,9 @@ class Square:
 
     def __init__(self, model: VLM) -> None:
         self.encoded = model.encode_image(IMAGE)
-        self.rows, self.columns = self.encoded.rows, self.encoded.columns
-        self.picture = model.frame.fit(open_image(IMAGE), self.columns * PATCH)
-        self.cells = model.frame.cells(self.rows, self.columns, *self.picture.size)   # (N, 4)
+        rows, columns = self.encoded.rows, self.encoded.columns
+        self.picture = model.frame.fit(open_image(IMAGE), columns * PATCH)
+        self.cells = model.frame.cells(rows, columns, *self.picture.size)             # (N, 4)
         self.corners = self.cells.int().tolist()      # x1, y1, x2, y2 of each patch
 
 
@@ -93,14 +93,14 @@ def patches(model: VLM) -> Image.Image:
                  stroke_width=2, stroke_fill=PAPER)
     weights = model.see(square.encoded, {"cls_attention"}, "").cls_attention.float().mean(0)  # (N,)
     return sheet([(square.picture, "padded to a square"),
-                  (ruled, f"{square.rows} x {square.columns} patches"),
+                  (ruled, f"{square.encoded.rows} x {square.encoded.columns} patches"),
                   (attended(square, weights), "what CLS attends to")], 3, 324)
 
 
 def attended(square: Square, weights: torch.Tensor) -> Image.Image:
     """The square in grey, and the more orange the more CLS attends to it."""
     levels = (200 * (weights / weights.max()) ** 0.5).round().int().tolist()
-    mask = Image.frombytes("L", (square.columns, square.rows), bytes(levels))
+    mask = Image.frombytes("L", (square.encoded.columns, square.encoded.rows), bytes(levels))
     mask = mask.resize(square.picture.size, Image.Resampling.NEAREST)
     grey = square.picture.convert("L").point(lambda level: level * 0.5).convert("RGB")
     return Image.composite(Image.new("RGB", grey.size, HEAT), grey, mask)
@@ -177,8 +177,6 @@ SIDES = {"shifted": "renumbered position IDs", "gap": "GAP: original position ID
 WIDTH, PANEL, LINE = 900, 430, 40                      # of a frame, a picture, a line of text
 MS = 160                                               # a frame is shown so long
 
-Side = tuple[str, Image.Image, str]                    # a mode, its picture, how good the box is
-
 
 def sweep(model: VLM) -> tuple[list[Image.Image], Image.Image]:
     """image.jpg, asked one question with fewer and fewer patches: frames, and some in one still.
@@ -188,20 +186,21 @@ def sweep(model: VLM) -> tuple[list[Image.Image], Image.Image]:
     what a larger one keeps, for `random` takes the first so many of one random order.
     """
     encoded = model.encode_image(IMAGE)
-    frames, stills = [], []
+    frames, stills = [], {}
     for share in SHARES:
         results = {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
                    for mode in SIDES}
-        sides = [side(mode, result) for mode, result in results.items()]
-        frames.append(frame(share, len(results["gap"].keep), encoded.n_patches, sides))
-        if share in STILLS:
-            stills.append([(panel, f"{mode}, {share:g} %: {score}")
-                           for mode, panel, score in sides])
-    return frames, sheet([panel for row in zip(*stills, strict=True) for panel in row], len(STILLS))
+        sides = {mode: side(mode, result) for mode, result in results.items()}
+        kept = len(results["gap"].keep)
+        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {encoded.n_patches}"
+        frames.append(frame(told, share, sides))
+        for mode, (panel, score) in sides.items():
+            stills[mode, share] = panel, f"{mode}, {share:g} %: {score}"
+    return frames, sheet([stills[mode, share] for mode in SIDES for share in STILLS], len(STILLS))
 
 
-def side(mode: str, result: Answered) -> Side:
-    """The picture with what was kept, the box that was said, and the true one dotted."""
+def side(mode: str, result: Answered) -> tuple[Image.Image, str]:
+    """The picture with what was kept, the box that was said, and the true one dotted; the IoU."""
     picture, truth = open_image(IMAGE), true_box(IMAGE, EXPRESSION)
     scale = PANEL / picture.width
     panel = picture.resize((PANEL, round(picture.height * scale)), Image.Resampling.LANCZOS)
@@ -211,22 +210,23 @@ def side(mode: str, result: Answered) -> Side:
         if box is not None:
             x1, y1, x2, y2 = (v * scale for v in box)
             stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
-    return mode, panel, f"IoU {iou(result.box, truth):.2f}" if result.box and truth else "no box"
+    return panel, f"IoU {iou(result.box, truth):.2f}" if result.box and truth else "no box"
 
 
-def frame(share: float, kept: int, N: int, sides: Sequence[Side]) -> Image.Image:
-    """Both modes side by side, with their IoU, and how much is kept."""
-    below = LINE + sides[0][1].height
+def frame(told: str, share: float, sides: dict[str, tuple[Image.Image, str]]) -> Image.Image:
+    """Both modes side by side, with their IoU, and how much is kept: in words, and as a bar."""
+    below = LINE + sides["gap"][0].height
     page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
     pen = ImageDraw.Draw(page)
-    for (mode, panel, score), x in zip(sides, (MARGIN, WIDTH - PANEL - MARGIN), strict=True):
+    x = MARGIN
+    for mode, (panel, score) in sides.items():
         page.paste(panel, (x, LINE))
         write(pen, x, LINE / 2, SIDES[mode], FONT_SIZE, STYLES[mode][0])
         write(pen, x, below + LINE / 2, score, 28, STYLES[mode][0])
         write(pen, x + 140, below + LINE / 2, "dotted: the true box", FONT_SIZE)
+        x = WIDTH - PANEL - MARGIN
     y = below + 3 * LINE / 2
-    write(pen, MARGIN, y, f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {N}",
-          FONT_SIZE)
+    write(pen, MARGIN, y, told, FONT_SIZE)
     full = WIDTH - 2 * MARGIN
     for length, colour in ((full, GREY), (full * share / 100, PAPER)):
         pen.rectangle((MARGIN, y + 22, MARGIN + length, y + 36), colour)
