@@ -221,6 +221,8 @@ def test_ids_come_as_rope_gets_them_with_a_batch_of_one_or_as_lists(form):
 def test_numbers_that_do_not_fit_are_refused(ids_of_all, fed, keep, answer, message: str):
     with pytest.raises(ValueError, match=message):
         explain_ids(ids_of_all, fed, 3, 16, 2, keep, answer)
+    with pytest.raises(ValueError, match="do not belong to 19 tokens, 0 visual tokens and 2 "):
+        explain_ids(arange(21), arange(21), 19, 0, 2)
 
 
 # ----- prompts by chance --------------------------------------------------------------------------
