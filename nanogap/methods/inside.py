@@ -8,13 +8,11 @@ Letters: n visual tokens at a cut, Q tokens of the question, H heads, C channels
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from nanogap.methods.settings import Share
 from nanogap.prune import FIELDS, Kept, VisualTokens, ranked, strategy, without
 
 FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
@@ -24,13 +22,13 @@ FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
     "axes":            "(2, n)      mean cosine and sine of RoPE at each one's position ID",
 }
 Layers = list[int] | None           # before which it cuts
-Ratios = list[Share] | None         # of the visual tokens, that stay at each cut
-Label = Literal[192, 128, 96, 64] | None   # what SparseVLM's code calls a budget
+Ratios = list[float] | None         # of the visual tokens, that stay at each cut
+Label = int | None                  # what SparseVLM's code calls a budget
 
 
 @strategy(needs={"attention"})
 def fastv(seen: VisualTokens, budget: int, generator: Generator, *, layer: int | None = None,
-          drop: Share | None = None) -> Kept:
+          drop: float | None = None) -> Kept:
     """Patches that the prompt's last token attends to in a decoder layer: FastV, arXiv 2403.06764.
 
     The paper speaks of the attention of all tokens; its code takes the last one's row, as here.

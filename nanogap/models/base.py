@@ -128,6 +128,7 @@ class VLM(Llava):
             rows = [guide.text_projection(guide.text_model(part[None]))
                     for part in ids.to(self.device).split(longest)]
             seen.fields["question"] = torch.cat(rows)                         # (S, E)
+            seen.fields.setdefault("text", seen.fields["question"][0])        # for those of one row
         return seen
 
     def views(self, image: EncodedImage) -> list[Tensor]:
