@@ -97,7 +97,7 @@ def same_as_by_hand(model: VLM, spec: str, budget: int | None, mode: str, most: 
     assert list(zip(at, map(len, oracle.visual[1:]), strict=True)) == result.cuts
     planned, N = plan(find(spec), oracle.N, budget, c.num_hidden_layers), oracle.N
     assert result.cuts == counts(spec, N, planned)
-    assert result.visual_tokens == mean_tokens(spec, N, planned, c.num_hidden_layers)
+    assert result.visual_tokens == mean_tokens(spec, N, result.cuts, c.num_hidden_layers)
     depths = [stop - start for start, stop in pairwise([0, *at, c.num_hidden_layers])]
     visual, rows = (sum(depth * len(tokens) for depth, tokens in zip(depths, stages, strict=True))
                     for stages in (oracle.visual, oracle.ids))
