@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from nanogap.errors import NanogapError
-from nanogap.image import Box, to_pixel_values
+from nanogap.image import to_pixel_values
 from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
 from nanogap.methods.settings import settings_of
 from nanogap.models.base import VLM
@@ -124,13 +124,6 @@ class Tiles(Padded):
         tokens = self.grid ** 2 + torch.arange(R * (C + 1)).view(R, C + 1)
         shown[:] = tokens[:, :C]                                              # newlines come last
         return canvas, R, C
-
-    def canvas_area(self, width: int, height: int) -> Box:
-        """Where its canvas lies around a picture: left, top, width, height, pixels of it."""
-        H, W = self.canvas(width, height)
-        left, top, across, down = self.placed(width, height)
-        x, y = width / across, height / down                  # pixels of the picture to one of it
-        return -left * x, -top * y, W * x, H * y
 
 
 @dataclass(kw_only=True)
@@ -305,9 +298,11 @@ class LlavaNext(VLM):
     def cells(self, image: EncodedImage) -> Tensor:
         """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
         width, height, n = image.width, image.height, self.config.vision.grid
-        canvas, _, _ = self.frame.number(width, height)
+        (H, W), (canvas, _, _) = self.frame.canvas(width, height), self.frame.number(width, height)
+        left, top, across, down = self.frame.placed(width, height)
         rows, columns = canvas.shape
-        tiles = cells(rows, columns, self.frame.canvas_area(width, height))   # of all its patches
+        x, y = width / across, height / down      # pixels of the picture to one of its canvas
+        tiles = cells(rows, columns, (-left * x, -top * y, W * x, H * y))     # of all its patches
         at = torch.zeros(image.n_visual, 4)
         at[:n * n] = cells(n, n, (0, 0, width, height))
         at[canvas[canvas >= 0]] = tiles[canvas.flatten() >= 0]
