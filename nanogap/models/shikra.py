@@ -46,7 +46,8 @@ class InSentence(Template):
     def encode(self, tokenizer: Tokenizer, question: str, bos: int, image_token: int) -> list[int]:
         """Token IDs of the whole prompt: one `image_token`, in the place of 256 patches."""
         before, after = self.around(question)
-        start, end = map(tokenizer.token_to_id, (START, END))
+        start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+        assert start is not None and end is not None
         return [bos, *encode(tokenizer, before), start, image_token, end,
                 *encode(tokenizer, after)]
 
