@@ -24,7 +24,6 @@ FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
 }
 Layers = list[int] | None           # before which it cuts
 Ratios = list[float] | None         # of the visual tokens, that stay at each cut
-Label = int | None                  # what SparseVLM's code calls a budget
 
 
 @strategy(needs={"attention"})
@@ -51,7 +50,7 @@ def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *, layers
 
 @strategy(needs={"attention"})
 def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
-              ratios: Ratios = None, label: Label = None) -> Kept:
+              ratios: Ratios = None, label: int | None = None) -> Kept:
     """Patches that the raters attend to, and clusters of some others: SparseVLM, arXiv 2410.04417.
 
     Of those dropped, the best 30 % and one are clustered, ten to a cluster, and the mean of each
@@ -70,7 +69,7 @@ def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: 
 
 @strategy(needs={"attention"})
 def sparsevlm_plus(seen: VisualTokens, budget: int, generator: Generator, *,
-                   layers: Layers = None, ratios: Ratios = None, label: Label = None) -> Kept:
+                   layers: Layers = None, ratios: Ratios = None, label: int | None = None) -> Kept:
     """Patches that the raters attend to in the heads that look at the image most: SparseVLM+.
 
     The code takes 14 heads, of the 32 of a 7B; of other numbers it is the same share here.  No
