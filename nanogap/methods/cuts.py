@@ -134,11 +134,10 @@ def counts(name: str, N: int, cuts: Cuts) -> Cuts:
     """Visual tokens from each cut of a plan on, those that are added included."""
     found, n = [], N
     for layer, kept in cuts:
-        dropped = 0 if kept is None else max(0, n - kept)
-        n -= dropped
-        if method_of(name).recycles and dropped > 0:
-            n += (int(0.3 * dropped) + 1) // 10 + 1
-        found.append((layer, None if kept is None else n))
+        if kept is not None and kept < n:
+            recycled = int(0.3 * (n - kept)) + 1
+            n = kept + (recycled // 10 + 1 if method_of(name).recycles else 0)
+        found.append((layer, kept and n))
     return found
 
 
