@@ -55,8 +55,6 @@ def in_a_line(what: str, file: str) -> Iterator[None]:
     """What goes wrong in a person's own code may be anything; say it, and where to mend it."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except (Exception, SystemExit) as error:
         lines = [each.lineno for each in extract_tb(error.__traceback__) if each.filename == file]
         told = f"{error}" if isinstance(error, NanogapError) else f"{type(error).__name__}: {error}"
