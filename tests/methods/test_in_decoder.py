@@ -13,6 +13,7 @@ from nanogap.methods import find
 from nanogap.methods.cuts import counts, plan
 from nanogap.methods.inside import clusters
 from nanogap.models import VLM
+from nanogap.prune import STRATEGIES, Kept, VisualTokens
 from tests.methods.by_hand import (
     PICTURE,
     WORDS,
@@ -140,3 +141,17 @@ def test_cutting_nothing_is_no_pruning(model: VLM, mode: str):
         cut = model.ground(image, WORDS, name, 16, mode, max_new_tokens=6)
         assert cut.tokens == full.tokens and cut.position_ids.tolist() == full.position_ids.tolist()
         assert cut.visual_tokens == 16 and cut.kv_bytes == full.kv_bytes
+
+
+@pytest.mark.parametrize("mode", ["gap", "permuted"])
+def test_what_was_made_of_kept_tokens_goes_where_they_go(model: VLM, mode: str, monkeypatch):
+    """Features are given in the order of rank, and raster modes sort them with the tokens."""
+    def mine(seen: VisualTokens, *rest: object) -> Kept:
+        ranked = STRATEGIES["fastv"](seen, *rest).ranked
+        return Kept(ranked, seen.features[ranked])
+
+    vars(mine)["needs"] = frozenset({"attention"})
+    monkeypatch.setitem(STRATEGIES, "mine", mine)
+    ours, fastv = (model.ground(PICTURE, WORDS, name, 10, mode, max_new_tokens=6)
+                   for name in ("mine", "fastv"))
+    assert ours.tokens == fastv.tokens and ours.cuts == fastv.cuts
