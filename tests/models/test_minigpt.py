@@ -11,7 +11,7 @@ from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
 from nanogap.models.minigpt import HUNDREDTHS, MiniGPT
 from nanogap.models.saving import save
-from tests.tiny import tiny_model, write_finder
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +121,3 @@ def test_a_model_is_written_under_the_published_names_and_read_again(
                  "ln_vision.weight", "llama_proj.bias", "llama_model.lm_head.weight",
                  "llama_model.model.layers.0.self_attn.q_proj.weight"):
         assert name.encode() in header
-
-
-def test_an_answer_is_a_box_in_pixels_of_the_picture(tiny: MiniGPT, tmp_path: Path):
-    save(tmp_path / "tiny", tiny, torch.float32)
-    write_finder(tmp_path / "tiny", tmp_path / "finder", "{<10><25><50><60>}")
-    finder = nanogap.load(tmp_path / "finder", "cpu")
-    for mode in ("full", "gap"):
-        found = finder.ground(Image.new("RGB", (100, 50)), "the man", keep=4, mode=mode)
-        assert (found.text, found.box) == ("{<10><25><50><60>}", (10, 12.5, 50, 30))
