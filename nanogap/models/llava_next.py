@@ -48,12 +48,6 @@ class LlavaNextConfig(LlavaConfig):
     image_grid_pinpoints: tuple[Size, ...] = ()   # (height, width) of canvases; (): as published
     decoder: str = "llama"                        # or "mistral", which has a template of its own
 
-    @property
-    def pinpoints(self) -> tuple[Size, ...]:
-        """(height, width) of each canvas that may be cut into tiles, pixels."""
-        size = self.vision.image_size
-        return self.image_grid_pinpoints or tuple((r * size, c * size) for r, c in GRIDS)
-
 
 # ----- the picture --------------------------------------------------------------------------------
 
@@ -200,8 +194,9 @@ class LlavaNext(VLM):
 
     def __init__(self, config: LlavaNextConfig) -> None:
         super().__init__(config)
-        self.frame = Tiles(pinpoints=config.pinpoints, size=config.vision.image_size,
-                           grid=config.vision.grid)
+        size, grid = config.vision.image_size, config.vision.grid
+        published = tuple((rows * size, columns * size) for rows, columns in GRIDS)
+        self.frame = Tiles(pinpoints=config.image_grid_pinpoints or published, size=size, grid=grid)
         self.template = TEMPLATES[config.decoder]
         if config.decoder == "mistral":
             self.later = "[INST] {} [/INST]"
@@ -336,7 +331,7 @@ class LlavaNext(VLM):
     def settings(self, dtype: str) -> dict[str, dict]:
         """The same files, with what LLaVA-1.6 adds."""
         files = super().settings(dtype)
-        pinpoints = {"image_grid_pinpoints": self.config.pinpoints}
+        pinpoints = {"image_grid_pinpoints": self.frame.pinpoints}
         files["config.json"] |= pinpoints
         files["config.json"]["text_config"]["model_type"] = self.config.decoder
         if self.config.decoder == "mistral":
