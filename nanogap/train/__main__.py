@@ -7,7 +7,7 @@
 Together with --start, torchrun wants `-m -- nanogap.train`, since it has options of that beginning.
 
 Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`.
-The recipes are in recipes.py, the losses in clip.py and reading.py, the scenes in scenes.py.
+The recipe is in recipes.py, the losses in clip.py and reading.py, the scenes in scenes.py.
 """
 
 import shutil
@@ -33,7 +33,7 @@ from nanogap.train.clip import CLIP, captions, clip_loss, save_clip
 from nanogap.train.fit import Progress, fit
 from nanogap.train.questions import Scenes, conversations
 from nanogap.train.reading import llava_loss
-from nanogap.train.recipes import CPU, RECIPES, Recipe, recipe_for
+from nanogap.train.recipes import RECIPE, Recipe, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
 
 
@@ -123,13 +123,12 @@ def command(argv: Sequence[str] | None) -> None:
     length.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
     length.add_argument("--steps", type=whole_number, nargs="+",
                         help="exactly so many steps of each stage")
-    names = [stage.name for stage in CPU.stages]
+    names = [stage.name for stage in RECIPE.stages]
     add("--stages", nargs="+", choices=names, metavar="STAGE",
         help=f"of {' '.join(names)} (default: all, or with --start all but CLIP)")
     add("--start", type=path_argument, metavar="DIR",
         help="weights to go on with (default: none, from nothing)")
     add("--model", choices=MODELS, default="llava", help="default: %(default)s")
-    add("--recipe", choices=RECIPES, help="default: gpu where there is one, else cpu")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--seed", type=whole_number, default=0)
     add("--workers", type=whole_number, default=0,
@@ -144,8 +143,7 @@ def command(argv: Sequence[str] | None) -> None:
         torch.set_num_threads(1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                            # products in TF32
-    kind = args.recipe or ("gpu" if device.type == "cuda" else "cpu")
-    recipe = recipe_for(args.model, RECIPES[kind])
+    recipe = recipe_for(args.model)
     chosen = args.stages or names[args.start is not None:]
     if ("CLIP" in chosen) == (args.start is not None):
         raise NanogapError(f"--stages {' '.join(chosen)}: from nothing CLIP is the first, and with "

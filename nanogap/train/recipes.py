@@ -91,8 +91,8 @@ FIND = Stage("find", minutes=36, steps=2600, images=24, rate=1.5e-3, muon_rate=0
              hundredths=0.25, find=20.0, word=3.0)
 BOX = Stage("box", minutes=60, steps=3250, images=16, rate=1.5e-3, muon_rate=0.004,
             boxes=120, finds=48, words=16, later=0.6, find=6.0, word=3.0)
-# For two CPU cores: LLaVA in miniature, 12 x 12 patches.
-CPU = Recipe(
+# LLaVA in miniature, 12 x 12 patches, for two CPU cores.
+RECIPE = Recipe(
     vision=CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         image_size=168, patch_size=14),
@@ -104,32 +104,15 @@ CPU = Recipe(
         num_key_value_heads=4, head_dim=32, vocab_size=0, rms_norm_eps=1e-5,
         max_position_embeddings=2048),
     projection_dim=128, pictures=168, stages=(CLIP, READ, FIND, BOX))
-# One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
-GPU = Recipe(
-    vision=replace(
-        CPU.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
-        num_attention_heads=6, image_size=336),
-    text=CPU.text,
-    decoder=replace(
-        CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
-        num_attention_heads=10, num_key_value_heads=10),
-    projection_dim=128, pictures=336,
-    stages=(
-        replace(CLIP, minutes=20, steps=6000, images=128),
-        replace(READ, steps=2000, rate=1.5e-3, descriptions=8),
-        replace(FIND, minutes=52, steps=7000, rate=1e-3),
-        replace(BOX, minutes=41, steps=7000, rate=1e-3)))
-RECIPES = {"cpu": CPU, "gpu": GPU}
 
 
-def recipe_for(family: str, recipe: Recipe) -> Recipe:
+def recipe_for(family: str) -> Recipe:
     """The same for another family.
 
     Four patches of MiniGPT-v2 make a token, and a token should see less than a thing: so there are
     32 x 32 of them, as published.
     """
-    vision = recipe.vision
+    vision = RECIPE.vision
     if family == "minigpt_v2":
-        patch = 8 if recipe is CPU else 14
-        vision = replace(vision, image_size=32 * patch, patch_size=patch, layer_norm_eps=1e-6)
-    return replace(recipe, family=family, vision=vision)
+        vision = replace(vision, image_size=32 * 8, patch_size=8, layer_norm_eps=1e-6)
+    return replace(RECIPE, family=family, vision=vision)

@@ -39,11 +39,11 @@ VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layer
                           num_attention_heads=2, image_size=56, patch_size=14)
 ASKED = {"images": 2, "boxes": 6, "finds": 4, "words": 5, "descriptions": 8, "later": 0.0,
          "hundredths": 0.25, "find": 20.0, "word": 3.0}
-TINY = replace(recipes.CPU, vision=VISION, projection_dim=8,
-               stages=tuple(replace(stage, **ASKED) for stage in recipes.CPU.stages),
-               text=replace(recipes.CPU.text, hidden_size=16, intermediate_size=32,
+TINY = replace(recipes.RECIPE, vision=VISION, projection_dim=8,
+               stages=tuple(replace(stage, **ASKED) for stage in recipes.RECIPE.stages),
+               text=replace(recipes.RECIPE.text, hidden_size=16, intermediate_size=32,
                             num_hidden_layers=1, num_attention_heads=2),
-               decoder=replace(recipes.CPU.decoder, hidden_size=32, intermediate_size=48,
+               decoder=replace(recipes.RECIPE.decoder, hidden_size=32, intermediate_size=48,
                                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
                                head_dim=16))
 BOX = TINY.stages[-1]
@@ -188,7 +188,7 @@ def test_each_stage_draws_its_own_scenes():
 
     drawn = {stage.name: [one for i in range(2)
                           for one in Scenes(0, stage, 56, nothing, nothing)[i][1]]
-             for stage in recipes.CPU.stages}
+             for stage in recipes.RECIPE.stages}
     assert {len(one.things) for one in drawn["read"]} == {1}
     told = [({thing.kind for thing in one.things}, {thing.colour for thing in one.things})
             for one in drawn["find"] if alike(one)]
