@@ -72,14 +72,15 @@ def llama_tokenizer(seed: int, family: str) -> Tokenizer:
     return train_llama_tokenizer(said, 640, model.special_tokens)
 
 
-def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
-    """An untrained CLIP and its tokenizer."""
+def new_clip(recipe: Recipe, seed: int) -> CLIP:
+    """An untrained CLIP."""
     words = clip_tokenizer(seed)
     text = replace(recipe.text, vocab_size=words.get_vocab_size())
     clip = CLIP(recipe.vision, text, recipe.projection_dim, MODELS[recipe.family].Tower)
+    clip.tokenizer = words
     torch.manual_seed(seed)
     initialise(clip, recipe.vision.num_hidden_layers)
-    return clip, words
+    return clip
 
 
 def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
@@ -111,10 +112,9 @@ def started(folder: Path, name: str) -> VLM:
     model = family(config)
     model.tokenizer = found.tokenizer
     found.text_guide = None                   # it is copied as it stands
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    state = found.state_dict()
-    if any(shapes.get(key) != value.shape for key, value in state.items()):
-        raise NanogapError(f"--start {folder} has other tensors than a {name}; start from a {name}")
-    model.load_state_dict(state, strict=False)
+    unknown = model.load_state_dict(found.state_dict(), strict=False).unexpected_keys
+    if unknown:
+        raise NanogapError(f"--start {folder} holds {unknown[0]}, which a {name} has not; "
+                           f"start from a {name}")
     model.vision_tower.requires_grad_(False)
     return model
