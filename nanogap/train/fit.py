@@ -125,7 +125,7 @@ def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes, progr
     for stepper, state in zip(steppers, progress.optimizers, strict=False):   # none at the start
         stepper.load_state_dict(state)
     first, average = progress.step, None
-    begun = told = saved = timed = time.time()
+    begun = told = saved = time.time()
     own = range(first * world + rank, sys.maxsize, world)                     # of this process
     batches = iter(DataLoader(data, batch_size=None, num_workers=workers, sampler=own))
     while progress.step < progress.steps[progress.stage]:
@@ -136,13 +136,10 @@ def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes, progr
         progress.step += 1
         now, done = time.time(), progress.step
         if minutes and first == 0 and done % TIMED == 0 and done <= max(TIMED, steps / 2):
-            # by the last steps alone: the first are slow on a GPU
-            left = (60 * minutes - (now - begun)) / (now - timed) * TIMED
-            more = torch.tensor(max(int(left), 1))
+            fitting = torch.tensor(max(int(60 * minutes / (now - begun) * done), done + 1))
             if world > 1:
-                dist.broadcast(more, 0)                                       # the same for all
-            progress.steps[progress.stage] = steps = done + int(more)
-            timed = now
+                dist.broadcast(fitting, 0)                                    # the same for all
+            progress.steps[progress.stage] = steps = int(fitting)
         if rank == 0 and (now - told >= REPORT_EVERY or done == steps):
             told = now
             to_go = timedelta(seconds=round((now - begun) / (done - first) * (steps - done)))

@@ -113,9 +113,8 @@ def turns_about(model: VLM, stage: Stage, scenes: list[Scene], rng: random.Rando
         chosen = rng.sample(pool, min(stage.asked.get(kind, 0), len(pool)))
         return [(kind, *one) for one in chosen]
 
-    places = [(i, model.question(expression), model.box_format.say(
-                  model.frame.from_pixels(scene.things[thing].box, *scene.image.size)))
-              for i, scene in enumerate(scenes) for expression, thing in scene.expressions]
+    places = [(i, *place) for i, scene in enumerate(scenes)
+              for place in box_questions(model, scene)]
     asked = some("box", places) + some("find", places)
     asked += some("word", [(i, *short) for i, scene in enumerate(scenes)
                            for short in short_questions(scene, rng)])
@@ -136,6 +135,13 @@ def turns_about(model: VLM, stage: Stage, scenes: list[Scene], rng: random.Rando
             weights = [0.0] * tenth + weights[:1]
         turns.append(Turn(kind, i, question, answer, weights))
     return turns
+
+
+def box_questions(model: VLM | type[VLM], scene: Scene) -> Iterator[tuple[str, str]]:
+    """Yield the question about each expression, and its box as the model says it."""
+    for expression, thing in scene.expressions:
+        box = model.frame.from_pixels(scene.things[thing].box, *scene.image.size)
+        yield model.template.question(expression), model.box_format.say(box)
 
 
 def decimal_places(tokens: Sequence[str]) -> list[int]:

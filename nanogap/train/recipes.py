@@ -70,7 +70,6 @@ class Recipe:
     vision: CLIPVisionConfig
     text: CLIPTextConfig
     decoder: LlamaConfig
-    projection_dim: int
     stages: tuple[Stage, ...]    # the first is CLIP's, the others are the VLM's
     family: str = "llava"        # one of nanogap.models.MODELS
 
@@ -97,7 +96,7 @@ RECIPE = Recipe(
         hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, head_dim=32, vocab_size=0, rms_norm_eps=1e-5,
         max_position_embeddings=2048),
-    projection_dim=128, stages=(CLIP, READ, FIND, BOX))
+    stages=(CLIP, READ, FIND, BOX))
 
 
 def recipe_for(family: str) -> Recipe:

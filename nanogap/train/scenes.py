@@ -103,24 +103,18 @@ def named(noun: str, colour: str) -> str:
     return f"{noun} in {colour}" if noun in PEOPLE else f"{colour} {noun}"
 
 
-def names_of(things: Sequence[Thing]) -> dict[str, list[int]]:
-    """Every name, such as "man", "man in blue" or "person", and the things (indices) it fits."""
-    bearers: dict[str, list[int]] = {}
-    for i, thing in enumerate(things):
-        for noun in [thing.kind, "person"] if thing.kind in PEOPLE else [thing.kind]:
-            for name in (noun, named(noun, thing.colour)):
-                bearers.setdefault(name, []).append(i)
-    return bearers
-
-
 def expressions(things: Sequence[Thing], long: float, rng: Random) -> Iterator[tuple[str, int]]:
     """Yield (expression, index) once for each way in which exactly one thing can be told apart.
 
     long: long side of the image, pixels
     rng:  picks the wording, and the landmark where several would do
     """
-    bearers = names_of(things)
     boxes = [thing.box for thing in things]
+    bearers: dict[str, list[int]] = {}   # of each name: "man", "man in blue", "person" ...
+    for i, thing in enumerate(things):
+        for noun in [thing.kind, "person"] if thing.kind in PEOPLE else [thing.kind]:
+            for name in (noun, named(noun, thing.colour)):
+                bearers.setdefault(name, []).append(i)
     true: dict[tuple[str, str, int], list[str]] = {}   # (form, name, thing): landmarks
     # Where all men are in blue, "the man on the left" is enough: the first name for a group.
     groups = {tuple(group): name for name, group in reversed(bearers.items()) if len(group) > 1}

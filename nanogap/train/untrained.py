@@ -19,7 +19,7 @@ from nanogap.errors import NanogapError
 from nanogap.models import MODELS, VLM
 from nanogap.prompt import DESCRIBE
 from nanogap.train.clip import CLIP
-from nanogap.train.questions import short_questions
+from nanogap.train.questions import box_questions, short_questions
 from nanogap.train.recipes import Recipe
 from nanogap.train.scenes import caption, draw_scene
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
@@ -60,13 +60,8 @@ def llama_tokenizer(seed: int, family: str) -> Tokenizer:
     said = []
     for _ in range(1000):
         drawn = draw_scene(rng, 168)
-        asked = []
-        for expression, thing in drawn.expressions:
-            box = model.frame.from_pixels(drawn.things[thing].box, *drawn.image.size)
-            asked.append((model.template.question(expression), model.box_format.say(box)))
-        asked.append((DESCRIBE, caption(drawn.things, rng)))
-        asked += short_questions(drawn, rng)
-        for question, answer in asked:
+        asked = [*box_questions(model, drawn), (DESCRIBE, caption(drawn.things, rng))]
+        for question, answer in [*asked, *short_questions(drawn, rng)]:
             before, after = model.template.around(question)
             said += [before, f"{after} {answer}"]
     return train_llama_tokenizer(said, 640, model.special_tokens)
@@ -76,7 +71,7 @@ def new_clip(recipe: Recipe, seed: int) -> CLIP:
     """An untrained CLIP."""
     words = clip_tokenizer(seed)
     text = replace(recipe.text, vocab_size=words.get_vocab_size())
-    clip = CLIP(recipe.vision, text, recipe.projection_dim, MODELS[recipe.family].Tower)
+    clip = CLIP(recipe.vision, text, text.hidden_size, MODELS[recipe.family].Tower)
     clip.tokenizer = words
     torch.manual_seed(seed)
     initialise(clip, recipe.vision.num_hidden_layers)
