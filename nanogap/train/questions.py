@@ -113,26 +113,22 @@ def turns_about(model: VLM, stage: Stage, scenes: list[Scene], rng: random.Rando
         chosen = rng.sample(pool, min(stage.asked.get(kind, 0), len(pool)))
         return [(kind, *one) for one in chosen]
 
-    places = [(i, *place) for i, scene in enumerate(scenes)
-              for place in box_questions(model, scene)]
-    asked = some("box", places) + some("find", places)
-    asked += some("word", [(i, *short) for i, scene in enumerate(scenes)
-                           for short in short_questions(scene, rng)])
+    boxes = [(i, *said) for i, scene in enumerate(scenes) for said in box_questions(model, scene)]
+    asked = some("box", boxes) + some("find", boxes)
+    words = [(i, *said) for i, scene in enumerate(scenes) for said in short_questions(scene, rng)]
+    asked += some("word", words)
     asked += [("description", i, DESCRIBE, caption(scene.things, rng))
               for i, scene in enumerate(scenes[:stage.asked["description"]])]
     turns = []
     for kind, i, question, text in asked:
         answer = [*encode(model.tokenizer, text), model.config.eos_token]
-        weights = [stage.weights.get(kind, 1.0)] * len(answer)
-        if kind in ("box", "find"):
-            digits = decimal_places([model.tokenizer.decode([token]) for token in answer])
-        if kind == "box":
-            weights = [stage.weights.get("hundredths", 1.0) if place > 1 else 1.0
-                       for place in digits]
+        places = decimal_places([model.tokenizer.decode([token]) for token in answer])
+        weight, hundredths = (stage.weights.get(name, 1.0) for name in (kind, "hundredths"))
+        weights = [hundredths if place > 1 else weight for place in places]
         if kind == "find":
-            tenth = digits.index(1)
+            tenth = places.index(1)
             answer = answer[:tenth + 1]
-            weights = [0.0] * tenth + weights[:1]
+            weights = [0.0] * tenth + [weight]
         turns.append(Turn(kind, i, question, answer, weights))
     return turns
 
@@ -145,7 +141,7 @@ def box_questions(model: VLM | type[VLM], scene: Scene) -> Iterator[tuple[str, s
 
 
 def decimal_places(tokens: Sequence[str]) -> list[int]:
-    """Which place of a number each token of a box is: 1 for tenths, 2 hundredths; 0 for the rest.
+    """Which place of a number each token is: 1 for tenths, 2 hundredths; 0 for the rest.
 
     In "[0.12" these are the digits behind the point, in "{<12>" (of a hundred) both; the only digit
     of "{<7>" counts as tenths.

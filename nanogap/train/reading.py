@@ -1,4 +1,4 @@
-"""LLaVA's loss, and how conversations are read for it: what several of them share only once.
+"""LLaVA's loss, and how conversations are read for it: what several of them share is run once.
 
 In:  a batch of drawn scenes and conversations about them.  Out: a loss to minimise.
 
@@ -10,7 +10,7 @@ C channels.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
@@ -22,9 +22,6 @@ from nanogap.models import VLM
 from nanogap.prune import Kept
 from nanogap.train.questions import Batch, Conversation
 
-# of the tokens of all answers the logits (M, V), which tokens they should be (M,), their weights
-Read = tuple[Tensor, Tensor, Tensor]
-
 
 def llava_loss(model: VLM, batch: Batch) -> Tensor:
     """Next-token cross-entropy on the answers, the weighted mean over all their tokens."""
@@ -35,9 +32,8 @@ def llava_loss(model: VLM, batch: Batch) -> Tensor:
             seen = model.encode_pixels(views.to(model.device), *scene.image.size)
         every = torch.arange(seen.n_visual)
         visual.append(model.visual_tokens(seen, Kept(every), every))          # (N, C')
-    logits, targets, weights = read(model, said, visual)
-    losses = F.cross_entropy(logits, targets, reduction="none")               # (M,)
-    return (losses * weights).sum() / weights.sum()
+    losses, weights = map(torch.cat, zip(*read(model, said, visual), strict=True))
+    return losses.sum() / weights.sum()
 
 
 class SharedPast:
@@ -70,52 +66,53 @@ class SharedPast:
         return k, v
 
 
-def read(model: VLM, said: Sequence[Conversation], visual: Sequence[Tensor]) -> Read:
-    """Read each conversation as if it were alone, but run only once what several of them share.
+def read(model: VLM, said: Sequence[Conversation],
+         visual: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield weighted losses (M,) and weights (M,) of conversations, each read as if it were alone.
 
     Each sees only its image and itself, at the position IDs that it would have alone.  So the
     sequences form a tree, and each level of it is run once:
     [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
-    Shikra's expression stands before the image, where its tree has many branches.
+    Shikra's expressions stand before the image, where its tree has as many branches.
     visual: what the decoder is fed of each image, (N, C)
     """
     decoder = model.language_model.model
-    parts = []
-    lengths = product(dict.fromkeys(map(len, visual)), sorted({len(one.head) for one in said}))
-    for N, P in lengths:                                   # sequences of one length run together
+    heads: dict[int, list[tuple[int, ...]]] = {}           # by P: one length is run together
+    for head in sorted({one.head for one in said}):
+        heads.setdefault(len(head), []).append(head)
+    begun = {P: SharedPast(decoder, decoder.embed_tokens(padded(rows, model.device)))
+             for P, rows in heads.items()}
+    for N, P in product(dict.fromkeys(map(len, visual)), heads):
         alike = [one for one in said if (len(visual[one.image]), len(one.head)) == (N, P)]
-        if not alike:
-            continue
-        heads = sorted({one.head for one in alike})
-        head = SharedPast(decoder, decoder.embed_tokens(padded(heads, model.device)))
         branches = sorted({(one.head, one.image) for one in alike})           # B of them
-        seen = SharedPast(decoder, torch.stack([visual[image] for _, image in branches]), head,
-                          [heads.index(before) for before, _ in branches])
+        if not branches:
+            continue
+        seen = SharedPast(decoder, torch.stack([visual[image] for _, image in branches]), begun[P],
+                          [heads[P].index(head) for head, _ in branches])
         for kind in dict.fromkeys(one.kind for one in alike):
             of_kind = [one for one in alike if one.kind == kind]
             parents = [branches.index((one.head, one.image)) for one in of_kind]
-            parts.append(read_kind(model, of_kind, seen, parents))
-    logits, targets, weights = map(torch.cat, zip(*parts, strict=True))
-    return logits, targets, weights
+            yield read_kind(model, of_kind, seen, parents)
 
 
 def read_kind(model: VLM, said: Sequence[Conversation], seen: SharedPast,
-              parents: Sequence[int]) -> Read:
+              parents: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Conversations of one kind, each behind one of the B images that were seen."""
     decoder, B = model.language_model.model, len(seen.hidden)
     # what all questions begin with is run once for each image; the token before the first one that
     # counts must stay in the rest, for its logits foretell it (commonprefix takes any sequences)
     answered = min(next(at for at, weight in enumerate(one.weights) if weight) for one in said)
     begun = os.path.commonprefix([one.tokens for one in said])[:answered - 1]
-    shared = SharedPast(decoder, decoder.embed_tokens(padded([begun], model.device))
-                        .expand(B, -1, -1), seen, range(B))
+    x = decoder.embed_tokens(padded([begun], model.device))                   # (1, T, C)
+    shared = SharedPast(decoder, x.expand(B, -1, -1), seen, range(B))
     # and then the rest of each
     tokens = padded([one.tokens[len(begun):] for one in said], model.device)            # (Q, T)
     weights = padded([one.weights[len(begun):] for one in said], model.device)
     rest = SharedPast(decoder, decoder.embed_tokens(tokens[:, :-1]), shared, parents)
     counts = weights[:, 1:] > 0                                               # (Q, T - 1)
-    return (model.language_model.logits(rest.hidden[counts]), tokens[:, 1:][counts],
-            weights[:, 1:][counts])
+    logits = model.language_model.logits(rest.hidden[counts])                 # (M, V)
+    losses = F.cross_entropy(logits, tokens[:, 1:][counts], reduction="none")
+    return losses * weights[:, 1:][counts], weights[:, 1:][counts]
 
 
 def padded(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:

@@ -95,9 +95,6 @@ class Scene:
     expressions: tuple[tuple[str, int], ...]
 
 
-# ----- words --------------------------------------------------------------------------------------
-
-
 def named(noun: str, colour: str) -> str:
     """A noun with its colour: "man in blue", "blue car"."""
     return f"{noun} in {colour}" if noun in PEOPLE else f"{colour} {noun}"
@@ -159,9 +156,6 @@ def words_never_taught(text: str) -> list[str]:
     return [word for word in re.findall(r"\w+", text) if word.lower() not in taught]
 
 
-# ----- scenes -------------------------------------------------------------------------------------
-
-
 def deal(rng: Random) -> Cast:
     """Deal two to seven things of few kinds, so that a kind alone is seldom enough."""
     kinds = rng.choices(list(KINDS), KIND_WEIGHTS, k=rng.randint(1, 3))
@@ -212,9 +206,6 @@ def scene_of(path: str | Path) -> Scene | None:
         return None
     drawn = scene(said[1], int(said[2]), max(size))
     return drawn if drawn.image.size == size else None
-
-
-# ----- the command --------------------------------------------------------------------------------
 
 
 def command(argv: Sequence[str] | None) -> None:
