@@ -75,14 +75,11 @@ def train(args: Namespace, recipe: Recipe, device: torch.device) -> None:
 def train_stages(args: Namespace, recipe: Recipe,
                  device: torch.device) -> tuple[Progress, VLM, CLIP | None]:
     """One stage after the other, from where an earlier run stopped."""
-    clip = None
+    torch.manual_seed(args.seed)         # LLaVA-1.6 has a newline that LLaVA-1.5 has not
     # one model is trained; the one at hand prepares pictures and asks, on the CPU
-    if args.start:
-        torch.manual_seed(args.seed)     # LLaVA-1.6 has a newline that LLaVA-1.5 has not
-        at_hand, model = (started(args.start, recipe.family) for _ in range(2))
-    else:
-        clip = new_clip(recipe, args.seed)
-        at_hand, model = (new_model(recipe, args.seed, clip) for _ in range(2))
+    at_hand, model = (started(args.start, recipe.family) if args.start
+                      else new_model(recipe, args.seed) for _ in range(2))
+    clip = None if args.start else new_clip(recipe, args.seed)
     settings = {"seed": args.seed, "model": recipe.family,
                 "stages": [stage.name for stage in recipe.stages]}
     steps = [stage.steps for stage in recipe.stages]

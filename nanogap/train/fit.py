@@ -44,15 +44,12 @@ class Progress:
     step: int = 0
     optimizers: list[dict] = field(default_factory=list)
 
-    KEPT = ("settings", "steps", "stage", "step", "optimizers")
-
     def save(self, optimizers: list[dict]) -> None:
         """Write the whole file or nothing; the first process does it for all."""
         self.optimizers = optimizers
         if joined()[0] == 0:
             data = io.BytesIO()
-            kept = {key: getattr(self, key) for key in self.KEPT}
-            torch.save(kept | {"parts": self.parts.state_dict()}, data)
+            torch.save(vars(self) | {"path": "", "parts": self.parts.state_dict()}, data)
             write_whole("--out", self.path, data.getvalue())
 
     def load(self) -> None:
@@ -64,8 +61,7 @@ class Progress:
             if saved["settings"] != self.settings:
                 raise ValueError
             self.parts.load_state_dict(saved["parts"])
-            for key in self.KEPT:
-                setattr(self, key, saved[key])
+            vars(self).update(saved, path=self.path, parts=self.parts)
         except Exception:   # whatever an unpickler comes upon
             raise NanogapError(f"{self.path} is broken, or of a training with other settings; "
                                "delete it to start anew") from None

@@ -16,11 +16,13 @@ def draw_single(rng: random.Random, size: int) -> Scene:
     return draw_scene(rng, size, deal(rng)[:1])
 
 
-def draw_alike(rng: random.Random, size: int) -> Scene:
-    """Draw two to four things that are alike, each named by kind and colour.
+def draw_often_alike(rng: random.Random, size: int) -> Scene:
+    """Draw two to seven things, or two times in three two to four that are alike.
 
-    Four times in five they are of one kind, else of one colour.
+    Four times in five these are of one kind, else of one colour; each is named by both.
     """
+    if rng.random() >= 2 / 3:
+        return draw_scene(rng, size)
     count = rng.randint(2, 4)
     kinds = rng.sample(list(KINDS), count)
     colours = rng.sample(list(COLOURS), count)
@@ -31,11 +33,6 @@ def draw_alike(rng: random.Random, size: int) -> Scene:
     drawn = draw_scene(rng, size, list(zip(kinds, colours, strict=True)))
     names = (f"the {named(thing.kind, thing.colour)}" for thing in drawn.things)
     return replace(drawn, expressions=tuple((name, i) for i, name in enumerate(names)))
-
-
-def draw_often_alike(rng: random.Random, size: int) -> Scene:
-    """Draw things that are alike two times in three, else two to seven of any kind and colour."""
-    return draw_alike(rng, size) if rng.random() < 2 / 3 else draw_scene(rng, size)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The models before training, and their tokenizers; or those of a folder, to be trained on.
 
-In:  a recipe and a seed.  Out: CLIP, and a model on its vision tower.
+In:  a recipe and a seed.  Out: CLIP, and a model that takes over its vision tower.
 """
 
 import math
@@ -78,19 +78,17 @@ def new_clip(recipe: Recipe, seed: int) -> CLIP:
     return clip
 
 
-def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
-    """An untrained projector and decoder on CLIP's vision tower, which is frozen."""
+def new_model(recipe: Recipe, seed: int) -> VLM:
+    """An untrained projector and decoder; the vision tower is frozen, and waits for CLIP's."""
     family = MODELS[recipe.family]
     tokenizer = llama_tokenizer(seed, recipe.family)
     rows = 64 * math.ceil(tokenizer.get_vocab_size() / 64)                    # as published
-    image_token = tokenizer.token_to_id(family.special_tokens[0])
-    assert image_token is not None
+    image_token = tokenizer.get_vocab()[family.special_tokens[0]]
     model = family(family.Config(
         replace(recipe.decoder, vocab_size=rows), recipe.vision, image_token))
     model.tokenizer = tokenizer
     torch.manual_seed(seed + 1)
     initialise(model, recipe.decoder.num_hidden_layers)
-    model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     model.vision_tower.requires_grad_(False)
     return model
 

@@ -45,7 +45,7 @@ MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
 
 @pytest.fixture(scope="module")
 def model() -> VLM:
-    return new_model(TINY, 0, new_clip(TINY, 0))
+    return new_model(TINY, 0)
 
 
 def drawn(model: VLM, later: float = 0.0) -> Batch:
@@ -56,7 +56,7 @@ def drawn(model: VLM, later: float = 0.0) -> Batch:
 @pytest.mark.parametrize("later", [0.0, 0.6])
 def test_the_loss_on_shared_prefixes_is_that_of_each_conversation_alone(family: str, later: float):
     recipe = replace(TINY, family=family)
-    model = new_model(recipe, 0, new_clip(recipe, 0))
+    model = new_model(recipe, 0)
     pixels, scenes, said = drawn(model, later)
     losses, weights = [], []
     for one in said:
