@@ -193,12 +193,15 @@ def run(out: Path, steps: list[int], seed: int = 0) -> dict[str, bytes]:
 
 
 def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_path: Path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.json").write_text("no weights")
     first, second, other = (run(tmp_path / name, [2, 1, 1, 2], seed=seed) for name, seed in
                             (("a", 0), ("b", 0), ("c", 1)))
     assert list(first) == [
         "clip_text/config.json", "clip_text/model.safetensors", "clip_text/tokenizer.json",
         "config.json", "generation_config.json", "model.safetensors",
-        "preprocessor_config.json", "tokenizer.json"]
+        "notes.json", "preprocessor_config.json", "tokenizer.json"]
     assert first == second != other
     model = nanogap.load(tmp_path / "a", device="cpu")
     result = model.ground(scene("test", 0).image, "the man", "random", 8, "gap")
