@@ -28,9 +28,7 @@ def join() -> tuple[int, int]:
 
 def joined() -> tuple[int, int]:
     """The same, of processes that have joined before."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(records: list[dict], world: int) -> list[dict]:
@@ -42,9 +40,8 @@ def gather(records: list[dict], world: int) -> list[dict]:
         data = bytearray(json.dumps(records).encode())
         size = torch.tensor([len(data)])
         dist.broadcast(size, rank)
-        mine = rank == dist.get_rank()
-        told = torch.frombuffer(data, dtype=torch.uint8) if mine else \
-            torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(told, rank)
-        every += json.loads(bytes(told.tolist()))
+        if rank != dist.get_rank():
+            data = bytearray(int(size))
+        dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), rank)       # writes into `data`
+        every += json.loads(data)
     return every

@@ -7,109 +7,100 @@
 Together with --start, torchrun wants `-m -- nanogap.train`, since it has options of that beginning.
 
 Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`.
-The recipes are in recipes.py, the losses in clip.py and reading.py, the scenes in scenes.py.
+The recipe is in recipes.py, the losses in clip.py and reading.py, the scenes in scenes.py.
 """
 
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
-from nanogap.checks.command import Parser, answer_for, path_argument, tell, whole_number
-from nanogap.checks.loading import check_place
+from nanogap.checks.command import (
+    Parser,
+    answer_for,
+    count_argument,
+    path_argument,
+    tell,
+    whole_number,
+)
+from nanogap.checks.loading import check_place, folder_of
 from nanogap.checks.output import check_folder, claim, whole_checkpoint
 from nanogap.clip import CLIPVisionTower
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import save
-from nanogap.train.clip import CLIP, captions, clip_loss, save_clip
+from nanogap.train.clip import CLIP, clip_loss, save_clip
 from nanogap.train.fit import Progress, fit
-from nanogap.train.questions import Scenes, conversations
+from nanogap.train.questions import Scenes
 from nanogap.train.reading import llava_loss
-from nanogap.train.recipes import CPU, RECIPES, Recipe, recipe_for
+from nanogap.train.recipes import RECIPE, Recipe, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
 
 
-def train(out: Path, recipe: Recipe, device: torch.device, seed: int = 0,
-          steps: list[int] | None = None, minutes: float | None = None, workers: int = 0,
-          start: Path | None = None) -> None:
+def train(args: Namespace, recipe: Recipe, device: torch.device) -> None:
     """All stages, from nothing or a checkpoint to a folder that `nanogap.load` reads.
 
-    steps:   of each stage; minutes: as many steps as fit into so much time; neither: the recipe's
-    workers: processes that draw scenes beside this one
-    start:   the folder of a trained model; the recipe's stages begin behind CLIP's then
-    raises:  NanogapError where the folder holds weights, or another training writes to it
+    args:   out, start, seed, minutes and workers of the command
+    raises: NanogapError where the folder holds weights, or another training writes to it
     """
-    check_folder("--out", out)
-    run = partial(train_stages, out, recipe, device, seed, steps, minutes, workers, start)
     if joined()[0] > 0:                                      # the first process writes for all
-        run()
+        train_stages(args, recipe, device)
         return
-    with claim("--out", out):
-        there = sorted([*out.glob("*.json"), *out.glob("*.safetensors")])
-        if there and not (out / "training.pt").exists():      # beside it they are of this training
-            raise NanogapError(f"--out {out} holds weights already ({there[0].name}), which are "
-                               "not overwritten; give a new folder")
-        tell("drawing scenes, to learn their words ...")
-        try:
-            progress, model, clip, words = run()
-        except KeyboardInterrupt:
-            tell(f"stopped; the same command goes on from what is saved in {out}")
-            raise
-        with whole_checkpoint("--out", out) as folder:
-            if clip and words and model.Tower is CLIPVisionTower:
-                save_clip(folder / "clip_text", clip, words)
-            elif start and (start / "clip_text").exists():
-                shutil.copytree(start / "clip_text", folder / "clip_text")
+    check_folder("--out", args.out)
+    with claim("--out", args.out):
+        there = sorted([*args.out.glob("config.json"), *args.out.glob("*.safetensors")])
+        if there and not (args.out / "training.pt").exists():      # else they are of this training
+            raise NanogapError(f"--out {args.out} holds weights already ({there[0].name}), which "
+                               "are not overwritten; give a new folder")
+        if not args.start:
+            tell("drawing scenes, to learn their words ...")
+        progress, model, clip = train_stages(args, recipe, device)
+        with whole_checkpoint("--out", args.out) as folder:
+            if clip and model.Tower is CLIPVisionTower:
+                save_clip(folder / "clip_text", clip)
+            elif args.start and (args.start / "clip_text").exists():
+                shutil.copytree(args.start / "clip_text", folder / "clip_text")
             save(folder, model)
         progress.path.unlink(missing_ok=True)
-        print(f"{out} is done: seed {seed}, --steps {' '.join(map(str, progress.steps))}")
+        steps = " ".join(map(str, progress.steps))
+        print(f"{args.out} is done: seed {args.seed}, --steps {steps}")
 
 
-def train_stages(out: Path, recipe: Recipe, device: torch.device, seed: int,
-                 steps: list[int] | None, minutes: float | None, workers: int, start: Path | None
-                 ) -> tuple[Progress, VLM, CLIP | None, Tokenizer | None]:
-    """One stage after the other, from where an earlier run stopped; the arguments are `train`'s."""
-    clip, words, parts = None, None, nn.ModuleDict()
+def train_stages(args: Namespace, recipe: Recipe,
+                 device: torch.device) -> tuple[Progress, VLM, CLIP | None]:
+    """One stage after the other, from where an earlier run stopped."""
+    torch.manual_seed(args.seed)         # LLaVA-1.6 has a newline that LLaVA-1.5 has not
     # one model is trained; the one at hand prepares pictures and asks, on the CPU
-    if start is None:
-        clip, words = new_clip(recipe, seed)
-        at_hand, model = (new_model(recipe, seed, clip) for _ in range(2))
-        parts["clip"] = clip
-    else:
-        torch.manual_seed(seed)      # LLaVA-1.6 has a newline that LLaVA-1.5 has not
-        at_hand, model = (started(start, recipe.family) for _ in range(2))
-    parts["model"] = model
-    settings = {"seed": seed, "model": recipe.family, "size": recipe.vision.image_size,
+    at_hand, model = (started(args.start, recipe.family) if args.start
+                      else new_model(recipe, args.seed) for _ in range(2))
+    clip = None if args.start else new_clip(recipe, args.seed)
+    settings = {"seed": args.seed, "model": recipe.family,
                 "stages": [stage.name for stage in recipe.stages]}
-    progress = Progress(out / "training.pt", settings, parts.to(device),
-                        [stage.steps for stage in recipe.stages])
+    steps = [stage.steps for stage in recipe.stages]
+    parts = nn.ModuleDict({"clip": clip, "model": model} if clip else {"model": model})
+    progress = Progress(args.out / "training.pt", settings, parts.to(device), steps)
     progress.load()
-    progress.steps = steps or progress.steps                                  # not those saved
+    if args.minutes is None:
+        progress.steps = steps                                                # not those saved
     planned = sum(stage.minutes for stage in recipe.stages)
     for stage in recipe.stages[progress.stage:]:
-        part = stage.share(joined()[1])
-        length = minutes and minutes * stage.minutes / planned
-        scenes = partial(Scenes, seed, part, recipe.pictures, at_hand.pixel_values)
-        if clip and words and stage.name == "CLIP":
-            loss = partial(clip_loss, clip, words, device=device)
-            fit(clip, loss, scenes(captions), progress, length, workers)
+        scenes = Scenes(args.seed, stage.share(joined()[1]), at_hand)
+        minutes = args.minutes and args.minutes * stage.minutes / planned
+        if clip and stage.name == "CLIP":
+            fit(clip, clip_loss, scenes, progress, minutes, args.workers)
             model.vision_tower.load_state_dict(clip.vision_model.state_dict())
         else:
-            loss = partial(llava_loss, model, device=device)
-            ask = partial(conversations, at_hand, part)
-            fit(model, loss, scenes(ask), progress, length, workers)
+            fit(model, llava_loss, scenes, progress, minutes, args.workers)
         progress.stage += 1
         progress.step = 0
         progress.save([])                                # new optimizers in the next stage
-    return progress, model, clip, words
+    return progress, model, clip
 
 
 def command(argv: Sequence[str] | None) -> None:
@@ -121,15 +112,14 @@ def command(argv: Sequence[str] | None) -> None:
         help="folder to write; it goes on with a training that was interrupted")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="as many steps as fit into so much time")
-    length.add_argument("--steps", type=whole_number, nargs="+",
+    length.add_argument("--steps", type=count_argument, nargs="+",
                         help="exactly so many steps of each stage")
-    names = [stage.name for stage in CPU.stages]
+    names = [stage.name for stage in RECIPE.stages]
     add("--stages", nargs="+", choices=names, metavar="STAGE",
         help=f"of {' '.join(names)} (default: all, or with --start all but CLIP)")
-    add("--start", type=path_argument, metavar="DIR",
+    add("--start", type=folder_of, metavar="DIR",
         help="weights to go on with (default: none, from nothing)")
     add("--model", choices=MODELS, default="llava", help="default: %(default)s")
-    add("--recipe", choices=RECIPES, help="default: gpu where there is one, else cpu")
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--seed", type=whole_number, default=0)
     add("--workers", type=whole_number, default=0,
@@ -138,24 +128,32 @@ def command(argv: Sequence[str] | None) -> None:
     if args.minutes is not None and not 0 < args.minutes < 1e6:
         raise NanogapError(f"--minutes {args.minutes} is no time to train in; "
                            "leave it out for the recipe's steps")
+    chosen = args.stages or names[args.start is not None:]
+    if ("CLIP" in chosen) == (args.start is not None):
+        raise NanogapError(f"--stages {' '.join(chosen)}: from nothing CLIP is the first, and with "
+                           "--start it is there already")
+    recipe = recipe_for(args.model)
+    stages = [stage for stage in recipe.stages if stage.name in chosen]
+    steps = args.steps or [stage.steps for stage in stages]
+    if len(steps) != len(stages):
+        raise NanogapError(f"--steps {' '.join(map(str, steps))}: give a number for each of "
+                           f"{', '.join(stage.name for stage in stages)}")
+    stages = [replace(stage, steps=count) for stage, count in zip(stages, steps, strict=True)]
     check_place(args.device, None)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if join()[1] > 1:                                                         # under torchrun
         torch.set_num_threads(1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                            # products in TF32
-    kind = args.recipe or ("gpu" if device.type == "cuda" else "cpu")
-    recipe = recipe_for(args.model, RECIPES[kind])
-    chosen = args.stages or names[args.start is not None:]
-    if ("CLIP" in chosen) == (args.start is not None):
-        raise NanogapError(f"--stages {' '.join(chosen)}: from nothing CLIP is the first, and with "
-                           "--start it is there already")
-    stages = tuple(stage for stage in recipe.stages if stage.name in chosen)
-    if args.steps and len(args.steps) != len(stages):
-        raise NanogapError(f"--steps {' '.join(map(str, args.steps))}: give a number for each of "
-                           f"{', '.join(stage.name for stage in stages)}")
-    train(args.out, replace(recipe, stages=stages), device, args.seed, args.steps, args.minutes,
-          args.workers, args.start)
+    try:
+        train(args, replace(recipe, stages=tuple(stages)), device)
+    except KeyboardInterrupt:
+        if joined()[0] == 0:
+            tell(f"stopped; the same command goes on from what is saved in {args.out}")
+        raise
+    finally:
+        with suppress(OSError):
+            args.out.rmdir()                             # where nothing came into it
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Colour = tuple[int, ...]                     # red, green, blue
 
 ABOVE = ((186, 214, 238), (206, 216, 226), (236, 226, 206), (206, 224, 214))   # sky, wall
 BELOW = ((172, 196, 140), (232, 216, 178), (160, 162, 168), (190, 160, 130))   # grass to floor
-INKS: dict[str, tuple[Colour, ...]] = {   # a thing is drawn with one of each; see also `mix_inks`
+INKS: dict[str, tuple[Colour, ...]] = {   # a thing is drawn with one of each, "own" and its "tone"
     "skin": ((250, 214, 186), (220, 172, 136), (136, 92, 66)),
     "jet": ((44, 44, 50),),
     "brown": ((46, 34, 30), (110, 70, 42), (196, 156, 90)),
@@ -76,18 +76,12 @@ PIECES = [line.split() for line in """\
 """.splitlines()]
 
 
-def mix_inks(colour: Colour, rng: Random) -> dict[str, Colour]:
-    """One of each of INKS, the thing's own colour ("own"), and a darker or lighter "tone" of it."""
-    inks = {name: rng.choice(choice) for name, choice in INKS.items()}
-    own = tuple(min(255, level + rng.randint(-10, 10)) for level in colour)
-    is_black = max(own) < 64
-    tone = tuple(level + 50 if is_black else level * 3 // 4 for level in own)
-    return inks | {"own": own, "tone": tone}
-
-
 def paint(pen: ImageDraw.ImageDraw, kind: str, colour: Colour, box: Box, rng: Random) -> None:
     """Draw a thing so that it fills its box, on a canvas of twice the image's size."""
-    inks = mix_inks(colour, rng)
+    inks = {name: rng.choice(choice) for name, choice in INKS.items()}
+    inks["own"] = tuple(min(255, level + rng.randint(-10, 10)) for level in colour)
+    is_black = max(inks["own"]) < 64
+    inks["tone"] = tuple(level + 50 if is_black else level * 3 // 4 for level in inks["own"])
     x1, y1, x2, y2 = (2 * side for side in box)
     left, right = rng.choice(((x1, x2 - 1), (x2 - 1, x1)))   # as it is, or mirrored
     for of, shape, ink, *at in PIECES:

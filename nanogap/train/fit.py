@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,15 +44,12 @@ class Progress:
     step: int = 0
     optimizers: list[dict] = field(default_factory=list)
 
-    KEPT = ("settings", "steps", "stage", "step", "optimizers")
-
     def save(self, optimizers: list[dict]) -> None:
         """Write the whole file or nothing; the first process does it for all."""
         self.optimizers = optimizers
         if joined()[0] == 0:
             data = io.BytesIO()
-            kept = {key: getattr(self, key) for key in self.KEPT}
-            torch.save(kept | {"parts": self.parts.state_dict()}, data)
+            torch.save(vars(self) | {"path": "", "parts": self.parts.state_dict()}, data)
             write_whole("--out", self.path, data.getvalue())
 
     def load(self) -> None:
@@ -62,8 +61,7 @@ class Progress:
             if saved["settings"] != self.settings:
                 raise ValueError
             self.parts.load_state_dict(saved["parts"])
-            for key in self.KEPT:
-                setattr(self, key, saved[key])
+            vars(self).update(saved, path=self.path, parts=self.parts)
         except Exception:   # whatever an unpickler comes upon
             raise NanogapError(f"{self.path} is broken, or of a training with other settings; "
                                "delete it to start anew") from None
@@ -100,10 +98,9 @@ def take_step(model: nn.Module, steppers: Sequence[torch.optim.Optimizer], loss:
     loss.backward()
     if dist.is_initialized():
         grads = [p.grad for p in parameters if p.grad is not None]
-        mean = nn.utils.parameters_to_vector(grads)           # of all processes, in one message
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-        nn.utils.vector_to_parameters(mean, grads)
+        total = nn.utils.parameters_to_vector(grads)          # of all processes, in one message
+        dist.all_reduce(total)
+        nn.utils.vector_to_parameters(total / dist.get_world_size(), grads)
     nn.utils.clip_grad_norm_(parameters, 1.0)
     for stepper in steppers:
         for group in stepper.param_groups:
@@ -113,46 +110,36 @@ def take_step(model: nn.Module, steppers: Sequence[torch.optim.Optimizer], loss:
     return loss.item()
 
 
-def steps_in(seconds: float, seconds_per_step: float) -> int:
-    """How many steps fit into what is left of a stage's time, the same in all processes."""
-    steps = torch.tensor(max(int(seconds / seconds_per_step), 1))
-    if dist.is_initialized():
-        dist.broadcast(steps, 0)
-    return int(steps)
-
-
-def fit(model: nn.Module, loss_of: Callable[[Batch], Tensor], data: Scenes, progress: Progress,
+def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes, progress: Progress,
         minutes: float | None = None, workers: int = 0) -> None:
     """The stage of the data, from its first step or from where it was interrupted.
 
     minutes: take as many steps as fit into them
     """
-    stage = data.stage
-    rank, world = joined()
+    stage, (rank, world) = data.stage, joined()
     steppers = optimizers(model, stage)
     for stepper, state in zip(steppers, progress.optimizers, strict=False):   # none at the start
         stepper.load_state_dict(state)
     first, average = progress.step, None
-    begun = told = saved = timed = time.time()
+    begun = told = saved = time.time()
     own = range(first * world + rank, sys.maxsize, world)                     # of this process
     batches = iter(DataLoader(data, batch_size=None, num_workers=workers, sampler=own))
     while progress.step < progress.steps[progress.stage]:
         steps = progress.steps[progress.stage]
         share = rate_share(progress.step, steps, stage.rate_left)
-        loss = take_step(model, steppers, loss_of(next(batches)), share)
+        loss = take_step(model, steppers, loss_of(model, next(batches)), share)
         average = loss if average is None else 0.98 * average + 0.02 * loss
         progress.step += 1
         now, done = time.time(), progress.step
         if minutes and first == 0 and done % TIMED == 0 and done <= max(TIMED, steps / 2):
-            # by the last steps alone: the first are slow on a GPU
-            steps = done + steps_in(60 * minutes - (now - begun), (now - timed) / TIMED)
-            progress.steps[progress.stage] = steps
-            timed = now
+            fitting = torch.tensor(max(int(60 * minutes / (now - begun) * done), done + 1))
+            if world > 1:
+                dist.broadcast(fitting, 0)                                    # the same for all
+            progress.steps[progress.stage] = steps = int(fitting)
         if rank == 0 and (now - told >= REPORT_EVERY or done == steps):
             told = now
-            left = (now - begun) / (done - first) * (steps - done)
-            time_left = f"{left / 60:.0f} min" if left >= 100 else f"{left:.0f} s"
-            tell(f"{stage.name:5}  step {done}/{steps}  loss {average:.3f}  {time_left} to go ...")
+            to_go = timedelta(seconds=round((now - begun) / (done - first) * (steps - done)))
+            tell(f"{stage.name:5}  step {done}/{steps}  loss {average:.3f}  {to_go} to go ...")
         if now - saved > SAVE_EVERY:
             saved = now
             progress.save([stepper.state_dict() for stepper in steppers])

@@ -1,14 +1,14 @@
 """What is drawn, asked and answered in training, batch by batch.
 
 In:  a seed, and a stage of the training.
-Out: scenes ready for the model, and what is said of them: for LLaVA conversations in tokens, and
-     what each token weighs in the loss.
+Out: scenes ready for the model, and what is said of them: for CLIP captions, for LLaVA
+     conversations in tokens, and what each token weighs in the loss.
 Source: the kinds of answers are those of LLaVA-1.5's own mixture, arXiv 2310.03744.
 """
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -22,7 +22,9 @@ from nanogap.prompt import DESCRIBE, encode
 from nanogap.train.recipes import Stage
 from nanogap.train.scenes import COLOURS, KINDS, Scene, Thing, caption
 
-Batch = tuple[list[Tensor], list[Scene], Any]
+PICTURES = (168, 336)      # long sides, pixels: as large as most models see them, or twice that
+Batch = tuple[list[Tensor], list[Scene], Any]     # pixel_values, and captions or conversations
+SINGLES = [Thing(kind, colour, (0.0, 0.0, 1.0, 1.0)) for kind in KINDS for colour in COLOURS]
 
 
 @dataclass
@@ -31,21 +33,26 @@ class Scenes(torch.utils.data.Dataset):
 
     seed: int
     stage: Stage
-    image_size: int                                     # long side of the smaller ones, pixels
-    prepare: Callable[[Image.Image], Tensor]            # a model's pixel_values, on the CPU
-    ask: Callable[[list[Scene], random.Random], Any]    # for captions or conversations
+    model: VLM              # prepares pictures and asks, on the CPU
 
     def __getitem__(self, step: int) -> Batch:
         rng = random.Random(f"train {self.seed} {self.stage.name.lower()} {step}")
         scenes = []
         pixels = []
         for _ in range(self.stage.images):
-            # pictures are as large as the model sees them, or twice as large
-            scene = self.stage.draw(rng, rng.choice((1, 2)) * self.image_size)
-            pixels.append(self.prepare(scene.image))                          # (views, 3, S, S)
+            scene = self.stage.draw(rng, rng.choice(PICTURES))
+            pixels.append(self.model.pixel_values(scene.image))               # (views, 3, S, S)
             # from here on only the size of a picture is needed: workers need not send it
             scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
-        return pixels, scenes, self.ask(scenes, rng)
+        said = (captions(scenes, rng) if self.stage.name == "CLIP"
+                else conversations(self.model, self.stage, scenes, rng))
+        return pixels, scenes, said
+
+
+def captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
+    """A caption for each scene, which names everything in it, and for each thing that can be."""
+    return ([caption(scene.things, rng) for scene in scenes],
+            [caption([thing], rng) for thing in SINGLES])
 
 
 @dataclass(frozen=True)
@@ -65,66 +72,76 @@ class Conversation:
 
     kind: str                      # that of its only turn, or "turns"
     image: int
-    tokens: list[int]              # (T,) with one image token
-    weights: list[float]           # (T,) 0 for what is no answer
+    head: tuple[int, ...]          # (P,) tokens before the image
+    tokens: list[int]              # (T,) tokens behind it
+    weights: list[float]           # (T,) of these in the loss, 0 for what is no answer
 
 
 def conversations(model: VLM, stage: Stage, scenes: list[Scene],
                   rng: random.Random) -> list[Conversation]:
     """Every question once, alone or after others about the same image."""
-    asked = list(turns_about(model, stage, scenes, rng))
+    turns = turns_about(model, stage, scenes, rng)
     said = []
-    for turn in asked:
+    for turn in turns:
         earlier: list[Turn] = []
         if rng.random() < stage.later:
-            others = [other for other in asked
+            others = [other for other in turns
                       if other.image == turn.image and other.kind != "find" and other is not turn]
             earlier = rng.sample(others, min(rng.randint(1, 2), len(others)))
-        said.append(converse(model, [*earlier, turn]))
+        tokens: list[int] = []
+        weights: list[float] = []
+        for one in [*earlier, turn]:              # one behind the other, in the template's form
+            asked = (encode(model.tokenizer, model.follow(one.question)) if tokens
+                     else model.encode_question(one.question).tolist())
+            tokens += asked + one.answer
+            weights += [0.0] * len(asked) + one.weights
+        P = tokens.index(model.config.image_token)
+        said.append(Conversation("turns" if earlier else turn.kind, turn.image,
+                                 tuple(tokens[:P]), tokens[P + 1:], weights[P + 1:]))
     return said
 
 
-def converse(model: VLM, turns: Sequence[Turn]) -> Conversation:
-    """Turns about an image, one behind the other in the form of the model's template."""
-    tokens: list[int] = []
-    weights: list[float] = []
-    for turn in turns:
-        asked = (encode(model.tokenizer, model.follow(turn.question)) if tokens
-                 else model.encode_question(turn.question).tolist())
-        tokens += asked + turn.answer
-        weights += [0.0] * len(asked) + turn.weights
-    kind = turns[0].kind if len(turns) == 1 else "turns"
-    return Conversation(kind, turns[0].image, tokens, weights)
+def turns_about(model: VLM, stage: Stage, scenes: list[Scene], rng: random.Random) -> list[Turn]:
+    """Questions of each kind, with their answers.
+
+    box:         where something is
+    find:        the same, but the answer stops at "[0.1": which thing it is
+    word:        answered with a word
+    description: of an image
+    """
+    def some(kind: str, pool: list[tuple[int, str, str]]) -> list[tuple[str, int, str, str]]:
+        chosen = rng.sample(pool, min(stage.asked.get(kind, 0), len(pool)))
+        return [(kind, *one) for one in chosen]
+
+    boxes = [(i, *said) for i, scene in enumerate(scenes) for said in box_questions(model, scene)]
+    asked = some("box", boxes) + some("find", boxes)
+    words = [(i, *said) for i, scene in enumerate(scenes) for said in short_questions(scene, rng)]
+    asked += some("word", words)
+    asked += [("description", i, DESCRIBE, caption(scene.things, rng))
+              for i, scene in enumerate(scenes[:stage.asked["description"]])]
+    turns = []
+    for kind, i, question, text in asked:
+        answer = [*encode(model.tokenizer, text), model.config.eos_token]
+        places = decimal_places([model.tokenizer.decode([token]) for token in answer])
+        weight, hundredths = (stage.weights.get(name, 1.0) for name in (kind, "hundredths"))
+        weights = [hundredths if place > 1 else weight for place in places]
+        if kind == "find":
+            tenth = places.index(1)
+            answer = answer[:tenth + 1]
+            weights = [0.0] * tenth + [weight]
+        turns.append(Turn(kind, i, question, answer, weights))
+    return turns
 
 
-def turns_about(model: VLM, stage: Stage, scenes: list[Scene],
-                rng: random.Random) -> Iterator[Turn]:
-    """Questions for boxes, for their first tokens, for a word, and for descriptions."""
-    end = [model.config.eos_token]
-    places = [(i, expression, thing) for i, scene in enumerate(scenes)
-              for expression, thing in scene.expressions]
-    for kind, count in (("box", stage.boxes), ("find", stage.finds)):
-        for i, expression, thing in rng.sample(places, min(count, len(places))):
-            box = model.frame.from_pixels(scenes[i].things[thing].box, *scenes[i].image.size)
-            answer = encode(model.tokenizer, model.box_format.say(box)) + end
-            digits = decimal_places([model.tokenizer.decode([token]) for token in answer])
-            weights = [stage.hundredths if place > 1 else 1.0 for place in digits]
-            if kind == "find":
-                tenth = digits.index(1)
-                answer, weights = answer[:tenth + 1], [0.0] * tenth + [stage.find]
-            yield Turn(kind, i, model.question(expression), answer, weights)
-    short = [(i, *asked) for i, scene in enumerate(scenes) for asked in short_questions(scene, rng)]
-    said = [("word", stage.word, *asked)
-            for asked in rng.sample(short, min(stage.words, len(short)))]
-    said += [("description", 1.0, i, DESCRIBE, caption(scene.things, rng))
-             for i, scene in enumerate(scenes[:stage.descriptions])]
-    for kind, weight, i, question, text in said:
-        answer = encode(model.tokenizer, text) + end
-        yield Turn(kind, i, question, answer, [weight] * len(answer))
+def box_questions(model: VLM | type[VLM], scene: Scene) -> Iterator[tuple[str, str]]:
+    """Yield the question about each expression, and its box as the model says it."""
+    for expression, thing in scene.expressions:
+        box = model.frame.from_pixels(scene.things[thing].box, *scene.image.size)
+        yield model.template.question(expression), model.box_format.say(box)
 
 
 def decimal_places(tokens: Sequence[str]) -> list[int]:
-    """Which place of a number each token of a box is: 1 for tenths, 2 hundredths; 0 for the rest.
+    """Which place of a number each token is: 1 for tenths, 2 hundredths; 0 for the rest.
 
     In "[0.12" these are the digits behind the point, in "{<12>" (of a hundred) both; the only digit
     of "{<7>" counts as tenths.

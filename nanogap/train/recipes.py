@@ -3,8 +3,7 @@
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig
@@ -17,11 +16,13 @@ def draw_single(rng: random.Random, size: int) -> Scene:
     return draw_scene(rng, size, deal(rng)[:1])
 
 
-def draw_alike(rng: random.Random, size: int) -> Scene:
-    """Draw two to four things that are alike, each named by kind and colour.
+def draw_often_alike(rng: random.Random, size: int) -> Scene:
+    """Draw two to seven things, or two times in three two to four that are alike.
 
-    Four times in five they are of one kind, else of one colour.
+    Four times in five these are of one kind, else of one colour; each is named by both.
     """
+    if rng.random() >= 2 / 3:
+        return draw_scene(rng, size)
     count = rng.randint(2, 4)
     kinds = rng.sample(list(KINDS), count)
     colours = rng.sample(list(COLOURS), count)
@@ -34,40 +35,29 @@ def draw_alike(rng: random.Random, size: int) -> Scene:
     return replace(drawn, expressions=tuple((name, i) for i, name in enumerate(names)))
 
 
-def draw_often_alike(rng: random.Random, size: int) -> Scene:
-    """Draw things that are alike two times in three, else two to seven of any kind and colour."""
-    return draw_alike(rng, size) if rng.random() < 2 / 3 else draw_scene(rng, size)
-
-
 @dataclass(frozen=True)
 class Stage:
     """A part of the training with its own warm-up and decay."""
 
     name: str
-    minutes: float            # on two CPU cores; also its share of --minutes
+    minutes: float               # on two CPU cores; also its share of --minutes
     steps: int
-    images: int               # of a step
-    rate: float               # AdamW's
-    muon_rate: float = 0.0    # 0: AdamW alone
-    rate_left: float = 0.0    # the share of the rates that is left at the end
+    images: int                  # of a step
+    rate: float                  # AdamW's
+    muon_rate: float = 0.0       # 0: AdamW alone
+    rate_left: float = 0.0       # the share of the rates that is left at the end
     draw: Draw = draw_scene
-    # how many questions a step asks at most (CLIP's none)
-    boxes: int = 0            # where something is
-    finds: int = 0            # the same, but the answer stops at "[0.1": which thing it is
-    words: int = 0            # answered with a word
-    descriptions: int = 8     # of an image
-    later: float = 0.0        # share of the questions that come after one or two others
-    # what the answers' tokens weigh in the loss
-    hundredths: float = 1.0   # of boxes, and what is smaller
-    find: float = 1.0         # the last token of a find; those before it weigh nothing
-    word: float = 1.0         # tokens of short answers; all others weigh 1
+    # how many questions of a kind a step asks at most (CLIP's none): see `turns_about`
+    asked: dict[str, int] = field(default_factory=dict)
+    later: float = 0.0           # share of the questions that come after one or two others
+    # what tokens of answers weigh in the loss, where it is not 1: "find" (its last token; those
+    # before it weigh nothing), "word", and "hundredths" of boxes and what is smaller
+    weights: dict[str, float] = field(default_factory=dict)
 
     def share(self, processes: int) -> "Stage":
         """What each of several processes does of it."""
-        counts = ("images", "boxes", "finds", "words", "descriptions")
-        parts: dict[str, Any] = {name: math.ceil(getattr(self, name) / processes)
-                                 for name in counts}
-        return replace(self, **parts)
+        return replace(self, images=math.ceil(self.images / processes), asked={
+            kind: math.ceil(count / processes) for kind, count in self.asked.items()})
 
 
 @dataclass(frozen=True)
@@ -77,22 +67,22 @@ class Recipe:
     vision: CLIPVisionConfig
     text: CLIPTextConfig
     decoder: LlamaConfig
-    projection_dim: int
     stages: tuple[Stage, ...]    # the first is CLIP's, the others are the VLM's
-    pictures: int                # long side of the smaller ones, pixels
     family: str = "llava"        # one of nanogap.models.MODELS
 
 
 CLIP = Stage("CLIP", minutes=28, steps=4500, images=32, rate=1e-3)
 READ = Stage("read", minutes=7, steps=1000, images=16, rate=2.5e-3, draw=draw_single,
-             boxes=128, descriptions=16)
+             asked={"box": 128, "description": 16})
 FIND = Stage("find", minutes=36, steps=2600, images=24, rate=1.5e-3, muon_rate=0.006,
-             rate_left=0.5, draw=draw_often_alike, boxes=48, finds=120, words=32,
-             hundredths=0.25, find=20.0, word=3.0)
+             rate_left=0.5, draw=draw_often_alike,
+             asked={"box": 48, "find": 120, "word": 32, "description": 8},
+             weights={"find": 20.0, "word": 3.0, "hundredths": 0.25})
 BOX = Stage("box", minutes=60, steps=3250, images=16, rate=1.5e-3, muon_rate=0.004,
-            boxes=120, finds=48, words=16, later=0.6, find=6.0, word=3.0)
-# For two CPU cores: LLaVA in miniature, 12 x 12 patches.
-CPU = Recipe(
+            asked={"box": 120, "find": 48, "word": 16, "description": 8}, later=0.6,
+            weights={"find": 6.0, "word": 3.0})
+# LLaVA in miniature, 12 x 12 patches, for two CPU cores.
+RECIPE = Recipe(
     vision=CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         image_size=168, patch_size=14),
@@ -103,33 +93,16 @@ CPU = Recipe(
         hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, head_dim=32, vocab_size=0, rms_norm_eps=1e-5,
         max_position_embeddings=2048),
-    projection_dim=128, pictures=168, stages=(CLIP, READ, FIND, BOX))
-# One GPU: LLaVA's own geometry, 336 pixels and 24 x 24 patches, and a wider and deeper decoder.
-GPU = Recipe(
-    vision=replace(
-        CPU.vision, hidden_size=192, intermediate_size=768, num_hidden_layers=6,
-        num_attention_heads=6, image_size=336),
-    text=CPU.text,
-    decoder=replace(
-        CPU.decoder, hidden_size=320, intermediate_size=864, num_hidden_layers=6,
-        num_attention_heads=10, num_key_value_heads=10),
-    projection_dim=128, pictures=336,
-    stages=(
-        replace(CLIP, minutes=20, steps=6000, images=128),
-        replace(READ, steps=2000, rate=1.5e-3, descriptions=8),
-        replace(FIND, minutes=52, steps=7000, rate=1e-3),
-        replace(BOX, minutes=41, steps=7000, rate=1e-3)))
-RECIPES = {"cpu": CPU, "gpu": GPU}
+    stages=(CLIP, READ, FIND, BOX))
 
 
-def recipe_for(family: str, recipe: Recipe) -> Recipe:
+def recipe_for(family: str) -> Recipe:
     """The same for another family.
 
     Four patches of MiniGPT-v2 make a token, and a token should see less than a thing: so there are
     32 x 32 of them, as published.
     """
-    vision = recipe.vision
+    vision = RECIPE.vision
     if family == "minigpt_v2":
-        patch = 8 if recipe is CPU else 14
-        vision = replace(vision, image_size=32 * patch, patch_size=patch, layer_norm_eps=1e-6)
-    return replace(recipe, family=family, vision=vision)
+        vision = replace(vision, image_size=32 * 8, patch_size=8, layer_norm_eps=1e-6)
+    return replace(RECIPE, family=family, vision=vision)

@@ -95,22 +95,9 @@ class Scene:
     expressions: tuple[tuple[str, int], ...]
 
 
-# ----- words --------------------------------------------------------------------------------------
-
-
 def named(noun: str, colour: str) -> str:
     """A noun with its colour: "man in blue", "blue car"."""
     return f"{noun} in {colour}" if noun in PEOPLE else f"{colour} {noun}"
-
-
-def names_of(things: Sequence[Thing]) -> dict[str, list[int]]:
-    """Every name, such as "man", "man in blue" or "person", and the things (indices) it fits."""
-    bearers: dict[str, list[int]] = {}
-    for i, thing in enumerate(things):
-        for noun in [thing.kind, "person"] if thing.kind in PEOPLE else [thing.kind]:
-            for name in (noun, named(noun, thing.colour)):
-                bearers.setdefault(name, []).append(i)
-    return bearers
 
 
 def expressions(things: Sequence[Thing], long: float, rng: Random) -> Iterator[tuple[str, int]]:
@@ -119,8 +106,12 @@ def expressions(things: Sequence[Thing], long: float, rng: Random) -> Iterator[t
     long: long side of the image, pixels
     rng:  picks the wording, and the landmark where several would do
     """
-    bearers = names_of(things)
     boxes = [thing.box for thing in things]
+    bearers: dict[str, list[int]] = {}   # of each name: "man", "man in blue", "person" ...
+    for i, thing in enumerate(things):
+        for noun in [thing.kind, "person"] if thing.kind in PEOPLE else [thing.kind]:
+            for name in (noun, named(noun, thing.colour)):
+                bearers.setdefault(name, []).append(i)
     true: dict[tuple[str, str, int], list[str]] = {}   # (form, name, thing): landmarks
     # Where all men are in blue, "the man on the left" is enough: the first name for a group.
     groups = {tuple(group): name for name, group in reversed(bearers.items()) if len(group) > 1}
@@ -163,9 +154,6 @@ def words_never_taught(text: str) -> list[str]:
     taught |= {plural for plural, _ in KINDS.values()}
     taught |= set(" ".join(chain(*PHRASES.values())).split())
     return [word for word in re.findall(r"\w+", text) if word.lower() not in taught]
-
-
-# ----- scenes -------------------------------------------------------------------------------------
 
 
 def deal(rng: Random) -> Cast:
@@ -218,9 +206,6 @@ def scene_of(path: str | Path) -> Scene | None:
         return None
     drawn = scene(said[1], int(said[2]), max(size))
     return drawn if drawn.image.size == size else None
-
-
-# ----- the command --------------------------------------------------------------------------------
 
 
 def command(argv: Sequence[str] | None) -> None:

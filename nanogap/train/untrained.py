@@ -1,6 +1,6 @@
 """The models before training, and their tokenizers; or those of a folder, to be trained on.
 
-In:  a recipe and a seed.  Out: CLIP, and a model on its vision tower.
+In:  a recipe and a seed.  Out: CLIP, and a model that takes over its vision tower.
 """
 
 import math
@@ -19,7 +19,7 @@ from nanogap.errors import NanogapError
 from nanogap.models import MODELS, VLM
 from nanogap.prompt import DESCRIBE
 from nanogap.train.clip import CLIP
-from nanogap.train.questions import short_questions
+from nanogap.train.questions import box_questions, short_questions
 from nanogap.train.recipes import Recipe
 from nanogap.train.scenes import caption, draw_scene
 from nanogap.train.tokenizer import train_clip_tokenizer, train_llama_tokenizer
@@ -60,41 +60,35 @@ def llama_tokenizer(seed: int, family: str) -> Tokenizer:
     said = []
     for _ in range(1000):
         drawn = draw_scene(rng, 168)
-        asked = []
-        for expression, thing in drawn.expressions:
-            box = model.frame.from_pixels(drawn.things[thing].box, *drawn.image.size)
-            asked.append((model.template.question(expression), model.box_format.say(box)))
-        asked.append((DESCRIBE, caption(drawn.things, rng)))
-        asked += short_questions(drawn, rng)
-        for question, answer in asked:
+        asked = [*box_questions(model, drawn), (DESCRIBE, caption(drawn.things, rng))]
+        for question, answer in [*asked, *short_questions(drawn, rng)]:
             before, after = model.template.around(question)
             said += [before, f"{after} {answer}"]
     return train_llama_tokenizer(said, 640, model.special_tokens)
 
 
-def new_clip(recipe: Recipe, seed: int) -> tuple[CLIP, Tokenizer]:
-    """An untrained CLIP and its tokenizer."""
+def new_clip(recipe: Recipe, seed: int) -> CLIP:
+    """An untrained CLIP."""
     words = clip_tokenizer(seed)
     text = replace(recipe.text, vocab_size=words.get_vocab_size())
-    clip = CLIP(recipe.vision, text, recipe.projection_dim, MODELS[recipe.family].Tower)
+    clip = CLIP(recipe.vision, text, text.hidden_size, MODELS[recipe.family].Tower)
+    clip.tokenizer = words
     torch.manual_seed(seed)
     initialise(clip, recipe.vision.num_hidden_layers)
-    return clip, words
+    return clip
 
 
-def new_model(recipe: Recipe, seed: int, clip: CLIP) -> VLM:
-    """An untrained projector and decoder on CLIP's vision tower, which is frozen."""
+def new_model(recipe: Recipe, seed: int) -> VLM:
+    """An untrained projector and decoder; the vision tower is frozen, and waits for CLIP's."""
     family = MODELS[recipe.family]
     tokenizer = llama_tokenizer(seed, recipe.family)
     rows = 64 * math.ceil(tokenizer.get_vocab_size() / 64)                    # as published
-    image_token = tokenizer.token_to_id(family.special_tokens[0])
-    assert image_token is not None
+    image_token = tokenizer.get_vocab()[family.special_tokens[0]]
     model = family(family.Config(
         replace(recipe.decoder, vocab_size=rows), recipe.vision, image_token))
     model.tokenizer = tokenizer
     torch.manual_seed(seed + 1)
     initialise(model, recipe.decoder.num_hidden_layers)
-    model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     model.vision_tower.requires_grad_(False)
     return model
 
@@ -111,10 +105,9 @@ def started(folder: Path, name: str) -> VLM:
     model = family(config)
     model.tokenizer = found.tokenizer
     found.text_guide = None                   # it is copied as it stands
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    state = found.state_dict()
-    if any(shapes.get(key) != value.shape for key, value in state.items()):
-        raise NanogapError(f"--start {folder} has other tensors than a {name}; start from a {name}")
-    model.load_state_dict(state, strict=False)
+    unknown = model.load_state_dict(found.state_dict(), strict=False).unexpected_keys
+    if unknown:
+        raise NanogapError(f"--start {folder} holds {unknown[0]}, which a {name} has not; "
+                           f"start from a {name}")
     model.vision_tower.requires_grad_(False)
     return model

@@ -116,7 +116,7 @@ def test_the_words_that_the_small_models_know_are_those_of_the_scenes():
 
 def test_the_training_that_is_named_is_that_of_the_log():
     from nanogap.train import __main__ as train
-    steps = " ".join(str(stage.steps) for stage in train.CPU.stages)
+    steps = " ".join(str(stage.steps) for stage in train.RECIPE.stages)
     training = "torchrun --nproc-per-node 2 -m nanogap.train --device cpu --out weights"
     log = (ROOT / "nanogap" / "train" / "LOG.md").read_text()
     assert f"{training}/mine --steps {steps}" in README
