@@ -89,6 +89,11 @@ def shown(value: object) -> str:
     return visible(f"{value!r:.80}")
 
 
+def one_line(error: object) -> str:
+    """What an error says, as a part of one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def tell(text: str) -> None:
     """Say on stderr how far the work is; it goes on where nobody can be told."""
     with suppress(OSError):
@@ -135,11 +140,11 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
     except NanogapError as error:
         mistake = str(error)
     except (OSError, MemoryError, RuntimeError) as error:     # in a pass over tokens, say
-        mistake = str(error)
+        mistake = f"{one_line(error)}; see that it is there, and that this user may use it"
         if lacks_memory(error):
-            first = " ".join(mistake.split()).partition(". ")[0]      # torch goes on about settings
-            mistake = (f"memory ran out ({first[:200] or type(error).__name__}); end other "
-                       "programs, or take smaller weights or another --dtype")
+            first = one_line(error).partition(". ")[0]        # torch goes on about settings
+            mistake = (f"memory ran out ({first}); end other programs, or take smaller weights or "
+                       "another --dtype")
         elif not isinstance(error, OSError):
             raise
     tell(f"{name}: {' '.join(mistake.split())}")

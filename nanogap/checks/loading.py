@@ -6,6 +6,7 @@ import torch
 
 from nanogap import weights
 from nanogap.checks.belongs import check_belonging
+from nanogap.checks.command import lacks_memory
 from nanogap.checks.explain import explain
 from nanogap.checks.silent import check_clip, silent
 from nanogap.errors import NanogapError
@@ -42,7 +43,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
         model = weights.load(folder, device, dtype, guide)
         check_belonging(folder, model, guide)
     except BaseException as error:     # the tokenizers library panics with what is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit) or lacks_memory(error):
             raise
         raise explain(folder, error, guide) from None
     assert isinstance(model, VLM)
