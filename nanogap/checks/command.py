@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,9 +43,7 @@ def whole_number(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def count_argument(text: str) -> int:
-    """A whole number from 1 on, such as how many tokens an answer may have."""
-    return whole_number(text, 1)
+count_argument = partial(whole_number, least=1)     # such as how many tokens an answer may have
 
 
 def keep_argument(text: str) -> str:

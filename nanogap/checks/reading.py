@@ -19,9 +19,7 @@ INSTEAD = {
     rb"version https://git-lfs": "is a pointer of git-lfs and not the file itself; get it with "
                                  "`git lfs pull`, or download it from its page",
     rb"\s*<": "is a web page, or an error of the server, and not the file itself; open the link "
-              "in a browser and download what it leads to",
-    rb"\x1f\x8b|\xfd7zXZ|BZh|7z\xbc\xaf|Rar!": "is compressed; unpack it, and give what was in it",
-    rb"GGUF": "is a GGUF file, which is llama.cpp's; give the checkpoint that it was made from"}
+              "in a browser and download what it leads to"}
 SOMETHING = re.compile(r"\S")
 
 
