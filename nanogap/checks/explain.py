@@ -4,7 +4,6 @@ In:  the folder, and whatever came of loading it.
 Out: the mistake: what is wrong, and the next step.
 """
 
-import fnmatch
 import re
 import shlex
 from collections.abc import Iterable
@@ -36,20 +35,18 @@ FORMS = {
     r": (quantization|compression)_config$|, torch\.(?!b?float(16|32|64)$)":
         "holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
         "checkpoint that they were made from, or save the `dequantize()` of transformers"}
-MINIGPT = ("is or holds one of the pieces in which MiniGPT-v2 is published; put them together with "
-           "`python -m nanogap.convert minigpt-v2 --base DIR --vision eva_vit_g.pth "
-           "--checkpoint minigptv2_checkpoint.pth --out DIR`")
-# what a folder may hold in place of a checkpoint: patterns of a file's name, and what that says
+# what stands in the place of a checkpoint: patterns of a file's name, and what that says
 OTHERS = {
-    "adapter_model.*": ADAPTER,
-    "non_lora_trainables.bin": ADAPTER,
-    "mm_projector.*": "holds a projector in LLaVA's own layout and not the rest of its model; give "
-                      "the folder of all of it",
-    "eva_vit_g*.pth": MINIGPT,
-    "minigpt*.pth": MINIGPT,
-    "*.gguf": "holds GGUF files, which are llama.cpp's; give the checkpoint that they were made "
-              "from",
-    "models--*": "is the hub's cache; give a folder in it, such as {folder}/models--OWNER--NAME"}
+    r"^adapter_model\.|^non_lora_trainables\.bin$": ADAPTER,
+    r"^mm_projector\.": "holds a projector in LLaVA's own layout and not the rest of its model; "
+                        "give the folder of all of it",
+    r"^(eva_vit_g|minigpt).*\.pth$":
+        "is or holds one of the pieces in which MiniGPT-v2 is published; put them together with "
+        "`python -m nanogap.convert minigpt-v2 --base DIR --vision eva_vit_g.pth "
+        "--checkpoint minigptv2_checkpoint.pth --out DIR`",
+    r"\.gguf$": "holds GGUF files, which are llama.cpp's; give the checkpoint that they were made "
+                "from",
+    "^models--": "is the hub's cache; give a folder in it, such as {folder}/models--OWNER--NAME"}
 
 
 def explain(folder: Path, error: BaseException, clip: Path | None) -> NanogapError:
@@ -75,10 +72,11 @@ def look_through(folder: Path, get: dict[str, str]) -> None:
     """
     step = next(iter(get.values()))
     if not (folder / "config.json").exists():
+        check_form(folder, names_in(folder), OTHERS)
         what = ("has no config.json, so it is not a checkpoint" if folder.is_dir() else
                 "is not a folder")
-        raise NanogapError(other_form(folder) or f"{folder} {what}; {step}")
-    check_form(folder, (path.name for path in folder.glob("*")))
+        raise NanogapError(f"{folder} {what}; {step}")
+    check_form(folder, names_in(folder))
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     keys = (*config, *(config.get("text_config") or {}))
@@ -92,26 +90,18 @@ def look_through(folder: Path, get: dict[str, str]) -> None:
                             if not re.search(weights.UNUSED, name)))
 
 
-def check_form(folder: Path, signs: Iterable[str]) -> None:
-    """Refuse a folder by what it has, as FORMS spells it."""
+def check_form(folder: Path, signs: Iterable[str], forms: dict[str, str] = FORMS) -> None:
+    """Refuse a folder by what it has, in words that FORMS or OTHERS know."""
     for sign in signs:
-        for pattern, says in FORMS.items():
+        for pattern, says in forms.items():
             if re.search(pattern, sign):
-                raise NanogapError(f"{say(folder, says)} ({shown(sign)})")
+                text = says.replace("{folder}", shlex.quote(str(folder)))     # can be pasted
+                raise NanogapError(f"{folder} {text} ({shown(sign)})")
 
 
-def other_form(folder: Path) -> str | None:
-    """What a folder holds that is no checkpoint, and what makes one of it."""
-    names = [folder.name] if folder.is_file() else [path.name for path in folder.glob("*")]
-    for pattern, says in OTHERS.items():
-        if fnmatch.filter(names, pattern):
-            return say(folder, says)
-    return None
-
-
-def say(folder: Path, text: str) -> str:
-    """A text about a folder; the command in it can be pasted."""
-    return f"{folder} {text.replace('{folder}', shlex.quote(str(folder)))}"
+def names_in(folder: Path) -> list[str]:
+    """Of its files; its own, where it is a file."""
+    return [folder.name] if folder.is_file() else [path.name for path in folder.glob("*")]
 
 
 def weight_files(folder: Path, step: str) -> list[Path]:
@@ -121,7 +111,8 @@ def weight_files(folder: Path, step: str) -> list[Path]:
     try:
         files = weights.weight_files(folder)
     except NanogapError as error:
-        raise NanogapError(other_form(folder) or f"{error}; {step}") from None
+        check_form(folder, names_in(folder), OTHERS)
+        raise NanogapError(f"{error}; {step}") from None
     for path in files:
         if not path.is_file():
             raise NanogapError(f"{folder} lacks {path.name}, which its index names; run the "

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Size, Tensor
 
-from nanogap.checks.explain import check_form, weight_files
+from nanogap.checks.explain import check_form, names_in, weight_files
 from nanogap.checks.loading import snapshot
 from nanogap.checks.pickles import tensors_of
 from nanogap.checks.reading import read_json
@@ -34,7 +34,7 @@ class Piece:
         self.open: tuple[Path, dict[str, Tensor]] | None = None    # a pickle, read or mapped
         if not self.path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
-        check_form(self.path, (file.name for file in self.path.glob("*")))
+        check_form(self.path, names_in(self.path))
         step = f"get it with {download}"
         for file in weight_files(self.path, step) if self.path.is_dir() else [path]:
             for name, tensor in tensors_of(file).items():
