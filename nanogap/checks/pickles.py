@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nanogap.checks.command import lacks_memory, shown
+from nanogap.checks.command import lacks_memory
 from nanogap.checks.reading import unreadable
 from nanogap.errors import NanogapError
 
@@ -24,8 +24,8 @@ class Plain(pickle.Unpickler):
     """Reads what needs no code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise NanogapError(f"it names {shown(f'{module}.{name}')}, and what it should hold needs "
-                           "no code; get it from where it was published")
+        raise NanogapError(f"it names {module}.{name}, and what it should hold needs no code; get "
+                           "it from where it was published")
 
 
 def read_plain(path: Path) -> Any:
