@@ -33,6 +33,9 @@ def minigpt_v2(base: Path, vision: Path, checkpoint: Path) -> Recipe:
     if config.get("max_position_embeddings") == 2048:
         raise NanogapError(f"{base / 'config.json'}: max_position_embeddings is 2048, which is "
                            f"LLaMA-1's or Vicuna's; MiniGPT-v2 stands on Llama-2: get {LLAMA_2}")
+    if not any("lora_A" in name for name in trained):
+        raise NanogapError(f"{checkpoint} holds no LoRA of the decoder; get the file by "
+                           f"{CHECKPOINT}")
     # what a training says of its model; what it does not say is as in the published ones
     said = (read_saved(checkpoint).get("config") or {}).get("model", {})
     settings = {"image_size": 448, "lora_alpha": 16} | said

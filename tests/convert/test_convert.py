@@ -256,6 +256,9 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("minigpt-v2", without(EVA), "eva_vit_g.pth does not exist; get it"),
     ("minigpt-v2", tensors(TRAINED, **{lora_name(2, "q", "B"): None}),
      'Unexpected key(s) in state_dict: "model.layers.2.self_attn.q_proj.lora_A"'),
+    ("minigpt-v2", tensors(TRAINED, **{lora_name(layer, kind, half): None
+                                       for layer in range(3) for kind in "qv" for half in "AB"}),
+     "minigptv2_checkpoint.pth holds no LoRA of the decoder; get the file by the link"),
     # broken
     ("llava", half("llava/tokenizer.model"), "or is cut off"),
     ("minigpt-v2", half(EVA), "eva_vit_g.pth cannot be read ("),
