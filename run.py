@@ -5,12 +5,10 @@
 In:  an image and a referring expression.  Out: a table, and one picture of all the boxes.
 """
 
-import gc
 import os
 import signal
 
 if __name__ == "__main__":
-    gc.disable()                                             # imports leave none: see answer_for
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))   # no traceback from an import
 
 import argparse
@@ -35,14 +33,11 @@ from nanogap.checks.command import (
 )
 from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_picture, save_picture
-from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS
 from nanogap.image import open_image
-from nanogap.llava import EncodedImage
 from nanogap.methods import find
 from nanogap.methods.in_decoder import prunes_there
-from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, budget_of
 from nanogap.show.draw import draw_results
 from nanogap.show.explain import explain
@@ -53,9 +48,40 @@ from nanogap.weights import DTYPES
 def run(argv: Sequence[str] | None) -> None:
     """Answer one command line."""
     args = parse(argv)
-    model, image, keep = load(args)
-    results = ask(args, model, image, keep)
-    show(args, model, image, keep, results)
+    if not args.expression.strip():
+        raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
+    picture = open_image(args.image)                # mistakes that need no model are found first
+    check_picture("--out", args.out, args.image)
+    prune = find(args.prune)
+    device = None if args.device == "auto" else args.device
+    dtype = None if args.dtype == "auto" else args.dtype
+    with patience(f"loading {args.weights}"):
+        model = nanogap.load(args.weights, device, dtype, args.clip, args.pack)
+    with patience("looking at the image"):
+        image = model.encode_image(picture)
+        keep = budget_of(args.keep, image.n_patches, prune)
+        if set(args.mode) != {"full"} and not prunes_there(prune):   # what it needs to see is kept
+            model.select(image, args.expression, prune, keep, args.seed)
+    with patience("warming up"):     # or the first mode would pay for what the others reuse
+        mode = "gap" if model.device.type == "cpu" else "full"     # CUDA loads kernels by shape
+        model.ground(image, "warm up", "random", 1, mode, max_new_tokens=8)
+    results = {}
+    for mode in dict.fromkeys(args.mode):
+        with patience(f"answering in mode {mode}"):
+            results[mode] = model.ground(image, args.expression, args.prune, keep, mode, args.seed,
+                                         max_new_tokens=args.max_new_tokens, drafts=args.drafts)
+    document = report(args, model, keep, results)
+    drawn = draw_results(picture, results, document["true_box"], "/".join(args.weights.parts[-2:]))
+    save_picture("--out", args.out, drawn)
+    if args.json:
+        print(json.dumps(document))
+        return
+    print_heading(document)
+    if args.explain:
+        explain(model, image, args.expression, results)
+    print_table(document)
+    print_notes(model, results)
+    print(f"picture: {args.out}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -69,31 +95,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
              "weights/llava-1.5-7b-hf where that is present, else mini)")
     add("--prune", metavar="NAME", default="random", action=ListStrategies,
         help=f"{', '.join(STRATEGIES)}, with settings as in \"vispruner(ratio=0.75)\"; "
-             "FILE.py:NAME for one of your own; or list, to be told what each does "
-             "(default: %(default)s)")
+             "FILE.py:NAME: your own; list: what each does (default: %(default)s)")
     add("--keep", metavar="N", type=keep_argument, default="50%",
-        help="visual tokens to keep: a number such as 64, a share such as 25%% or 9.8%%, or auto "
-             "where the strategy can tell (default: 50%%)")
+        help="visual tokens to keep: 64, or 25%%, or auto where the strategy can tell "
+             "(default: 50%%)")
     add("--mode", nargs="+", choices=MODES, default=["full", "shifted", "gap"], metavar="MODE",
         help="full: nothing pruned; shifted, permuted: kept tokens renumbered, in raster order or "
              "by score; gap: their own position IDs; or, in quotes, a mix of these: "
              f"{'; '.join(mode for mode in MODES if ',' in mode)} (default: full shifted gap)")
     add("--clip", metavar="DIR", type=path_argument,
-        help="folder of the CLIP that the vision tower comes from, for strategies that read the "
-             "expression (default: clip_text beside the weights)")
+        help="the CLIP that the vision tower comes from, for strategies that read the expression "
+             "(default: clip_text beside the weights)")
     add("--max-new-tokens", metavar="N", type=count_argument, default=MAX_NEW_TOKENS,
-        help="an answer is cut off after so many tokens (default: %(default)s)")
+        help="an answer is cut off there (default: %(default)s)")
     add("--no-draft", dest="drafts", action="store_false",
         help="one token in each pass of the decoder: the same words, later")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="auto, cpu, cuda or mps (default: auto, which is cuda where there is one)")
+        help="default: auto, cuda where there is one")
     add("--dtype", choices=["auto", *DTYPES], default="auto",
-        help=f"of the weights: auto or {', '.join(DTYPES)} (default: auto, the checkpoint's on a "
-             "GPU, float32 on a CPU, bfloat16 there for large models)")
+        help="default: auto, the checkpoint's on a GPU, float32 or for large models bfloat16 on a "
+             "CPU")
     add("--no-pack", dest="pack", action="store_false",
         help="on a CPU: half the memory for weights, and slower")
     add("--seed", metavar="N", type=whole_number, default=0,
-        help="a whole number, for strategies that draw lots (default: %(default)s)")
+        help="for strategies that draw lots (default: %(default)s)")
     add("--out", metavar="PICTURE", type=path_argument, default=Path("answer.png"),
         help="a .png or .jpg to write (default: %(default)s)")
     add("--json", action="store_true",
@@ -102,57 +127,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.weights = folder_of(args.weights) if args.weights else default_weights()
     return args
-
-
-def load(args: argparse.Namespace) -> tuple[VLM, EncodedImage, int | None]:
-    """The model, the image as it sees it, and how many visual tokens to keep."""
-    if not args.expression.strip():
-        raise NanogapError('the expression is empty; name a thing, such as "the man on the left"')
-    image = open_image(args.image)                  # mistakes that need no model are found first
-    check_picture("--out", args.out, args.image)
-    prune = find(args.prune)
-    device = None if args.device == "auto" else args.device
-    dtype = None if args.dtype == "auto" else args.dtype
-    with patience(f"loading {args.weights}"):
-        model = nanogap.load(args.weights, device, dtype, args.clip, args.pack)
-    with patience("looking at the image"):
-        encoded = model.encode_image(image)
-        keep = budget_of(args.keep, encoded.n_patches, prune)
-        if set(args.mode) != {"full"} and not prunes_there(prune):   # what it needs to see is kept
-            model.select(encoded, args.expression, prune, keep, args.seed)
-    return model, encoded, keep
-
-
-def ask(args: argparse.Namespace, model: VLM, image: EncodedImage,
-        keep: int | None) -> dict[str, Answered]:
-    """The answer in each mode, in the order in which these were given."""
-    with patience("warming up"):     # or the first mode would pay for what the others reuse
-        mode = "gap" if model.device.type == "cpu" else "full"     # CUDA loads kernels by shape
-        model.ground(image, "warm up", "random", 1, mode, max_new_tokens=8)
-    results = {}
-    for mode in dict.fromkeys(args.mode):
-        with patience(f"answering in mode {mode}"):
-            results[mode] = model.ground(image, args.expression, args.prune, keep, mode, args.seed,
-                                         max_new_tokens=args.max_new_tokens, drafts=args.drafts)
-    return results
-
-
-def show(args: argparse.Namespace, model: VLM, image: EncodedImage, keep: int | None,
-         results: dict[str, Answered]) -> None:
-    """Save the picture, and print the table or the document."""
-    document = report(args, model, keep, results)
-    picture = draw_results(open_image(args.image), results, document["true_box"],
-                           "/".join(args.weights.parts[-2:]))
-    save_picture("--out", args.out, picture)
-    if args.json:
-        print(json.dumps(document))
-        return
-    print_heading(document)
-    if args.explain:
-        explain(model, image, args.expression, results)
-    print_table(document, model.box_format.pattern)
-    print_notes(model, results)
-    print(f"picture: {args.out}")
 
 
 @contextmanager

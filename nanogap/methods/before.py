@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from nanogap.methods.settings import Question, Share
 from nanogap.prune import (
     Kept,
     VisualTokens,
@@ -98,12 +97,9 @@ def divprune(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     return Kept(torch.stack(keep).sort().values)
 
 
-HALF = Share(0.5)
-
-
 @strategy(needs={"cls_attention"})
 def vispruner(seen: VisualTokens, budget: int, generator: Generator, *,
-              ratio: Share = HALF) -> Kept:
+              ratio: float = 0.5) -> Kept:
     """Half by the attention of CLS, half without duplicates: VisPruner, arXiv 2412.01818.
 
     The paper is FasterVLM's under a later title.  `ratio` is the first half's share: 0.75 is
@@ -129,7 +125,7 @@ def vispruner(seen: VisualTokens, budget: int, generator: Generator, *,
 
 @strategy(needs={"projected", "aligned", "text"})
 def cdpruner(seen: VisualTokens, budget: int, generator: Generator, *,
-             question: Question = "expression") -> Kept:
+             question: str = "expression") -> Kept:
     """Patches unlike each other, and least like the words: CDPruner, arXiv 2506.10967.
 
     A determinantal point process: the volume that all kept patches span together, each as long as

@@ -15,7 +15,7 @@ from math import ceil
 
 from nanogap.errors import NanogapError
 from nanogap.methods.inside import largest
-from nanogap.methods.settings import IN_DECODER, base_of, settings_of
+from nanogap.methods.settings import COUNTING, IN_DECODER, base_of, settings_of
 from nanogap.prune import needs_of
 
 PUBLISHED_LAYERS = 32   # of the decoder for which the methods give their layers
@@ -47,7 +47,7 @@ METHODS = {   # one of your own cuts as FastV does
     "sparsevlm_plus": Method((3, 7, 16), raters=True, corrected=True),
     "ivc": Method((16,), caches=True),
 }
-Planned = list[tuple[int, int | None]]
+Cuts = Sequence[tuple[int, int | None]]   # (layer, visual tokens; None: it finds how many)
 
 
 def method_of(name: str) -> Method:
@@ -60,7 +60,7 @@ def prunes_there(name: str) -> bool:
     return bool(needs_of(name) & IN_DECODER)
 
 
-def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
+def plan(name: str, N: int, budget: int | None, layers: int) -> Cuts:
     """The cuts of a strategy as (layer, tokens that are kept), for a mean over the layers.
 
     budget:  None where the method or its settings say how many stay
@@ -68,20 +68,26 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Planned:
     raises:  NanogapError where there is no such layer, or the mean cannot be so low
     """
     at = where(name, layers)
-    fixed = fixed_counts(name, N, len(at))
     if budget is None:
-        return list(zip(at, fixed or [None] * len(at), strict=True))
-    if fixed and settings_of(name):
+        return list(zip(at, counts_said(name, N, len(at)), strict=True))
+    if not COUNTING.isdisjoint(settings_of(name)):
         raise NanogapError(f"{name} says itself how many tokens stay: keep is auto for it (None in "
                            "Python)")
+    labels = LABELS.get(base_of(name), {})
+    nearest = min(labels, key=lambda label: abs(label / PUBLISHED_TOKENS - budget / N), default=0)
+    published = labels.get(nearest)
+    if published and len(at) > len(published):
+        raise NanogapError(f"{name} cuts {len(published)} times at most: give ratios for more cuts")
 
-    def cuts(size: float) -> Planned:
-        shares = shares_of(name, size, budget / N, len(at))
+    def cuts(size: float) -> Cuts:
+        shares = [size ** (i + 1) for i in range(len(at))]
+        if published:
+            shares = [size * kept / PUBLISHED_TOKENS for kept in published]
         return [(layer, max(1, min(N, round(N * share))))
-                for layer, share in zip(at, shares, strict=True)]
+                for layer, share in zip(at, shares, strict=False)]
 
     def mean(size: float) -> float:
-        return mean_tokens(name, N, cuts(size), layers)
+        return mean_tokens(name, N, counts(name, N, cuts(size)), layers)
 
     lowest = mean(0)
     if budget < lowest:
@@ -108,60 +114,44 @@ def where(name: str, layers: int) -> list[int]:
     return at
 
 
-def fixed_counts(name: str, N: int, cuts: int) -> list[int | None] | None:
-    """How many tokens a strategy keeps at its cuts by its settings, or by its published rule."""
-    settings = settings_of(name)
+def counts_said(name: str, N: int, cuts: int) -> Sequence[int | None]:
+    """How many tokens stay at each cut by settings or a published rule; None: it finds them."""
+    settings, method = settings_of(name), base_of(name)
+    said: list[int | None] = [None] * cuts
     if "label" in settings:
-        return [min(kept, N) for kept in LABELS[base_of(name)][settings["label"]]]
-    if "drop" in settings:
-        return [max(1, round(N * (1 - settings["drop"])))]
-    ratios = settings.get("ratios")
-    if ratios is None and base_of(name) == "pyramiddrop":
-        ratios = [0.5 ** (i + 1) for i in range(cuts)]
-    if ratios is not None and (len(ratios) < cuts or len(ratios) > cuts and "layers" in settings):
-        raise NanogapError(f"{name} cuts {cuts} times: give as many ratios")
-    return ratios and [max(1, int(N * ratio + 1e-6)) for ratio in ratios[:cuts]]
+        said = [min(kept, N) for kept in LABELS[method][settings["label"]]]
+    elif "drop" in settings:
+        said = [max(1, round(N * (1 - settings["drop"])))]
+    elif "ratios" in settings or method == "pyramiddrop":
+        ratios = settings.get("ratios", [0.5 ** (i + 1) for i in range(cuts)])
+        said = [max(1, int(N * ratio + 1e-6)) for ratio in ratios]
+    if len(said) < cuts or len(said) > cuts and "layers" in settings:
+        raise NanogapError(f"{name} cuts {cuts} times: give as many layers and ratios")
+    return said[:cuts]
 
 
-def shares_of(name: str, size: float, share: float, count: int) -> list[float]:
-    """Which share of the visual tokens a method keeps at each of its cuts, for a size to be found.
-
-    share: of them in the mean, by which SparseVLM takes the nearest of its published budgets
-    """
-    labels = LABELS.get(base_of(name))
-    if labels is None:
-        return [size ** (i + 1) for i in range(count)]
-    nearest = labels[min(labels, key=lambda own: abs(own / PUBLISHED_TOKENS - share))]
-    if count > len(nearest):
-        raise NanogapError(f"{name} cuts at most {len(nearest)} times, unless ratios say how many "
-                           "tokens stay at each cut")
-    return [size * kept / PUBLISHED_TOKENS for kept in nearest[:count]]
-
-
-def counts(name: str, N: int, cuts: Sequence[tuple[int, int | None]]) -> Planned:
+def counts(name: str, N: int, cuts: Cuts) -> Cuts:
     """Visual tokens from each cut of a plan on, those that are added included."""
-    found: Planned = []
-    n = N
+    found, n = [], N
     for layer, kept in cuts:
-        dropped = 0 if kept is None else max(0, n - kept)
-        n -= dropped
-        if method_of(name).recycles and dropped > 0:
-            n += (int(0.3 * dropped) + 1) // 10 + 1
-        found.append((layer, None if kept is None else n))
+        if kept is not None and kept < n:
+            recycled = int(0.3 * (n - kept)) + 1
+            n = kept + (recycled // 10 + 1 if method_of(name).recycles else 0)
+        found.append((layer, kept and n))
     return found
 
 
-def mean_tokens(name: str, N: int, cuts: Sequence[tuple[int, int | None]], layers: int) -> float:
-    """Visual tokens in the mean over the caches of all layers: see `counts`."""
+def mean_tokens(name: str, N: int, counted: Cuts, layers: int) -> float:
+    """Visual tokens in the mean over the caches of all layers, by what `counts` gives."""
     held = [N] * layers
-    for layer, left in counts(name, N, cuts):
+    for layer, n in counted:
         first = 1 if method_of(name).caches else layer
-        held[first:] = [left or N] * (layers - first)
+        held[first:] = [n or N] * (layers - first)
     return sum(held) / layers
 
 
-def cuts_in_words(name: str, cuts: Sequence[tuple[int, int | None]], layers: int) -> str:
+def cuts_in_words(name: str, counted: Cuts, layers: int) -> str:
     """The cuts for people, in one line."""
-    left = ", ".join(f"{kept or 'what it finds'} from layer {layer} on" for layer, kept in cuts)
+    left = ", ".join(f"{n or 'what it finds'} from layer {layer} on" for layer, n in counted)
     below = ", and in the caches of all layers but 0" if method_of(name).caches else ""
     return f"{name} in {layers} layers, counted from 0: visual tokens cut to {left}{below}"

@@ -26,7 +26,7 @@ from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, Answer, Keep, Result
 from nanogap.llama import KVCache, LlamaAttention, LlamaModel, rotate
 from nanogap.llava import EncodedImage, Llava
-from nanogap.methods.cuts import Planned, counts, cuts_in_words, method_of, plan, prunes_there
+from nanogap.methods.cuts import counts, cuts_in_words, mean_tokens, method_of, plan, prunes_there
 from nanogap.prune import STRATEGIES, VisualTokens, budget_of, needs_of
 
 __all__ = ["Pruned", "counts", "cuts_in_words", "ground", "plan", "prunes_there"]
@@ -45,7 +45,7 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
     """Find what an expression refers to, with cuts in the decoder: see nanogap/ground.py."""
     encoded = model.encode_image(image)
     N, decoder = encoded.n_visual, model.language_model.model
-    cuts = plan(prune, N, budget_of(keep, N, prune), len(decoder.layers))
+    cuts = dict(plan(prune, N, budget_of(keep, N, prune), len(decoder.layers)))
     input_ids = model.encode_question(question or model.template.question(expression))
     P, A = model.around_image(input_ids)
     reader = Reader(decoder, prune, mode, seed, cuts, P, N, A)
@@ -58,11 +58,11 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
 
     result = lesson.ground(model, encoded, expression, prune, torch.arange(N), mode, seed,
                            max_new_tokens=max_new_tokens, question=question, decode=decode)
-    last = reader.layouts[-1]
+    last, made = reader.layouts[-1], [(layer, reader.n_visual(layer)) for layer in reader.cuts]
     return Pruned(**vars(result) | {
-        "keep": last.kept, "position_ids": last.position_ids,
-        "next_position": last.next_position, "visual_tokens": reader.visual_tokens,
-        "cuts": [(layer, reader.n_visual(layer)) for layer in reader.cuts]})
+        "keep": last.kept, "position_ids": last.position_ids, "cuts": made,
+        "next_position": last.next_position,
+        "visual_tokens": mean_tokens(prune, N, made, len(decoder.layers))})
 
 
 class Reader:
@@ -71,13 +71,11 @@ class Reader:
     It is called as the decoder is that it reads with: with the prompt, and then token by token.
     """
 
-    visual_tokens: float          # in the mean over the caches of all layers
-
-    def __init__(self, decoder: LlamaModel, prune: str, mode: str, seed: int, cuts: Planned,
+    def __init__(self, decoder: LlamaModel, prune: str, mode: str, seed: int, cuts: dict[int, Any],
                  P: int, N: int, A: int) -> None:
         self.decoder, self.prune, self.mode, self.seed = decoder, prune, mode, seed
         self.config, self.embed_tokens = decoder.config, decoder.embed_tokens
-        self.cuts, self.method = dict(cuts), method_of(prune)
+        self.cuts, self.method = cuts, method_of(prune)   # layer -> visual tokens it keeps
         self.P, self.N, self.A = P, N, A
         everything = lay_out(torch.arange(N), P, N, A, mode)
         self.layouts = [everything] * len(decoder.layers)   # which token stands where, by layer
@@ -106,9 +104,6 @@ class Reader:
                 ids = layout.position_ids.to(x.device) if reading else layout.next_position + t
                 cos, sin = self.decoder.angles(ids, x.dtype)
             fed, x = x, layer(x, cos, sin, cache)
-        if reading:
-            rows = [length - self.P - self.A for length in cache.lengths]
-            self.visual_tokens = sum(rows) / len(rows)
         return self.decoder.norm(x)
 
     def cut(self, layer: int, fed: Tensor, x: Tensor, cache: KVCache) -> Tensor:
@@ -122,26 +117,27 @@ class Reader:
         visual, budget = x[0, P:P + n], self.cuts[layer]                      # (n, C)
         kept = STRATEGIES[self.prune](VisualTokens(visual, 1, n, fields), budget and min(budget, n),
                                       Generator().manual_seed(self.seed))
+        if kept.features is not None:
+            x[0, P + kept.ranked] = kept.features
         # patches come first; those added at earlier cuts have no place in the image, and stay last
-        ranked = kept.ranked.cpu()                                            # (K,)
-        is_patch = ranked < len(before.kept)
-        patches, others = is_patch.nonzero()[:, 0], (~is_patch).nonzero()[:, 0]
-        left = lay_out(before.kept[ranked[patches]], P, self.N, self.A, self.mode,
+        ranked, n_before = kept.ranked.cpu(), len(before.kept)                # (K,)
+        patches, others = ranked[ranked < n_before], ranked[ranked >= n_before]
+        left = lay_out(before.kept[patches], P, self.N, self.A, self.mode,
                        len(others) + kept.n_added)
         self.layouts[layer:] = [left] * len(self.layouts[layer:])
-        order = torch.cat([patches[left.order], others])                      # (K,)
-        stays = torch.cat([torch.arange(P), P + ranked[order], torch.arange(P + n, x.shape[1])])
+        visual = P + torch.cat([patches[left.order], others])                 # (K,)
+        stays = torch.cat([torch.arange(P), visual, torch.arange(P + n, x.shape[1])])
+        stays = stays.to(x.device)                                            # (P + K + A,)
         if self.method.caches:
             for below in range(1, layer):
                 for rows in (cache.keys[below], cache.values[below]):         # (B, G, rows, D)
-                    rows[:, :, :len(stays)] = rows[:, :, stays.to(x.device)]
+                    rows[:, :, :len(stays)] = rows[:, :, stays]
                 cache.lengths[below] = len(stays)
-        x = x[0, stays.to(x.device)]                                          # (P + K + A, C)
-        if kept.features is not None:
-            x[P:P + len(ranked)] = kept.features[order.to(x.device)]
-        if kept.added is not None:
-            x = torch.cat([x[:P + len(ranked)], kept.added, x[P + len(ranked):]])
-        return x[None]
+        x = x[:, stays]                                                       # (1, P + K + A, C)
+        if kept.added is None:
+            return x
+        before_added, text = x.split([P + len(ranked), self.A], dim=1)
+        return torch.cat([before_added, kept.added[None], text], dim=1)
 
     def fields(self, layer: int, x: Tensor, ids: Tensor, n: int) -> dict[str, Tensor]:
         """What the strategy needs to see of what a layer is fed (1, T, C): see inside.py."""

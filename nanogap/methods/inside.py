@@ -7,14 +7,13 @@ cuts.py reads them.
 Letters: n visual tokens at a cut, Q tokens of the question, H heads, C channels.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from nanogap.methods.settings import Share
 from nanogap.prune import FIELDS, Kept, VisualTokens, ranked, strategy, without
 
 FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
@@ -24,13 +23,12 @@ FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
     "axes":            "(2, n)      mean cosine and sine of RoPE at each one's position ID",
 }
 Layers = list[int] | None           # before which it cuts
-Ratios = list[Share] | None         # of the visual tokens, that stay at each cut
-Label = Literal[192, 128, 96, 64] | None   # what SparseVLM's code calls a budget
+Ratios = list[float] | None         # of the visual tokens, that stay at each cut
 
 
 @strategy(needs={"attention"})
 def fastv(seen: VisualTokens, budget: int, generator: Generator, *, layer: int | None = None,
-          drop: Share | None = None) -> Kept:
+          drop: float | None = None) -> Kept:
     """Patches that the prompt's last token attends to in a decoder layer: FastV, arXiv 2403.06764.
 
     The paper speaks of the attention of all tokens; its code takes the last one's row, as here.
@@ -52,7 +50,7 @@ def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *, layers
 
 @strategy(needs={"attention"})
 def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
-              ratios: Ratios = None, label: Label = None) -> Kept:
+              ratios: Ratios = None, label: int | None = None) -> Kept:
     """Patches that the raters attend to, and clusters of some others: SparseVLM, arXiv 2410.04417.
 
     Of those dropped, the best 30 % and one are clustered, ten to a cluster, and the mean of each
@@ -71,7 +69,7 @@ def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: 
 
 @strategy(needs={"attention"})
 def sparsevlm_plus(seen: VisualTokens, budget: int, generator: Generator, *,
-                   layers: Layers = None, ratios: Ratios = None, label: Label = None) -> Kept:
+                   layers: Layers = None, ratios: Ratios = None, label: int | None = None) -> Kept:
     """Patches that the raters attend to in the heads that look at the image most: SparseVLM+.
 
     The code takes 14 heads, of the 32 of a 7B; of other numbers it is the same share here.  No
@@ -138,15 +136,8 @@ def ivc(seen: VisualTokens, budget: int | None, generator: Generator, *,
     return Kept(stay(largest(lambda scale: len(stay(scale)) <= budget, 20)))
 
 
-def largest(fits: Callable[[float], bool], high: float) -> float:
+def largest(fits: Callable[[float], bool], high: int) -> float:
     """The largest size up to `high` that fits, where 0 does, and all below one that does."""
-    if fits(high):
-        return high
-    low = 0.0
-    for _ in range(64):                               # halves: more than a float can tell apart
-        middle = (low + high) / 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+    one = 2 ** 50                                     # in steps as small as a float can tell apart
+    too_large = bisect_left(range(1 + high * one), True, key=lambda step: not fits(step / one))
+    return (too_large - 1) / one

@@ -1,10 +1,10 @@
-"""Strategies by what a person writes: "name(setting=value)", "FILE.py:NAME", "package.module:NAME".
+"""Strategies by what a person writes: "name(setting=value)", or "FILE.py:NAME".
 
 One of your own, from a file or from your program, is handed a copy of what was seen, so it cannot
 change what others see; and what it returns is checked, in lines that name it.
 """
 
-import importlib
+import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,6 @@ from functools import cache, wraps
 from inspect import unwrap
 from pathlib import Path
 from traceback import extract_tb
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,85 +38,65 @@ def find(spec: str) -> str:
     elif name not in STRATEGIES:
         raise NanogapError(f"unknown strategy {name!r:.80}: choose from {', '.join(BUILT_IN)}, "
                            "or give one of your own as FILE.py:NAME")
-    elif name not in BUILT_IN:
+    elif STRATEGIES[name] is not BUILT_IN.get(name):
         STRATEGIES[name] = guarded(name, STRATEGIES[name])
-    elif STRATEGIES[name] is not BUILT_IN[name]:
-        raise NanogapError(f"{name} is a strategy that is built in: give yours another name")
     return configure(name, text) if bracket else name
 
 
 def code_of(name: str) -> str:
     """The file that a strategy comes from: of those that are built in, none."""
-    function = getattr(STRATEGIES[name], "of", STRATEGIES[name])
-    return "" if function in BUILT_IN.values() else place_of(function)[0]
-
-
-def place_of(function: Strategy) -> tuple[str, int | None]:
-    """The file and the line where a strategy begins."""
-    code = getattr(unwrap(function), "__code__", None)
-    return (code.co_filename, code.co_firstlineno) if code else ("", None)
+    function = unwrap(STRATEGIES[name])
+    code = None if function in BUILT_IN.values() else getattr(function, "__code__", None)
+    return code.co_filename if code else ""
 
 
 @contextmanager
-def in_a_line(what: str, file: str, line: int | None) -> Iterator[None]:
+def in_a_line(what: str, file: str) -> Iterator[None]:
     """What goes wrong in a person's own code may be anything; say it, and where to mend it."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except (Exception, SystemExit) as error:
-        for frame in extract_tb(error.__traceback__):
-            if frame.filename == file:
-                line = frame.lineno
+        lines = [each.lineno for each in extract_tb(error.__traceback__) if each.filename == file]
         told = f"{error}" if isinstance(error, NanogapError) else f"{type(error).__name__}: {error}"
-        place = f"; mend it in {file}, line {line}" if line else ""
+        place = f"; mend it in {file}, line {lines[-1]}" if lines else ""
         raise NanogapError(f"{what}: {told:.400}{place}") from error
 
 
 def read(name: str) -> Strategy:
-    """The function that "FILE.py:NAME" or "package.module:NAME" names."""
+    """The function that "FILE.py:NAME" names."""
     file, _, function = name.rpartition(":")
     path, known = Path(file).resolve(), dict(STRATEGIES)
-    if path.suffix == ".py" and not path.is_file():
+    if not path.is_file():
         raise NanogapError(f"{name!r:.200}: there is no file {file:.200}; give FILE.py:NAME")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
     try:
-        with in_a_line(f"{file} cannot be imported", str(path), None):
-            module = (read_file(path, path.stat().st_mtime_ns) if path.suffix == ".py"
-                      else importlib.import_module(file))
+        with in_a_line(f"{file} cannot be imported", str(path)):
+            found = read_file(path, path.stat().st_mtime_ns).get(function)
     finally:               # its decorators note what is needed; they enter and replace nothing
         STRATEGIES.clear()
         STRATEGIES.update(known)
-    found = getattr(module, function, None)
     if not callable(found):
         raise NanogapError(f"{file} has no function {function!r}; give FILE.py:NAME")
     return found
 
 
 @cache
-def read_file(path: Path, changed: int) -> ModuleType:
-    """A file as a module, which stands in sys.modules under its path.
-
-    changed: when, so that a file that was edited is read again, and no older code is run
-    """
-    module = ModuleType(str(path))
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module
-    exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
-    return module
+def read_file(path: Path, changed: int) -> dict[str, Any]:
+    """What a file defines.  changed: when, so that a file that was edited is read again."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))     # for what it imports from beside it
+    return runpy.run_path(str(path))
 
 
 def guarded(name: str, function: Strategy) -> Strategy:
     """The strategy as it is run: on a copy, and what goes wrong in it is a line that names it."""
-    if hasattr(function, "guarded") or hasattr(function, "settings"):
+    if hasattr(function, "guarded"):
         return function
 
     @wraps(function)
     def run(seen: VisualTokens, budget: Any, generator: Generator, **settings: Any) -> Kept:
         fields = {field: value.clone() for field, value in seen.fields.items()}
         copy = replace(seen, features=seen.features.clone(), fields=fields)
-        with in_a_line(f"the strategy {name}", *place_of(function)):
+        with in_a_line(f"the strategy {name}", code_of(name)):
             return checked(function(copy, budget, generator, **settings), seen.features, budget)
 
     run.__dict__["guarded"] = True

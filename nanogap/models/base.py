@@ -128,6 +128,7 @@ class VLM(Llava):
             rows = [guide.text_projection(guide.text_model(part[None]))
                     for part in ids.to(self.device).split(longest)]
             seen.fields["question"] = torch.cat(rows)                         # (S, E)
+            seen.fields.setdefault("text", seen.fields["question"][0])        # for those of one row
         return seen
 
     def views(self, image: EncodedImage) -> list[Tensor]:
@@ -144,18 +145,14 @@ class VLM(Llava):
         return self.frame.cells(image.rows, image.columns, image.width, image.height)
 
     def padding(self, image: EncodedImage, kept: Tensor) -> float:
-        """Which share of the patches among (K,) tokens shows no part of the picture, only padding.
-
-        0 where there are none, as where SparseVLM keeps only what it added at an earlier cut
-        """
+        """Which share of the patches among (K,) tokens shows only padding; 0 of none."""
         x1, y1, x2, y2 = self.cells(image)[kept.cpu()].T
         outside = (x2 <= 0) | (y2 <= 0) | (x1 >= image.width) | (y1 >= image.height)
         patches = x1 < x2                                            # the others are newlines
         return float((outside & patches).sum() / patches.sum().clamp(min=1))
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
-        """What becomes of a picture, for --explain: as squares, and in the tower, a heading first.
-        """
+        """For --explain: how a picture becomes squares; what the tower does, a heading first."""
         c, side = self.config.vision, max(image.width, image.height)
         square = [f"{image.width} x {image.height} pixels, padded to {side} x {side},",
                   f"resized to pixel_values (1, 3, {c.image_size}, {c.image_size})"]

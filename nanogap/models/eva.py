@@ -10,6 +10,7 @@ Letters: B batch, N patches, C channels, H heads, D head dim; T tokens, or 1 + N
 
 from collections.abc import Sequence
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,11 @@ def interpolate_positions(table: Tensor, grid: int) -> Tensor:
     return torch.cat([cls, square.flatten(2).transpose(1, 2)], dim=1)
 
 
-def fit_positions(tower: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+def fit_positions(tower: Any, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Interpolate the position table of a state that is loaded, where it has another size."""
-    table, ours = state.get(f"{prefix}pos_embed"), tower.get_parameter("pos_embed")
-    if table is not None and table.shape[1] != ours.shape[1]:
-        fitted = interpolate_positions(table, isqrt(ours.shape[1] - 1))
-        state[f"{prefix}pos_embed"] = fitted.to(table.dtype)
+    name, grid = f"{prefix}pos_embed", tower.config.grid
+    if name in state and state[name].shape[1] != 1 + grid ** 2:
+        state[name] = interpolate_positions(state[name], grid).to(state[name].dtype)
 
 
 class EvaAttention(nn.Module):

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 
 from nanogap.errors import NanogapError
-from nanogap.image import Box, to_pixel_values
+from nanogap.image import to_pixel_values
 from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
 from nanogap.methods.settings import settings_of
 from nanogap.models.base import VLM
@@ -47,12 +47,6 @@ Size = tuple[int, int]
 class LlavaNextConfig(LlavaConfig):
     image_grid_pinpoints: tuple[Size, ...] = ()   # (height, width) of canvases; (): as published
     decoder: str = "llama"                        # or "mistral", which has a template of its own
-
-    @property
-    def pinpoints(self) -> tuple[Size, ...]:
-        """(height, width) of each canvas that may be cut into tiles, pixels."""
-        size = self.vision.image_size
-        return self.image_grid_pinpoints or tuple((r * size, c * size) for r, c in GRIDS)
 
 
 # ----- the picture --------------------------------------------------------------------------------
@@ -125,19 +119,12 @@ class Tiles(Padded):
         shown[:] = tokens[:, :C]                                              # newlines come last
         return canvas, R, C
 
-    def canvas_area(self, width: int, height: int) -> Box:
-        """Where its canvas lies around a picture: left, top, width, height, pixels of it."""
-        H, W = self.canvas(width, height)
-        left, top, across, down = self.placed(width, height)
-        x, y = width / across, height / down                  # pixels of the picture to one of it
-        return -left * x, -top * y, W * x, H * y
-
 
 @dataclass(kw_only=True)
 class Part(EncodedImage):
     """The base view, or what is left of one tile: a rectangle of patches that the tower saw."""
 
-    index: Tensor             # (k,) which visual token each of its patches is
+    index: Tensor             # (rows, columns) which visual token each of its patches is
 
 
 @dataclass(kw_only=True)
@@ -145,59 +132,48 @@ class EncodedTiles(EncodedImage):
     """A picture as base view and tiles; `rows` and `columns` are those of the tiles' grid."""
 
     parts: list[Part]
+    row_end: Tensor           # (N,) the newline that closes each token's row; -1 in the base view
 
     @property
     def n_patches(self) -> int:
         """How many visual tokens a strategy can choose from: not the newlines."""
         return self.n_visual - self.rows
 
-    def row_end(self, tokens: Tensor) -> Tensor:
-        """The newline that closes the row of each token; -1 in the base view, which has none."""
-        length = self.columns + 1
-        base = self.n_visual - self.rows * length
-        return torch.where(tokens < base, -1, tokens + self.columns - (tokens - base) % length)
-
 
 # ----- what is kept of all parts ------------------------------------------------------------------
 
 
-def shared_out(budget: int, sizes: Sequence[int]) -> list[int]:
-    """Whole shares of a budget, in proportion to sizes; the largest fractions are rounded up."""
-    exact = [budget * size / sum(sizes) for size in sizes]
-    shares = [int(share) for share in exact]
-    largest_first = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
-    for i in largest_first[:budget - sum(shares)]:
-        shares[i] += 1
-    return shares
+def shared_out(budget: int, sizes: Sequence[int], equally: bool = False) -> list[int]:
+    """Whole shares of a budget: in proportion to sizes, the largest fractions rounded up.
 
-
-def shared_equally(budget: int, sizes: Sequence[int]) -> list[int]:
-    """The same share for each, as published codes have it: strategies with crops=equal.
-
-    differs: they count padding too; a part that has fewer patches leaves the rest to the others
+    equally: the same share for each, as published codes have it: strategies with crops=equal.
+             differs: they count padding too; a part that has fewer patches leaves the rest to
+             the others
     """
+    due = [budget / len(sizes) if equally else budget * size / sum(sizes) for size in sizes]
     shares = [0] * len(sizes)
     for _ in range(budget):
-        not_full = [i for i, size in enumerate(sizes) if shares[i] < size]
-        shares[min(not_full, key=shares.__getitem__)] += 1
+        lacking = {i: due[i] - shares[i] for i, size in enumerate(sizes) if shares[i] < size}
+        shares[max(lacking, key=lacking.__getitem__)] += 1
     return shares
 
 
-def close_rows(ranked: Tensor, features: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the newline that closes a row behind the last patch of it that was kept, as zeros.
+def close_rows(ranked: Sequence[int], row_end: Sequence[int]) -> list[int]:
+    """Put the newline that closes a row behind the last patch of it that was kept.
 
-    ranked, features: (K,) and (K, C) what was kept
-    ends:             (K,) which visual token closes the row of each, -1 where none does
+    ranked:  (K,) visual tokens that were kept
+    row_end: (N,) the newline that closes the row of each visual token, -1 where none does
     differs: the published codes of pruning for LLaVA-1.6 leave these tokens out; here they stay, as
              the other tokens that are no patches do.  They have no scores: where patches go by rank
              a row is closed behind the lowest of it
     """
-    last = {end: place for place, end in enumerate(ends.tolist()) if end >= 0}   # of each row
-    places = torch.tensor([*range(len(ranked)), *(place + 0.5 for place in last.values())])
-    order = places.argsort()
-    tokens = torch.cat([ranked, torch.tensor([*last], dtype=torch.long)])
-    rows = torch.cat([features, features.new_zeros(len(last), features.shape[1])])
-    return tokens[order], rows[order.to(rows.device)]
+    last = {row_end[token]: token for token in ranked}        # of each row
+    closed = []
+    for token in ranked:
+        closed.append(token)
+        if row_end[token] >= 0 and last[row_end[token]] == token:
+            closed.append(row_end[token])
+    return closed
 
 
 # ----- the model ----------------------------------------------------------------------------------
@@ -218,8 +194,9 @@ class LlavaNext(VLM):
 
     def __init__(self, config: LlavaNextConfig) -> None:
         super().__init__(config)
-        self.frame = Tiles(pinpoints=config.pinpoints, size=config.vision.image_size,
-                           grid=config.vision.grid)
+        size, grid = config.vision.image_size, config.vision.grid
+        published = tuple((rows * size, columns * size) for rows, columns in GRIDS)
+        self.frame = Tiles(pinpoints=config.image_grid_pinpoints or published, size=size, grid=grid)
         self.template = TEMPLATES[config.decoder]
         if config.decoder == "mistral":
             self.later = "[INST] {} [/INST]"
@@ -245,18 +222,22 @@ class LlavaNext(VLM):
             raise NanogapError(f"a picture of {width} x {height} pixels is {len(squares)} squares, "
                                f"and pixel_values holds {len(pixel_values)}: give its size")
         before, after = self.vision_tower(pixel_values)               # (1 + tiles, 1 + n * n, C)
-        features = after.new_zeros(n * n + R * (C + 1), after.shape[-1])      # (N, C)
+        ends = n * n - 1 + torch.arange(1, R + 1) * (C + 1)                   # (R,) newlines
+        row_end = torch.cat([base.new_full((n * n,), -1), ends.repeat_interleave(C + 1)])
+        features = after.new_zeros(len(row_end), after.shape[-1])             # (N, C)
         parts = []
         for square, token in enumerate(squares):
-            stays = token >= 0                                                # (n, n)
-            patches = stays.flatten().nonzero()[:, 0].to(after.device)        # (k,)
+            shown = token >= 0                                                # (n, n)
+            patches = shown.flatten().nonzero()[:, 0].to(after.device)        # (k,)
             if len(patches) == 0:
                 continue
-            index, seen = token[stays], after[square, 1:][patches]            # (k,), (k, C)
-            features[index.to(after.device)] = seen
-            parts.append(Part(width, height, seen, int(stays.any(1).sum()), int(stays.any(0).sum()),
+            index = token[shown.any(1)][:, shown.any(0)]                      # (rows, columns)
+            rows, columns = index.shape
+            seen = after[square, 1:][patches]                                 # (k, C)
+            features[index.flatten().to(after.device)] = seen
+            parts.append(Part(width, height, seen, rows, columns,
                               (before[square], after[square], patches), index=index))
-        return EncodedTiles(width, height, features, R, C, None, parts=parts)
+        return EncodedTiles(width, height, features, R, C, None, parts=parts, row_end=row_end)
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
         """What the tower tells of a square, of the patches that are left of it.
@@ -274,30 +255,31 @@ class LlavaNext(VLM):
                seed: int) -> Kept:
         """Which patches a strategy keeps of each part, by its share of the budget; and newlines."""
         assert isinstance(image, EncodedTiles)
-        sizes = [len(part.index) for part in image.parts]
-        share_out = shared_equally if settings_of(prune).get("crops") == "equal" else shared_out
-        shares = [None] * len(sizes) if budget is None else share_out(budget, sizes)
+        sizes = [part.n_visual for part in image.parts]
+        equally = settings_of(prune).get("crops") == "equal"
+        shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes, equally)
         generator = Generator().manual_seed(seed)             # one for all parts: they differ
-        ranked, features, added = [], [], []
+        features = image.features.clone()                                     # (N, C)
+        ranked, added = [], []
         for part, share in zip(image.parts, shares, strict=True):
             if share == 0:
                 continue
             kept = STRATEGIES[prune](self.see(part, needs_of(prune), expression), share, generator)
-            own = part.features[kept.ranked.to(part.features.device)]         # (k, C)
-            ranked.append(part.index[kept.ranked.cpu()])                      # (k,)
-            features.append(own if kept.features is None else kept.features)
+            tokens = part.index.flatten()[kept.ranked.cpu()]                  # (k,)
+            if kept.features is not None:
+                features[tokens.to(features.device)] = kept.features
             if kept.added is not None:
                 added.append(kept.added)
-        tokens = torch.cat(ranked)                                            # (K,)
-        closed = close_rows(tokens, torch.cat(features), image.row_end(tokens))
-        return Kept(*closed, torch.cat(added) if added else None)
+            ranked += tokens.tolist()
+        keep = torch.tensor(close_rows(ranked, image.row_end.tolist()))       # (K,)
+        return Kept(keep, features[keep.to(features.device)], torch.cat(added) if added else None)
 
     def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
         """Patches go through the projector, and a newline is the same vector everywhere."""
         assert isinstance(image, EncodedTiles)
         visual = super().visual_tokens(image, kept, order)                    # (K + M, C')
         indices = kept.ranked[order]                                          # (K,)
-        newline = (image.row_end(indices) == indices).nonzero()[:, 0]
+        newline = (image.row_end[indices] == indices).nonzero()[:, 0]
         visual[newline.to(visual.device)] = self.image_newline
         return visual
 
@@ -306,14 +288,16 @@ class LlavaNext(VLM):
     def views(self, image: EncodedImage) -> list[Tensor]:
         """The base view, and what is left of each tile."""
         assert isinstance(image, EncodedTiles)
-        return [part.index.view(part.rows, part.columns) for part in image.parts]
+        return [part.index for part in image.parts]
 
     def cells(self, image: EncodedImage) -> Tensor:
         """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
         width, height, n = image.width, image.height, self.config.vision.grid
-        canvas, _, _ = self.frame.number(width, height)
+        (H, W), (canvas, _, _) = self.frame.canvas(width, height), self.frame.number(width, height)
+        left, top, across, down = self.frame.placed(width, height)
         rows, columns = canvas.shape
-        tiles = cells(rows, columns, self.frame.canvas_area(width, height))   # of all its patches
+        x, y = width / across, height / down      # pixels of the picture to one of its canvas
+        tiles = cells(rows, columns, (-left * x, -top * y, W * x, H * y))     # of all its patches
         at = torch.zeros(image.n_visual, 4)
         at[:n * n] = cells(n, n, (0, 0, width, height))
         at[canvas[canvas >= 0]] = tiles[canvas.flatten() >= 0]
@@ -347,7 +331,7 @@ class LlavaNext(VLM):
     def settings(self, dtype: str) -> dict[str, dict]:
         """The same files, with what LLaVA-1.6 adds."""
         files = super().settings(dtype)
-        pinpoints = {"image_grid_pinpoints": self.config.pinpoints}
+        pinpoints = {"image_grid_pinpoints": self.frame.pinpoints}
         files["config.json"] |= pinpoints
         files["config.json"]["text_config"]["model_type"] = self.config.decoder
         if self.config.decoder == "mistral":

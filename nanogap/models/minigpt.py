@@ -61,12 +61,6 @@ HUNDREDTHS = WithoutBlanks(
 class MiniGPTConfig(LlavaConfig):
     vision_feature_layer: int = -1         # there is no other choice
 
-    def __post_init__(self) -> None:
-        if self.vision.grid % MEMBERS:
-            raise NanogapError(f"config.json: image_size {self.vision.image_size} makes "
-                               f"{self.vision.grid} patches to a row, and MiniGPT-v2 makes one "
-                               f"token of every {MEMBERS} of them: give a multiple of {MEMBERS}")
-
 
 def four_to_one(patches: Tensor) -> Tensor:
     """Patches (..., N * 4, C) in raster order -> tokens (..., N, 4 * C): neighbours in a row."""
@@ -89,6 +83,7 @@ class MiniGPT(VLM):
     template = LLAMA_2
     box_format = HUNDREDTHS
     special_tokens = ("<ImageHere>",)      # of a model that is trained here
+    fixed = {"model_type": "minigpt_v2"}
     rename = ((r"^visual_encoder\.", "vision_tower."), (r"^llama_model\.", "language_model."))
     on_disk = ((r"^vision_tower\.", "visual_encoder."), (r"^language_model\.", "llama_model."))
 
@@ -152,10 +147,7 @@ class MiniGPT(VLM):
         """config.json, every key spelled out, and generation_config.json."""
         files = super().settings(dtype)
         config = files["config.json"]
-        vision = asdict(self.config.vision) | {"model_type": "eva_vit_g", "hidden_act": "gelu"}
-        return {
-            "config.json": {
-                "model_type": "minigpt_v2", "image_token_index": config["image_token_index"],
-                "text_config": config["text_config"], "vision_config": vision,
-                "torch_dtype": dtype},
-            "generation_config.json": files["generation_config.json"]}
+        config["vision_config"] |= {"model_type": "eva_vit_g", "hidden_act": "gelu"}
+        keys = ("model_type", "image_token_index", "text_config", "vision_config", "torch_dtype")
+        return {"config.json": {key: config[key] for key in keys},
+                "generation_config.json": files["generation_config.json"]}

@@ -4,8 +4,7 @@ Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart),
 The widest line is drawn first: where boxes coincide, each still shows inside the one before.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -61,21 +60,12 @@ def dim_dropped(image: Image.Image, kept: Sequence[int], cells: Tensor) -> Image
 # ----- boxes --------------------------------------------------------------------------------------
 
 
-def dashes(a: Sequence[float], b: Sequence[float], dash: tuple[int, int] | None) -> Iterator[Box]:
-    """The pieces of a line from a to b, each (x1, y1, x2, y2); whole where there is no dash."""
-    length = math.dist(a, b)
-    if dash is None or length == 0:
-        yield a[0], a[1], b[0], b[1]
-        return
-    on, off = dash
+def dashes(length: float, dash: tuple[int, int] | None) -> list[tuple[float, float]]:
+    """Where each piece of a line begins and ends; the line is whole where there is no dash."""
+    on, off = dash or (max(length, 1), 0)
     count = max(1, round((length + off) / (on + off)))
     step = (length - on) / max(1, count - 1)                  # the last piece ends in the corner
-    dx = (b[0] - a[0]) / length
-    dy = (b[1] - a[1]) / length
-    for i in range(count):
-        start = i * step
-        end = min(start + on, length)
-        yield a[0] + start * dx, a[1] + start * dy, a[0] + end * dx, a[1] + end * dy
+    return [(i * step, min(i * step + on, length)) for i in range(count)]
 
 
 def stroke(pen: ImageDraw.ImageDraw, boxes: Sequence[tuple[Box, Style]]) -> None:
@@ -83,9 +73,9 @@ def stroke(pen: ImageDraw.ImageDraw, boxes: Sequence[tuple[Box, Style]]) -> None
     for edge in (EDGE, 0):
         for (x1, y1, x2, y2), (colour, width, dash) in boxes:
             radius = width // 2 + edge
-            pieces = [*dashes((x1, y1), (x2, y1), dash), *dashes((x1, y1), (x1, y2), dash),
-                      *dashes((x2, y1), (x2, y2), dash), *dashes((x1, y2), (x2, y2), dash)]
-            for left, top, right, bottom in pieces:
+            across = [(x1 + a, y, x1 + b, y) for y in (y1, y2) for a, b in dashes(x2 - x1, dash)]
+            down = [(x, y1 + a, x, y1 + b) for x in (x1, x2) for a, b in dashes(y2 - y1, dash)]
+            for left, top, right, bottom in across + down:
                 pen.rectangle((left - radius, top - radius, right + radius, bottom + radius),
                               fill=INK if edge else colour)
 
@@ -109,17 +99,22 @@ def draw_boxes(pen: ImageDraw.ImageDraw, boxes: Mapping[str, Box], truth: Box | 
     stroke(pen, [(boxes[mode], style) for mode, style in STYLES.items() if mode in boxes])
     if truth is not None:
         stroke(pen, [(truth, TRUTH)])                         # its dots show on a light line, too
-    font = ImageFont.load_default(TAG_SIZE)
     tags: list[Box] = []
     for mode, box in boxes.items():
-        tag = place_tag(pen.textlength(mode, font) + 20, box, canvas, tags)
-        tags.append(tag)
-        pen.rounded_rectangle(tag, 8, fill=STYLES[mode][0], outline=INK, width=2)
-        middle = (tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2 - 1
-        pen.text(middle, mode, font=font, fill=INK, anchor="mm")
+        width = pen.textlength(mode, ImageFont.load_default(TAG_SIZE)) + 20
+        tags.append(place_tag(width, box, canvas, tags))
+        left, top, right, bottom = tags[-1]
+        pen.rounded_rectangle(tags[-1], 8, fill=STYLES[mode][0], outline=INK, width=2)
+        write(pen, (left + right) / 2, (top + bottom) / 2 - 1, mode, TAG_SIZE, INK, "mm")
 
 
 # ----- words --------------------------------------------------------------------------------------
+
+
+def write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int,
+          colour: str = PAPER, anchor: str = "lm") -> None:
+    """A line of text; x, y: the middle of its left end, or what else of it Pillow's anchor says."""
+    pen.text((x, y), text, colour, ImageFont.load_default(size), anchor=anchor)
 
 
 def shortened(text: str, room: float, measure: Callable[[str], float]) -> str:
@@ -158,21 +153,6 @@ def caption(result: Answered, model: str) -> list[str]:
                    "the dimmed ones are dropped"]
 
 
-def draw_text(pen: ImageDraw.ImageDraw, lines: Sequence[str], legend: Sequence[tuple[str, Style]],
-              top: int) -> None:
-    """Lines of text, and below them each style with what it stands for."""
-    font = ImageFont.load_default(FONT_SIZE)
-    y = top + ROW / 2
-    for line in lines:
-        line = shortened(line, WIDTH, lambda text: pen.textlength(text, font))
-        pen.text((MARGIN, y), line, font=font, fill=PAPER, anchor="lm")
-        y += ROW
-    for text, style in legend:
-        stroke(pen, [((MARGIN + 8, y, MARGIN + 78, y), style)])
-        pen.text((MARGIN + LEGEND, y), text, font=font, fill=PAPER, anchor="lm")
-        y += ROW
-
-
 # ----- the page -----------------------------------------------------------------------------------
 
 
@@ -185,19 +165,18 @@ def draw_results(image: Image.Image, results: Mapping[str, Answered], truth: Box
     model:   its name
     """
     pruned = min(results.values(), key=lambda result: len(result.keep))
-    lines = caption(pruned, model)
-    legend = [(label(mode, result, results.get("full")), STYLES[mode])
+    lines: list[tuple[str, Style | None]] = [(line, None) for line in caption(pruned, model)]
+    lines += [(label(mode, result, results.get("full")), STYLES[mode])
               for mode, result in results.items()]
     if truth is not None:
-        legend.append(("the true box", TRUTH))
+        lines.append(("the true box", TRUTH))
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
     width, height = (max(1, round(side * scale)) for side in image.size)
     bright = image.resize((width, height), Image.Resampling.LANCZOS)
     shares = torch.tensor([width / image.width, height / image.height] * 2)
     bright = dim_dropped(bright, pruned.keep.tolist(), pruned.cells.cpu() * shares)
     left, canvas = MARGIN + (WIDTH - width) // 2, (WIDTH + 2 * MARGIN, height + 2 * MARGIN)
-    rows = len(lines) + len(legend)
-    page = Image.new("RGB", (canvas[0], canvas[1] + rows * ROW + MARGIN), PAGE)
+    page = Image.new("RGB", (canvas[0], canvas[1] + len(lines) * ROW + MARGIN), PAGE)
     page.paste(bright, (left, MARGIN))
 
     def on_page(box: Box) -> Box:
@@ -207,7 +186,13 @@ def draw_results(image: Image.Image, results: Mapping[str, Answered], truth: Box
     pen = ImageDraw.Draw(page)
     boxes = {mode: on_page(result.box) for mode, result in results.items() if result.box}
     draw_boxes(pen, boxes, None if truth is None else on_page(truth), canvas)
-    draw_text(pen, lines, legend, canvas[1])
+    font = ImageFont.load_default(FONT_SIZE)
+    for number, (text, style) in enumerate(lines):
+        y = canvas[1] + ROW / 2 + number * ROW
+        if style:
+            stroke(pen, [((MARGIN + 8, y, MARGIN + 78, y), style)])
+        text = shortened(text, WIDTH, lambda text: pen.textlength(text, font))
+        write(pen, MARGIN + LEGEND if style else MARGIN, y, text, FONT_SIZE)
     return page
 
 

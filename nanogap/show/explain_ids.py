@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, arange, nn
 
 NAMES = {1: ("ID",), 3: ("time", "height", "width")}
-NOT_BEFORE = "other: the text before the image has other IDs than it had before pruning"
 
 
 class catch_ids(list[Tensor]):
@@ -55,37 +54,36 @@ def explain_ids(ids_of_all: Tensor | list, ids_fed: Tensor | list, n_before: int
     raises:     ValueError where the numbers of tokens do not fit
     """
     old, new = by_rows(ids_of_all), by_rows(ids_fed)                          # (D, T), (D, T')
-    P, N, K = n_before, n_visual, new.shape[1] - n_before - n_after
-    if old.shape[1] != P + N + n_after or len(old) != len(new) or K < 0:
+    P, N, A = n_before, n_visual, n_after
+    K = new.shape[1] - P - A
+    if old.shape[1] != P + N + A or len(old) != len(new) or K < 0 or not N:
         raise ValueError(f"IDs of shapes {tuple(old.shape)} and {tuple(new.shape)} do not belong "
-                         f"to {P} tokens, {N} visual tokens and {n_after} tokens")
-    whose = None if keep is None else check_keep(torch.as_tensor(keep).cpu().flatten(), K, N)
-    moved = how_far(old, new, P, K, whose)
-    right = old + moved                              # what is right if all are moved by that number
-    if not torch.equal(new[:, :P], right[:, :P]):
-        return f"{NOT_BEFORE} ({first_wrong(new[:, :P], right[:, :P], 0)})."
-    text, text_clause = explain_text(right[:, P:], new[:, P:], N, K, P, old)
-    patches, clause = explain_patches(right[:, P:P + N], new[:, P:P + K], P, whose, bool(text))
-    if patches == "other" and moved.any():
-        return f"{NOT_BEFORE} ({first_wrong(new[:, :P], old[:, :P], 0)})."
-    reply, answer_clause = explain_answer(old, right, new, n_after, answer)
+                         f"to {P} tokens, {N} visual tokens and {A} tokens")
+    whose = None if keep is None else check_keep(keep, K, N)
+    was, now = old.split([P, N, A], 1), new.split([P, K, A], 1)        # before, in, after the image
+    moved, or_not = how_far(was, now, whose)
+    right = [part + moved for part in was]           # what is right if all are moved by that number
+    text, text_clause = explain_text(right[2], now[2], now[1], P, old)
+    patches, clause = explain_patches(right[1], now[1], P, whose, bool(text))
+    if not torch.equal(right[0], now[0]) or patches == "other" and moved.any():
+        return ("other: the text before the image has other IDs than it had before pruning "
+                f"({first_wrong(now[0], was[0], 0)}).")
+    reply, answer_clause = explain_answer(old, new, moved, A, answer)
     name = patches
     if patches == "kept":
         name = text or reply or "kept"
-    elif patches in ("shifted", "permuted") and n_after and not text:
+    elif patches in ("shifted", "permuted") and A and not text:
         name = f"{patches}, text not moved"
-    if name == "text moved" and whose is None and K and not P:  # nothing tells these two apart
-        step = new[:, K:K + 1] - old[:, N:N + 1]
-        if same_ids(old[:, :N] + step, new[:, :K]).any(1).all():
-            name = "kept or text moved"
-            text_clause += ", which is right if all IDs are moved alike"
+    if or_not and name == "text moved":
+        name = "kept or text moved"
+        text_clause += ", which is right if all IDs are moved alike"
     clauses = [clause, text_clause, answer_clause]
     if moved.any():
         behind = bool(old.min() > 0)                 # something may stand before the first of them
         name += " unless behind a cache" if behind and name == "kept" else ""
         sees = "sees only where a cache stands before them" if behind else "does not see"
         clauses.append(f"all IDs are moved by {say(moved[:, 0])}, which RoPE {sees}")
-    return f"{name}: {'; '.join(c for c in clauses if c)}."
+    return f"{name}: {'; '.join(filter(None, clauses))}."
 
 
 def by_rows(ids: Tensor | list) -> Tensor:
@@ -98,41 +96,47 @@ def by_rows(ids: Tensor | list) -> Tensor:
     return rows.reshape(-1, rows.shape[-1])
 
 
-def check_keep(keep: Tensor, K: int, N: int) -> Tensor:
-    """Refuse indices that do not tell which patches are fed."""
-    if len(keep) != K:
-        raise ValueError(f"keep has {len(keep)} indices, and {K} visual tokens are fed")
-    own = keep[keep != -1]
-    if K and not -1 <= int(keep.min()) <= int(keep.max()) < N or len(own.unique()) != len(own):
-        raise ValueError(f"keep has raster indices from 0 to {N - 1}, each once, "
-                         "and -1 for a token that the method added")
-    return keep
+def check_keep(keep: Tensor | list, K: int, N: int) -> Tensor:
+    """Indices as (K,); refuse those that do not tell which patches are fed."""
+    indices = torch.as_tensor(keep).long().cpu().flatten()
+    own = indices[indices != -1].tolist()
+    if len(indices) != K or len(set(own) & set(range(N))) < len(own):
+        raise ValueError(f"keep has {len(indices)} indices for {K} visual tokens; give each its "
+                         f"own raster index, 0 to {N - 1}, or -1 if the method added it")
+    return indices
 
 
-def how_far(old: Tensor, new: Tensor, P: int, K: int, keep: Tensor | None) -> Tensor:
-    """The number by which all IDs are moved (D, 1): that of the text before the image, if any."""
-    N = old.shape[1] - new.shape[1] + K
-    none = torch.zeros_like(old[:, :1])
-    steps = new[:, :P] - old[:, :P]
-    if not P:
-        known = torch.full((K,), -1) if keep is None else keep
-        own = known >= 0
-        patches = new[:, :K][:, own] - old[:, known[own]]
-        steps = torch.cat([patches, new[:, K:] - old[:, N:]], 1)
-        if (known[own].diff() != 1).any() and (steps != steps[:, :1]).any():
-            steps = patches                          # the text alone is somewhere else
-    if not steps.numel() or (steps != steps[:, :1]).any():
-        return none
-    if keep is None and not P and K:                 # then the patches must say so, and no other
-        stay, move = (same_ids(old[:, :N] + by, new[:, :K]).any(1).all()
-                      for by in (none, steps[:, :1]))
-        return steps[:, :1] if move and not stay else none
-    return steps[:, :1]
+def how_far(was: tuple[Tensor, ...], now: tuple[Tensor, ...],
+            keep: Tensor | None) -> tuple[Tensor, bool]:
+    """The number by which all IDs are moved, (D, 1), and whether they may as well not be moved.
+
+    It is that of the text before the image; without such a text, that of all whose ID is known.
+    """
+    before, patches, after = now
+    steps = before - was[0]                                                   # (D, P)
+    if not before.numel():
+        steps = after - was[2]                                                # (D, A)
+        if keep is not None:
+            own = keep >= 0
+            of_patches = patches[:, own] - was[1][:, keep[own]]
+            gaps = (keep[own].diff() != 1).any()     # they show a move, wherever the text is
+            steps = of_patches if gaps else torch.cat([of_patches, steps], 1)
+    alike = steps.numel() and (steps == steps[:, :1]).all()
+    moved = steps[:, :1] if alike else steps.new_zeros(len(steps), 1)
+    if before.numel() or keep is not None or not patches.numel():
+        return moved, False
+    stay, move = (bool(same_ids(was[1] + by, patches).any(1).all()) for by in (0 * moved, moved))
+    return moved if move and not stay else 0 * moved, stay and move and bool(moved.any())
 
 
 def same_ids(right: Tensor, new: Tensor) -> Tensor:
     """Which of the fed tokens have the ID of which patch: (K, N), from (D, N) and (D, K)."""
     return (right[:, None, :] == new[:, :, None]).all(0)
+
+
+def first_case(*cases: tuple[object, str, str]) -> tuple[str, str]:
+    """The name and the clause of the first case that is one."""
+    return next((name, clause) for is_one, name, clause in cases if is_one)
 
 
 # ----- the patches --------------------------------------------------------------------------------
@@ -143,94 +147,89 @@ def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
     """What became of the visual tokens, (D, N) and (D, K): a name, and a clause."""
     K = new.shape[1]
     if not K:
-        return "kept", "no patch is fed" if right.numel() else ""
-    base = right[:, :1] if P and right.numel() else new[:, :1]
-    compact = torch.equal(new, base[:1] + arange(K).expand_as(new))
+        return "kept", "no patch is fed"
+    start = right[:1, :1] if P else new[:1, :1]
+    compact = torch.equal(new, start + arange(K).expand_as(new))
     span = f"the patches are numbered {ends(new)} without gaps"
     if keep is None:
-        return by_ids_alone(right, new, P, span if compact else "", text_moved)
+        return by_ids_alone(right, new, P, compact, span, text_moved)
     own = keep >= 0
     added = f" ({int((~own).sum())} of them added)" if not own.all() else ""
     raster = bool((keep[own].diff() > 0).all())
     expected = new.clone()                                                    # (D, K)
     expected[:, own] = right[:, keep[own]]           # of an added token any ID is right
-    good = new == expected
-    if own.any() and good.all():
-        return ("kept", f"every patch keeps its ID{added}") if raster else (
-            "ranked", "every patch keeps its ID, but the patches are not fed in the order of the "
-            f"image{added}, so each of them sees others than before")
-    if compact:
-        return ("shifted", span + added) if raster else (
-            "permuted", f"{span}, and not fed in the order of the image{added}")
-    if not own.any():
-        return "kept", f"no patch is fed, but {K} added tokens ({ends(new)})"
-    if good.all(1).any():
-        dims = " and ".join(n for n, d in zip(NAMES[len(new)], good.all(1), strict=True) if not d)
-        dealt = f", which are those of the first {K}" if torch.equal(new, right[:, :K]) else ""
-        return f"{dims} renumbered", f"the patches keep their IDs but for {dims}{dealt}{added}"
-    return "other", ("the patches have other IDs than before pruning "
-                     f"({ends(new)}; {first_wrong(new, expected, P)})")
+    good = (new == expected).all(1)                                           # (D,)
+    all_good = own.any() and good.all()
+    others = " and ".join(n for n, d in zip(NAMES[len(new)], good, strict=True) if not d)
+    dealt = f", which are those of the first {K}" if torch.equal(new, right[:, :K]) else ""
+    return first_case(
+        (all_good and raster, "kept", f"every patch keeps its ID{added}"),
+        (all_good, "ranked", "every patch keeps its ID, but the patches are not fed in the order "
+         f"of the image{added}, so each of them sees others than before"),
+        (compact and raster, "shifted", span + added),
+        (compact, "permuted", f"{span}, and not fed in the order of the image{added}"),
+        (not own.any(), "kept", f"no patch is fed, but {K} added tokens ({ends(new)})"),
+        (good.any(), f"{others} renumbered",
+         f"the patches keep their IDs but for {others}{dealt}{added}"),
+        (True, "other", "the patches have other IDs than before pruning "
+         f"({ends(new)}; {first_wrong(new, expected, P)})"))
 
 
-def by_ids_alone(right: Tensor, new: Tensor, P: int, span: str,
+def by_ids_alone(right: Tensor, new: Tensor, P: int, compact: bool, span: str,
                  text_moved: bool) -> tuple[str, str]:
-    """The same without `keep`; span: what is said where there are no gaps."""
-    K = new.shape[1]
-    if torch.equal(right, new):
-        return "kept", "the visual tokens have the IDs of all patches, in their order"
+    """The same without `keep`."""
     same = same_ids(right, new)                                               # (K, N)
-    known = same.any(1)
-    if span and not text_moved and known.all():
-        return "kept or shifted", f"{span}, as {K} patches were: give keep to tell"
-    if span:
-        return "shifted", f"{span} (or permuted: give keep to tell)"
-    if known.all() and (same.int().argmax(1).diff() >= 0).all():
-        return "kept", ("the visual tokens have IDs of patches, in the order of the image "
-                        "(whether each has its own: give keep to tell)")
-    if known.all():
-        return "ranked", "the visual tokens have IDs of patches, not in the order of the image"
-    if len(new) == 3 and same_ids(right[1:], new[1:]).any(1).all():
-        return "time renumbered", "the visual tokens have height and width of patches, but not time"
-    first = int(known.int().argmin())
-    return "other", (f"some patches have IDs that no patch had ({ends(new)}; first at place "
-                     f"{P + first}: {say(new[:, first])})")
+    all_known = same.any(1).all()
+    in_order = (same.int().argmax(1).diff() >= 0).all()
+    strange = int(same.any(1).int().argmin())        # the first whose ID no patch had
+    return first_case(
+        (torch.equal(right, new), "kept",
+         "the visual tokens have the IDs of all patches, in their order"),
+        (compact and all_known and not text_moved, "kept or shifted",
+         f"{span}, as {new.shape[1]} patches were: give keep to tell"),
+        (compact, "shifted", f"{span} (or permuted: give keep to tell)"),
+        (all_known and in_order, "kept", "the visual tokens have IDs of patches, in the order of "
+         "the image (whether each has its own: give keep to tell)"),
+        (all_known, "ranked",
+         "the visual tokens have IDs of patches, not in the order of the image"),
+        (len(new) == 3 and same_ids(right[1:], new[1:]).any(1).all(), "time renumbered",
+         "the visual tokens have height and width of patches, but not time"),
+        (True, "other", f"some patches have IDs that no patch had ({ends(new)}; first at place "
+         f"{P + strange}: {say(new[:, strange])})"))
 
 
 # ----- the text and the answer --------------------------------------------------------------------
 
 
-def explain_text(right: Tensor, new: Tensor, N: int, K: int, P: int,
+def explain_text(right: Tensor, new: Tensor, patches: Tensor, P: int,
                  old: Tensor) -> tuple[str, str]:
-    """What became of the text after the image: a name, "" if nothing; and a clause.
+    """What became of the text after the image, (D, A): a name, "" if nothing; and a clause.
 
-    right, new: (D, N + A) and (D, K + A), patches and text;  old: (D, T) of the unpruned prompt
+    patches: (D, K) IDs of the visual tokens;  old: (D, T) of the unpruned prompt
     """
-    patches, before, after = new[:, :K], right[:, N:], new[:, K:]
-    if torch.equal(before, after):
-        return "", "the text after them keeps its IDs" if after.numel() else ""
-    steps = after - before                                                    # (D, A)
+    if torch.equal(right, new):
+        return "", "the text after them keeps its IDs" if new.numel() else ""
+    K, steps = patches.shape[1], new - right                                  # (D, A)
     j = int((steps != steps[:, :1]).any(0).int().argmax())                    # 0: all move as one
-    place, begins = P + K + j, say(after[:, j])
-    if j and (steps[:, :j].any() or (steps[:, j:] != steps[:, j:j + 1]).any()):
-        return "text renumbered", (
-            "the IDs of the text after them do not rise together any more "
-            f"({first_wrong(after, before + steps[:, :1], P + K)})")
-    if j:
-        goes_on = f"at place {place} the text goes on at {begins}"
-        instead = f"instead of {say(before[:, j])}"
-        for row, words in counted(place, "the number of tokens before it", old).items():
-            if (after[:, j] == row).all():
-                return "text counted from the cache", f"{goes_on}, {words}, {instead}"
-        return "text moved", f"{goes_on} {instead}"
-    clause = f"the text after them begins at {begins} instead of {say(before[:, 0])}"
-    if K and (after.amin(1) <= patches.amax(1)).any():
-        inside = bool((after.amax(1) >= patches.amin(1)).all())
-        return "text collides", (
-            f"{clause}, {'among' if inside else 'before'} the IDs of the patches ({ends(patches)})")
-    return "text moved", clause
+    begins, instead = say(new[:, j]), f"instead of {say(right[:, j])}"
+    if not j:
+        clause = f"the text after them begins at {begins} {instead}"
+        if K and (new.amin(1) <= patches.amax(1)).any():
+            where = "among" if (new.amax(1) >= patches.amin(1)).all() else "before"
+            return "text collides", f"{clause}, {where} the IDs of the patches ({ends(patches)})"
+        return "text moved", clause
+    place = P + K + j
+    goes_on = f"at place {place} the text goes on at {begins}"
+    counted = counted_from(new[:, j], place, "the number of tokens before it", old)
+    torn = steps[:, :j].any() or (steps[:, j:] != steps[:, j:j + 1]).any()
+    return first_case(
+        (torn, "text renumbered", "the IDs of the text after them do not rise together any more "
+         f"({first_wrong(new, right + steps[:, :1], P + K)})"),
+        (counted, "text counted from the cache", f"{goes_on}, {counted}, {instead}"),
+        (True, "text moved", f"{goes_on} {instead}"))
 
 
-def explain_answer(old: Tensor, right: Tensor, new: Tensor, A: int,
+def explain_answer(old: Tensor, new: Tensor, moved: Tensor, A: int,
                    answer: Tensor | list | int | None) -> tuple[str, str]:
     """Where the answer begins: a name, "" if where it did before pruning; and a clause."""
     if answer is None:
@@ -240,39 +239,39 @@ def explain_answer(old: Tensor, right: Tensor, new: Tensor, A: int,
     if len(begins) not in (1, D):
         raise ValueError(f"answer has {len(begins)} numbers, and an ID has {D}")
     begins = begins.expand(D)
-    clause = f"the answer begins at {say(begins)}"
-    largest, behind = old.max() + 1 + right[:, 0] - old[:, 0], right[:, -1] + 1        # (D,) each
-    if torch.equal(begins, largest):
-        return "", clause
-    instead = f"instead of {say(largest)}"
+    largest, behind = old.max() + 1 + moved[:, 0], old[:, -1] + 1 + moved[:, 0]        # (D,) each
+    clause, instead = f"the answer begins at {say(begins)}", f"instead of {say(largest)}"
     if not torch.equal(largest, behind):             # a prompt that ends with its image; a video
         instead += f", or {say(behind)} where programs count from the last token"
-        if torch.equal(begins, behind):
-            return "", f"{clause}, behind the last token (behind the largest ID: {say(largest)})"
-    if torch.equal(begins, new[:, -1] + 1):
-        return "answer moved", (
-            f"the answer begins behind the last token, at {say(begins)} {instead}")
-    cases = [words for row, words in counted(rows, "the length of the cache", old).items()
-             if (begins == row).all()]
-    if torch.equal(begins, new[:, -1]):
-        cases.insert(0, "where the prompt's last token stands")
-    if cases:
-        names = ["answer repeats the last ID" if "token" in words else
-                 "answer counted from the cache" for words in cases]
-        return " or ".join(dict.fromkeys(names)), (
-            f"{clause}, {', which is also '.join(cases)}, {instead}")
-    clause += f" {instead}"
-    text = right[:, right.shape[1] - A:] if A else right[:, :1] + rows
-    if D == 3 and (begins == begins[0]).all() and begins[0] < text.min():
-        clause += f", as rope_deltas of {say(begins[:1] - rows)}, another prompt's, would have it"
-    return "answer moved", clause
+    repeats = torch.equal(begins, new[:, -1]) and "where the prompt's last token stands"
+    counted = counted_from(begins, rows, "the length of the cache", old)
+    text = (old[:, -A:] if A else old[:, :1] + rows) + moved
+    return first_case(
+        (torch.equal(begins, largest), "", clause),
+        (torch.equal(begins, behind), "",
+         f"{clause}, behind the last token (behind the largest ID: {say(largest)})"),
+        (torch.equal(begins, new[:, -1] + 1), "answer moved",
+         f"the answer begins behind the last token, at {say(begins)} {instead}"),
+        (repeats and counted, "answer repeats the last ID or answer counted from the cache",
+         f"{clause}, {repeats}, which is also {counted}, {instead}"),
+        (repeats, "answer repeats the last ID", f"{clause}, {repeats}, {instead}"),
+        (counted, "answer counted from the cache", f"{clause}, {counted}, {instead}"),
+        (D == 3 and (begins == begins[0]).all() and begins[0] < text.min(), "answer moved",
+         f"{clause} {instead}, as rope_deltas of {say(begins[:1] - rows)}, another prompt's, "
+         "would have it"),
+        (True, "answer moved", f"{clause} {instead}"))
 
 
-def counted(row: int, words: str, old: Tensor) -> dict[int, str]:
-    """IDs that a row of the cache gets where rows are counted, and in words what is counted."""
+def counted_from(begins: Tensor, row: int, words: str, old: Tensor) -> str:
+    """How an ID comes out of a row of the cache, if it is that number or has the same offset.
+
+    words: what is counted;  old: (D, T) IDs of the unpruned prompt
+    """
     deltas = int(old.max()) + 1 - old.shape[1]       # the unpruned prompt's next ID less its length
     what = "rope_deltas" if len(old) == 3 else f"offset of {deltas}"
-    return {row + deltas: f"{words} plus the unpruned prompt's {what}", row: words}
+    if (begins == row).all():
+        return words
+    return f"{words} plus the unpruned prompt's {what}" if (begins == row + deltas).all() else ""
 
 
 # ----- words --------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
 from nanogap.checks.command import Parser, answer_for, path_argument
-from nanogap.checks.loading import MINI, PACKAGE, TOP, folder_of, load
+from nanogap.checks.loading import MINI, PACKAGE, TOP, load
 from nanogap.checks.output import check_folder, save_picture
 from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered
 from nanogap.image import iou, open_image
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
-from nanogap.prune import STRATEGIES, ranked
+from nanogap.prune import STRATEGIES
 from nanogap.show.draw import (
     MARGIN,
     PAGE,
@@ -33,6 +33,7 @@ from nanogap.show.draw import (
     dim_dropped,
     draw_results,
     stroke,
+    write,
 )
 from nanogap.show.table import true_box
 
@@ -49,13 +50,12 @@ def sheet(panels: Sequence[tuple[Image.Image, str]], columns: int, side: int = S
     page = Image.new("RGB", (columns * (side + MARGIN) + MARGIN,
                              rows * (high + LABEL) + 2 * MARGIN), PAGE)
     pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(FONT_SIZE)
     for i, (picture, label) in enumerate(panels):
         row, column = divmod(i, columns)
         x = MARGIN + column * (side + MARGIN)
         y = MARGIN + row * (high + LABEL)
         page.paste(picture.resize((side, high), Image.Resampling.LANCZOS), (x, y))
-        pen.text((x, y + high + LABEL / 2 - 2), label, font=font, fill=PAPER, anchor="lm")
+        write(pen, x, y + high + LABEL / 2 - 2, label, FONT_SIZE)
     return page
 
 
@@ -63,19 +63,11 @@ class Square:
     """image.jpg as the model sees it, so large that each patch has PATCH whole pixels a side."""
 
     def __init__(self, model: VLM) -> None:
-        if not model.pictures_alike:
-            raise NanogapError("this figure shows a single square of patches, and the model sees "
-                               "tiles as well: give --weights weights/mini")
         self.encoded = model.encode_image(IMAGE)
-        self.seen = model.see(self.encoded, {"cls_attention"}, "")
-        self.rows, self.columns = self.seen.rows, self.seen.columns
-        self.picture = model.frame.fit(open_image(IMAGE), self.columns * PATCH)
-        self.cells = model.frame.cells(self.rows, self.columns, *self.picture.size)   # (N, 4)
+        rows, columns = self.encoded.rows, self.encoded.columns
+        self.picture = model.frame.fit(open_image(IMAGE), columns * PATCH)
+        self.cells = model.frame.cells(rows, columns, *self.picture.size)             # (N, 4)
         self.corners = self.cells.int().tolist()      # x1, y1, x2, y2 of each patch
-
-    def with_kept(self, kept: torch.Tensor) -> Image.Image:
-        """The square with dropped patches dimmed; kept: raster indices (K,)."""
-        return dim_dropped(self.picture, kept.tolist(), self.cells)
 
 
 # ----- chapters 1 and 2 ---------------------------------------------------------------------------
@@ -99,16 +91,16 @@ def patches(model: VLM) -> Image.Image:
         pen.rectangle((x1, y1, x2, y2), outline=PAGE)
         pen.text(((x1 + x2) / 2, (y1 + y2) / 2), str(index), PAGE, font, anchor="mm",
                  stroke_width=2, stroke_fill=PAPER)
+    weights = model.see(square.encoded, {"cls_attention"}, "").cls_attention.float().mean(0)  # (N,)
     return sheet([(square.picture, "padded to a square"),
-                  (ruled, f"{square.rows} x {square.columns} patches"),
-                  (attended(square), "what CLS attends to")], 3, 324)
+                  (ruled, f"{square.encoded.rows} x {square.encoded.columns} patches"),
+                  (attended(square, weights), "what CLS attends to")], 3, 324)
 
 
-def attended(square: Square) -> Image.Image:
-    """The square in grey, and the more orange the more CLS attends to it, the mean over heads."""
-    weights = square.seen.cls_attention.float().mean(0)                       # (N,)
+def attended(square: Square, weights: torch.Tensor) -> Image.Image:
+    """The square in grey, and the more orange the more CLS attends to it."""
     levels = (200 * (weights / weights.max()) ** 0.5).round().int().tolist()
-    mask = Image.frombytes("L", (square.columns, square.rows), bytes(levels))
+    mask = Image.frombytes("L", (square.encoded.columns, square.encoded.rows), bytes(levels))
     mask = mask.resize(square.picture.size, Image.Resampling.NEAREST)
     grey = square.picture.convert("L").point(lambda level: level * 0.5).convert("RGB")
     return Image.composite(Image.new("RGB", grey.size, HEAT), grey, mask)
@@ -124,25 +116,23 @@ def line(model: VLM) -> Image.Image:
     cell, left, high = 38, 140, 64
     page = Image.new("RGB", (left + cell * (P + N + A + 1), 5 * high), PAGE)
     pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(FONT_SIZE)
     for row, mode in enumerate(("full", "gap", "shifted", "permuted")):
         layout = gap.lay_out(torch.arange(N) if mode == "full" else ranked, P, N, A, mode)
         kept = layout.kept.tolist()
         y = 14 + row * high
-        pen.text((MARGIN, y + cell / 2), mode, PAPER, font, anchor="lm")
+        write(pen, MARGIN, y + cell / 2, mode, FONT_SIZE)
         names = ["T"] * P + [str(index) for index in kept] + ["T"] * A
         hues = [f"hsv({306 * index / N}, 55%, 95%)" for index in kept]        # red to violet
         colours = [GREY] * P + hues + [GREY] * A
         for name, colour, at in zip(names, colours, layout.position_ids.tolist(), strict=True):
             x = left + at * cell
             pen.rectangle((x, y, x + cell - 4, y + cell - 4), colour)
-            pen.text((x + cell / 2 - 2, y + cell / 2 - 2), name, PAPER if name == "T" else PAGE,
-                     font, anchor="mm")
+            write(pen, x + cell / 2 - 2, y + cell / 2 - 2, name, FONT_SIZE,
+                  PAPER if name == "T" else PAGE, "mm")
     y = 4 * high + 16
-    pen.text((MARGIN, y), "position ID", PAPER, font, anchor="lm")
-    small = ImageFont.load_default(18)
+    write(pen, MARGIN, y, "position ID", FONT_SIZE)
     for at in range(P + N + A):
-        pen.text((left + at * cell + cell / 2 - 2, y), str(at), PAPER, small, anchor="mm")
+        write(pen, left + at * cell + cell / 2 - 2, y, str(at), 18, anchor="mm")
     return page
 
 
@@ -161,7 +151,7 @@ def places(model: VLM) -> Image.Image:
     return sheet(panels, 4)
 
 
-# ----- chapter 10 and appendix D ------------------------------------------------------------------
+# ----- chapter 10 ---------------------------------------------------------------------------------
 
 
 def strategies(model: VLM) -> Image.Image:
@@ -174,22 +164,9 @@ def strategies(model: VLM) -> Image.Image:
     for name in STRATEGIES:
         budget = "50%" if prunes_there(name) else "25%"
         kept = model.ground(square.encoded, EXPRESSION, name, budget, max_new_tokens=1).keep
-        panels.append((square.with_kept(kept), f"{name}, {len(kept)}"))
+        bright = dim_dropped(square.picture, kept.tolist(), square.cells)
+        panels.append((bright, f"{name}, {len(kept)}"))
     return sheet(panels, 4)
-
-
-def axes(model: VLM) -> Image.Image:
-    """The patches of image.jpg that ivc keeps as axes of RoPE, and all that it keeps."""
-    square = Square(model)
-    N = len(square.cells)
-    P, _ = model.around_image(model.prompt(EXPRESSION))
-    cos, sin = model.language_model.model.angles(torch.arange(P, P + N)[None], torch.float32)
-    few = round(0.05 * N)
-    least, quarter = (ranked(turn.flatten(0, -2).mean(-1), few) for turn in (cos, sin))
-    kept = model.ground(square.encoded, EXPRESSION, "ivc", None, max_new_tokens=1).keep
-    return sheet([(square.with_kept(least), f"RoPE turns least, {few}"),
-                  (square.with_kept(quarter), f"by a quarter, {few}"),
-                  (square.with_kept(kept), f"all that ivc keeps, {len(kept)}")], 3, 324)
 
 
 # ----- the README ---------------------------------------------------------------------------------
@@ -201,94 +178,78 @@ WIDTH, PANEL, LINE = 900, 430, 40                      # of a frame, a picture, 
 MS = 160                                               # a frame is shown so long
 
 
-class Sweep:
-    """image.jpg, asked one question with fewer and fewer patches.
+def sweep(model: VLM) -> tuple[list[Image.Image], Image.Image]:
+    """image.jpg, asked one question with fewer and fewer patches: frames, and some in one still.
 
     Nothing is chosen by its result: it is the question of the README, seed 0, and every share from
     100 % to 10 % in even steps, those in which GAP fails as well.  A smaller share keeps a part of
     what a larger one keeps, for `random` takes the first so many of one random order.
     """
+    encoded = model.encode_image(IMAGE)
+    frames, stills = [], {}
+    for share in SHARES:
+        results = {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
+                   for mode in SIDES}
+        sides = {mode: side(mode, result) for mode, result in results.items()}
+        kept = len(results["gap"].keep)
+        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {encoded.n_patches}"
+        frames.append(frame(told, share, sides))
+        for mode, (panel, score) in sides.items():
+            stills[mode, share] = panel, f"{mode}, {share:g} %: {score}"
+    return frames, sheet([stills[mode, share] for mode in SIDES for share in STILLS], len(STILLS))
 
-    def __init__(self, model: VLM) -> None:
-        encoded = model.encode_image(IMAGE)
-        truth = true_box(IMAGE, EXPRESSION)
-        assert truth is not None
-        self.truth = truth
-        self.picture = open_image(IMAGE)
-        self.results = {
-            share: {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
-                    for mode in SIDES} for share in SHARES}
 
-    def panel(self, result: Answered, mode: str) -> Image.Image:
-        """The picture with what was kept, the box that was said, and the true one dotted."""
-        scale = PANEL / self.picture.width
-        small = self.picture.resize((PANEL, round(self.picture.height * scale)),
-                                    Image.Resampling.LANCZOS)
-        panel = dim_dropped(small, result.keep.tolist(), result.cells * scale)
-        said = STYLES[mode][0], 5, None
-        for box, style in ((result.box, said), (self.truth, (TRUTH[0], 3, (1, 16)))):
-            if box is not None:
-                x1, y1, x2, y2 = (v * scale for v in box)
-                stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
-        return panel
+def side(mode: str, result: Answered) -> tuple[Image.Image, str]:
+    """The picture with what was kept, the box that was said, and the true one dotted; the IoU."""
+    picture, truth = open_image(IMAGE), true_box(IMAGE, EXPRESSION)
+    scale = PANEL / picture.width
+    panel = picture.resize((PANEL, round(picture.height * scale)), Image.Resampling.LANCZOS)
+    panel = dim_dropped(panel, result.keep.tolist(), result.cells * scale)
+    styles = (STYLES[mode][0], 5, None), (TRUTH[0], 3, (1, 16))
+    for box, style in zip((result.box, truth), styles, strict=True):
+        if box is not None:
+            x1, y1, x2, y2 = (v * scale for v in box)
+            stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
+    return panel, f"IoU {iou(result.box, truth):.2f}" if result.box and truth else "no box"
 
-    def score(self, result: Answered) -> str:
-        """IoU with the true box, as it is written."""
-        return f"IoU {iou(result.box, self.truth):.2f}" if result.box else "no box"
 
-    def frame(self, share: float) -> Image.Image:
-        """Both modes side by side, with their IoU, and how much is kept."""
-        below = LINE + round(self.picture.height * PANEL / self.picture.width)
-        page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
-        pen = ImageDraw.Draw(page)
-        font, large = ImageFont.load_default(22), ImageFont.load_default(28)
-        x, y = MARGIN, below + LINE / 2
-        for mode, result in self.results[share].items():
-            colour = STYLES[mode][0]
-            page.paste(self.panel(result, mode), (x, LINE))
-            pen.text((x, LINE / 2), SIDES[mode], colour, font, anchor="lm")
-            pen.text((x, y), self.score(result), colour, large, anchor="lm")
-            pen.text((x + 140, y), "dotted: the true box", PAPER, font, anchor="lm")
-            x = WIDTH - PANEL - MARGIN
-        kept, y = len(result.keep), below + 3 * LINE / 2
-        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {len(result.cells)}"
-        pen.text((MARGIN, y), told, PAPER, font, anchor="lm")
-        full = WIDTH - 2 * MARGIN
-        for length, colour in ((full, GREY), (full * share / 100, PAPER)):
-            pen.rectangle((MARGIN, y + 22, MARGIN + length, y + 36), colour)
-        return page
-
-    def frames(self) -> tuple[list[Image.Image], list[int]]:
-        """From all patches to the fewest and back, and how long each is shown, milliseconds."""
-        down = [self.frame(share) for share in SHARES]
-        frames = [*down, *down[-2:0:-1]]
-        shown = [MS] * len(frames)
-        shown[0] = shown[len(down) - 1] = 8 * MS
-        return frames, shown
-
-    def still(self) -> Image.Image:
-        """Some of the shares beside one another, for places that do not move."""
-        shown = [(self.results[share][mode], mode, share) for mode in SIDES for share in STILLS]
-        return sheet([(self.panel(result, mode), f"{mode}, {share} %: {self.score(result)}")
-                      for result, mode, share in shown], len(STILLS))
+def frame(told: str, share: float, sides: dict[str, tuple[Image.Image, str]]) -> Image.Image:
+    """Both modes side by side, with their IoU, and how much is kept: in words, and as a bar."""
+    below = LINE + sides["gap"][0].height
+    page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
+    pen = ImageDraw.Draw(page)
+    x = MARGIN
+    for mode, (panel, score) in sides.items():
+        page.paste(panel, (x, LINE))
+        write(pen, x, LINE / 2, SIDES[mode], FONT_SIZE, STYLES[mode][0])
+        write(pen, x, below + LINE / 2, score, 28, STYLES[mode][0])
+        write(pen, x + 140, below + LINE / 2, "dotted: the true box", FONT_SIZE)
+        x = WIDTH - PANEL - MARGIN
+    y = below + 3 * LINE / 2
+    write(pen, MARGIN, y, told, FONT_SIZE)
+    full = WIDTH - 2 * MARGIN
+    for length, colour in ((full, GREY), (full * share / 100, PAPER)):
+        pen.rectangle((MARGIN, y + 22, MARGIN + length, y + 36), colour)
+    return page
 
 
 # ----- the command --------------------------------------------------------------------------------
 
 
 FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
-    draw.__name__: draw for draw in (answer, patches, line, places, strategies, axes)}
+    draw.__name__: draw for draw in (answer, patches, line, places, strategies)}
 
 
 def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
     """Draw some of the pictures; their paths."""
     for name in names:
         if name == "sweep":
-            sweep = Sweep(model)
-            picture = sweep.still()
-            frames, shown = sweep.frames()
-            save_picture("--out", out / "sweep.webp", frames[0], save_all=True,
-                         append_images=frames[1:], duration=shown, loop=0, quality=75, method=4)
+            frames, picture = sweep(model)
+            more = [*frames[1:], *frames[-2:0:-1]]             # to the last frame, and back
+            shown = [MS] * (1 + len(more))
+            shown[0] = shown[len(frames) - 1] = 8 * MS
+            save_picture("--out", out / "sweep.webp", frames[0], save_all=True, append_images=more,
+                         duration=shown, loop=0, quality=75, method=4)
             yield out / "sweep.webp"
         else:
             picture = FIGURES[name](model)
@@ -304,16 +265,13 @@ def command(argv: Sequence[str] | None) -> None:
                     description="Draw the pictures of the README and of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"any of {', '.join(names)} (default: all)")
-    parser.add_argument("--weights", type=path_argument, default=MINI, metavar="DIR",
-                        help="default: weights/mini")
     parser.add_argument("--out", type=path_argument, default=PACKAGE / "show" / "figures",
                         metavar="DIR", help="default: nanogap/show/figures")
     args = parser.parse_args(argv)
     for name in set(args.names) - set(names):
         raise NanogapError(f"there is no picture {name!r}: choose from {', '.join(names)}")
     check_folder("--out", args.out)
-    model = load(folder_of(args.weights), "cpu", "float32")
-    for path in make(args.names or names, model, args.out):
+    for path in make(args.names or names, load(MINI, "cpu", "float32"), args.out):
         print(path, flush=True)
 
 

@@ -1,7 +1,6 @@
 """The JSON document of a query, and the table, which shows the same numbers."""
 
 import json
-import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,29 +71,25 @@ def print_heading(document: dict) -> None:
                   "so the box is a guess; README.md names the words that they know.")
 
 
-def print_table(document: dict, box_pattern: re.Pattern[str]) -> None:
-    """A line for each mode, and what all have in common.
-
-    box_pattern: of a box in the model's words
-    """
-    runs = document["runs"]
+def print_table(document: dict) -> None:
+    """A line for each mode, and what all have in common."""
+    runs, truth = document["runs"], document["true_box"]
     width = max(8, *(len(run["mode"]) for run in runs))
     print(f"{'mode':{width}} tokens  position IDs {'box (pixels)':22} IoU with full "
           "prefill  decode  KV MB  words")
     for run in runs:
         match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
-        first, last = run["position_ids"]
-        times = "".join(f"{run['timings'][key]:5.0f} ms" for key in ("prefill_ms", "decode_ms"))
-        numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {f'{first}..{last}':12} "
-                   f"{in_pixels(run['box']):22} {match:>13}{times} "
-                   f"{run['kv_bytes'] / 2 ** 20:6.1f}  ")
-        print((numbers + words(visible(run["text"]), box_pattern)).rstrip())
+        ids = "{}..{}".format(*run["position_ids"])
+        times = run["timings"]
+        numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {ids:12} "
+                   f"{in_pixels(run['box']):22} {match:>13}{times['prefill_ms']:5.0f} ms"
+                   f"{times['decode_ms']:5.0f} ms {run['kv_bytes'] / 2 ** 20:6.1f}  ")
+        print((numbers + shortened(visible(run["text"]), WORDS, len)).rstrip())
     told = f"The image was encoded once ({runs[0]['timings']['vision_ms']:.0f} ms)."
     if any(run["mode"] == "full" for run in runs):
         told += "  IoU is with the box of the full run, which may be wrong itself."
     print(told)
-    truth = document["true_box"]
-    if truth is not None:
+    if truth:
         with_truth = [f"{run['mode']} {iou(run['box'], truth) if run['box'] else 0:.2f}"
                       for run in runs]
         print(f"The true box of this drawn scene is {in_pixels(truth)}; "
@@ -106,16 +101,6 @@ def in_pixels(box: Sequence[float] | None) -> str:
     return ", ".join(f"{v:.0f}" for v in box) if box else "-"
 
 
-def words(text: str, box_pattern: re.Pattern[str]) -> str:
-    """What the model said, cut to the column's width; a box in it stays whole."""
-    box = box_pattern.search(text)
-    if box is None or len(text) <= WORDS:
-        return shortened(text, WORDS, len)
-    room = max(3, WORDS - 4 - len(box[0]))
-    before = shortened(text[:box.start()], room, len)
-    return f"{before} {box[0]}".lstrip() + ("..." if text[box.end():] else "")
-
-
 def print_notes(model: VLM, results: Mapping[str, Answered]) -> None:
     """Where the decoder cuts, and which answers have no end."""
     cut = next((result for result in results.values() if result.cuts), None)
@@ -123,5 +108,5 @@ def print_notes(model: VLM, results: Mapping[str, Answered]) -> None:
         print(cuts_in_words(cut.prune, cut.cuts, len(model.language_model.model.layers)) + ".")
     for mode, result in results.items():
         if result.cut_off:
-            print(f"{mode}: the answer was cut off before its end, at {len(result.tokens)} tokens; "
-                  "give it more room with --max-new-tokens.")
+            print(f"{mode}: the answer was cut off before its end; give it more room than "
+                  f"--max-new-tokens {len(result.tokens)}.")

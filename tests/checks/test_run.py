@@ -19,7 +19,6 @@ import nanogap
 import run
 from nanogap.checks import loading
 from nanogap.gap import MODES
-from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
 from nanogap.show.table import print_table
 from tests.tiny import lines_of, write_checkpoint, write_finder
@@ -102,25 +101,24 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(said: Callabl
     """It says a box, which is one token, and its end."""
     short = ["--mode", "full", "gap", "--max-new-tokens", "1"]
     assert said(*short, where="the man").splitlines()[5:7] == [
-        f"{mode}: the answer was cut off before its end, at 1 tokens; give it more room with "
-        "--max-new-tokens." for mode in ("full", "gap")]
+        f"{mode}: the answer was cut off before its end; give it more room than "
+        "--max-new-tokens 1." for mode in ("full", "gap")]
     assert [r["cut_off"] for r in json.loads(said(*short, "--json"))["runs"]] == [True, True]
     assert "cut off" not in said(*short, "--max-new-tokens", "2")
 
 
-def test_in_the_table_a_missing_box_is_a_dash_and_words_are_cut_around_a_box(
+def test_in_the_table_a_missing_box_is_a_dash_and_long_words_are_cut(
         capsys: pytest.CaptureFixture):
     common = {"visual_tokens": 4, "position_ids": [0, 56], "kv_bytes": 2 ** 20, "box": None,
               "timings": {"vision_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0},
               "iou_with_full": None}
-    words = ["a man\n\x1b[31m in blue, to the left of the dog",
-             f"the man on the left, as I see him, is at {BOX}, left of the tree", ""]
+    words = ["a man\n\x1b[31m in blue, to the left of the dog", f"Answer: {BOX} .", ""]
     document = {"true_box": None, "runs": [{"mode": mode, "text": text, **common} for mode, text in
                                            zip(list(MODES)[:3], words, strict=True)]}
-    print_table(document, VLM.box_format.pattern)
+    print_table(document)
     lines = capsys.readouterr().out.splitlines()[1:4]
     assert [re.split(r"  1\.0 *", line)[1] for line in lines] == [
-        "a man\\n\\x1b[31m in blue, to the l...", f"the m... {BOX}...", ""]
+        "a man\\n\\x1b[31m in blue, to the l...", f"Answer: {BOX} .", ""]
     assert all(re.search(r"0\.\.56 +- +2 ms +3 ms +1\.0", line) for line in lines)
     assert len({line.index("  2 ms") for line in lines}) == 1            # one below the other
 

@@ -6,7 +6,7 @@ import pytest
 
 from nanogap import NanogapError
 from nanogap.methods import find
-from nanogap.methods.cuts import LABELS, mean_tokens, plan, where
+from nanogap.methods.cuts import LABELS, counts, mean_tokens, plan, where
 
 SPARSE = ["sparsevlm", "sparsevlm_plus"]
 METHODS = ["fastv", "pyramiddrop", *SPARSE]
@@ -25,7 +25,7 @@ def test_published_settings_cost_so_many_tokens_in_the_mean(spec: str, mean: flo
     """
     key = find(spec)
     for layers, expected in ((32, mean), (40, of_40)):
-        cuts = plan(key, 576, None, layers)
+        cuts = counts(key, 576, plan(key, 576, None, layers))
         assert mean_tokens(key, 576, cuts, layers) == pytest.approx(expected, abs=0.05)
 
 
@@ -89,7 +89,10 @@ def every_plan(name: str, N: int, layers: int, budget: int) -> list[list[tuple[i
 @pytest.mark.parametrize("N, layers", [(16, 3), (144, 4), (30, 32)])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_plan_is_the_best_that_rounding_allows_and_no_more(name: str, N: int, layers: int):
-    lowest = math.ceil(mean_tokens(name, N, every_plan(name, N, layers, 1)[0], layers))
+    def mean(cuts: list[tuple[int, int]]) -> float:
+        return mean_tokens(name, N, counts(name, N, cuts), layers)
+
+    lowest = math.ceil(mean(every_plan(name, N, layers, 1)[0]))
     for budget in range(1, N + 1, 1 if N < 100 else 7):
         if budget < lowest:
             with pytest.raises(NanogapError, match=f"{name} cannot keep {budget} of {N} visual "
@@ -99,6 +102,6 @@ def test_a_plan_is_the_best_that_rounding_allows_and_no_more(name: str, N: int, 
                 plan(name, N, budget, layers)
             continue
         cuts, plans = plan(name, N, budget, layers), every_plan(name, N, layers, budget)
-        means = [mean_tokens(name, N, other, layers) for other in plans]
+        means = [mean(other) for other in plans]
         assert means[plans.index(cuts)] == max(mean for mean in means if mean <= budget)
     assert plan(name, N, lowest, layers) and plan(name, N, N, layers)[0][1] == N

@@ -10,9 +10,10 @@ from torch import Tensor
 import nanogap
 from nanogap.gap import MODES
 from nanogap.methods import find
-from nanogap.methods.cuts import counts, mean_tokens, plan
+from nanogap.methods.cuts import counts, plan
 from nanogap.methods.inside import clusters
 from nanogap.models import VLM
+from nanogap.prune import STRATEGIES, Kept, VisualTokens
 from tests.methods.by_hand import (
     PICTURE,
     WORDS,
@@ -95,9 +96,8 @@ def same_as_by_hand(model: VLM, spec: str, budget: int | None, mode: str, most: 
     assert oracle.ids[-1][-1] + 1 == result.next_position
     at = [layer for layer, _ in oracle.cuts]
     assert list(zip(at, map(len, oracle.visual[1:]), strict=True)) == result.cuts
-    planned, N = plan(find(spec), oracle.N, budget, c.num_hidden_layers), oracle.N
-    assert result.cuts == counts(spec, N, planned)
-    assert result.visual_tokens == mean_tokens(spec, N, planned, c.num_hidden_layers)
+    planned = plan(find(spec), oracle.N, budget, c.num_hidden_layers)
+    assert result.cuts == counts(spec, oracle.N, planned)
     depths = [stop - start for start, stop in pairwise([0, *at, c.num_hidden_layers])]
     visual, rows = (sum(depth * len(tokens) for depth, tokens in zip(depths, stages, strict=True))
                     for stages in (oracle.visual, oracle.ids))
@@ -141,3 +141,17 @@ def test_cutting_nothing_is_no_pruning(model: VLM, mode: str):
         cut = model.ground(image, WORDS, name, 16, mode, max_new_tokens=6)
         assert cut.tokens == full.tokens and cut.position_ids.tolist() == full.position_ids.tolist()
         assert cut.visual_tokens == 16 and cut.kv_bytes == full.kv_bytes
+
+
+@pytest.mark.parametrize("mode", ["gap", "permuted"])
+def test_what_was_made_of_kept_tokens_goes_where_they_go(model: VLM, mode: str, monkeypatch):
+    """Features are given in the order of rank, and raster modes sort them with the tokens."""
+    def mine(seen: VisualTokens, *rest: object) -> Kept:
+        ranked = STRATEGIES["fastv"](seen, *rest).ranked
+        return Kept(ranked, seen.features[ranked])
+
+    vars(mine)["needs"] = frozenset({"attention"})
+    monkeypatch.setitem(STRATEGIES, "mine", mine)
+    ours, fastv = (model.ground(PICTURE, WORDS, name, 10, mode, max_new_tokens=6)
+                   for name in ("mine", "fastv"))
+    assert ours.tokens == fastv.tokens and ours.cuts == fastv.cuts

@@ -67,23 +67,11 @@ def test_two_files_with_one_function_name_are_two_strategies(tmp_path: Path, kee
     assert [keeps(name, 2) for name in (first, second)] == [[14, 15], [0, 1]]
 
 
-def test_a_module_on_the_path_is_named_with_dots(tmp_path: Path, keeps: Keeps, monkeypatch):
-    (tmp_path / "my_package").mkdir()
-    returning(tmp_path / "my_package", name="one.py")
-    monkeypatch.syspath_prepend(tmp_path)
-    name = "my_package.one:last"
-    assert methods.code_of(find(name)) == str(tmp_path / "my_package/one.py")
-    assert keeps(name, 2) == [14, 15]
-
-
 def test_a_built_in_name_is_never_anothers(tmp_path: Path, keeps: Keeps):
     text = f"{HEAD}return Kept({LAST})\n".replace("last", "random")
     name = find(written(tmp_path, text).replace(":last", ":random"))
     assert methods.code_of(name).endswith("my_method.py") and methods.code_of("random") == ""
     assert keeps(name, 2) == [14, 15] and STRATEGIES["random"] is methods.BUILT_IN["random"]
-    STRATEGIES["random"] = STRATEGIES[name]
-    with pytest.raises(NanogapError, match="random is a strategy that is built in: give yours"):
-        find("random")
 
 
 def test_what_a_strategy_changes_is_its_own_copy(tmp_path: Path, model, picture):
@@ -107,13 +95,13 @@ def test_what_is_plainly_meant_is_taken(kept: str, tmp_path: Path, keeps: Keeps)
     ("'x'", "TypeError: .*str"),
     ("[1], seen.features", r"features must be .*; one is \(16, 32\)"),
     ("[1], added=seen.features[0]", r"features must be .* C is 32 .*; one is \(32,\)"),
-    ("1 / 0", "ZeroDivisionError.*, line 4"), ("seen.keys", "AttributeError: .keys. .*, line 4"),
-    ("__import__('sys').exit(0)", "SystemExit: 0.*, line 4")])
+    *[(wrong, f"{told}.*; mend it in .*my_method.py, line 4")
+      for wrong, told in (("1 / 0", "ZeroDivisionError"), ("seen.keys", "AttributeError: .keys. "),
+                          ("__import__('sys').exit(0)", "SystemExit: 0"))]])
 def test_what_cannot_be_fed_is_a_line_that_says_what_came_and_where(
         kept: str, message: str, tmp_path: Path, keeps: Keeps):
-    with pytest.raises(NanogapError, match="the strategy .*:last: .*; mend it in .*line") as caught:
+    with pytest.raises(NanogapError, match=f"the strategy .*:last: {message}"):
         keeps(returning(tmp_path, kept), 2)
-    caught.match(f":last: {message}")
 
 
 def test_one_that_a_program_enters_is_guarded_as_well(keeps: Keeps):
@@ -148,10 +136,9 @@ def test_one_of_your_own_has_settings_too(tmp_path: Path, keeps: Keeps):
 
 @pytest.mark.parametrize("spec, message", [
     ("nowhere.py:last", "there is no file"), ("best", "unknown strategy"),
-    ("nowhere.at_all:last", "cannot be imported"),
     ("fastv(depth=2)", "fastv has no setting depth=2; it has layer .a whole number., "),
     ("fastv(layer=x)", "no setting layer=x"), ("vispruner(ratio=2)", "no setting ratio=2"),
-    ("sparsevlm(label=65)", "label .192 or 128 or 96 or 64"), ("fastv(2)", "write settings as "),
+    ("sparsevlm(label=65)", "label .192, 128, 96 or 64"), ("fastv(2)", "write settings as "),
     ("sparsevlm(layers=[])", "layers .a list of whole numbers.")])
 def test_what_there_is_not_is_one_line(spec: str, message: str):
     with pytest.raises(NanogapError, match=message):

@@ -25,7 +25,6 @@ from nanogap.models.llava_next import (
     LlavaNext,
     Tiles,
     close_rows,
-    shared_equally,
     shared_out,
 )
 from nanogap.models.saving import save
@@ -100,8 +99,7 @@ def test_rows_of_padding_are_cut_off_by_the_proportions_of_the_picture(model, si
 def test_the_base_view_comes_first_and_every_row_of_the_grid_ends_in_a_newline(model, image):
     assert image.n_visual == len(image.features) == N == 52
     assert image.n_patches == N - 4
-    ends = image.row_end(torch.arange(N)).tolist()
-    assert ends == [-1] * 16 + [end for end in NEWLINES for _ in range(9)]
+    assert image.row_end.tolist() == [-1] * 16 + [end for end in NEWLINES for _ in range(9)]
     base, *tiles = model.views(image)
     assert torch.equal(base, torch.arange(16).view(4, 4))
     assert [view.tolist() for view in tiles] == [
@@ -156,17 +154,12 @@ def test_keeping_everything_is_no_pruning_bit_for_bit(model, pixels):
     # in order of rank: 18 and 16 share a row, and the base view has no rows to close
     ([18, 50, 3, 16, 40], [18, 50, 51, 3, 16, 24, 40, 42])])
 def test_a_newline_stands_behind_the_last_patch_of_its_row(image, ranked, closed):
-    """Its features are zeros."""
-    kept, features = torch.tensor(ranked), torch.arange(1.0, 6.0)[:, None]
-    tokens, rows = close_rows(kept, features, image.row_end(kept))
-    assert tokens.tolist() == closed
-    newline = torch.tensor([index in NEWLINES for index in closed])
-    assert torch.equal(rows[~newline], features) and not rows[newline].any()
+    assert close_rows(ranked, image.row_end.tolist()) == closed
 
 
 def of_each_part(image: EncodedTiles, keep: Tensor) -> list[int]:
     """How many patches are kept of each view."""
-    return [len(set(keep.tolist()) & set(part.index.tolist())) for part in image.parts]
+    return [len(set(keep.tolist()) & set(part.index.flatten().tolist())) for part in image.parts]
 
 
 def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(model, image):
@@ -177,14 +170,14 @@ def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(mode
     best = set()
     for part, share in zip(image.parts, [4, 2, 2, 2, 2], strict=True):
         scores = part.fields["cls_attention"].mean(0)
-        best |= set(part.index[scores.argsort(descending=True)[:share]].tolist())
-    newlines = set(image.row_end(torch.tensor(sorted(best))).tolist()) - {-1}
+        best |= set(part.index.flatten()[scores.argsort(descending=True)[:share]].tolist())
+    newlines = set(image.row_end[sorted(best)].tolist()) - {-1}
     assert set(result.keep.tolist()) == best | newlines
     assert result.visual_tokens == len(result.keep) == 12 + len(newlines)
 
 
 def test_views_may_share_equally_as_published_codes_have_it(model, image):
-    assert shared_equally(12, [16, 8, 1]) == [6, 5, 1]            # what one cannot hold goes round
+    assert shared_out(12, [16, 8, 1], equally=True) == [6, 5, 1]  # what one cannot hold goes round
     result = model.ground(image, "the man", "cls_attention(crops=equal)", 15)
     assert of_each_part(image, result.keep) == [3, 3, 3, 3, 3]
 

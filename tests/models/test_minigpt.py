@@ -1,6 +1,5 @@
 """MiniGPT-v2: EVA's tower, four neighbours to one token, boxes in hundredths, and its files."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 from PIL import Image
 
 import nanogap
-from nanogap.errors import NanogapError
 from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
 from nanogap.models.minigpt import HUNDREDTHS, MiniGPT
 from nanogap.models.saving import save
-from tests.tiny import tiny_model, write_finder
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -123,19 +121,3 @@ def test_a_model_is_written_under_the_published_names_and_read_again(
                  "ln_vision.weight", "llama_proj.bias", "llama_model.lm_head.weight",
                  "llama_model.model.layers.0.self_attn.q_proj.weight"):
         assert name.encode() in header
-
-
-def test_four_patches_must_stand_side_by_side_in_a_row(tiny: MiniGPT):
-    vision = replace(tiny.config.vision, image_size=84)
-    with pytest.raises(NanogapError, match="image_size 84 makes 6 patches to a row, and MiniGPT-v2 "
-                                           "makes one token of every 4 of them"):
-        replace(tiny.config, vision=vision)
-
-
-def test_an_answer_is_a_box_in_pixels_of_the_picture(tiny: MiniGPT, tmp_path: Path):
-    save(tmp_path / "tiny", tiny, torch.float32)
-    write_finder(tmp_path / "tiny", tmp_path / "finder", "{<10><25><50><60>}")
-    finder = nanogap.load(tmp_path / "finder", "cpu")
-    for mode in ("full", "gap"):
-        found = finder.ground(Image.new("RGB", (100, 50)), "the man", keep=4, mode=mode)
-        assert (found.text, found.box) == ("{<10><25><50><60>}", (10, 12.5, 50, 30))

@@ -1,11 +1,9 @@
 """Every strategy with every model; those that read the expression need CLIP's text tower."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import nanogap
 from nanogap import NanogapError
@@ -57,19 +55,15 @@ def test_strategies_that_read_the_expression_find_clip_beside_a_model(name: str,
     assert len(left.keep) >= 20 and left.keep.tolist() != right.keep.tolist()
 
 
-def test_only_the_text_side_of_the_minis_own_is_loaded(guide):
-    parts = {name.split(".")[0] for name in guide.state_dict()}
-    assert parts == {"text_model", "text_projection", "visual_projection"}
-    assert guide.embed("the man on the left").shape == (128,)
-
-
-def test_openais_own_file_is_a_pickle_and_means_the_same(guide, tmp_path: Path):
-    """openai/clip-vit-large-patch14-336 has pytorch_model.bin and no safetensors."""
-    clip = shutil.copytree(MINI / "clip_text", tmp_path / "clip")
-    torch.save(load_file(clip / "model.safetensors"), clip / "pytorch_model.bin")
-    (clip / "model.safetensors").unlink()
-    after = nanogap.load(MINI, "cpu", clip=clip).text_guide.embed("a man in blue")
-    assert torch.equal(after, guide.embed("a man in blue"))
+def test_the_whole_question_stands_in_for_the_expression_of_a_strategy_that_reads_one_row():
+    """With question=whole: its first 77 tokens, as TRIM's code has it."""
+    model = nanogap.load(MINI, "cpu")
+    seen = model.see(model.encode_image(ROOT / "image.jpg"), {"question"}, "a man")
+    asked = model.text_guide.embed(model.question("a man"))                   # of fewer than 77
+    assert torch.equal(seen.text, seen.question[0]) and torch.allclose(seen.text, asked, atol=1e-5)
+    keep = [model.ground(ROOT / "image.jpg", "a man", f"trim{setting}", 20, max_new_tokens=1).keep
+            for setting in ("", "(question=whole)")]
+    assert not torch.equal(*keep)
 
 
 def test_special_tokens_in_an_expression_stay_text_and_long_ones_are_cut(guide):

@@ -10,20 +10,16 @@ A 96 x 48 picture lies over the two middle rows, a 48 x 96 one over the two midd
 
 from collections.abc import Sequence
 from itertools import combinations, product
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
 from nanogap.image import iou
 from nanogap.models.frames import Padded
-from nanogap.show import figures
 from nanogap.show.draw import MARGIN, STYLES, TRUTH, dim_dropped, draw_results, place_tag
-from tests.tiny import tiny_model
 
 PINK = (250, 150, 200)
 WHITE, BLUE, ORANGE = (255, 255, 255), (86, 180, 233), (230, 159, 0)      # full, gap, shifted
@@ -138,8 +134,3 @@ def test_a_caption_that_is_too_long_is_cut_at_the_margin():
     picture = page((96, 48), {"gap": None}, expression="W" * 20000)
     border = (picture.width - MARGIN + 2, 0, picture.width, picture.height)
     assert colours(picture, border) == {(27, 27, 27)}
-
-
-def test_a_figure_of_one_square_is_refused_of_a_model_that_sees_tiles(tmp_path: Path):
-    with pytest.raises(NanogapError, match="a single square of patches, and the model sees tiles"):
-        list(figures.make(["patches"], tiny_model("llava_next"), tmp_path))

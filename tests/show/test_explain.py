@@ -54,11 +54,11 @@ def spelled_out(text: str) -> list[int]:
 
 @pytest.mark.parametrize("mode", gap.MODES)
 def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: str, mini: VLM):
+    """The ID before pruning is the number of tokens before the image and the raster index."""
     text = told(mini, mode)
     P, A = mini.around_image(mini.prompt(EXPRESSION))
-    keep = torch.arange(144) if mode == "full" else BEST_FIRST
-    layout = gap.lay_out(keep, P, 144, A, mode)
-    ids, next_position = layout.position_ids, layout.next_position
+    layout = gap.lay_out(torch.arange(144) if mode == "full" else BEST_FIRST, P, 144, A, mode)
+    ids, next_position, fed = layout.position_ids, layout.next_position, layout.kept.tolist()
     every = text.partition("position IDs: P")[2].partition("\n")[2].partition("   token ")[0]
     assert spelled_out(every) == ids.tolist()
     known = dict(enumerate([*ids.tolist(), *range(next_position, next_position + 40)]))
@@ -67,18 +67,10 @@ def test_every_position_id_is_that_of_gap_py_and_every_cache_row_is_dense(mode: 
     assert all(known[row] == id_ for row, id_ in rows)
     said = [row for row, _ in rows[9:]]                      # nine of the prompt's tokens are shown
     assert len(said) > 1 and said == list(range(len(ids), len(ids) + len(said)))
-
-
-@pytest.mark.parametrize("mode", [mode for mode in gap.MODES if mode != "full"])
-def test_the_id_before_pruning_is_the_number_of_tokens_before_the_image_and_the_raster_index(
-        mode: str, mini: VLM):
-    text = told(mini, mode)
-    before = dict(zip(cells(text, "cache row"), cells(text, "ID before"), strict=False))
-    keep = [int(k) for k in cells(text, "keep") if k != ".."]                 # three, and the last
-    fed = gap.lay_out(BEST_FIRST, 33, 144, 23, mode).kept.tolist()
-    assert keep == [*fed[:3], fed[-1]]
-    assert [int(before[row]) for row in ("33", "34", "35", "104")] == [33 + k for k in keep]
-    assert [before[row] for row in ("0", "1", "32", "105", "127")] == ["0", "1", "32", "177", "199"]
+    ends = [*fed[:3], fed[-1]]
+    assert [int(k) for k in cells(text, "keep") if k != ".."] == ends
+    before = [int(id_) for id_ in cells(text, "ID before") if id_ != ".."]
+    assert before == [0, 1, 32, *(33 + k for k in ends), 177, 199]
 
 
 @pytest.mark.parametrize("prune", STRATEGIES)

@@ -180,8 +180,9 @@ def test_no_text_no_patch_no_text_before():
     assert explain_ids(arange(8), [0, 4, 6], 1, 7, 0, answer=7).startswith("answer moved: ")
     assert explain_ids(arange(8), [0, 1, 2], 1, 7, 0, [3, 5]) == (
         "shifted: the patches are numbered 1 to 2 without gaps.")
-    assert explain_ids(arange(6), [0, 1], 1, 4, 1) == (
-        "text moved: no patch is fed; the text after them begins at 1 instead of 5.")
+    for keep in (None, []):
+        assert explain_ids(arange(6), [0, 1], 1, 4, 1, keep) == (
+            "text moved: no patch is fed; the text after them begins at 1 instead of 5.")
     # PaliGemma's image comes first, and generate adds 1
     assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2, [1, 3], 7) == (
         f"kept: {KEPT}; the answer begins at 7; all IDs are moved by 1, which RoPE does not see.")
@@ -189,6 +190,8 @@ def test_no_text_no_patch_no_text_before():
     assert explain_ids(arange(6), [1, 3, 5, 6], 0, 4, 2) == (
         f"kept or text moved: {SEEN}; the text after them begins at 5 instead of 4, which is right "
         "if all IDs are moved alike.")
+    assert explain_ids(arange(6), [1, 3, 4, 9], 0, 4, 2) == (
+        f"text moved: {SEEN}; at place 3 the text goes on at 9 instead of 5.")
 
 
 def test_behind_a_cache_a_move_of_all_ids_is_seen():
@@ -211,13 +214,15 @@ def test_ids_come_as_rope_gets_them_with_a_batch_of_one_or_as_lists(form):
     (arange(20), arange(9), None, None, "do not belong to 3 tokens, 16 visual tokens and 2 tokens"),
     (arange(21), torch.zeros(3, 9), None, None, "do not belong to 3 tokens"),
     (torch.zeros(3, 2, 21), arange(9), None, None, r"give one prompt's, \(T,\) or \(3, T\)"),
-    (arange(21), arange(9), [1, 2], None, "keep has 2 indices, and 4 visual tokens are fed"),
-    (arange(21), arange(9), [1, 2, 3, 3], None, "raster indices from 0 to 15, each once"),
+    (arange(21), arange(9), [1, 2], None, "keep has 2 indices for 4 visual tokens; give each its "),
+    (arange(21), arange(9), [1, 2, 3, 3], None, "own raster index, 0 to 15, or -1 if"),
     (arange(21), arange(9), None, [9, 9, 9], "answer has 3 numbers, and an ID has 1"),
 ])
 def test_numbers_that_do_not_fit_are_refused(ids_of_all, fed, keep, answer, message: str):
     with pytest.raises(ValueError, match=message):
         explain_ids(ids_of_all, fed, 3, 16, 2, keep, answer)
+    with pytest.raises(ValueError, match="do not belong to 19 tokens, 0 visual tokens and 2 "):
+        explain_ids(arange(21), arange(21), 19, 0, 2)
 
 
 # ----- prompts by chance --------------------------------------------------------------------------
