@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from nanogap.checks.command import Parser, answer_for, path_argument
+from nanogap.checks.command import Parser, answer_for, one_line, path_argument
 from nanogap.checks.loading import snapshot
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
-from nanogap.checks.reading import one_line
 from nanogap.checks.silent import silent
 from nanogap.convert.minigpt import minigpt_v2
 from nanogap.convert.recipes import Recipe, llava, shikra

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nanogap.checks.explain import check_readable, weight_files
-from nanogap.checks.pickles import of_model, read_saved
-from nanogap.checks.reading import printable, read_json
-from nanogap.checks.silent import refuse_quantised
+from nanogap.checks.explain import weight_files
+from nanogap.checks.pickles import tensors_of
+from nanogap.checks.reading import read_json
 from nanogap.errors import NanogapError
-from nanogap.weights import DTYPES, UNUSED, read_tensors
+from nanogap.weights import DTYPES, UNUSED
 
 
 class Piece(dict[str, Tensor]):
@@ -27,16 +26,15 @@ class Piece(dict[str, Tensor]):
         self.path, self.download = path, download
         if not path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
-        for file in weight_files(path, download) if path.is_dir() else [path]:
-            check_readable(file)
-        found = read_tensors(path) if path.is_dir() else of_model(read_saved(path)).items()
-        for name, tensor in found:
-            if re.search(UNUSED, name) or not re.search(wanted, name):
-                continue
-            if tensor.dtype not in DTYPES.values():
-                raise NanogapError(f"{path}: {printable(name)} is {tensor.dtype}, and weights are "
-                                   f"{', '.join(DTYPES)}; get it with {download}")
-            self[name] = tensor
+        step = f"get it with {download}"
+        for file in weight_files(path, step) if path.is_dir() else [path]:
+            for name, tensor in tensors_of(file).items():
+                if re.search(UNUSED, name) or not re.search(wanted, name):
+                    continue
+                if tensor.dtype not in DTYPES.values():
+                    raise NanogapError(f"{path}: {name} is {tensor.dtype}, and weights are "
+                                       f"{', '.join(DTYPES)}; get it with {download}")
+                self[name] = tensor
 
     def __missing__(self, name: str) -> Tensor:
         raise NanogapError(f"{self.path} lacks {name}; get it whole with {self.download}")
@@ -48,11 +46,10 @@ class Piece(dict[str, Tensor]):
         return other
 
     def config(self, *kinds: str) -> dict:
-        """Its config.json, which must be of one `model_type` of these, and not quantised."""
+        """Its config.json, which must be of one `model_type` of these."""
         file = self.path / "config.json"
         config = read_json(file)
         if config.get("model_type") not in kinds:
             raise NanogapError(f"{file} describes a {config.get('model_type')!r:.80} model, not "
                                f"{kinds[0]!r}; get one with {self.download}")
-        refuse_quantised(self.path, config)
         return config

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogap.checks.command import shown
-from nanogap.checks.explain import look_at_clip
+from nanogap.checks.explain import look_through
 from nanogap.checks.silent import Table, check_clip, require
 from nanogap.convert.pieces import Piece
 from nanogap.errors import NanogapError
@@ -84,7 +84,7 @@ def read_clip(path: Path | None, config: dict) -> tuple[dict, Piece]:
     if path is None:
         raise NanogapError(f"the vision tower is apart; get it with {download} and give it by "
                            "--clip")
-    look_at_clip(path, download)
+    look_through(path, {"clip": f"get the CLIP with {download}"})
     check_clip(path)
     vision = read_json(path / "config.json")["vision_config"]
     size = vision.get("image_size", 224)

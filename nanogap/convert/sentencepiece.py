@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nanogap.checks.reading import instead
+from nanogap.checks.reading import unreadable
 from nanogap.errors import NanogapError
 from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 
@@ -42,8 +42,8 @@ def read_llama_tokenizer(path: Path, special_tokens: Iterable[str]) -> Tokenizer
                 piece = dict(read_fields(value))
                 scores[piece[TEXT].decode()], = struct.unpack("<f", piece.get(SCORE, bytes(4)))
     except (LookupError, OverflowError, TypeError, ValueError, struct.error) as error:
-        raise NanogapError(instead(path) or f"{path} is no tokenizer.model, or is cut off "
-                           f"({error}); download it again") from None
+        raise unreadable(path, f"it is no tokenizer.model, or is cut off: {error}",
+                         "download it again") from None
     if tuple(scores)[:3] != START_TOKENS:
         raise NanogapError(f"{path} is of another kind than LLaMA's; give the one that was "
                            "published with the model")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
-from nanogap.checks.reading import optional, read_documents
+from nanogap.checks.reading import read_documents
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_size
 from nanogap.evaluate.formats import FORMATS, Format, fitting, smart_resize
@@ -22,6 +22,7 @@ from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import read_file
 from nanogap.evaluate.score import TIMES, Run, minigpt_iou, score
 from nanogap.image import Box, iou
+from nanogap.weights import read_json
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
@@ -144,7 +145,7 @@ def check_answer(where: str, item: dict, protocol: str) -> None:
 
 def check_protocol(path: Path, protocol: str) -> None:
     """Refuse a file of the evaluator's whose boxes are another protocol's reading."""
-    made = optional(settings_of(path)).get("protocol", "pixels")
+    made = read_json(settings_of(path)).get("protocol", "pixels")
     if protocol == "pixels" != made:
         raise NanogapError(f"{path} holds boxes as {made} reads them ({settings_of(path).name}); "
                            f"give --protocol {made}")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanogap.checks.reading import read_bytes, read_documents
+from nanogap.checks.reading import read_documents
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate.data import Data, Example, Size, check_units
-from nanogap.evaluate.refer import LARGEST, Entry, check_inside, corners_of, read_refs
+from nanogap.evaluate.refer import Entry, check_inside, corners_of, read_refs
 from nanogap.image import open_image
 from nanogap.prompt import check_expression
 
@@ -97,7 +97,7 @@ def read_file(flag: str, path: Path, otherwise: str) -> bytes:
     if not path.is_file():
         why = "it is no file" if path.exists() else "No such file or directory"
         raise NanogapError(f"{flag} {path} cannot be read ({why}); {otherwise}")
-    data = read_bytes(path, LARGEST)
+    data = path.read_bytes()
     if data.startswith(b"PAR1"):
         raise NanogapError(f"{flag} {path} is a parquet file; write its rows, without the images, "
                            "as lines of JSON: pandas does it with to_json(orient='records', "

@@ -10,12 +10,10 @@ from typing import Any
 
 from nanogap.checks.command import shown
 from nanogap.checks.pickles import read_plain
-from nanogap.checks.reading import read_bytes, read_documents
+from nanogap.checks.reading import read_documents
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Size, is_box, is_outside, is_size
 from nanogap.image import Box
-
-LARGEST = 1 << 31        # bytes; COCO's instances.json has 2^29
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def check_inside(entry: Entry, size: Size) -> None:
 
 def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     """How many expressions each split has, and those of one; boxes come from instances.json."""
-    refs = read_plain(path, LARGEST)
+    refs = read_plain(path)
     try:
         counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
     except (KeyError, TypeError):
@@ -96,7 +94,7 @@ def read_instances(path: Path) -> tuple[dict, dict, dict]:
     if not path.is_file():
         raise NanogapError(f"{path} is not there, and the pickle holds no boxes; put "
                            "instances.json of the refer API there")
-    documents = list(read_documents(path, read_bytes(path, LARGEST)))
+    documents = list(read_documents(path, path.read_bytes()))
     try:
         coco = documents[0][1]
         return ({item["id"]: item["bbox"] for item in coco["annotations"]},

@@ -271,7 +271,7 @@ BROKEN: list[tuple[str, Change, str]] = [
      "llava/config.json describes a 'llava_mpt' model, not 'llava'; get one with `hf download"),
     ("llava", keys("llava/config.json", mm_vision_tower=None), "or get one that is with `hf down"),
     ("llava", keys("llava/config.json", rope_scaling={"type": "linear", "factor": 2.0}),
-     "llava: config.json: rope_scaling is"),
+     "llava: config.json: rope_scaling: factor is"),
     ("llava", keys("llava/config.json", num_hidden_layers=2),
      'Unexpected key(s) in state_dict: "language_model.model.layers.2.'),
     ("llava", keys("llava/config.json", hidden_size=128),
@@ -339,7 +339,7 @@ def test_a_full_disk_is_one_line_and_nothing_stays(pieces: Path):
         said = refusal("llava", pieces / "out", **given("llava", pieces))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert said.endswith("out cannot be written (File too large); give another folder")
+    assert said.endswith("out cannot be written (File too large); give another path")
 
 
 def test_each_gigabyte_is_told(
