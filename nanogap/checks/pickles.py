@@ -12,7 +12,7 @@ from zipfile import is_zipfile
 
 import torch
 
-from nanogap.checks.reading import instead, printable, read_bytes
+from nanogap.checks.reading import instead, one_line
 from nanogap.errors import NanogapError
 
 
@@ -20,23 +20,19 @@ class Plain(pickle.Unpickler):
     """Reads what needs no code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise NanogapError(f"it names {printable(f'{module}.{name}')}, and what it should hold "
-                           "needs no code; get it from where it was published")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and needs no code")
 
 
-def read_plain(path: Path, limit: int = 1 << 28) -> Any:
-    """The lists, dicts, text and numbers in a pickle of at most `limit` bytes.
+def read_plain(path: Path, data: bytes) -> Any:
+    """The lists, dicts, text and numbers in a pickle; data: the bytes of the file.
 
     raises: NanogapError where it is none, or names anything that would be run
     """
-    data = io.BytesIO(read_bytes(path, limit))
     try:
-        return Plain(data, encoding="latin1").load()          # Python 2 wrote the published ones
-    except NanogapError as error:
-        raise NanogapError(f"{path} is refused: {error}") from None
-    except Exception:                                         # a broken one raises almost anything
-        raise NanogapError(instead(path) or f"{path} is no whole pickle, and holds no JSON; "
-                           "download it again, or give another file") from None
+        return Plain(io.BytesIO(data), encoding="latin1").load()   # Python 2 wrote the published
+    except Exception as error:                                # a broken one raises almost anything
+        raise NanogapError(instead(path) or f"{path} is no JSON, and no whole pickle of plain data "
+                           f"({one_line(error)}); get it from where it was published") from None
 
 
 def read_saved(path: Path) -> Any:

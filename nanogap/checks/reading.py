@@ -22,6 +22,8 @@ INSTEAD = {
     rb"\s*<": "is a web page, or an error of the server, and not the file itself; open the link "
               "in a browser and download what it leads to",
     rb"\x1f\x8b|\xfd7zXZ|BZh|7z\xbc\xaf|Rar!": "is compressed; unpack it, and give what was in it",
+    rb"PAR1": "is a parquet file; write its rows, without the images, as lines of JSON: pandas "
+             "does it with to_json(orient='records', lines=True)",
     rb"GGUF": "is a GGUF file, which is llama.cpp's; give the checkpoint that it was made from"}
 SOMETHING = re.compile(r"\S")
 
@@ -76,12 +78,12 @@ def text_of(path: Path, data: bytes) -> str:
                            "save it as UTF-8") from None
 
 
-def read_json(path: Path) -> dict:
-    """The object in a file of a checkpoint, in UTF-8.
+def read_json(path: Path, most: int = LONGEST) -> dict:
+    """The object in a file of a checkpoint, in UTF-8; most: bytes that it may have.
 
     raises: NanogapError where there is no such file, or where it holds no JSON, or no object
     """
-    data = read_bytes(path)
+    data = read_bytes(path, most)
     try:
         value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
