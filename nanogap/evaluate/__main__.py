@@ -24,7 +24,7 @@ from nanogap.checks.loading import load
 from nanogap.checks.output import check_picture, claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
-from nanogap.evaluate.answers import How, read_answers, write_questions
+from nanogap.evaluate.answers import read_answers, write_questions
 from nanogap.evaluate.arguments import parse_arguments
 from nanogap.evaluate.data import Data, drawn_data, first
 from nanogap.evaluate.refcoco import read_data
@@ -53,9 +53,7 @@ def data_asked(args: argparse.Namespace) -> Data:
 def score_file(args: argparse.Namespace) -> None:
     """Score the answers of any program, and report."""
     data = data_asked(args)
-    how = How(args.protocol, args.format, args.resized)
-    examples = first(data.examples, args.limit)
-    records, unanswered, doubts = read_answers(args.score, data, examples, how)
+    records, unanswered = read_answers(args, data, first(data.examples, args.limit))
     rows = [summary(records, run, args.protocol) | {"unanswered": count}
             for run, count in unanswered.items()]
     asked = rows[0]["expressions"]
@@ -63,7 +61,7 @@ def score_file(args: argparse.Namespace) -> None:
              "answer, and count as wrong" for row in rows if row["unanswered"]]
     made = {"score": str(args.score), "format": args.format or "llava", "protocol": args.protocol}
     title = f"{args.score}, {data.name}, {asked} expressions"
-    print_reports(args, [Report(title, made, data, rows, [*doubts, *notes])])
+    print_reports(args, [Report(title, made, data, rows, notes)])
 
 
 def write_file(args: argparse.Namespace) -> None:
