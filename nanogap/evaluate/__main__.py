@@ -26,8 +26,7 @@ from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
 from nanogap.evaluate.answers import read_answers, write_questions
 from nanogap.evaluate.arguments import parse_arguments
-from nanogap.evaluate.data import Data, drawn_data, first
-from nanogap.evaluate.refcoco import read_data
+from nanogap.evaluate.data import Data, drawn_data, first, read_data
 from nanogap.evaluate.report import Report, missing, print_reports
 from nanogap.evaluate.score import Run, summary
 from nanogap.fast.processes import gather, join

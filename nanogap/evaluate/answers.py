@@ -17,9 +17,10 @@ from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.checks.reading import optional, read_bytes, read_documents
 from nanogap.errors import NanogapError
-from nanogap.evaluate.data import LARGEST, Data, Example, Size, are_numbers
+from nanogap.evaluate.data import Data, Example
 from nanogap.evaluate.formats import FORMATS, MOST, smart_resize
 from nanogap.evaluate.journal import settings_of
+from nanogap.evaluate.refcoco import LARGEST, Size, are_numbers
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.image import Box
 

@@ -1,9 +1,13 @@
 """What is evaluated on: pictures, each with its expressions and their true boxes, in pixels.
 
-In:  the name of a split of drawn scenes; annotations are read in refcoco.py.
+In:  the name of a split of drawn scenes; or a file of annotations, and a folder of pictures.
 Out: `Data`, of which one bad item of thousands is left out and counted.
+Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
 """
 
+import hashlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -11,11 +15,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanogap.image import Box
+from nanogap.checks.reading import read_bytes
+from nanogap.errors import ItemError, NanogapError
+from nanogap.evaluate.refcoco import LARGEST, Entry, Size, read_annotations, read_refs, true_box
+from nanogap.image import Box, open_image
+from nanogap.prompt import check_expression
 from nanogap.train.scenes import scene
-
-Size = tuple[int, int]              # width and height, pixels
-LARGEST = 1 << 31                   # bytes of a file; COCO's instances.json has 2^29
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class Data:
     missing: list[str] = field(default_factory=list)            # images that are not there
     left_out: dict[str, str] = field(default_factory=dict)      # id -> why it cannot be asked
     groups: dict[str, list[str]] = field(default_factory=dict)  # MiniGPT-v2's img_id -> its ids
+
+
+# ----- drawn scenes -------------------------------------------------------------------------------
 
 
 drawn = lru_cache(256)(scene)       # of thousands some are held, and the others are drawn again
@@ -78,7 +86,89 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return chosen
 
 
-def are_numbers(values: object, count: int) -> bool:
-    """Whether something from a file is so many numbers, none of them infinite or NaN."""
-    return (isinstance(values, list | tuple) and len(values) == count
-            and all(type(value) in (int, float) and abs(value) < 1e6 for value in values))
+# ----- annotated pictures -------------------------------------------------------------------------
+
+
+def read_data(path: Path, images: Path | None, split: str | None = None,
+              pictures: bool = True) -> Data:
+    """Read annotations and find their images: in the folder `images`, or beside the file.
+
+    split:    which one of a pickle; the other forms hold one each, and take None
+    pictures: whether they will be opened; if not, one that is not there is not missed where its
+              size is known
+    raises:   NanogapError that names file and line, for what is broken in the file
+    """
+    content = read_bytes(path, LARGEST)
+    is_json = content.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] in (b"[", b"{")
+    if is_json and split:
+        raise NanogapError(f"{path} holds one split only; leave --split out")
+    told, entries = (read_annotations(path, content) if is_json
+                     else read_refs(path, content, split))
+    of_image: dict[str, list[Entry]] = {}
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        of_image.setdefault(entry.image, []).append(entry)
+        groups.setdefault(entry.group, []).append(entry.id)
+    name = f"{path.name} {split}" if split else path.name
+    name = f"{name} ({told}): {len(entries)} expressions about {len(of_image)} images"
+    digest = hashlib.sha256(repr(list(of_image)).encode(errors="replace")).hexdigest()[:8]
+    data = Data(name, digest, len(entries), groups=groups)
+    folder = images or path.parent
+    for number, about in enumerate(of_image.values()):
+        add_image(data, number, about, folder, pictures)
+    if not data.examples:
+        why = (f"none of the {len(data.missing)} images is in {folder}, such as "
+               f"{data.missing[0]:.200}; give their folder with --images (COCO's train2014: "
+               "images.cocodataset.org/zips/train2014.zip, 13 GB)"
+               if data.missing else next(iter(data.left_out.values())))
+        raise NanogapError(f"{path} holds nothing that can be asked: {why}")
+    return data
+
+
+def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
+              pictures: bool) -> None:
+    """Add an image and what is asked of it, or say that it is missing, or why it is left out."""
+    name, size = entries[0].image, entries[0].size
+    file = find_image(folder, name)
+    if file is None and (pictures or size is None):
+        data.missing.append(name)
+        return
+    path = file or folder / name
+    try:
+        size = size or open_image(path, upright=False).size
+    except ItemError as error:
+        data.left_out.update({entry.id: str(error) for entry in entries})
+        return
+    questions = []
+    for entry in entries:
+        box = true_box(entry, size)
+        try:
+            check_expression(entry.expression)
+            questions.append((entry.id, entry.expression, box))
+        except ItemError as error:
+            data.left_out[entry.id] = f"{entry.where}: {error}"
+    if questions:
+        opened = partial(open_sized, path, size)
+        data.examples.append(Example(number, name, size, opened, questions, path))
+
+
+def open_sized(path: Path, size: Size) -> Image.Image:
+    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
+    image = open_image(path, upright=False)
+    if image.size != size:
+        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
+                        f"{size[0]} x {size[1]}; give the annotated pictures (COCO's: "
+                        "train2014) with --images")
+    return image
+
+
+def find_image(folder: Path, name: str) -> Path | None:
+    """The file of an image, with the folders in its name or without them, and in the folder only.
+
+    COCO's pictures of 2014 are there under the names of 2017 as well.
+    """
+    path = Path(name)
+    files = [folder / path.name, folder / re.sub(r"^COCO_\w+2014_", "", path.name)]
+    if not path.is_absolute() and ".." not in path.parts:
+        files.insert(0, folder / path)
+    return next(filter(os.path.isfile, files), None)

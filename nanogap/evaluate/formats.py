@@ -9,7 +9,7 @@ README; Ferret ferret/eval/eval_refexp.py; PaliGemma big_vision, `<loc....>`.
 import re
 from dataclasses import dataclass
 
-from nanogap.evaluate.data import Size
+from nanogap.evaluate.refcoco import Size
 from nanogap.image import Box, Pad
 from nanogap.models import MiniGPT, Shikra
 from nanogap.models.frames import Stretch

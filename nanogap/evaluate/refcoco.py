@@ -1,28 +1,60 @@
 """Annotations: RefCOCO, RefCOCO+ and RefCOCOg as they are published, and files of one's own.
 
-In:  a file of annotations, and the folder of their images (COCO's train2014).  Its keys tell its
-     form; what is no JSON is taken for a pickle of the refer API (refer.py).
-Out: images, each with its expressions and their true boxes (x1, y1, x2, y2) in pixels.
-Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
+In:  a file of annotations: JSON, whose keys tell its form, or a pickle of the refer API.
+Out: an entry for each expression, and its true box.
 """
 
-import hashlib
-import os
 import re
-from collections.abc import Sequence
-from functools import partial
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
+from typing import Any, NamedTuple
 
 from nanogap.checks.command import shown
-from nanogap.checks.reading import read_bytes, read_documents
-from nanogap.errors import ItemError, NanogapError
-from nanogap.evaluate.data import LARGEST, Data, Example, Size, are_numbers
-from nanogap.evaluate.refer import Entry, read_refs
-from nanogap.image import Box, open_image
-from nanogap.prompt import check_expression
+from nanogap.checks.pickles import read_plain
+from nanogap.checks.reading import read_documents, read_json
+from nanogap.errors import NanogapError
+from nanogap.image import Box
+
+Size = tuple[int, int]              # width and height, pixels
+LARGEST = 1 << 31                   # bytes of a file; COCO's instances.json has 2^29
+
+
+class Entry(NamedTuple):
+    """One expression as it is annotated; of what is Any, any may stand in a file."""
+
+    where: str                         # its place in the file
+    id: str
+    image: str                         # file name, with or without folders
+    expression: Any                    # a text
+    box: Any                           # four numbers
+    size: Any                          # of the image; None where the picture must say it
+    corners: bool                      # whether the box is x1, y1, x2, y2; else x, y, width, height
+    group: str = ""                    # MiniGPT-v2's img_id
+
+
+def are_numbers(values: object, count: int) -> bool:
+    """Whether something from a file is so many numbers, none of them infinite or NaN."""
+    return (isinstance(values, list | tuple) and len(values) == count
+            and all(type(value) in (int, float) and abs(value) < 1e6 for value in values))
+
+
+def true_box(entry: Entry, size: Size) -> Box:
+    """The box of an entry, x1, y1, x2, y2 in pixels of an image of that size; no other is taken."""
+    box = entry.box
+    if are_numbers(size, 2) and min(size) >= 1 and are_numbers(box, 4):
+        x1, y1, x2, y2 = box
+        if not entry.corners:
+            x2, y2 = x1 + x2, y1 + y2
+        inside = -1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1
+        if inside and max(x2, y2) > 1:
+            return x1, y1, x2, y2
+    form = "x1, y1, x2, y2" if entry.corners else "x, y, width, height"
+    raise NanogapError(f"{entry.where}: the box {shown(box)} is no {form} with an area inside its "
+                       f"image, width and height {shown(size)}; give pixels, not shares, percent "
+                       "or thousandths")
+
+
+# ----- the forms of JSON --------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
@@ -73,102 +105,37 @@ def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
     return form.name, entries
 
 
-def read_data(path: Path, images: Path | None, split: str | None = None,
-              pictures: bool = True) -> Data:
-    """Read annotations and find their images: in the folder `images`, or beside the file.
+# ----- the pickles of the refer API ---------------------------------------------------------------
 
-    split:    which one of a pickle; the other forms hold one each, and take None
-    pictures: whether they will be opened; if not, one that is not there is not missed where its
-              size is known
-    raises:   NanogapError that names file and line, for what is broken in the file
+
+def read_refs(path: Path, data: bytes, split: str | None) -> tuple[str, list[Entry]]:
+    """How many expressions each split has, and those of one; boxes come from instances.json.
+
+    source: lichengunc/refer 2fe1dfe, refer.py: getRefBox, showRef
     """
-    content = read_bytes(path, LARGEST)
-    is_json = content.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] in (b"[", b"{")
-    if is_json and split:
-        raise NanogapError(f"{path} holds one split only; leave --split out")
-    told, entries = (read_annotations(path, content) if is_json
-                     else read_refs(path, content, split))
-    of_image: dict[str, list[Entry]] = {}
-    groups: dict[str, list[str]] = {}
-    for entry in entries:
-        of_image.setdefault(entry.image, []).append(entry)
-        groups.setdefault(entry.group, []).append(entry.id)
-    name = f"{path.name} {split}" if split else path.name
-    name = f"{name} ({told}): {len(entries)} expressions about {len(of_image)} images"
-    digest = hashlib.sha256(repr(list(of_image)).encode(errors="replace")).hexdigest()[:8]
-    data = Data(name, digest, len(entries), groups=groups)
-    folder = images or path.parent
-    for number, about in enumerate(of_image.values()):
-        add_image(data, number, about, folder, pictures)
-    if not data.examples:
-        why = (f"none of the {len(data.missing)} images is in {folder}, such as "
-               f"{data.missing[0]:.200}; give their folder with --images (COCO's train2014: "
-               "images.cocodataset.org/zips/train2014.zip, 13 GB)"
-               if data.missing else next(iter(data.left_out.values())))
-        raise NanogapError(f"{path} holds nothing that can be asked: {why}")
-    return data
-
-
-def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
-              pictures: bool) -> None:
-    """Add an image and what is asked of it, or say that it is missing, or why it is left out."""
-    name, size = entries[0].image, entries[0].size
-    file = find_image(folder, name)
-    if file is None and (pictures or size is None):
-        data.missing.append(name)
-        return
-    path = file or folder / name
+    refs = read_plain(path, data)
     try:
-        size = size or open_image(path, upright=False).size
-    except ItemError as error:
-        data.left_out.update({entry.id: str(error) for entry in entries})
-        return
-    questions = []
-    for entry in entries:
-        box = true_box(entry, size)
-        try:
-            check_expression(entry.expression)
-            questions.append((entry.id, entry.expression, box))
-        except ItemError as error:
-            data.left_out[entry.id] = f"{entry.where}: {error}"
-    if questions:
-        opened = partial(open_sized, path, size)
-        data.examples.append(Example(number, name, size, opened, questions, path))
-
-
-def true_box(entry: Entry, size: Size) -> Box:
-    """The box of an entry, x1, y1, x2, y2 in pixels of an image of that size; no other is taken."""
-    box = entry.box
-    if are_numbers(size, 2) and min(size) >= 1 and are_numbers(box, 4):
-        x1, y1, x2, y2 = box
-        if not entry.corners:
-            x2, y2 = x1 + x2, y1 + y2
-        inside = -1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1
-        if inside and max(x2, y2) > 1:
-            return x1, y1, x2, y2
-    form = "x1, y1, x2, y2" if entry.corners else "x, y, width, height"
-    raise NanogapError(f"{entry.where}: the box {shown(box)} is no {form} with an area inside its "
-                       f"image, width and height {shown(size)}; give pixels, not shares, percent "
-                       "or thousandths")
-
-
-def open_sized(path: Path, size: Size) -> Image.Image:
-    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
-    image = open_image(path, upright=False)
-    if image.size != size:
-        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
-                        f"{size[0]} x {size[1]}; give the annotated pictures (COCO's: "
-                        "train2014) with --images")
-    return image
-
-
-def find_image(folder: Path, name: str) -> Path | None:
-    """The file of an image, with the folders in its name or without them, and in the folder only.
-
-    COCO's pictures of 2014 are there under the names of 2017 as well.
-    """
-    path = Path(name)
-    files = [folder / path.name, folder / re.sub(r"^COCO_\w+2014_", "", path.name)]
-    if not path.is_absolute() and ".." not in path.parts:
-        files.insert(0, folder / path)
-    return next(filter(os.path.isfile, files), None)
+        counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
+    except (KeyError, TypeError):
+        raise NanogapError(f"{path} is a pickle, but not a list with split and sentences; give "
+                           "refs(unc).p of the refer API") from None
+    told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
+    if split not in counts:
+        asked = f"has no split {split!r}" if split else "has splits"
+        raise NanogapError(f"{path} {asked}; choose one with --split: {told}")
+    coco = read_json(path.with_name("instances.json"), LARGEST)
+    entries = []
+    try:
+        boxes = {item["id"]: item["bbox"] for item in coco["annotations"]}
+        images = {item["id"]: item for item in coco["images"]}
+        for ref in refs:
+            for said in ref["sentences"] if ref["split"] == split else []:
+                image = images[ref["image_id"]]
+                entries.append(Entry(
+                    f"{path}, sentence {said['sent_id']}", str(said["sent_id"]),
+                    str(image["file_name"]), said["sent"], boxes[ref["ann_id"]],
+                    (image["width"], image["height"]), corners=False))
+    except (KeyError, TypeError) as error:
+        raise NanogapError(f"{path} and instances.json do not fit together ({error!r:.80}); "
+                           "take both from one folder of the refer API") from None
+    return told, entries

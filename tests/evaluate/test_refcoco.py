@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nanogap.errors import NanogapError
-from nanogap.evaluate.refcoco import Data, read_data
+from nanogap.evaluate.data import Data, read_data
 
 NAME = "COCO_train2014_000000000007"
 SIZE = {"width": 40, "height": 30}
