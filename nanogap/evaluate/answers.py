@@ -28,7 +28,6 @@ MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold 
 KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
          "cut_off": bool | None, **dict.fromkeys(MEASURED, int | float | None)}
 GIVEN = "given"                                   # strategy and mode where lines do not say them
-HARDLY = 0.1
 LINES = 'give lines of {"id", "text"} or {"id", "box": [x1, y1, x2, y2] in pixels}'
 
 Asked = dict[str, tuple[Size, Box]]               # id -> size of the image, true box
@@ -155,7 +154,7 @@ def check_format(path: Path, texts: Sequence[str]) -> None:
     count = {name: sum(form.read(text, square) is not None for text in texts)
              for name, form in FORMATS.items()}
     others = " or ".join(name for name in FORMATS if 2 * count[name] > len(texts))
-    if others and count["llava"] <= HARDLY * len(texts):
+    if others and 10 * count["llava"] <= len(texts):
         raise NanogapError(f"{path}: {count['llava']} of {len(texts)} texts with numbers hold a "
                            f"box as llava says it, and most do in the format of {others}; give "
                            "--format")

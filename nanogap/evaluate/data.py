@@ -15,9 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanogap.checks.reading import read_bytes
 from nanogap.errors import ItemError, NanogapError
-from nanogap.evaluate.refcoco import LARGEST, Entry, Size, read_annotations, read_refs, true_box
+from nanogap.evaluate.refcoco import Entry, Size, read_annotations, true_box
 from nanogap.image import Box, open_image
 from nanogap.prompt import check_expression
 from nanogap.train.scenes import scene
@@ -93,17 +92,11 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
               pictures: bool = True) -> Data:
     """Read annotations and find their images: in the folder `images`, or beside the file.
 
-    split:    which one of a pickle; the other forms hold one each, and take None
+    split:    as in read_annotations
     pictures: whether they will be opened; if not, one that is not there is not missed where its
               size is known
-    raises:   NanogapError that names file and line, for what is broken in the file
     """
-    content = read_bytes(path, LARGEST)
-    is_json = content.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] in (b"[", b"{")
-    if is_json and split:
-        raise NanogapError(f"{path} holds one split only; leave --split out")
-    told, entries = (read_annotations(path, content) if is_json
-                     else read_refs(path, content, split))
+    told, entries = read_annotations(path, split)
     of_image: dict[str, list[Entry]] = {}
     groups: dict[str, list[str]] = {}
     for entry in entries:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from nanogap.checks.command import shown
 from nanogap.checks.pickles import read_plain
-from nanogap.checks.reading import read_documents, read_json
+from nanogap.checks.reading import read_bytes, read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.image import Box
 
@@ -54,6 +54,38 @@ def true_box(entry: Entry, size: Size) -> Box:
                        "or thousandths")
 
 
+# ----- the pickles of the refer API ---------------------------------------------------------------
+
+
+def read_refs(path: Path, data: bytes, split: str | None) -> tuple[str, list[Entry]]:
+    """How many expressions each split has, and those of one; boxes come from instances.json.
+
+    source: lichengunc/refer 2fe1dfe, refer.py: getRefBox, showRef
+    """
+    refs = read_plain(path, data)
+    try:
+        counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
+        told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
+        if split not in counts:
+            asked = f"has no split {split!r}" if split else "has splits"
+            raise NanogapError(f"{path} {asked}; choose one with --split: {told}")
+        coco = read_json(path.with_name("instances.json"), LARGEST)
+        boxes = {item["id"]: item["bbox"] for item in coco["annotations"]}
+        images = {item["id"]: item for item in coco["images"]}
+        entries = []
+        for ref in refs:
+            for said in ref["sentences"] if ref["split"] == split else []:
+                image = images[ref["image_id"]]
+                entries.append(Entry(
+                    f"{path}, sentence {said['sent_id']}", str(said["sent_id"]),
+                    str(image["file_name"]), said["sent"], boxes[ref["ann_id"]],
+                    (image["width"], image["height"]), corners=False))
+        return told, entries
+    except (KeyError, TypeError) as error:
+        raise NanogapError(f"{path} and instances.json beside it are not a pair of the refer API's "
+                           f"({error!r:.80}); take both from one of its folders") from None
+
+
 # ----- the forms of JSON --------------------------------------------------------------------------
 
 
@@ -89,8 +121,17 @@ def form_of(where: str, item: object) -> Form:
                        "or the pickle refs(unc).p")
 
 
-def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
-    """The form's name, and the expressions of JSON in lines or in a list."""
+def read_annotations(path: Path, split: str | None) -> tuple[str, list[Entry]]:
+    """What a file of any form is, in a word, and its entries.
+
+    split:  which one of a pickle; the other forms hold one each, and take None
+    raises: NanogapError that names file and line, for what is broken in the file
+    """
+    data = read_bytes(path, LARGEST)
+    if data.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] not in (b"[", b"{"):
+        return read_refs(path, data, split)
+    if split:
+        raise NanogapError(f"{path} holds one split only; leave --split out")
     entries: list[Entry] = []
     for where, item in read_documents(path, data):
         form = form_of(where, item)
@@ -103,39 +144,3 @@ def read_annotations(path: Path, data: bytes) -> tuple[str, list[Entry]]:
     if not entries:
         raise NanogapError(f"{path} holds no annotation; fetch it again")
     return form.name, entries
-
-
-# ----- the pickles of the refer API ---------------------------------------------------------------
-
-
-def read_refs(path: Path, data: bytes, split: str | None) -> tuple[str, list[Entry]]:
-    """How many expressions each split has, and those of one; boxes come from instances.json.
-
-    source: lichengunc/refer 2fe1dfe, refer.py: getRefBox, showRef
-    """
-    refs = read_plain(path, data)
-    try:
-        counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
-    except (KeyError, TypeError):
-        raise NanogapError(f"{path} is a pickle, but not a list with split and sentences; give "
-                           "refs(unc).p of the refer API") from None
-    told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
-    if split not in counts:
-        asked = f"has no split {split!r}" if split else "has splits"
-        raise NanogapError(f"{path} {asked}; choose one with --split: {told}")
-    coco = read_json(path.with_name("instances.json"), LARGEST)
-    entries = []
-    try:
-        boxes = {item["id"]: item["bbox"] for item in coco["annotations"]}
-        images = {item["id"]: item for item in coco["images"]}
-        for ref in refs:
-            for said in ref["sentences"] if ref["split"] == split else []:
-                image = images[ref["image_id"]]
-                entries.append(Entry(
-                    f"{path}, sentence {said['sent_id']}", str(said["sent_id"]),
-                    str(image["file_name"]), said["sent"], boxes[ref["ann_id"]],
-                    (image["width"], image["height"]), corners=False))
-    except (KeyError, TypeError) as error:
-        raise NanogapError(f"{path} and instances.json do not fit together ({error!r:.80}); "
-                           "take both from one folder of the refer API") from None
-    return told, entries

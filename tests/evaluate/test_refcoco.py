@@ -130,7 +130,7 @@ def own(box: list, **more: object) -> str:
 @pytest.mark.parametrize("text, message", [
     (lines(QWEN)[:-20], r"line 3 cannot be read \(broken JSON"),
     (pickle.dumps(REFS, 0)[:-50], r"is no JSON, and no whole pickle of plain data \("),
-    (pickle.dumps([1, 2]), "is a pickle, but not a list with split and sentences"),
+    (pickle.dumps([1, 2]), "and instances.json beside it are not a pair of the refer API's"),
     (b"PAR1\x15\x04", "is a parquet file; write its rows, .* as lines of JSON: pandas does it"),
     ("[]", "holds no annotation"),
     (json.dumps(INSTANCES), "line 1 is an annotation of no form that is read here: MiniGPT-v2"),
@@ -152,8 +152,8 @@ def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, mes
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"annotations": []}', r"do not fit together \(KeyError\('images'\)\)"),
-    ('{"annotations": [], "images": []}', r"do not fit together \(KeyError\(7\)\)"),
+    ('{"annotations": []}', r"are not a pair of the refer API's \(KeyError\('images'\)\)"),
+    ('{"annotations": [], "images": []}', r"are not a pair of the refer API's \(KeyError\(7\)\)"),
     (None, r"instances.json cannot be read \(No such file or directory\); put it there")])
 def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path, text: str | None, message: str):
     path = refs(folder)
