@@ -11,7 +11,6 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
@@ -77,13 +76,17 @@ def read_answers(args: argparse.Namespace, data: Data,
 def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
     """Each answer with its place, under the names of our own lines.
 
-    Others: {img_id: [texts]} of MiniGPT-v2; "question_id" of LLaVA; "answer" and "gt_bbox", in the
-    order of the data, of Qwen-VL and InternVL.
+    Others: {img_id: [texts]} of MiniGPT-v2, which leaves out what it cannot read; "question_id" of
+    LLaVA; "answer" and "gt_bbox", in the order of the data, of Qwen-VL and InternVL.
     """
     documents = list(read_documents(path, read_bytes(path, LARGEST)))
     whole = documents[0][1] if len(documents) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
-        documents = items_of_minigpt(path, whole, data, asked)
+        documents = []
+        for name, texts in whole.items():
+            ids = data.groups.get(name, []) + [name] * len(texts)     # what is too many has no ID
+            documents += [(f"{path}, {name}", {"id": id_, "text": text})
+                          for id_, text in zip(ids, texts, strict=False)]
     for number, (where, item) in enumerate(documents, 1):
         if not isinstance(item, dict):
             raise NanogapError(f"{where} is no answer; {LINES}")
@@ -99,21 +102,6 @@ def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
         yield where, item
 
 
-def items_of_minigpt(path: Path, whole: dict[str, list], data: Data,
-                     asked: Asked) -> list[tuple[str, Any]]:
-    """The same of {img_id: [texts]}; MiniGPT-v2 leaves out what it cannot read."""
-    found = []
-    for name, texts in whole.items():
-        ids = data.groups.get(name, [])
-        if len(texts) > len(ids):
-            raise NanogapError(f"{path}: {shown(name)} has {len(texts)} answers and {len(ids)} "
-                               f"expressions in {data.name}; give the --data that was answered, "
-                               "in MiniGPT-v2's form")
-        found += [(f"{path}, {name}", {"id": id_, "text": text})
-                  for id_, text in zip(ids, texts, strict=False) if id_ in asked]
-    return found
-
-
 def check_protocol(path: Path, protocol: str) -> None:
     """Refuse a file of the evaluator's whose boxes are another protocol's reading."""
     made = optional(settings_of(path)).get("protocol", "pixels")
@@ -127,7 +115,7 @@ def check_answer(where: str, item: dict, protocol: str) -> None:
     wrong = [key for key, kind in KINDS.items() if key in item and not isinstance(item[key], kind)]
     if item.get("box") is not None and not are_numbers(item["box"], 4):
         wrong.append("box")
-    if "resized" in item and not (are_numbers(item["resized"], 2) and min(item["resized"]) > 0):
+    if "resized" in item and not are_numbers(item["resized"], 2, least=1):
         wrong.append("resized")
     if wrong:
         raise NanogapError(f"{where}: {wrong[0]} cannot be {shown(item[wrong[0]])}; {LINES}")
@@ -137,8 +125,7 @@ def check_answer(where: str, item: dict, protocol: str) -> None:
 
 
 def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size]]) -> None:
-    """Refuse boxes, each with the size of its image, most of which are no pixels; a few decide
-    nothing, for an answer may be odd."""
+    """Refuse boxes, each with the size of its image, most of which are no pixels: a few are odd."""
     wrong = [box for box, (width, height) in boxes if max(box) <= 1 or min(box[:2]) < -1
              or box[2] > width + 1 or box[3] > height + 1]
     if 2 * len(wrong) > len(boxes):
@@ -167,8 +154,7 @@ def record(run: Run, item: dict, size: Size, truth: Box, args: argparse.Namespac
     """What counts of an answer (see score.py); its text is None where there is none."""
     text, box = item.get("text", ""), item.get("box")
     if args.protocol == "pixels" and text and "box" not in item:
-        form = FORMATS[args.format or "llava"]
-        box = form.read(text, size, None if form.one else resized_of(item, size, args))
+        box = box_said(item, size, args)
     if box and not (box[0] < box[2] and box[1] < box[3]):
         box = None
     box, overlap = score(args.protocol, text or "", box, truth, *size)
@@ -177,14 +163,17 @@ def record(run: Run, item: dict, size: Size, truth: Box, args: argparse.Namespac
             **{key: item.get(key) for key in MEASURED}}
 
 
-def resized_of(item: dict, size: Size, args: argparse.Namespace) -> Size:
-    """How large the picture was as the model saw it, in whose pixels its boxes are."""
-    resized = item.get("resized", args.resized)
-    if resized is None:
+def box_said(item: dict, size: Size, args: argparse.Namespace) -> Box | None:
+    """The box in the text of an answer, in pixels of its picture."""
+    form = FORMATS[args.format or "llava"]
+    resized = item.get("resized", args.resized)         # the picture as the model saw it
+    if form.one is None and resized is None:
         raise NanogapError(f"{args.format} says boxes in pixels of the picture as it saw it: give "
                            "\"resized\": [width, height] in each line, or --resized 28 where sides "
                            "were rounded to multiples of 28, as the model does by default")
-    return smart_resize(*size, resized) if isinstance(resized, int) else resized
+    if isinstance(resized, int):
+        resized = smart_resize(*size, resized)
+    return form.read(item["text"], size, resized)
 
 
 # ----- questions for another program --------------------------------------------------------------

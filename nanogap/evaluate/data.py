@@ -122,11 +122,10 @@ def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
               pictures: bool) -> None:
     """Add an image and what is asked of it, or say that it is missing, or why it is left out."""
     name, size = entries[0].image, entries[0].size
-    file = find_image(folder, name)
-    if file is None and (pictures or size is None):
+    path = find_image(folder, name)
+    if not os.path.isfile(path) and (pictures or size is None):
         data.missing.append(name)
         return
-    path = file or folder / name
     try:
         size = size or open_image(path, upright=False).size
     except ItemError as error:
@@ -155,13 +154,13 @@ def open_sized(path: Path, size: Size) -> Image.Image:
     return image
 
 
-def find_image(folder: Path, name: str) -> Path | None:
-    """The file of an image, with the folders in its name or without them, and in the folder only.
+def find_image(folder: Path, name: str) -> Path:
+    """Where an image is, with the folders in its name or without them, and in the folder only.
 
     COCO's pictures of 2014 are there under the names of 2017 as well.
     """
     path = Path(name)
-    files = [folder / path.name, folder / re.sub(r"^COCO_\w+2014_", "", path.name)]
+    files = [folder / re.sub(r"^COCO_\w+2014_", "", path.name), folder / path.name]
     if not path.is_absolute() and ".." not in path.parts:
-        files.insert(0, folder / path)
-    return next(filter(os.path.isfile, files), None)
+        files.append(folder / path)
+    return next(filter(os.path.isfile, reversed(files)), files[-1])

@@ -32,16 +32,16 @@ class Entry(NamedTuple):
     group: str = ""                    # MiniGPT-v2's img_id
 
 
-def are_numbers(values: object, count: int) -> bool:
+def are_numbers(values: object, count: int, least: float = -1e6) -> bool:
     """Whether something from a file is so many numbers, none of them infinite or NaN."""
     return (isinstance(values, list | tuple) and len(values) == count
-            and all(type(value) in (int, float) and abs(value) < 1e6 for value in values))
+            and all(type(value) in (int, float) and least <= value <= 1e6 for value in values))
 
 
 def true_box(entry: Entry, size: Size) -> Box:
     """The box of an entry, x1, y1, x2, y2 in pixels of an image of that size; no other is taken."""
     box = entry.box
-    if are_numbers(size, 2) and min(size) >= 1 and are_numbers(box, 4):
+    if are_numbers(size, 2, least=1) and are_numbers(box, 4):
         x1, y1, x2, y2 = box
         if not entry.corners:
             x2, y2 = x1 + x2, y1 + y2

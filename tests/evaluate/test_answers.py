@@ -74,6 +74,13 @@ def test_what_is_not_answered_counts_as_wrong_and_is_said(given, rows, printed):
     assert (row["unanswered"], row["expressions"], row["no_box"]) == (2, 3, 0)
 
 
+def test_an_answer_to_what_cannot_be_asked_does_not_count(data: Path, rows):
+    write_lines(data, [{"image": "a.jpg", "expression": said, "box": BOXES[0], "width": 200,
+                        "height": 100} for said in ("thing", "", "thing")])
+    row, = rows(ALL)
+    assert (row["expressions"], row["mean_iou"], row["unanswered"]) == (2, 1.0, 0)
+
+
 def test_lines_may_name_their_runs_and_what_was_measured(rows):
     measured = {"prune": "mine", "keep": 64, "visual_tokens": 64, "padding": 0.5}
     items = [line | measured | {"mode": mode} for mode in ("gap", "shifted") for line in ALL]
