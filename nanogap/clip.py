@@ -31,8 +31,7 @@ class CLIPVisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the square."""
-        return self.image_size // self.patch_size
+        return self.image_size // self.patch_size      # patches along one side of the square
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,7 @@ class Pad:
         return (side - width) // 2, (side - height) // 2
 
     def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
-        """A box (x1, y1, x2, y2) in shares of the padded square -> pixels of the picture.
-
-        It is clipped to the picture, which has width x height pixels.
-        """
+        """A box (x1, y1, x2, y2) in shares of the square -> pixels of the picture, inside it."""
         side, (dx, dy) = max(width, height), self.offset(width, height)
         x1, x2 = (min(max(x * side - dx, 0.0), float(width)) for x in (box[0], box[2]))
         y1, y2 = (min(max(y * side - dy, 0.0), float(height)) for y in (box[1], box[3]))

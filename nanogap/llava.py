@@ -124,8 +124,7 @@ class Llava(nn.Module):
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """Any of them ends an answer."""
-        return (self.config.eos_token, *self.config.other_ends)
+        return (self.config.eos_token, *self.config.other_ends)      # any of them ends an answer
 
     def pixel_values(self, image: Image.Image) -> Tensor:
         """A picture in RGB -> (1, 3, S, S), on the model's device."""

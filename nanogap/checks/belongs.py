@@ -4,46 +4,20 @@ In:  a folder, and the model that was loaded from it.
 Out: nothing, or what is another checkpoint's: all of it fits, and answers would be wrong.
 """
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
-from torch import Size, Tensor
+from torch import Tensor
 
 from nanogap import weights
-from nanogap.checks.pickles import of_model, read_saved
-from nanogap.checks.reading import printable
-from nanogap.checks.silent import ADAPTER, OF_OTHERS, OTHER_CHAT, OWN_LAYOUT, QUANTISED, say
+from nanogap.checks.explain import GET, look_through
+from nanogap.checks.silent import OF_OTHERS, OTHER_CHAT
 from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.llava import Llava
 
-# how safetensors spells types -> how torch does; others are no weights
-NUMBERS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# names of tensors that tell what a file is
-NAMES = {
-    r"\blora_[AB]\b|^base_model\.model\.": ADAPTER,
-    r"\bmm_projector\b|vision_tower\.vision_tower\.": OWN_LAYOUT}
 SAMPLE = 1024        # numbers of each matrix by which two vision towers are compared
 FARTHEST = 0.3       # of the sum of their norms; those of two trainings are 0.7 apart
-
-
-def tensors_of(path: Path) -> Iterator[tuple[str, Size, str]]:
-    """The names, shapes and types of a file's tensors; no number is read."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                part = file.get_slice(name)
-                kind = part.get_dtype()
-                yield name, Size(part.get_shape()), NUMBERS.get(kind, kind)
-        return
-    for name, tensor in of_model(read_saved(path)).items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError("it holds more than tensors")
-        yield str(name), tensor.shape, str(tensor.dtype).removeprefix("torch.")
 
 
 def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
@@ -51,7 +25,7 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
 
     clip: the folder of the text tower that was loaded with it
     """
-    check_tensors(folder)
+    look_through(folder, GET)            # an adapter beside the model, or whole numbers as weights
     check_tokenizer(folder, model)
     guide = model.text_guide
     for tokenizer in [model.tokenizer, *([guide.tokenizer] if guide else [])]:
@@ -59,17 +33,6 @@ def check_belonging(folder: Path, model: Llava, clip: Path | None) -> None:
         tokenizer.no_truncation()
     if clip is not None and guide is not None:
         check_guide(clip, model, guide)
-
-
-def check_tensors(folder: Path) -> None:
-    """Each tensor has a name and a precision that weights have."""
-    for path in weights.weight_files(folder):
-        for name, _, kind in tensors_of(path):
-            what = next((says for pattern, says in NAMES.items() if re.search(pattern, name)), None)
-            if kind not in (*weights.DTYPES, "float64") and not re.search(weights.UNUSED, name):
-                what = what or QUANTISED
-            if what:
-                raise NanogapError(f"{say(folder, what)} ({path.name}: {printable(name)}, {kind})")
 
 
 def check_rows(path: Path, tokenizer: Tokenizer, rows: int) -> None:
@@ -87,9 +50,9 @@ def check_tokenizer(folder: Path, model: Llava) -> None:
     path, tokenizer, image = folder / "tokenizer.json", model.tokenizer, model.config.image_token
     check_rows(path, tokenizer, model.config.text.vocab_size)
     added = tokenizer.get_added_tokens_decoder()
-    pieces = tokenizer.get_vocab(with_added_tokens=False)
-    words = tokenizer.id_to_token(image) and not (image in added and added[image].special)
-    if image == model.config.bos_token or words or image in pieces.values():
+    pieces = tokenizer.get_vocab(with_added_tokens=False).values()
+    if (image == model.config.bos_token or image in pieces
+            or image in added and not added[image].special):
         raise NanogapError(f"config.json: image_token_index is {image}, which stands for "
                            f"{tokenizer.id_to_token(image)!r:.80} in {path}, so a prompt could "
                            "hold it twice; give the tokenizer.json that the checkpoint was "
@@ -105,13 +68,7 @@ def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
 
     Precisions may differ, and the tower may have been trained a little with the rest.
     """
-    path = folder / "tokenizer.json"
-    check_rows(path, guide.tokenizer, guide.text_model.config.vocab_size)
-    ids, end = guide.tokenizer.encode("a").ids, max(guide.tokenizer.get_vocab().values())
-    if len(ids) < 3 or ids[-1] != end or ids.count(end) > 1:
-        raise NanogapError(f"{path} makes {ids} of a text, and CLIP reads it at its end token, "
-                           "the highest ID; give the tokenizer.json that the CLIP was published "
-                           "with")
+    check_rows(folder / "tokenizer.json", guide.tokenizer, guide.text_model.config.vocab_size)
     theirs = {name: value for name, value in weights.read_tensors(folder)
               if name.startswith("vision_model.")}
     for name, ours in model.get_submodule("vision_tower").named_parameters():

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -42,9 +43,7 @@ def whole_number(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def count_argument(text: str) -> int:
-    """A whole number from 1 on, such as how many tokens an answer may have."""
-    return whole_number(text, 1)
+count_argument = partial(whole_number, least=1)     # such as how many tokens an answer may have
 
 
 def keep_argument(text: str) -> str:
@@ -87,6 +86,11 @@ def visible(text: str) -> str:
 def shown(value: object) -> str:
     """Anything that was given, in short, as a message shows it."""
     return visible(f"{value!r:.80}")
+
+
+def one_line(error: object) -> str:
+    """What an error says, as a part of one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def tell(text: str) -> None:
@@ -135,11 +139,11 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
     except NanogapError as error:
         mistake = str(error)
     except (OSError, MemoryError, RuntimeError) as error:     # in a pass over tokens, say
-        mistake = str(error)
+        mistake = f"{one_line(error)}; see that it is there, and that this user may use it"
         if lacks_memory(error):
-            first = " ".join(mistake.split()).partition(". ")[0]      # torch goes on about settings
-            mistake = (f"memory ran out ({first[:200] or type(error).__name__}); end other "
-                       "programs, or take smaller weights or another --dtype")
+            first = one_line(error).partition(". ")[0]        # torch goes on about settings
+            mistake = (f"memory ran out ({first}); end other programs, or take smaller weights or "
+                       "another --dtype")
         elif not isinstance(error, OSError):
             raise
     tell(f"{name}: {' '.join(mistake.split())}")

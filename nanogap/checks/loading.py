@@ -6,6 +6,7 @@ import torch
 
 from nanogap import weights
 from nanogap.checks.belongs import check_belonging
+from nanogap.checks.command import lacks_memory
 from nanogap.checks.explain import explain
 from nanogap.checks.silent import check_clip, silent
 from nanogap.errors import NanogapError
@@ -42,7 +43,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
         model = weights.load(folder, device, dtype, guide)
         check_belonging(folder, model, guide)
     except BaseException as error:     # the tokenizers library panics with what is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit) or lacks_memory(error):
             raise
         raise explain(folder, error, guide) from None
     assert isinstance(model, VLM)
@@ -69,12 +70,10 @@ def folder_of(name: str | Path) -> Path:
 
 def snapshot(folder: Path) -> Path:
     """The folder itself, or the snapshot in a folder of the hub's cache, models--OWNER--NAME."""
-    snapshots = folder if folder.name == "snapshots" else folder / "snapshots"
-    if not snapshots.is_dir() or (folder / "config.json").is_file():
+    snapshots, main = folder / "snapshots", folder / "refs" / "main"
+    if not snapshots.is_dir():
         return folder
-    main = snapshots.parent / "refs" / "main"
-    wanted = main.read_text().strip() if main.is_file() else "*"
-    found = [path for path in snapshots.glob(wanted) if path.is_dir()]
+    found = list(snapshots.glob(main.read_text().strip() if main.is_file() else "*"))
     if len(found) != 1:
         names = ", ".join(sorted(path.name for path in found)) or "none"
         raise NanogapError(f"{snapshots} holds {len(found)} snapshots ({names:.200}); "

@@ -12,11 +12,11 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import combinations
 from pathlib import Path
 
 from PIL import Image
 
+from nanogap.checks.command import one_line
 from nanogap.errors import NanogapError
 
 try:
@@ -27,10 +27,10 @@ except ImportError:                     # Windows has other locks
 CLAIM = ".claim"                        # the end of a lock's name
 
 
-def unwritable(flag: str, path: Path, error: object, give: str = "path") -> NanogapError:
+def unwritable(flag: str, path: Path, error: object) -> NanogapError:
     """The mistake that a failed write is."""
-    why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return NanogapError(f"{flag} {path} cannot be written ({why}); give another {give}")
+    why = getattr(error, "strerror", None) or one_line(error)
+    return NanogapError(f"{flag} {path} cannot be written ({why}); give another path")
 
 
 def beside(path: Path) -> Path:
@@ -46,8 +46,7 @@ def check_file(flag: str, path: Path, what: str = "file") -> None:
     if not folder.is_dir():
         raise NanogapError(f"{flag} {path} would be in a folder that does not exist; "
                            f"make it with `mkdir -p {folder}`")
-    if not os.access(folder, os.W_OK):
-        raise unwritable(flag, path, "permission denied")
+    check_folder(flag, folder)
 
 
 def check_picture(flag: str, path: Path, *images: str | Path) -> None:
@@ -65,18 +64,9 @@ def check_folder(flag: str, path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(flag, path, error, "folder") from None
+        raise unwritable(flag, path, error) from None
     if not os.access(path, os.W_OK):
-        raise unwritable(flag, path, "permission denied", "folder")
-
-
-def check_apart(outputs: dict[str, Path | None]) -> None:
-    """Refuse two outputs, by their flags, that are one file."""
-    given = [(flag, path) for flag, path in outputs.items() if path is not None]
-    for (flag, path), (other_flag, other) in combinations(given, 2):
-        if path.resolve() == other.resolve():
-            raise NanogapError(f"{flag} and {other_flag} are the same file, {other}; give each its "
-                               "own")
+        raise unwritable(flag, path, "permission denied")
 
 
 @contextmanager
@@ -143,6 +133,6 @@ def whole_checkpoint(flag: str, folder: Path) -> Iterator[Path]:
     except NanogapError:
         raise
     except Exception as error:           # safetensors and tokenizers have their own for a full disk
-        raise unwritable(flag, folder, error, "folder") from None
+        raise unwritable(flag, folder, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,38 +1,46 @@
-"""Pickles: of plain data, as the refer API's `refs(unc).p` is, and of torch.save's.
+"""Pickles of plain data, as the refer API's `refs(unc).p` is, and files of tensors.
 
-In:  the path of one.  Out: what it holds.  Functions that it names are never called.
+In:  the path of one.  Out: what it holds.  Functions that a pickle names are never called.
 """
 
 import argparse
-import io
 import pickle
 from pathlib import Path
 from typing import Any, NoReturn
 from zipfile import is_zipfile
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
-from nanogap.checks.reading import instead, one_line
+from nanogap.checks.command import lacks_memory
+from nanogap.checks.reading import unreadable
 from nanogap.errors import NanogapError
+
+MORE = ("it holds more than tensors", "save it again with `torch.save(model.state_dict(), PATH)`")
 
 
 class Plain(pickle.Unpickler):
     """Reads what needs no code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and needs no code")
+        raise NanogapError(f"it names {module}.{name}, and what it should hold needs no code; get "
+                           "it from where it was published")
 
 
-def read_plain(path: Path, data: bytes) -> Any:
-    """The lists, dicts, text and numbers in a pickle; data: the bytes of the file.
+def read_plain(path: Path) -> Any:
+    """The lists, dicts, text and numbers in a pickle.
 
     raises: NanogapError where it is none, or names anything that would be run
     """
-    try:
-        return Plain(io.BytesIO(data), encoding="latin1").load()   # Python 2 wrote the published
-    except Exception as error:                                # a broken one raises almost anything
-        raise NanogapError(instead(path) or f"{path} is no JSON, and no whole pickle of plain data "
-                           f"({one_line(error)}); get it from where it was published") from None
+    with path.open("rb") as file:
+        try:
+            return Plain(file, encoding="latin1").load()      # Python 2 wrote the published ones
+        except NanogapError as error:
+            raise NanogapError(f"{path} is refused: {error}") from None
+        except Exception:                                     # a broken one raises almost anything
+            raise unreadable(path, "it is no whole pickle, and holds no JSON",
+                             "download it again, or give another file") from None
 
 
 def read_saved(path: Path) -> Any:
@@ -45,9 +53,26 @@ def read_saved(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
 
 
-def of_model(state: Any) -> dict:
-    """The tensors among what was saved; of a training's, those of its model."""
-    if not isinstance(state, dict):
-        raise ValueError("it holds more than tensors")
-    model = state.get("model")
-    return model if isinstance(model, dict) else state
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, mapped as above; of a training's file, those of its model.
+
+    raises: NanogapError where it cannot be read, or holds anything else
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        state = read_saved(path)
+    except Exception as error:               # an unpickler raises almost anything
+        if lacks_memory(error):
+            raise
+        if "was not an allowed global" in str(error):                         # torch's words
+            raise unreadable(path, *MORE) from None
+        raise unreadable(path, error, "download it again") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not isinstance(state, dict) or not all(
+            isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            and not tensor.is_quantized for tensor in state.values()):
+        raise unreadable(path, *MORE)
+    return state

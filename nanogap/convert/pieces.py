@@ -15,12 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Size, Tensor
 
-from nanogap.checks.belongs import tensors_of
-from nanogap.checks.explain import check_readable, weight_files
+from nanogap.checks.explain import check_form, names_in, weight_files
 from nanogap.checks.loading import snapshot
-from nanogap.checks.pickles import of_model, read_saved
-from nanogap.checks.reading import printable, read_json
-from nanogap.checks.silent import refuse_adapter, refuse_quantised
+from nanogap.checks.pickles import tensors_of
+from nanogap.checks.reading import read_json
 from nanogap.errors import NanogapError
 from nanogap.models.saving import our_name
 from nanogap.weights import DTYPES, UNUSED
@@ -36,32 +34,31 @@ class Piece:
         self.open: tuple[Path, dict[str, Tensor]] | None = None    # a pickle, read or mapped
         if not self.path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
-        refuse_adapter(self.path)
-        for file in weight_files(self.path, download) if self.path.is_dir() else [path]:
-            check_readable(file)
-            for name, shape, dtype in tensors_of(file):
+        check_form(self.path, names_in(self.path))
+        step = f"get it with {download}"
+        for file in weight_files(self.path, step) if self.path.is_dir() else [path]:
+            for name, tensor in tensors_of(file).items():
                 if not re.search(UNUSED, name):
-                    self.found[name] = (file, shape, dtype)
+                    dtype = str(tensor.dtype).removeprefix("torch.")
+                    self.found[name] = (file, tensor.shape, dtype)
 
     def config(self, *kinds: str) -> dict:
-        """Its config.json, which must be of one `model_type` of these, and not quantised."""
+        """Its config.json, which must be of one `model_type` of these."""
         file = self.path / "config.json"
         config = read_json(file)
         if config.get("model_type") not in kinds:
             raise NanogapError(f"{file} describes a {config.get('model_type')!r:.80} model, not "
                                f"{kinds[0]!r}; get one with {self.download}")
-        refuse_quantised(self.path, config)
         return config
 
     def where(self, name: str) -> str:
         """The file that holds a tensor, and its name there, for messages."""
-        return f"{self.found[name][0]}: {printable(name)}"
+        return f"{self.found[name][0]}: {name}"
 
     def empty(self, name: str) -> Tensor:
         """A tensor without its numbers; it must be there, and of a precision that weights have."""
         if name not in self.found:
-            raise NanogapError(f"{self.path} lacks {printable(name)}; get it whole with "
-                               f"{self.download}")
+            raise NanogapError(f"{self.path} lacks {name}; get it whole with {self.download}")
         _, shape, dtype = self.found[name]
         if dtype not in DTYPES:
             raise NanogapError(f"{self.where(name)} is torch.{dtype}, and weights are "
@@ -76,7 +73,7 @@ class Piece:
                 return opened.get_tensor(name)
         if self.open is None or self.open[0] != file:
             self.open = None                              # first this one goes
-            self.open = (file, of_model(read_saved(file)))
+            self.open = (file, tensors_of(file))
         return self.open[1][name]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogap import weights
 from nanogap.checks.command import shown
-from nanogap.checks.explain import look_at_clip
+from nanogap.checks.explain import look_through
 from nanogap.checks.loading import snapshot
 from nanogap.checks.silent import Table, check_clip, require
 from nanogap.clip import CLIPVisionConfig
@@ -84,7 +84,7 @@ def read_clip(path: Path | None, config: dict,
         raise NanogapError(f"the vision tower is apart; get it with {download} and give it by "
                            "--clip")
     folder = snapshot(path)
-    look_at_clip(folder, download)
+    look_through(folder, {"clip": f"get the CLIP with {download}"})
     check_clip(folder)
     sizes = weights.read_json(folder / "config.json")["vision_config"]
     vision = replace(weights.VIT_B_32, **weights.known(CLIPVisionConfig, sizes))

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nanogap.checks.reading import instead
+from nanogap.checks.reading import unreadable
 from nanogap.errors import NanogapError
 from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 
@@ -56,8 +56,8 @@ def read_scores(path: Path) -> dict[str, float]:
             elif number in (TRAINER, NORMALIZER):
                 found |= {(number, field): inner for field, inner in read_fields(value)}
     except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise NanogapError(instead(path) or f"{path} is no tokenizer.model, or is cut off "
-                           f"({error}); download it again") from None
+        raise unreadable(path, f"it is no tokenizer.model, or is cut off: {error}",
+                         "download it again") from None
     if tuple(scores)[:3] != START_TOKENS or not SETTINGS.items() <= found.items():
         raise NanogapError(f"{path} is of another kind than LLaMA's; give the one that was "
                            "published with the model")

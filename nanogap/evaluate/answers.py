@@ -14,14 +14,15 @@ from pathlib import Path
 
 from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
-from nanogap.checks.reading import optional, read_bytes, read_documents
+from nanogap.checks.reading import read_documents
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Data, Example
 from nanogap.evaluate.formats import FORMATS, MOST, smart_resize
 from nanogap.evaluate.journal import settings_of
-from nanogap.evaluate.refcoco import LARGEST, Size, are_numbers
+from nanogap.evaluate.refcoco import Size, are_numbers
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.image import Box
+from nanogap.weights import read_json
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
@@ -79,7 +80,7 @@ def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
     Others: {img_id: [texts]} of MiniGPT-v2, which leaves out what it cannot read; "question_id" of
     LLaVA; "answer" and "gt_bbox", in the order of the data, of Qwen-VL and InternVL.
     """
-    documents = list(read_documents(path, read_bytes(path, LARGEST)))
+    documents = list(read_documents(path, path.read_bytes()))
     whole = documents[0][1] if len(documents) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
         documents = []
@@ -104,7 +105,7 @@ def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
 
 def check_protocol(path: Path, protocol: str) -> None:
     """Refuse a file of the evaluator's whose boxes are another protocol's reading."""
-    made = optional(settings_of(path)).get("protocol", "pixels")
+    made = read_json(settings_of(path)).get("protocol", "pixels")
     if protocol == "pixels" != made:
         raise NanogapError(f"{path} holds boxes as {made} reads them ({settings_of(path).name}); "
                            f"give --protocol {made}")

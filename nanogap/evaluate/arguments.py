@@ -15,7 +15,7 @@ from nanogap.checks.command import (
     whole_number,
 )
 from nanogap.checks.loading import default_weights, folder_of
-from nanogap.checks.output import check_apart, check_folder, check_picture
+from nanogap.checks.output import check_folder, check_picture
 from nanogap.errors import NanogapError
 from nanogap.evaluate import compare, journal
 from nanogap.evaluate.formats import FORMATS, format_argument
@@ -98,7 +98,6 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     for is_made, message in mistakes(args):
         if is_made:
             raise NanogapError(message)
-    check_apart({"--out": args.out, "--plot": args.plot, "--questions": args.questions})
     if args.plot:
         check_picture("--plot", args.plot)
     for folder in args.models[1:]:                          # the first is loaded at once

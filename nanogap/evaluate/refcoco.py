@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 from nanogap.checks.command import shown
 from nanogap.checks.pickles import read_plain
-from nanogap.checks.reading import read_bytes, read_documents, read_json
+from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.image import Box
 
 Size = tuple[int, int]              # width and height, pixels
-LARGEST = 1 << 31                   # bytes of a file; COCO's instances.json has 2^29
 
 
 class Entry(NamedTuple):
@@ -57,19 +56,19 @@ def true_box(entry: Entry, size: Size) -> Box:
 # ----- the pickles of the refer API ---------------------------------------------------------------
 
 
-def read_refs(path: Path, data: bytes, split: str | None) -> tuple[str, list[Entry]]:
+def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     """How many expressions each split has, and those of one; boxes come from instances.json.
 
     source: lichengunc/refer 2fe1dfe, refer.py: getRefBox, showRef
     """
-    refs = read_plain(path, data)
+    refs = read_plain(path)
     try:
         counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
         told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
         if split not in counts:
             asked = f"has no split {split!r}" if split else "has splits"
             raise NanogapError(f"{path} {asked}; choose one with --split: {told}")
-        coco = read_json(path.with_name("instances.json"), LARGEST)
+        coco = read_json(path.with_name("instances.json"))
         boxes = {item["id"]: item["bbox"] for item in coco["annotations"]}
         images = {item["id"]: item for item in coco["images"]}
         entries = []
@@ -127,9 +126,9 @@ def read_annotations(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     split:  which one of a pickle; the other forms hold one each, and take None
     raises: NanogapError that names file and line, for what is broken in the file
     """
-    data = read_bytes(path, LARGEST)
+    data = path.read_bytes()
     if data.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] not in (b"[", b"{"):
-        return read_refs(path, data, split)
+        return read_refs(path, split)
     if split:
         raise NanogapError(f"{path} holds one split only; leave --split out")
     entries: list[Entry] = []

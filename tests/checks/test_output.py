@@ -8,7 +8,7 @@ from PIL import Image
 
 from nanogap import NanogapError
 from nanogap.checks.command import answer_for
-from nanogap.checks.output import check_apart, claim, save_picture, whole_checkpoint
+from nanogap.checks.output import claim, save_picture, whole_checkpoint
 from nanogap.train import __main__ as train
 from tests.tiny import lines_of
 
@@ -46,14 +46,6 @@ def test_only_one_may_write_to_a_place(tmp_path: Path, folder: bool):
     with claim("--out", path):
         pass
     assert list(tmp_path.rglob("*")) == ([path] if folder else [])
-
-
-@pytest.mark.parametrize("same", ["x.png", "./x.png", "link.png"])
-def test_two_outputs_that_are_one_file_are_refused(same: str, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("link.png").symlink_to("x.png")
-    with pytest.raises(NanogapError, match="--out and --plot are the same file"):
-        check_apart({"--out": Path("x.png"), "--data": None, "--plot": Path(same)})
 
 
 @pytest.mark.parametrize("when", range(4))

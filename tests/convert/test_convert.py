@@ -284,7 +284,7 @@ BROKEN: list[tuple[str, Change, str]] = [
      "llava/config.json describes a 'llava_mpt' model, not 'llava'; get one with `hf download"),
     ("llava", keys("llava/config.json", mm_vision_tower=None), "or get one that is with `hf down"),
     ("llava", keys("llava/config.json", rope_scaling={"type": "linear", "factor": 2.0}),
-     "llava: config.json: rope_scaling is"),
+     "llava: config.json: rope_scaling: factor is"),
     ("llava", keys("llava/config.json", num_hidden_layers=2),
      "2.self_attn.q_proj.weight is [64, 64], and the model of config.json has nothing there"),
     ("llava", keys("llava/config.json", hidden_size=128),

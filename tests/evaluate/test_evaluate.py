@@ -243,7 +243,7 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "coco.json"], "coco.json cannot be read (No such file or directory); put it"),
+    (["--data", "coco.json"], "No such file or directory: 'coco.json'; see that it is there"),
     (["--keep", "0"], "'0' is not a number of visual tokens such as 64"),
     (["--keep", "17"], "cannot keep 17 of 16 visual tokens"),
     (["--prune", "best"], "unknown strategy 'best': choose from random, "),
