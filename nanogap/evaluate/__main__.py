@@ -29,10 +29,9 @@ from nanogap.evaluate.arguments import parse_arguments
 from nanogap.evaluate.data import Data, drawn_data, first
 from nanogap.evaluate.refcoco import read_data
 from nanogap.evaluate.report import Report, missing, print_reports
-from nanogap.evaluate.score import Run, summary
+from nanogap.evaluate.score import summary
 from nanogap.fast.processes import gather, join
 from nanogap.llava import EncodedImage
-from nanogap.methods import in_decoder
 from nanogap.models import VLM
 
 
@@ -146,24 +145,11 @@ def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Re
     title = (f"{args.weights}, {data.name}, {len(ids)} expressions, seed {args.seed}, "
              f"{made['device']}, {made['dtype']}")
     made["weights"] = str(args.weights)
-    notes = cut_notes(runs, image.n_visual, model)
     if len(args.models) > 1:
         made["cannot_run"] = lacking
-        notes = [f"without {name}: {why}" for name, why in lacking.items()] + notes
+    notes = [f"without {name}: {why}" for name, why in lacking.items()]
     return Report(title, made, replace(data, left_out=data.left_out | left_out), rows, notes,
                   ask.budgets_asked(args, image, model.pictures_alike))
-
-
-def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM) -> list[str]:
-    """Where those that prune in the decoder cut, a line for each budget."""
-    layers = len(model.language_model.model.layers)
-    notes = []
-    for name, keep in dict.fromkeys((name, keep) for name, keep, _ in runs if name != "none"):
-        if in_decoder.prunes_there(name) and not isinstance(keep, str):
-            cuts = in_decoder.plan(name, n_visual, keep, layers)
-            left = in_decoder.counts(name, n_visual, cuts)
-            notes.append(in_decoder.cuts_in_words(name, left, layers))
-    return notes
 
 
 def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> None:

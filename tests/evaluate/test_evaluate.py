@@ -154,17 +154,6 @@ def test_a_strategy_of_ones_own_is_measured_and_an_edited_one_refused_by_name(
     assert read_lines(out) == [answer]
 
 
-def test_where_the_decoder_cuts_is_said_once_for_each_budget(folder, printed):
-    """The cluster that SparseVLM adds at each cut is counted."""
-    said = printed("--weights", folder, "--limit", 1, "--keep", 12, 16, "--mode", "gap", "shifted",
-                   "--prune", "random", "fastv(layer=2)", "sparsevlm")
-    cut = "in 3 layers, counted from 0: visual tokens cut to"
-    assert [line for line in said.splitlines() if "counted from 0" in line] == [
-        f"fastv(layer=2) {cut} 4 from layer 2 on", f"fastv(layer=2) {cut} 16 from layer 2 on",
-        f"sparsevlm {cut} 12 from layer 1 on, 8 from layer 2 on",
-        f"sparsevlm {cut} 16 from layer 1 on, 16 from layer 2 on"]
-
-
 def test_the_weights_that_ship_are_found_from_any_folder(tmp_path, monkeypatch, printed):
     monkeypatch.chdir(tmp_path)
     assert printed("--limit", 1, "--mode", "full").startswith(str(default_weights()))
