@@ -16,7 +16,7 @@ from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.checks.reading import optional, read_documents
 from nanogap.errors import NanogapError
-from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_size
+from nanogap.evaluate.data import Data, Example, Size, check_units, is_box, is_size
 from nanogap.evaluate.formats import FORMATS, Format, fitting, smart_resize
 from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import read_file
@@ -75,11 +75,10 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example],
     if not runs:
         raise NanogapError(f"{path} holds no answer; {LINES}")
     given = [(item, asked[id_][0]) for found in runs.values() for id_, item in found.items()]
-    boxes = [(item["box"], size) for item, size in given if item.get("box")]
-    check_units(path, boxes)
-    notes = doubts("answers", boxes)
+    check_units(path, [(item["box"], size) for item, size in given if item.get("box")])
+    notes = []
     if how.protocol == "pixels":
-        notes += check_format(path, [item["text"] for item, _ in given if "box" not in item], how)
+        notes = check_format(path, [item["text"] for item, _ in given if "box" not in item], how)
     records = [record(run, found.get(id_, {"text": None}), size, truth, how)
                for run, found in runs.items() for id_, (size, truth) in asked.items()]
     return records, {run: len(asked) - len(found) for run, found in runs.items()}, notes

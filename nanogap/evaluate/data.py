@@ -107,15 +107,3 @@ def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size | None]]
         raise NanogapError(f"{path}: {len(wrong)} of {len(boxes)} boxes are no pixels of their "
                            f"images, such as {list(wrong[0])}; give x1, y1, x2, y2 in pixels, and "
                            "not normalised, in percent or in thousandths")
-
-
-def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str]:
-    """A word on boxes nearly all near the corner of large images: they may be no pixels."""
-    for most, unit in ((100, "percent"), (1000, "thousandths")):
-        near = sum(max(box) <= most for box, _ in boxes)
-        side = min((min(size) for _, size in boxes), default=0)
-        if len(boxes) >= 5 and near >= 0.98 * len(boxes) and side >= 2 * most:
-            return [f"hardly a box of the {what} reaches beyond {most} pixels, and no side is "
-                    f"below {side}: if these are in {unit} the numbers below mean nothing, for "
-                    "pixels are read"]
-    return []

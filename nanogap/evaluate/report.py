@@ -9,7 +9,7 @@ from nanogap.checks.command import visible
 from nanogap.checks.output import save_picture
 from nanogap.evaluate import compare, plot
 from nanogap.evaluate.ask import Budgets
-from nanogap.evaluate.data import Data, doubts
+from nanogap.evaluate.data import Data
 from nanogap.evaluate.score import PROTOCOLS, table
 
 
@@ -64,10 +64,7 @@ def document(report: Report, picture: object) -> dict:
 def print_table(args: argparse.Namespace, report: Report) -> None:
     """The table, below what it is about and above what spoils it."""
     rows = report.rows
-    boxes = [(box, example.size) for example in report.data.examples
-             for *_, box in example.questions]
-    lines = [report.title, PROTOCOLS[args.protocol], *covers(report.data),
-             *doubts("annotations", boxes), *report.notes]
+    lines = [report.title, PROTOCOLS[args.protocol], *covers(report.data), *report.notes]
     if args.protocol != "pixels" and all((row["no_box"] or 0) > 0.9 for row in rows):
         lines.append(f"protocol {args.protocol} reads hardly any of these answers: it is made for "
                      "the format of another model")

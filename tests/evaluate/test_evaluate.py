@@ -367,19 +367,6 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(finder, annot
     assert "cut off" not in printed(*asked, "--max-new-tokens", 2)
 
 
-@pytest.mark.parametrize("side, box, said", [
-    (200, [20, 30, 90, 100], "if these are in percent the numbers below mean nothing"),
-    (2000, [20, 30, 900, 1000], "if these are in thousandths the numbers below mean nothing"),
-    (200, [20, 30, 90, 101], None)])
-def test_boxes_that_may_be_percent_are_wondered_at(
-        finder, tmp_path, printed, side: int, box: list, said: str | None):
-    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
-    entry = {"image": "a.png", "expression": "thing", "box": box}
-    data = write_lines(tmp_path / "own.jsonl", [entry] * 6)
-    told = printed("--weights", finder, "--data", data, "--mode", "full")
-    assert said in told if said else "mean nothing" not in told
-
-
 def test_what_stands_in_a_file_cannot_move_the_cursor(finder, annotations: Path, capsys):
     """Names of pictures, splits, strategies; an escape sequence is spelled out."""
     entry = read_lines(annotations)[0]

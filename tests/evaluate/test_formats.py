@@ -127,8 +127,6 @@ def test_shares_of_the_answers_decide_whether_boxes_are_pixels(given, printed, r
     wide = [100, 100, 900, 900]
     assert "6 of 6 boxes are no pixels of their images" in refused(*given(boxes(*[wide] * 6)))
     printed(*given(boxes(*[wide] * 2, *[BOX] * 4)))
-    said = printed(*given(boxes(*[[10, 10, 50, 50]] * 6)))
-    assert "hardly a box of the answers reaches beyond 100" in said
 
 
 # ----- questions for another program --------------------------------------------------------------
