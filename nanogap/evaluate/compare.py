@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nanogap.checks.command import visible
 from nanogap.evaluate.plot import Panel
+from nanogap.evaluate.score import Budget
 
 CAPTION = ("Acc@0.5 with 95 % intervals; no box: the highest share of answers without a box in any "
            "mode of the row")
@@ -20,16 +21,13 @@ def names_of(folders: Sequence[Path | str]) -> list[str]:
 
 
 def panel_of(model: str, rows: Sequence[dict],
-             budgets: Mapping[tuple[str, str], int | str | None]) -> Panel:
-    """The rows of one model's report, put together by strategy and budget.
-
-    budgets: what each strategy's budget that was asked is in this model, in tokens or as a share
-    """
+             budgets: Mapping[str, tuple[str, Budget]]) -> Panel:
+    """The rows of one model's report, put together by what was asked, as in "trim 50%"."""
     panel = Panel(model, [row for row in rows if row["mode"] == "full"], {})
-    for (prune, keep), budget in budgets.items():
-        marks = {row["mode"]: row for row in rows if (row["prune"], row["keep"]) == (prune, budget)}
+    for label, asked in budgets.items():
+        marks = {row["mode"]: row for row in rows if (row["prune"], row["keep"]) == asked}
         if marks:
-            panel.rows[f"{prune} {keep}"] = marks
+            panel.rows[label] = marks
     return panel
 
 

@@ -2,15 +2,14 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from nanogap.checks.command import visible
 from nanogap.checks.output import save_picture
 from nanogap.evaluate import compare, plot
-from nanogap.evaluate.ask import Budgets
 from nanogap.evaluate.data import Data
-from nanogap.evaluate.score import PROTOCOLS, table
+from nanogap.evaluate.score import PROTOCOLS, Budget, table
 
 
 class Report(NamedTuple):
@@ -21,16 +20,15 @@ class Report(NamedTuple):
     data: Data
     rows: list[dict]
     notes: Sequence[str] = ()  # what else has to be said above the table
-    budgets: Budgets = {}      # what each budget that was asked is in the model
+    budgets: Mapping[str, tuple[str, Budget]] = {}     # see ask.Plan
 
 
 def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     """Draw the picture, and print the tables or the JSON document; several models are compared."""
     several = len(args.models) > 1
     if several:
-        names = compare.names_of([report.made["weights"] for report in reports])
         panels = [compare.panel_of(name, report.rows, report.budgets)
-                  for name, report in zip(names, reports, strict=True)]
+                  for name, report in zip(args.models, reports, strict=False)]
     else:
         panels = plot.panels_of(reports[0].rows)
     if args.plot:
