@@ -81,7 +81,7 @@ def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
     rank, world = joined()
     model = load(folder, args.device, args.dtype, args.clip, pack=not args.no_pack)
     examples = first(data.examples, args.limit)
-    plan = ask.plan(args, folder, model, ask.first_whole(model, examples))
+    plan = ask.plan(args, folder, model, examples[0].size)
     files = {name: methods.code_of(name) for name in args.prune}
     own = {name: ask.digest([file]) for name, file in files.items() if file}
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
@@ -100,9 +100,9 @@ def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
     for record in ask.with_progress(ask.answers(model, todo, args, left_out), total):
         write(record)
         said.append(record)
-    records += gather(said, world)
-    for others in gather([left_out], world):
-        left_out |= others
+    for part in gather([{"said": said, "left_out": left_out}], world):
+        records += part["said"]
+        left_out |= part["left_out"]
     if rank > 0:
         return None
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from nanogap import prune
 from nanogap.checks.command import tell
 from nanogap.checks.loading import folder_of
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
-from nanogap.evaluate.data import Data, Example
+from nanogap.evaluate.data import Data, Example, Size
 from nanogap.evaluate.score import TIMES, Budget, Run, score
 from nanogap.fast.ground_all import Asked, check_lengths
 from nanogap.fast.processes import joined
@@ -48,14 +49,14 @@ class Plan(NamedTuple):
     cannot_run: dict[str, str]               # strategy -> why not
 
 
-def plan(args: argparse.Namespace, folder: Path, model: VLM, image: EncodedImage) -> Plan:
+def plan(args: argparse.Namespace, folder: Path, model: VLM, size: Size) -> Plan:
     """Every strategy, budget and mode, once, but for strategies that a model cannot run.
 
-    Each is asked for one token: what cannot be asked is refused before any file is begun.
-    image:  any; a share of the visual tokens is a number of its, unless pictures differ in theirs
+    Each is tried on a white picture: what cannot be asked is refused before any file is begun.
+    size:   of a picture; a share of the visual tokens is a number, unless pictures differ in theirs
     raises: NanogapError where the model can run no strategy, or is the only one and cannot run all
     """
-    alike = model.pictures_alike
+    image, alike = model.encode_image(Image.new("RGB", size, "white")), model.pictures_alike
     whole = [mode for mode in args.mode if mode in ("full", *ablate.WHOLE)]
     runs: list[Run] = [("none", image.n_visual if alike else "100%", mode) for mode in whole]
     rehearse(model, image, runs, args.seed)
@@ -83,16 +84,6 @@ def plan(args: argparse.Namespace, folder: Path, model: VLM, image: EncodedImage
 def rehearse(model: VLM, image: EncodedImage, runs: Iterable[Run], seed: int) -> None:
     """Ask for one token in each run."""
     ground_runs(model, image, dict.fromkeys(runs, ["thing"]), seed, max_new_tokens=1)
-
-
-def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
-    """The first image that can be opened."""
-    for example in examples:
-        try:
-            return model.encode_image(example.image())
-        except ItemError as error:
-            why = error
-    raise NanogapError(f"none of the {len(examples)} images can be opened: {why}")
 
 
 # ----- asking -------------------------------------------------------------------------------------

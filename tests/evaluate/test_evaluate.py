@@ -332,7 +332,7 @@ def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
 @pytest.mark.parametrize("change, message", [
     ({"expression": " "}, "holds nothing that can be asked: "),
     ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: thing"),
-    ({"img_path": "broken.jpg"}, "none of the 1 images can be opened: ")])
+    ({"img_path": "broken.jpg"}, "none of the expressions can be asked, such as 1: ")])
 def test_where_nothing_can_be_asked_that_is_an_error(
         finder, annotations: Path, refused, change: dict, message: str):
     annotations.with_name("broken.jpg").write_bytes(b"hello")
