@@ -17,7 +17,7 @@ from nanogap.checks.command import (
 from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_apart, check_folder, check_picture
 from nanogap.errors import NanogapError
-from nanogap.evaluate import ablate, compare, journal
+from nanogap.evaluate import ablate, journal
 from nanogap.evaluate.formats import FORMATS, format_argument
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
@@ -96,7 +96,7 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
              `outs`; --ablate is modes then
     """
     folders = list(dict.fromkeys(args.weights or [default_weights()]))
-    args.models = dict(zip(compare.names_of(folders), folders, strict=True))
+    args.models = dict(zip(names_of(folders), folders, strict=True))
     for is_made, message in mistakes(args):
         if is_made:
             raise NanogapError(message)
@@ -143,6 +143,12 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
          "--plot draws the --ablate of one model; give one of --weights at a time"),
         (several and args.out and (args.out.suffix == ".jsonl" or args.out.is_file()),
          f"--out {args.out}: several models have a file each, so give a folder")]
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each model: that of its folder, or the whole path where two would have one."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def outs_of(args: argparse.Namespace) -> dict[str, Path | None]:
