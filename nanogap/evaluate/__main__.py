@@ -123,24 +123,28 @@ def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
                   plan.budgets)
 
 
-def ask_models(args: argparse.Namespace, data: Data) -> None:
+def ask_models(args: argparse.Namespace) -> None:
     """Ask one model after the other, and report; only one at a time is in memory."""
-    rank, _ = joined()
+    rank, _ = join()
     reports: list[Report] = []
-    try:
-        for number, (name, folder) in enumerate(args.models.items(), 1):
-            if len(args.models) > 1 and rank == 0:
-                tell(f"model {number} of {len(args.models)}: {folder} ...")
-            report = ask_model(args, folder, args.outs[name], data)
-            if report is not None:                          # the first process has it
-                reports.append(report)
-    except KeyboardInterrupt:
-        if args.out and rank == 0:
-            tell(f"stopped; the same command with --resume goes on with {args.out}")
-        raise
-    finally:                                                # Ctrl-C takes nothing from what is done
-        if reports:
-            print_reports(args, reports)
+    with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
+        data = data_asked(args)
+        if data.missing and rank == 0:
+            tell(missing(data))
+        try:
+            for number, (name, folder) in enumerate(args.models.items(), 1):
+                if len(args.models) > 1 and rank == 0:
+                    tell(f"model {number} of {len(args.models)}: {folder} ...")
+                report = ask_model(args, folder, args.outs[name], data)
+                if report is not None:                      # the first process has it
+                    reports.append(report)
+        except KeyboardInterrupt:
+            if args.out and rank == 0:
+                tell(f"stopped; the same command with --resume goes on with {args.out}")
+            raise
+        finally:                                            # Ctrl-C takes nothing from what is done
+            if reports:
+                print_reports(args, reports)
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -148,16 +152,10 @@ def main(argv: Sequence[str] | None) -> None:
     args = parse_arguments(argv)
     if args.score:
         score_file(args)
-        return
-    if args.questions:
+    elif args.questions:
         write_file(args)
-        return
-    rank, _ = join()
-    with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
-        data = data_asked(args)
-        if data.missing and rank == 0:
-            tell(missing(data))
-        ask_models(args, data)
+    else:
+        ask_models(args)
 
 
 if __name__ == "__main__":

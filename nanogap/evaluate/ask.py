@@ -108,6 +108,8 @@ def answers(model: VLM, todo: Iterable[Todo], args: argparse.Namespace,
     left_out: takes the expressions that cannot be asked, by their IDs, and why
     """
     for example, asked in todo:
+        if not any(asked.values()):                 # all of it is answered
+            continue
         try:
             image = model.encode_image(example.image())
         except ItemError as error:

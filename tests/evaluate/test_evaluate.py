@@ -106,7 +106,10 @@ def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: P
 
 
 def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_path, monkeypatch):
-    """Seven expressions about one scene, and two about the next, after a rehearsal."""
+    """Seven expressions about one scene, and two about the next, after a rehearsal.
+
+    A run that goes on rehearses, and looks at what is new.
+    """
     encoded, asked = [], []
     encode_pixels, ground_runs = VLM.encode_pixels, VLM.ground_runs
 
@@ -121,12 +124,15 @@ def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_
     monkeypatch.setattr(VLM, "encode_pixels", encode)
     monkeypatch.setattr(VLM, "ground_runs", ask)
     out = tmp_path / "answers.jsonl"
-    assert run("--weights", folder, "--limit", 9, "--keep", 4, 8, "--mode", "full", "gap",
-               "--out", out) == 0
+    command = ["--weights", folder, "--keep", 4, 8, "--mode", "full", "gap", "--out", out]
+    assert run(*command, "--limit", 9) == 0
     assert len(encoded) == 1 + 2
     assert asked == [[1], [1, 1], [7, 7, 7], [2, 2, 2]]
     keeps = [line["keep"] for line in read_lines(out)]
     assert keeps == [16] * 7 + [4] * 7 + [8] * 7 + [16, 16, 4, 4, 8, 8]
+    encoded.clear()
+    assert run(*command, "--limit", 11, "--resume") == 0
+    assert len(encoded) == 1 + 1
 
 
 def test_the_ablation_is_one_table_and_one_picture(folder, tmp_path, printed):
