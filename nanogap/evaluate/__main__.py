@@ -38,8 +38,9 @@ def data_asked(args: argparse.Namespace) -> Data:
     """Drawn scenes, or a file of annotations."""
     kind, _, split = args.data.partition(":")
     if kind == "scenes":
-        return drawn_data(split or "val", args.limit or 500)
-    data = read_data(Path(args.data), args.images, args.split, pictures=not args.score)
+        data = drawn_data(split or "val", args.limit or 500)
+    else:
+        data = read_data(Path(args.data), args.images, args.split, pictures=not args.score)
     if args.score and data.missing:
         raise NanogapError(f"{args.data} has no width and height of {data.missing[0]}, and the "
                            "picture is not there; give its folder with --images")

@@ -15,7 +15,7 @@ from nanogap.checks.command import (
     whole_number,
 )
 from nanogap.checks.loading import default_weights, folder_of
-from nanogap.checks.output import check_apart, check_folder, check_picture
+from nanogap.checks.output import check_apart, check_folder
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ablate, journal
 from nanogap.evaluate.formats import FORMATS, format_argument
@@ -101,8 +101,6 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         if is_made:
             raise NanogapError(message)
     check_apart({"--out": args.out, "--plot": args.plot, "--questions": args.questions})
-    if args.plot:
-        check_picture("--plot", args.plot)
     for folder in folders[1:]:                               # the first is loaded at once
         if not (folder_of(folder) / "config.json").is_file():
             raise NanogapError(f"--weights {folder} holds no config.json; give the folder of a "

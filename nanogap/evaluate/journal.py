@@ -18,9 +18,6 @@ from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
 
-KEYS = {"id", "image", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou",
-        "cut_off", "visual_tokens", "kept", "padding", "prefill_ms", "decode_ms"}
-
 
 def settings_of(path: Path) -> Path:
     """Where the settings of a file of answers are."""
@@ -30,11 +27,7 @@ def settings_of(path: Path) -> Path:
 def check_out(path: Path, resume: bool) -> None:
     """Refuse a file that cannot be begun, or that was begun and shall not be continued."""
     check_file("--out", path)
-    settings = settings_of(path)
-    if resume and path.exists() and not settings.exists():
-        raise NanogapError(f"--resume: {settings} is not there, which says how {path} was made; "
-                           "give a new file")
-    if not resume and (path.exists() or settings.exists()):
+    if not resume and (path.exists() or settings_of(path).exists()):
         raise NanogapError(f"--out {path} exists; continue it with --resume, or give a new file")
 
 
@@ -83,9 +76,4 @@ def earlier(path: Path) -> list[dict]:
     whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    records = []
-    for where, record in read_documents(path, whole):
-        if not isinstance(record, dict) or not KEYS <= record.keys():
-            raise NanogapError(f"--resume: {where} is no answer; take the line out")
-        records.append(record)
-    return records
+    return [record for _, record in read_documents(path, whole)]

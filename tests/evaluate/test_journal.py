@@ -50,8 +50,8 @@ def test_a_file_is_only_gone_on_with_and_only_where_its_settings_are_known(path:
     settings = journal.settings_of(path)
     assert json.loads(settings.read_text()) == SETTINGS
     settings.unlink()
-    with pytest.raises(NanogapError, match="settings.json is not there, which says how"):
-        journal.check_out(path, resume=True)
+    with pytest.raises(NanogapError, match="answers.jsonl.settings.json cannot be read "):
+        go_on(path)
 
 
 def test_killed_before_the_first_line_it_starts_again(tmp_path: Path):
@@ -61,13 +61,13 @@ def test_killed_before_the_first_line_it_starts_again(tmp_path: Path):
         assert go_on(path) == []
 
 
-@pytest.mark.parametrize("line", ['{"id": "b"}', "5", "{"])
-def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(path: Path, line: str):
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(path: Path):
     first, second, third = path.read_text().split("\n")[:3]
-    path.write_text("\n".join([first, line, third, ""]))
-    with pytest.raises(NanogapError, match="answers.jsonl, line 2 (is no answer|cannot be read)"):
+    broken = "\n".join([first, "{", third, ""])
+    path.write_text(broken)
+    with pytest.raises(NanogapError, match="answers.jsonl, line 2 cannot be read"):
         go_on(path)
-    assert path.read_text().split("\n")[1] == line
+    assert path.read_text() == broken
 
 
 def test_strategies_of_ones_own_may_come_and_go_and_may_not_change(tmp_path: Path):
