@@ -82,7 +82,7 @@ def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
     rank, world = joined()
     model = load(folder, args.device, args.dtype, args.clip, pack=not args.no_pack)
     examples = first(data.examples, args.limit)
-    plan = ask.plan(args, folder, model, examples[0].size)
+    runs, budgets, cannot_run = ask.plan(args, folder, model, examples[0].size)
     files = {name: methods.code_of(name) for name in args.prune}
     own = {name: ask.digest([file]) for name, file in files.items() if file}
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
@@ -93,7 +93,7 @@ def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
 
     done = {(record["id"], *run_of(record)) for record in records}
     todo = [(example, {run: [question for question in example.questions
-                             if (question[0], *run) not in done] for run in plan.runs})
+                             if (question[0], *run) not in done] for run in runs})
             for example in examples[rank::world]]
     total = sum(len(questions) for _, asked in todo for questions in asked.values())
     left_out: dict[str, str] = {}
@@ -112,16 +112,16 @@ def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
         id_, why = next(iter(left_out.items()))
         raise NanogapError(f"none of the expressions can be asked, such as {id_}: {why}")
     records = [record for record in records if record["id"] in ids]
-    rows = [summary(records, run, args.protocol) for run in plan.runs]
+    rows = [summary(records, run, args.protocol) for run in runs]
     title = (f"{folder}, {data.name}, {len(ids)} expressions, seed {args.seed}, "
              f"{made['device']}, {made['dtype']}")
     if own:
         made["strategies"] = own
     if len(args.models) > 1:
-        made["cannot_run"] = plan.cannot_run
-    notes = [f"without {name}: {why}" for name, why in plan.cannot_run.items()]
-    return Report(title, made, replace(data, left_out=data.left_out | left_out), rows, notes,
-                  plan.budgets)
+        made["cannot_run"] = cannot_run
+    notes = [f"without {name}: {why}" for name, why in cannot_run.items()]
+    data = replace(data, left_out=data.left_out | left_out)
+    return Report(title, made, data, rows, notes, budgets)
 
 
 def ask_models(args: argparse.Namespace) -> None:

@@ -107,7 +107,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
                                "checkpoint")
     args.device = None if args.device == "auto" else args.device
     args.dtype = None if args.dtype == "auto" else args.dtype
-    args.outs = outs_of(args)
+    args.outs = dict.fromkeys(args.models, args.out)
+    if args.out and len(folders) > 1:
+        check_folder("--out", args.out)
+        args.outs = {name: args.out / f"{name.strip('/').replace('/', '_')}.jsonl"
+                     for name in args.models}
     for file in filter(None, args.outs.values()):
         journal.check_out(file, args.resume)
     args.prune = list(dict.fromkeys(methods.find(name) for name in args.prune or ["random"]))
@@ -147,11 +151,3 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     """A name for each model: that of its folder, or the whole path where two would have one."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else list(map(str, folders))
-
-
-def outs_of(args: argparse.Namespace) -> dict[str, Path | None]:
-    """The file of answers of each model, if they are to be written."""
-    if not args.out or len(args.models) == 1:
-        return dict.fromkeys(args.models, args.out)
-    check_folder("--out", args.out)
-    return {name: args.out / f"{name.strip('/').replace('/', '_')}.jsonl" for name in args.models}

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -35,50 +34,45 @@ from nanogap.models import VLM
 TELL_EVERY = 10.0                                   # seconds
 OF_A_MODEL = ("*config.json", "tokenizer.json", "*.safetensors", "*.bin")     # its files
 Question = tuple[str, str, Box]                     # id, expression, true box
+Budgets = dict[str, tuple[str, Budget]]             # "trim 50%" -> in a model, ("trim", 72)
 Todo = tuple[Example, dict[Run, list[Question]]]    # what is asked about a picture
 
 
 # ----- what is asked ------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """What a model is asked about every expression."""
-
-    runs: list[Run]
-    budgets: dict[str, tuple[str, Budget]]   # as asked, "trim 50%" -> as in the runs, ("trim", 72)
-    cannot_run: dict[str, str]               # strategy -> why not
-
-
-def plan(args: argparse.Namespace, folder: Path, model: VLM, size: Size) -> Plan:
+def plan(args: argparse.Namespace, folder: Path, model: VLM,
+         size: Size) -> tuple[list[Run], Budgets, dict[str, str]]:
     """Every strategy, budget and mode, once, but for strategies that a model cannot run.
 
     Each is tried on a white picture: what cannot be asked is refused before any file is begun.
-    size:   of a picture; a share of the visual tokens is a number, unless pictures differ in theirs
-    raises: NanogapError where the model can run no strategy, or is the only one and cannot run all
+    size:    of a picture; a share of the visual tokens is a number, unless pictures differ in these
+    returns: the runs, their budgets as they were asked, and why each of the other strategies cannot
+    raises:  NanogapError where none can be run, or one cannot by the only model
     """
     image, alike = model.encode_image(Image.new("RGB", size, "white")), model.pictures_alike
     whole = [mode for mode in args.mode if mode in ("full", *ablate.WHOLE)]
     runs: list[Run] = [("none", image.n_visual if alike else "100%", mode) for mode in whole]
     rehearse(model, image, runs, args.seed)
-    result = Plan(runs, {}, {})
+    budgets: Budgets = {}
+    cannot_run: dict[str, str] = {}
     for name in args.prune:
         try:
-            budgets = {keep: keep if keep.endswith("%") and not alike
-                       else prune.budget_of(keep, image.n_patches, name) for keep in args.keep}
-            pruned = [(name, budget, mode) for budget in dict.fromkeys(budgets.values())
+            mine = {keep: keep if keep.endswith("%") and not alike
+                    else prune.budget_of(keep, image.n_patches, name) for keep in args.keep}
+            pruned = [(name, budget, mode) for budget in dict.fromkeys(mine.values())
                       for mode in args.mode if mode not in whole]
             rehearse(model, image, pruned, args.seed)
         except NanogapError as error:
             if len(args.models) == 1:
                 raise
-            result.cannot_run[name] = str(error)
-            continue
-        result.runs.extend(pruned)
-        result.budgets.update({f"{name} {keep}": (name, budget)
-                               for keep, budget in budgets.items()})
-    if not result.budgets:
-        raise NanogapError(f"{folder}: {next(iter(result.cannot_run.values()))}")
-    return result
+            cannot_run[name] = str(error)
+        else:
+            runs += pruned
+            budgets |= {f"{name} {keep}": (name, budget) for keep, budget in mine.items()}
+    if not budgets:
+        raise NanogapError(f"{folder}: {next(iter(cannot_run.values()))}")
+    return runs, budgets, cannot_run
 
 
 def rehearse(model: VLM, image: EncodedImage, runs: Iterable[Run], seed: int) -> None:

@@ -2,15 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nanogap.checks.command import visible
 from nanogap.checks.output import save_picture
 from nanogap.evaluate import plot
+from nanogap.evaluate.ask import Budgets
 from nanogap.evaluate.data import Data
 from nanogap.evaluate.plot import Panel
-from nanogap.evaluate.score import PROTOCOLS, Budget, table
+from nanogap.evaluate.score import PROTOCOLS, table
 
 CAPTION = ("Acc@0.5 with 95 % intervals; no box: the highest share of answers without a box in any "
            "mode of the row")
@@ -24,7 +25,7 @@ class Report(NamedTuple):
     data: Data
     rows: list[dict]
     notes: Sequence[str] = ()  # what else has to be said above the table
-    budgets: Mapping[str, tuple[str, Budget]] = {}     # see ask.Plan
+    budgets: Budgets = {}      # those that were asked
 
 
 def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
