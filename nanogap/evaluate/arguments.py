@@ -15,9 +15,9 @@ from nanogap.checks.command import (
     whole_number,
 )
 from nanogap.checks.loading import default_weights, folder_of
-from nanogap.checks.output import check_folder, check_picture
+from nanogap.checks.output import check_folder
 from nanogap.errors import NanogapError
-from nanogap.evaluate import compare, journal
+from nanogap.evaluate import ablate, journal
 from nanogap.evaluate.formats import FORMATS, format_argument
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
@@ -92,26 +92,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse arguments that contradict each other, and fill in those that were left out.
 
-    returns: them, with all `models`, and the file of answers of each in `outs`
+    returns: them, with the folders of all `models` by name, and the file of answers of each in
+             `outs`; --ablate is modes then
     """
-    args.models = list(dict.fromkeys(args.weights or [default_weights()]))
+    folders = list(dict.fromkeys(args.weights or [default_weights()]))
+    args.models = dict(zip(names_of(folders), folders, strict=True))
     for is_made, message in mistakes(args):
         if is_made:
             raise NanogapError(message)
-    if args.plot:
-        check_picture("--plot", args.plot)
-    for folder in args.models[1:]:                          # the first is loaded at once
+    for folder in folders[1:]:                               # the first is loaded at once
         if not (folder_of(folder) / "config.json").is_file():
             raise NanogapError(f"--weights {folder} holds no config.json; give the folder of a "
                                "checkpoint")
     args.device = None if args.device == "auto" else args.device
     args.dtype = None if args.dtype == "auto" else args.dtype
-    args.outs = outs_of(args)
-    for file in filter(None, args.outs):
+    args.outs = dict.fromkeys(args.models, args.out)
+    if args.out and len(folders) > 1:
+        check_folder("--out", args.out)
+        args.outs = {name: args.out / f"{name.strip('/').replace('/', '_')}.jsonl"
+                     for name in args.models}
+    for file in filter(None, args.outs.values()):
         journal.check_out(file, args.resume)
     args.prune = list(dict.fromkeys(methods.find(name) for name in args.prune or ["random"]))
     args.keep = args.keep or ["50%"]
-    args.mode = args.mode or DEFAULT_MODES
+    args.mode = list(dict.fromkeys(args.mode or DEFAULT_MODES))
+    if args.ablate:
+        args.mode = [*ablate.WHOLE, *ablate.PRUNED]
     return args
 
 
@@ -140,10 +146,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
          f"--out {args.out}: several models have a file each, so give a folder")]
 
 
-def outs_of(args: argparse.Namespace) -> list[Path | None]:
-    """The file of answers of each model, if they are to be written."""
-    if not args.out or len(args.models) == 1:
-        return [args.out] * len(args.models)
-    check_folder("--out", args.out)
-    names = compare.names_of(args.models)
-    return [args.out / f"{name.strip('/').replace('/', '_')}.jsonl" for name in names]
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each model: that of its folder, or the whole path where two would have one."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))

@@ -7,13 +7,13 @@ down the panel, with the interval as a band.  Letters can be read 800 pixels wid
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from nanogap.checks.command import visible
-from nanogap.evaluate.score import budget
+from nanogap.evaluate.score import Budget, budget
 from nanogap.show.draw import PAGE, PAPER, STYLES
 
 WIDTH, MARGIN = 1200, 24                     # of the page, and at its sides; pixels
@@ -63,6 +63,17 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
         panel = panels.setdefault(title, Panel(visible(title), whole, {}))
         panel.rows.setdefault(visible(label), {})[row["mode"]] = row
     return list(panels.values()) or [Panel("", whole, {})]
+
+
+def panel_of(model: str, rows: Sequence[dict],
+             budgets: Mapping[str, tuple[str, Budget]]) -> Panel:
+    """The rows of one model's report, put together by what was asked, as in "trim 50%"."""
+    panel = Panel(model, [row for row in rows if row["mode"] == "full"], {})
+    for label, asked in budgets.items():
+        marks = {row["mode"]: row for row in rows if (row["prune"], row["keep"]) == asked}
+        if marks:
+            panel.rows[label] = marks
+    return panel
 
 
 def draw(panels: Sequence[Panel]) -> Image.Image:
