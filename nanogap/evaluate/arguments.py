@@ -27,7 +27,7 @@ from nanogap.weights import DTYPES
 
 DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
-OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
+OF_A_MODEL = ("questions", "weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
 
 
 def size_argument(text: str) -> tuple[int, int] | int:
@@ -125,12 +125,11 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     """What would be a contradiction: whether it is there, and what is said of it then."""
     several = len(args.models) > 1
     drawn = args.data.partition(":")[0] == "scenes"
-    alone = "--score" if args.score else "--questions"
-    asked = [flag for flag in OF_A_MODEL if getattr(args, flag)] or [""]
+    alone = "score" if args.score else "questions"
+    asked = [flag for flag in OF_A_MODEL if getattr(args, flag) and flag != alone] or [""]
     return [
-        (args.score and args.questions, "--score and --questions ask no model; give one of them"),
         ((args.score or args.questions) and asked[0],
-         f"{alone} asks no model, so --{asked[0]} has nothing to say there; leave one of them out"),
+         f"--{alone} asks no model, so --{asked[0]} has nothing to say there; leave one out"),
         (args.format and not args.score,
          "--format says how --score reads answers; a model has its own, so leave it out"),
         (args.resized and args.format != "qwen2.5-vl",

@@ -269,7 +269,7 @@ def test_all_files_that_answers_depend_on_are_in_the_digests(tmp_path):
     (["--format", "llava"], "--format says how --score reads answers"),
     (["--resized", "28"], "--resized is for a --format that says boxes in pixels"),
     (["--questions", "q.jsonl"], "--questions asks no model, so --weights has nothing to say"),
-    (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say there"),
+    (["--score", "a.jsonl", "--questions", "q.jsonl"], "--score asks no model, so --questions has"),
     (["--limit", "0"], "argument --limit: '0' is not a whole number from 1 on"),
     (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),
     (["--plot", "x.txt"], "--plot x.txt: a picture cannot be written with that ending; use .png "
