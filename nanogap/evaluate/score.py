@@ -46,12 +46,8 @@ def minigpt(text: str, truth: Box, width: int, height: int) -> Reading | None:
         return None
     x1, y1, x2, y2 = (int(number) / 100 for number in numbers)
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
-    return box, minigpt_iou(box, truth)
-
-
-def minigpt_iou(box: Box, truth: Box) -> float:
-    """IoU where the right and the lower sides are pixels that belong to the boxes."""
-    return iou(*((x1, y1, x2 + 1, y2 + 1) for x1, y1, x2, y2 in (box, truth)))
+    # the right and the lower sides are pixels that belong to a box
+    return box, iou(*((x1, y1, x2 + 1, y2 + 1) for x1, y1, x2, y2 in (box, truth)))
 
 
 def shikra(text: str, truth: Box, width: int, height: int) -> Reading | None:

@@ -134,10 +134,11 @@ def test_models_are_named_by_their_folders_unless_two_have_one_name():
     assert arguments.names_of([Path("a/mini"), Path("b/mini")]) == ["a/mini", "b/mini"]
 
 
-def test_no_box_is_the_highest_share_in_the_row():
+def test_no_box_is_the_highest_share_in_the_row_and_there_is_a_row_where_nothing_was_pruned():
     rows = [{"accuracy": 0.5, "low": 0.4, "high": 0.6, "no_box": no_box, "mode": mode, "keep": 72,
              "prune": "none" if mode == "full" else "random"}
             for mode, no_box in (("full", 0.0), ("shifted", 0.25), ("gap", 0.125))]
-    panel = plot.panel_of("mini", rows, {"random 50%": ("random", 72)})
-    line = report.comparison([panel]).split("\n")[2]
-    assert line.split() == ["mini", "random", "50%", *["0.500", "0.400..0.600"] * 3, "0.250"]
+    for asked, line in ((rows, ["random", "50%", *["0.500", "0.400..0.600"] * 3, "0.250"]),
+                        (rows[:1], ["none", "100%", "0.500", "0.400..0.600", "0.000"])):
+        panel = plot.panel_of("mini", asked, {"random 50%": ("random", 72)})
+        assert report.comparison([panel]).split("\n")[2].split() == ["mini", *line]
