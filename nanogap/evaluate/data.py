@@ -5,7 +5,6 @@ Out: `Data`, of which one bad item of thousands is left out and counted.
 Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -39,7 +38,6 @@ class Data:
     """What is evaluated on."""
 
     name: str                          # says what it is, in a report
-    digest: str                        # changes with an image, or their order
     expressions: int                   # those that are left out included
     examples: list[Example] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)            # images that are not there
@@ -69,7 +67,7 @@ def drawn_data(split: str, limit: int) -> Data:
         examples.append(Example(number, f"scenes:{split}/{number}", seen.image.size,
                                 partial(drawn_image, split, number), questions))
         count += len(questions)
-    return Data(f"scenes:{split}", "", limit, first(examples, limit))
+    return Data(f"scenes:{split}", limit, first(examples, limit))
 
 
 def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -104,8 +102,7 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
         groups.setdefault(entry.group, []).append(entry.id)
     name = f"{path.name} {split}" if split else path.name
     name = f"{name} ({told}): {len(entries)} expressions about {len(of_image)} images"
-    digest = hashlib.sha256(repr(list(of_image)).encode(errors="replace")).hexdigest()[:8]
-    data = Data(name, digest, len(entries), groups=groups)
+    data = Data(name, len(entries), groups=groups)
     folder = images or path.parent
     for number, about in enumerate(of_image.values()):
         add_image(data, number, about, folder, pictures)
