@@ -68,12 +68,10 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
 def panel_of(model: str, rows: Sequence[dict],
              budgets: Mapping[str, tuple[str, Budget]]) -> Panel:
     """The rows of one model's report, put together by what was asked, as in "trim 50%"."""
-    panel = Panel(model, [row for row in rows if row["mode"] == "full"], {})
-    for label, asked in budgets.items():
-        marks = {row["mode"]: row for row in rows if (row["prune"], row["keep"]) == asked}
-        if marks:
-            panel.rows[label] = marks
-    return panel
+    found = {label: {row["mode"]: row for row in rows if (row["prune"], row["keep"]) == asked}
+             for label, asked in budgets.items()}
+    return Panel(model, [row for row in rows if row["mode"] == "full"],
+                 {label: marks for label, marks in found.items() if marks})
 
 
 def draw(panels: Sequence[Panel]) -> Image.Image:
