@@ -19,7 +19,9 @@ INSTEAD = {
     rb"version https://git-lfs": "is a pointer of git-lfs and not the file itself; get it with "
                                  "`git lfs pull`, or download it from its page",
     rb"\s*<": "is a web page, or an error of the server, and not the file itself; open the link "
-              "in a browser and download what it leads to"}
+              "in a browser and download what it leads to",
+    rb"PAR1": "is a parquet file; write its rows, without the images, as lines of JSON: pandas "
+              "does it with to_json(orient='records', lines=True)"}
 SOMETHING = re.compile(r"\S")
 
 

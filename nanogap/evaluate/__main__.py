@@ -19,29 +19,27 @@ from pathlib import Path
 
 import torch
 
+from nanogap import methods
 from nanogap.checks.command import answer_for, tell
 from nanogap.checks.loading import load
 from nanogap.checks.output import check_picture, claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
-from nanogap.evaluate.answers import How, read_answers, write_questions
+from nanogap.evaluate.answers import read_answers, write_questions
 from nanogap.evaluate.arguments import parse_arguments
-from nanogap.evaluate.data import Data, drawn_data, first
-from nanogap.evaluate.refcoco import read_data
+from nanogap.evaluate.data import Data, drawn_data, first, read_data
 from nanogap.evaluate.report import Report, missing, print_reports
-from nanogap.evaluate.score import Run, summary
-from nanogap.fast.processes import gather, join
-from nanogap.llava import EncodedImage
-from nanogap.methods import in_decoder
-from nanogap.models import VLM
+from nanogap.evaluate.score import run_of, summary
+from nanogap.fast.processes import gather, join, joined
 
 
 def data_asked(args: argparse.Namespace) -> Data:
     """Drawn scenes, or a file of annotations."""
     kind, _, split = args.data.partition(":")
     if kind == "scenes":
-        return drawn_data(split or "val", args.limit or 500)
-    data = read_data(Path(args.data), args.images, args.split, pictures=not args.score)
+        data = drawn_data(split or "val", args.limit or 500)
+    else:
+        data = read_data(Path(args.data), args.images, args.split, pictures=not args.score)
     if args.score and data.missing:
         raise NanogapError(f"{args.data} has no width and height of {data.missing[0]}, and the "
                            "picture is not there; give its folder with --images")
@@ -53,9 +51,7 @@ def data_asked(args: argparse.Namespace) -> Data:
 def score_file(args: argparse.Namespace) -> None:
     """Score the answers of any program, and report."""
     data = data_asked(args)
-    how = How(args.protocol, args.format, args.resized)
-    examples = first(data.examples, args.limit)
-    records, unanswered, doubts = read_answers(args.score, data, examples, how)
+    records, unanswered = read_answers(args, data, first(data.examples, args.limit))
     rows = [summary(records, run, args.protocol) | {"unanswered": count}
             for run, count in unanswered.items()]
     asked = rows[0]["expressions"]
@@ -63,7 +59,7 @@ def score_file(args: argparse.Namespace) -> None:
              "answer, and count as wrong" for row in rows if row["unanswered"]]
     made = {"score": str(args.score), "format": args.format or "llava", "protocol": args.protocol}
     title = f"{args.score}, {data.name}, {asked} expressions"
-    print_reports(args, [Report(title, made, data, rows, [*doubts, *notes])])
+    print_reports(args, [Report(title, made, data, rows, notes)])
 
 
 def write_file(args: argparse.Namespace) -> None:
@@ -77,65 +73,36 @@ def write_file(args: argparse.Namespace) -> None:
     print(write_questions(args.questions, examples, same))
 
 
-def check_questions(args: argparse.Namespace, data: Data, records: Sequence[dict]) -> None:
-    """Refuse answers to other questions than the data's.  What was not answered may be mended."""
-    asked = {id_: (example.name, expression, list(truth)) for example in data.examples
-             for id_, expression, truth in example.questions}
-    for record in records:
-        answered = record["image"], record["expression"], record["truth"]
-        if asked.get(record["id"], answered) != answered:
-            raise NanogapError(f"--resume: {args.out} has an answer to {record['id']} in other "
-                               "data; give that data, or a new file")
-
-
-def cannot_run(args: argparse.Namespace, model: VLM, image: EncodedImage) -> dict[str, str]:
-    """Which strategies a model cannot run, and why: each is asked for one token.
-
-    raises: NanogapError where it can run none of them, or is the only model
-    """
-    why: dict[str, str] = {}
-    for name in args.prune:
-        alone = argparse.Namespace(**vars(args) | {"prune": [name]})
-        try:
-            runs = ask.runs_asked(alone, image, model.pictures_alike)
-            ask.rehearse(model, image, runs, args.seed)
-        except NanogapError as error:
-            why[name] = str(error)
-            if len(args.models) == 1:
-                raise
-    if len(why) == len(args.prune):
-        raise NanogapError(f"{args.weights}: {why[args.prune[0]]}")
-    return why
-
-
-def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Report | None:
+def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
+              data: Data) -> Report | None:
     """Answer every expression in every run; of several processes the first one has the report."""
-    model = load(args.weights, args.device, args.dtype, args.clip, pack=False)   # see ask.settings
-    made = ask.settings(args, model, data)
+    rank, world = joined()
+    model = load(folder, args.device, args.dtype, args.clip, pack=not args.no_pack)
     examples = first(data.examples, args.limit)
-    earlier = journal.earlier(args.out, made)
-    check_questions(args, data, earlier)
-    image = ask.first_whole(model, examples)
-    lacking = cannot_run(args, model, image)
-    args.prune = [name for name in args.prune if name not in lacking]
-    runs = ask.runs_asked(args, image, model.pictures_alike)
+    runs, budgets, cannot_run = ask.plan(args, folder, model, examples[0].size)
+    files = {name: methods.code_of(name) for name in args.prune}
+    own = {name: ask.digest([file]) for name, file in files.items() if file}
+    made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": str(folder), "data": data.name, "seed": args.seed,
+            "protocol": args.protocol, "max_new_tokens": args.max_new_tokens}
+    settings = made | own | ask.digests(args, folder, data) if out else {}
+    records, write = journal.go_on(out, settings)
 
-    done = {journal.name(record) for record in earlier}
-    todo = [(example, run, question) for example in examples[rank::world] for run in runs
-            for question in example.questions if (question[0], *run) not in done]
-    write = journal.begin(args.out, made, rank, world)
-    records: list[dict] = []
+    done = {(record["id"], *run_of(record)) for record in records}
+    todo = [(example, {run: [question for question in example.questions
+                             if (question[0], *run) not in done] for run in runs})
+            for example in examples[rank::world]]
+    total = sum(len(questions) for _, asked in todo for questions in asked.values())
     left_out: dict[str, str] = {}
-    said = ask.answers(model, todo, args, left_out)
-    for record in ask.with_progress(said, len(todo), rank, world):
+    said = []
+    for record in ask.with_progress(ask.answers(model, todo, args, left_out), total):
         write(record)
-        records.append(record)
-    records = earlier + gather(records, world)
-    for others in gather([left_out], world):
-        left_out |= others
+        said.append(record)
+    for part in gather([{"said": said, "left_out": left_out}], world):
+        records += part["said"]
+        left_out |= part["left_out"]
     if rank > 0:
         return None
-    journal.put_together(args.out, records)
 
     ids = {id_ for example in examples for id_, *_ in example.questions} - left_out.keys()
     if not ids:
@@ -143,44 +110,39 @@ def ask_model(args: argparse.Namespace, data: Data, rank: int, world: int) -> Re
         raise NanogapError(f"none of the expressions can be asked, such as {id_}: {why}")
     records = [record for record in records if record["id"] in ids]
     rows = [summary(records, run, args.protocol) for run in runs]
-    title = (f"{args.weights}, {data.name}, {len(ids)} expressions, seed {args.seed}, "
+    title = (f"{folder}, {data.name}, {len(ids)} expressions, seed {args.seed}, "
              f"{made['device']}, {made['dtype']}")
-    made["weights"] = str(args.weights)
-    notes = cut_notes(runs, image.n_visual, model)
+    if own:
+        made["strategies"] = own
     if len(args.models) > 1:
-        made["cannot_run"] = lacking
-        notes = [f"without {name}: {why}" for name, why in lacking.items()] + notes
-    return Report(title, made, replace(data, left_out=data.left_out | left_out), rows, notes,
-                  ask.budgets_asked(args, image, model.pictures_alike))
+        made["cannot_run"] = cannot_run
+    notes = [f"without {name}: {why}" for name, why in cannot_run.items()]
+    data = replace(data, left_out=data.left_out | left_out)
+    return Report(title, made, data, rows, notes, budgets)
 
 
-def cut_notes(runs: Sequence[Run], n_visual: int, model: VLM) -> list[str]:
-    """Where those that prune in the decoder cut, a line for each budget."""
-    layers = len(model.language_model.model.layers)
-    notes = []
-    for name, keep in dict.fromkeys((name, keep) for name, keep, _ in runs if name != "none"):
-        if in_decoder.prunes_there(name) and not isinstance(keep, str):
-            cuts = in_decoder.plan(name, n_visual, keep, layers)
-            left = in_decoder.counts(name, n_visual, cuts)
-            notes.append(in_decoder.cuts_in_words(name, left, layers))
-    return notes
-
-
-def ask_models(args: argparse.Namespace, data: Data, rank: int, world: int) -> None:
+def ask_models(args: argparse.Namespace) -> None:
     """Ask one model after the other, and report; only one at a time is in memory."""
+    rank, _ = join()
     reports: list[Report] = []
-    several = len(args.models) > 1
-    try:
-        for number, (folder, out) in enumerate(zip(args.models, args.outs, strict=True), 1):
-            if several and rank == 0:
-                tell(f"model {number} of {len(args.models)}: {folder} ...")
-            mine = argparse.Namespace(**vars(args) | {"weights": folder, "out": out})
-            report = ask_model(mine, data, rank, world)
-            if report is not None:                          # the first process has it
-                reports.append(report)
-    finally:                                                # Ctrl-C takes nothing from what is done
-        if reports:
-            print_reports(args, reports)
+    with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
+        data = data_asked(args)
+        if data.missing and rank == 0:
+            tell(missing(data))
+        try:
+            for number, (name, folder) in enumerate(args.models.items(), 1):
+                if len(args.models) > 1 and rank == 0:
+                    tell(f"model {number} of {len(args.models)}: {folder} ...")
+                report = ask_model(args, folder, args.outs[name], data)
+                if report is not None:                      # the first process has it
+                    reports.append(report)
+        except KeyboardInterrupt:
+            if args.out and rank == 0:
+                tell(f"stopped; the same command with --resume goes on with {args.out}")
+            raise
+        finally:                                            # Ctrl-C takes nothing from what is done
+            if reports:
+                print_reports(args, reports)
 
 
 def main(argv: Sequence[str] | None) -> None:
@@ -188,21 +150,10 @@ def main(argv: Sequence[str] | None) -> None:
     args = parse_arguments(argv)
     if args.score:
         score_file(args)
-        return
-    if args.questions:
+    elif args.questions:
         write_file(args)
-        return
-    rank, world = join()
-    with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
-        data = data_asked(args)
-        if data.missing and rank == 0:
-            tell(missing(data))
-        try:
-            ask_models(args, data, rank, world)
-        except KeyboardInterrupt:
-            if args.out and rank == 0:
-                tell(f"stopped; the same command with --resume goes on with {args.out}")
-            raise
+    else:
+        ask_models(args)
 
 
 if __name__ == "__main__":

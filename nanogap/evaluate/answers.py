@@ -5,62 +5,49 @@ In:  lines of {"id", "text"} or {"id", "box"}, or a file of another project (see
 Out: a record for each expression and each run; one without an answer counts as wrong.
 """
 
+import argparse
 import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.checks.reading import read_documents
 from nanogap.errors import NanogapError
-from nanogap.evaluate.data import Data, Example, Size, check_units, doubts, is_box, is_size
-from nanogap.evaluate.formats import FORMATS, Format, fitting, smart_resize
+from nanogap.evaluate.data import Data, Example
+from nanogap.evaluate.formats import FORMATS, MOST, smart_resize
 from nanogap.evaluate.journal import settings_of
-from nanogap.evaluate.refcoco import read_file
-from nanogap.evaluate.score import TIMES, Run, minigpt_iou, score
-from nanogap.image import Box, iou
+from nanogap.evaluate.refcoco import Size, are_numbers
+from nanogap.evaluate.score import TIMES, Run, score
+from nanogap.image import Box
 from nanogap.weights import read_json
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
          "cut_off": bool | None, **dict.fromkeys(MEASURED, int | float | None)}
 GIVEN = "given"                                   # strategy and mode where lines do not say them
-HARDLY = 0.1
 LINES = 'give lines of {"id", "text"} or {"id", "box": [x1, y1, x2, y2] in pixels}'
-
-
-class How(NamedTuple):
-    """How answers are read."""
-
-    protocol: str
-    form: str | None                   # a name of FORMATS; None: llava, unless another one fits
-    resized: Size | int | None         # of pictures as the model saw them, or what sides divide by
-
-    @property
-    def format(self) -> Format:
-        return FORMATS[self.form or "llava"]
-
 
 Asked = dict[str, tuple[Size, Box]]               # id -> size of the image, true box
 
 
-def read_answers(path: Path, data: Data, examples: Sequence[Example],
-                 how: How) -> tuple[list[dict], dict[Run, int], list[str]]:
-    """Read and score a file.
+def read_answers(args: argparse.Namespace, data: Data,
+                 examples: Sequence[Example]) -> tuple[list[dict], dict[Run, int]]:
+    """Read and score the file --score, as --protocol, --format and --resized say.
 
     examples: of the data, all that shall be answered
-    returns:  records as the evaluator's own, how many are not answered, and what to say of it
+    returns:  records as the evaluator's own, and how many are not answered in each run
     raises:   NanogapError that names the line, for what is no answer, or answers nothing here
     """
-    check_protocol(path, how.protocol)
+    path: Path = args.score
+    check_protocol(path, args.protocol)
     asked: Asked = {id_: (example.size, truth) for example in examples
                     for id_, _, truth in example.questions}
     runs: dict[Run, dict[str, dict]] = {}
     for where, item in items(path, data, asked):
-        check_answer(where, item, how.protocol)
+        check_answer(where, item, args.protocol)
         id_ = str(item["id"])
         if id_ in data.left_out:
             continue
@@ -76,14 +63,12 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example],
     if not runs:
         raise NanogapError(f"{path} holds no answer; {LINES}")
     given = [(item, asked[id_][0]) for found in runs.values() for id_, item in found.items()]
-    boxes = [(item["box"], size) for item, size in given if item.get("box")]
-    check_units(path, boxes)
-    notes = doubts("answers", boxes)
-    if how.protocol == "pixels":
-        notes += check_format(path, [item["text"] for item, _ in given if "box" not in item], how)
-    records = [record(run, found.get(id_, {"text": None}), size, truth, how)
+    check_units(path, [(item["box"], size) for item, size in given if item.get("box")])
+    if args.protocol == "pixels" and args.format is None:
+        check_format(path, [item["text"] for item, _ in given if "box" not in item])
+    records = [record(run, found.get(id_, {"text": None}), size, truth, args)
                for run, found in runs.items() for id_, (size, truth) in asked.items()]
-    return records, {run: len(asked) - len(found) for run, found in runs.items()}, notes
+    return records, {run: len(asked) - len(found) for run, found in runs.items()}
 
 
 # ----- what is in a file --------------------------------------------------------------------------
@@ -92,14 +77,17 @@ def read_answers(path: Path, data: Data, examples: Sequence[Example],
 def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
     """Each answer with its place, under the names of our own lines.
 
-    Others: {img_id: [texts]} of MiniGPT-v2; "question_id" of LLaVA; "answer" and "gt_bbox", in the
-    order of the data, of Qwen-VL and InternVL.
+    Others: {img_id: [texts]} of MiniGPT-v2, which leaves out what it cannot read; "question_id" of
+    LLaVA; "answer" and "gt_bbox", in the order of the data, of Qwen-VL and InternVL.
     """
-    documents = list(read_documents(path, read_file("--score", path, "give a file of answers")))
+    documents = list(read_documents(path, path.read_bytes()))
     whole = documents[0][1] if len(documents) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
-        yield from items_of_minigpt(path, whole, data, asked)
-        return
+        documents = []
+        for name, texts in whole.items():
+            ids = data.groups.get(name, []) + [name] * len(texts)     # what is too many has no ID
+            documents += [(f"{path}, {name}", {"id": id_, "text": text})
+                          for id_, text in zip(ids, texts, strict=False)]
     for number, (where, item) in enumerate(documents, 1):
         if not isinstance(item, dict):
             raise NanogapError(f"{where} is no answer; {LINES}")
@@ -115,34 +103,6 @@ def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
         yield where, item
 
 
-def items_of_minigpt(path: Path, whole: dict[str, list], data: Data,
-                     asked: Asked) -> Iterator[tuple[str, dict]]:
-    """The same of {img_id: [texts]}; MiniGPT-v2 leaves out what it cannot read."""
-    for name, texts in whole.items():
-        ids = data.groups.get(name, [])
-        if len(texts) > len(ids):
-            raise NanogapError(f"{path}: {shown(name)} has {len(texts)} answers and {len(ids)} "
-                               f"expressions in {data.name}; give the --data that was answered, "
-                               "in MiniGPT-v2's form")
-        for id_, text in zip(ids, texts, strict=False):
-            if id_ in asked:
-                yield f"{path}, {name}", {"id": id_, "text": text}
-
-
-def check_answer(where: str, item: dict, protocol: str) -> None:
-    """Refuse a line that is no answer."""
-    wrong = [key for key, kind in KINDS.items() if key in item and not isinstance(item[key], kind)]
-    if item.get("box") is not None and not is_box(item["box"]):
-        wrong.append("box")
-    if "resized" in item and not is_size(item["resized"]):
-        wrong.append("resized")
-    if wrong:
-        raise NanogapError(f"{where}: {wrong[0]} cannot be {shown(item[wrong[0]])}; {LINES}")
-    if "text" not in item and protocol not in ("pixels", "minigpt"):
-        raise NanogapError(f"{where} has no text, and --protocol {protocol} reads nothing else; "
-                           "choose another protocol")
-
-
 def check_protocol(path: Path, protocol: str) -> None:
     """Refuse a file of the evaluator's whose boxes are another protocol's reading."""
     made = read_json(settings_of(path)).get("protocol", "pixels")
@@ -151,62 +111,70 @@ def check_protocol(path: Path, protocol: str) -> None:
                            f"give --protocol {made}")
 
 
-def check_format(path: Path, texts: Sequence[str], how: How) -> list[str]:
-    """Refuse a file of which hardly a text can be read where another format would fit.
+def check_answer(where: str, item: dict, protocol: str) -> None:
+    """Refuse a line that is no answer."""
+    wrong = [key for key, kind in KINDS.items() if key in item and not isinstance(item[key], kind)]
+    if item.get("box") is not None and not are_numbers(item["box"], 4):
+        wrong.append("box")
+    if "resized" in item and not are_numbers(item["resized"], 2, least=1):
+        wrong.append("resized")
+    if wrong:
+        raise NanogapError(f"{where}: {wrong[0]} cannot be {shown(item[wrong[0]])}; {LINES}")
+    if "text" not in item and protocol != "pixels":
+        raise NanogapError(f"{where} has no text, and --protocol {protocol} reads nothing else; "
+                           "choose another protocol")
 
-    returns: a word on it where none would, or where the format was asked for
-    """
+
+def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size]]) -> None:
+    """Refuse boxes, each with the size of its image, most of which are no pixels: a few are odd."""
+    wrong = [box for box, (width, height) in boxes if max(box) <= 1 or min(box[:2]) < -1
+             or box[2] > width + 1 or box[3] > height + 1]
+    if 2 * len(wrong) > len(boxes):
+        raise NanogapError(f"{path}: {len(wrong)} of {len(boxes)} boxes are no pixels of their "
+                           f"images, such as {list(wrong[0])}; give x1, y1, x2, y2 in pixels, and "
+                           "not normalised, in percent or in thousandths")
+
+
+def check_format(path: Path, texts: Sequence[str]) -> None:
+    """Refuse texts of which hardly one holds a box as LLaVA says it, and most do in others."""
     texts = [text for text in texts if len(re.findall(r"\d+", text)) >= 4]   # may hold a box
-    read = sum(map(how.format.is_in, texts))
-    if not texts or read > HARDLY * len(texts):
-        return []
-    said = (f"{path}: {read} of {len(texts)} texts with numbers hold a box as "
-            f"{how.form or 'llava'} says it")
-    others = " or ".join(name for name in fitting(texts) if name != how.form)
-    if others:
-        said += f", and most do in the format of {others}; give --format"
-    if others and how.form is None:
-        raise NanogapError(said)
-    return [said]
+    square = (MOST, MOST)                       # pixels of any picture lie in it; it has no padding
+    count = {name: sum(form.read(text, square) is not None for text in texts)
+             for name, form in FORMATS.items()}
+    others = " or ".join(name for name in FORMATS if 2 * count[name] > len(texts))
+    if others and 10 * count["llava"] <= len(texts):
+        raise NanogapError(f"{path}: {count['llava']} of {len(texts)} texts with numbers hold a "
+                           f"box as llava says it, and most do in the format of {others}; give "
+                           "--format")
 
 
 # ----- what is made of it -------------------------------------------------------------------------
 
 
-def record(run: Run, item: dict, size: Size, truth: Box, how: How) -> dict:
+def record(run: Run, item: dict, size: Size, truth: Box, args: argparse.Namespace) -> dict:
     """What counts of an answer (see score.py); its text is None where there is none."""
-    box, overlap = reading(item, size, truth, how)
-    return {"prune": run[0], "keep": run[1], "mode": run[2], "text": item.get("text", ""),
-            "box": box, "iou": overlap, "cut_off": item.get("cut_off"),
+    text, box = item.get("text", ""), item.get("box")
+    if args.protocol == "pixels" and text and "box" not in item:
+        box = box_said(item, size, args)
+    if box and not (box[0] < box[2] and box[1] < box[3]):
+        box = None
+    box, overlap = score(args.protocol, text or "", box, truth, *size)
+    return {"prune": run[0], "keep": run[1], "mode": run[2], "text": text, "box": box,
+            "iou": overlap, "cut_off": item.get("cut_off"),
             **{key: item.get(key) for key in MEASURED}}
 
 
-def reading(item: dict, size: Size, truth: Box, how: How) -> tuple[Box | None, float]:
-    """The box of an answer in pixels as the protocol reads it, and its IoU."""
-    text, box = item.get("text", ""), item.get("box")
-    if text is None:
-        return None, 0.0
-    if how.protocol != "pixels" and "text" in item:
-        return score(how.protocol, text, None, truth, *size)
-    if "box" not in item:
-        box = how.format.read(text, size, resized_of(item, size, how))
-    if box is None or not (box[0] < box[2] and box[1] < box[3]):
-        return None, 0.0
-    # without a text, MiniGPT-v2's protocol is its way to count
-    return tuple(box), (minigpt_iou if how.protocol == "minigpt" else iou)(box, truth)
-
-
-def resized_of(item: dict, size: Size, how: How) -> Size:
-    """How large the picture was as the model saw it, where its boxes are in these pixels."""
-    if how.format.one:
-        return size
-    if "resized" in item:
-        return item["resized"][0], item["resized"][1]
-    if how.resized is None:
-        raise NanogapError(f"{how.form} says boxes in pixels of the picture as it saw it: give "
+def box_said(item: dict, size: Size, args: argparse.Namespace) -> Box | None:
+    """The box in the text of an answer, in pixels of its picture."""
+    form = FORMATS[args.format or "llava"]
+    resized = item.get("resized", args.resized)         # the picture as the model saw it
+    if form.one is None and resized is None:
+        raise NanogapError(f"{args.format} says boxes in pixels of the picture as it saw it: give "
                            "\"resized\": [width, height] in each line, or --resized 28 where sides "
                            "were rounded to multiples of 28, as the model does by default")
-    return smart_resize(*size, how.resized) if isinstance(how.resized, int) else how.resized
+    if isinstance(resized, int):
+        resized = smart_resize(*size, resized)
+    return form.read(item["text"], size, resized)
 
 
 # ----- questions for another program --------------------------------------------------------------

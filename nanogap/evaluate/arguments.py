@@ -15,9 +15,9 @@ from nanogap.checks.command import (
     whole_number,
 )
 from nanogap.checks.loading import default_weights, folder_of
-from nanogap.checks.output import check_folder, check_picture
+from nanogap.checks.output import check_folder
 from nanogap.errors import NanogapError
-from nanogap.evaluate import compare, journal
+from nanogap.evaluate import ablate, journal
 from nanogap.evaluate.formats import FORMATS, format_argument
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
@@ -27,7 +27,7 @@ from nanogap.weights import DTYPES
 
 DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
-OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
+OF_A_MODEL = ("questions", "weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
 
 
 def size_argument(text: str) -> tuple[int, int] | int:
@@ -92,26 +92,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Refuse arguments that contradict each other, and fill in those that were left out.
 
-    returns: them, with all `models`, and the file of answers of each in `outs`
+    returns: them, with the folders of all `models` by name, and the file of answers of each in
+             `outs`; --ablate is modes then
     """
-    args.models = list(dict.fromkeys(args.weights or [default_weights()]))
+    folders = list(dict.fromkeys(args.weights or [default_weights()]))
+    args.models = dict(zip(names_of(folders), folders, strict=True))
     for is_made, message in mistakes(args):
         if is_made:
             raise NanogapError(message)
-    if args.plot:
-        check_picture("--plot", args.plot)
-    for folder in args.models[1:]:                          # the first is loaded at once
+    for folder in folders[1:]:                               # the first is loaded at once
         if not (folder_of(folder) / "config.json").is_file():
             raise NanogapError(f"--weights {folder} holds no config.json; give the folder of a "
                                "checkpoint")
     args.device = None if args.device == "auto" else args.device
     args.dtype = None if args.dtype == "auto" else args.dtype
-    args.outs = outs_of(args)
-    for file in filter(None, args.outs):
+    args.outs = dict.fromkeys(args.models, args.out)
+    if args.out and len(folders) > 1:
+        check_folder("--out", args.out)
+        args.outs = {name: args.out / f"{name.strip('/').replace('/', '_')}.jsonl"
+                     for name in args.models}
+    for file in filter(None, args.outs.values()):
         journal.check_out(file, args.resume)
     args.prune = list(dict.fromkeys(methods.find(name) for name in args.prune or ["random"]))
     args.keep = args.keep or ["50%"]
-    args.mode = args.mode or DEFAULT_MODES
+    args.mode = list(dict.fromkeys(args.mode or DEFAULT_MODES))
+    if args.ablate:
+        args.mode = [*ablate.WHOLE, *ablate.PRUNED]
     return args
 
 
@@ -119,12 +125,11 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     """What would be a contradiction: whether it is there, and what is said of it then."""
     several = len(args.models) > 1
     drawn = args.data.partition(":")[0] == "scenes"
-    alone = "--score" if args.score else "--questions"
-    asked = [flag for flag in OF_A_MODEL if getattr(args, flag)] or [""]
+    alone = "score" if args.score else "questions"
+    asked = [flag for flag in OF_A_MODEL if getattr(args, flag) and flag != alone] or [""]
     return [
-        (args.score and args.questions, "--score and --questions ask no model; give one of them"),
         ((args.score or args.questions) and asked[0],
-         f"{alone} asks no model, so --{asked[0]} has nothing to say there; leave one of them out"),
+         f"--{alone} asks no model, so --{asked[0]} has nothing to say there; leave one out"),
         (args.format and not args.score,
          "--format says how --score reads answers; a model has its own, so leave it out"),
         (args.resized and args.format != "qwen2.5-vl",
@@ -140,10 +145,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
          f"--out {args.out}: several models have a file each, so give a folder")]
 
 
-def outs_of(args: argparse.Namespace) -> list[Path | None]:
-    """The file of answers of each model, if they are to be written."""
-    if not args.out or len(args.models) == 1:
-        return [args.out] * len(args.models)
-    check_folder("--out", args.out)
-    names = compare.names_of(args.models)
-    return [args.out / f"{name.strip('/').replace('/', '_')}.jsonl" for name in names]
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each model: that of its folder, or the whole path where two would have one."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))

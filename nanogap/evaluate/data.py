@@ -1,10 +1,12 @@
 """What is evaluated on: pictures, each with its expressions and their true boxes, in pixels.
 
-In:  the name of a split of drawn scenes; or entries of annotations, and a folder of pictures.
+In:  the name of a split of drawn scenes; or a file of annotations, and a folder of pictures.
 Out: `Data`, of which one bad item of thousands is left out and counted.
 Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
 """
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -12,22 +14,22 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanogap.errors import NanogapError
-from nanogap.image import Box
+from nanogap.errors import ItemError, NanogapError
+from nanogap.evaluate.refcoco import Entry, Size, read_annotations, true_box
+from nanogap.image import Box, open_image
+from nanogap.prompt import check_expression
 from nanogap.train.scenes import scene
-
-Size = tuple[int, int]              # width and height, pixels
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its expressions: (id, expression, true box in pixels)."""
+    """One image with its expressions."""
 
     number: int                        # of the image in the data; it seeds what is random
     name: str                          # of the image: a file, or "scenes:val/3"
     size: Size                         # of the image
     image: Callable[[], Image.Image]   # opens or draws it
-    questions: list[tuple[str, str, Box]]
+    questions: list[tuple[str, str, Box]]   # id, expression, true box in pixels
     file: Path | None = None           # where it is, if it is a file
 
 
@@ -36,12 +38,14 @@ class Data:
     """What is evaluated on."""
 
     name: str                          # says what it is, in a report
-    digest: str                        # changes with an image, or their order
-    examples: list[Example]
     expressions: int                   # those that are left out included
-    missing: list[str]                 # images that are not there
-    left_out: dict[str, str]           # id -> why it cannot be asked, of expressions
-    groups: dict[str, list[str]] = field(default_factory=dict)   # MiniGPT-v2's img_id -> its ids
+    examples: list[Example] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)            # images that are not there
+    left_out: dict[str, str] = field(default_factory=dict)      # id -> why it cannot be asked
+    groups: dict[str, list[str]] = field(default_factory=dict)  # MiniGPT-v2's img_id -> its ids
+
+
+# ----- drawn scenes -------------------------------------------------------------------------------
 
 
 drawn = lru_cache(256)(scene)       # of thousands some are held, and the others are drawn again
@@ -63,7 +67,7 @@ def drawn_data(split: str, limit: int) -> Data:
         examples.append(Example(number, f"scenes:{split}/{number}", seen.image.size,
                                 partial(drawn_image, split, number), questions))
         count += len(questions)
-    return Data(f"scenes:{split}", "", first(examples, limit), limit, [], {})
+    return Data(f"scenes:{split}", limit, first(examples, limit))
 
 
 def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -79,43 +83,81 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return chosen
 
 
-def is_size(size: object) -> bool:
-    """Whether something from a file is width and height in pixels."""
-    return (isinstance(size, list | tuple) and len(size) == 2
-            and all(isinstance(side, int) and side > 0 for side in size))
+# ----- annotated pictures -------------------------------------------------------------------------
 
 
-def is_box(box: object) -> bool:
-    """Whether something from a file is four numbers, none of them infinite or NaN."""
-    return (isinstance(box, list | tuple) and len(box) == 4
-            and all(type(v) in (int, float) and abs(v) < 1e6 for v in box))
+def read_data(path: Path, images: Path | None, split: str | None = None,
+              pictures: bool = True) -> Data:
+    """Read annotations and find their images: in the folder `images`, or beside the file.
 
-
-def is_outside(box: Sequence[float], size: Size) -> bool:
-    """Whether a box reaches out of an image of that size by more than a pixel."""
-    x1, y1, x2, y2 = box
-    return min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1
-
-
-def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size | None]]) -> None:
-    """Refuse boxes of a file, each with the size of its image, most of which are no pixels.
-
-    The same is asked of annotations and of answers; a few odd ones among many decide nothing.
+    split:    as in read_annotations
+    pictures: whether they will be opened; if not, one that is not there is not missed where its
+              size is known
     """
-    wrong = [box for box, size in boxes if max(box) <= 1 or size and is_outside(box, size)]
-    if 2 * len(wrong) > len(boxes):
-        raise NanogapError(f"{path}: {len(wrong)} of {len(boxes)} boxes are no pixels of their "
-                           f"images, such as {list(wrong[0])}; give x1, y1, x2, y2 in pixels, and "
-                           "not normalised, in percent or in thousandths")
+    told, entries = read_annotations(path, split)
+    of_image: dict[str, list[Entry]] = {}
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        of_image.setdefault(entry.image, []).append(entry)
+        groups.setdefault(entry.group, []).append(entry.id)
+    name = f"{path.name} {split}" if split else path.name
+    name = f"{name} ({told}): {len(entries)} expressions about {len(of_image)} images"
+    data = Data(name, len(entries), groups=groups)
+    folder = images or path.parent
+    for number, about in enumerate(of_image.values()):
+        add_image(data, number, about, folder, pictures)
+    if not data.examples:
+        why = (f"none of the {len(data.missing)} images is in {folder}, such as "
+               f"{data.missing[0]:.200}; give their folder with --images (COCO's train2014: "
+               "images.cocodataset.org/zips/train2014.zip, 13 GB)"
+               if data.missing else next(iter(data.left_out.values())))
+        raise NanogapError(f"{path} holds nothing that can be asked: {why}")
+    return data
 
 
-def doubts(what: str, boxes: Sequence[tuple[Sequence[float], Size]]) -> list[str]:
-    """A word on boxes nearly all near the corner of large images: they may be no pixels."""
-    for most, unit in ((100, "percent"), (1000, "thousandths")):
-        near = sum(max(box) <= most for box, _ in boxes)
-        side = min((min(size) for _, size in boxes), default=0)
-        if len(boxes) >= 5 and near >= 0.98 * len(boxes) and side >= 2 * most:
-            return [f"hardly a box of the {what} reaches beyond {most} pixels, and no side is "
-                    f"below {side}: if these are in {unit} the numbers below mean nothing, for "
-                    "pixels are read"]
-    return []
+def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
+              pictures: bool) -> None:
+    """Add an image and what is asked of it, or say that it is missing, or why it is left out."""
+    name, size = entries[0].image, entries[0].size
+    path = find_image(folder, name)
+    if not os.path.isfile(path) and (pictures or size is None):
+        data.missing.append(name)
+        return
+    try:
+        size = size or open_image(path, upright=False).size
+    except ItemError as error:
+        data.left_out.update({entry.id: str(error) for entry in entries})
+        return
+    questions = []
+    for entry in entries:
+        box = true_box(entry, size)
+        try:
+            check_expression(entry.expression)
+            questions.append((entry.id, entry.expression, box))
+        except ItemError as error:
+            data.left_out[entry.id] = f"{entry.where}: {error}"
+    if questions:
+        opened = partial(open_sized, path, size)
+        data.examples.append(Example(number, name, size, opened, questions, path))
+
+
+def open_sized(path: Path, size: Size) -> Image.Image:
+    """An image as it is stored, as large as its annotation says: the box is in its pixels."""
+    image = open_image(path, upright=False)
+    if image.size != size:
+        raise ItemError(f"{path} is {image.width} x {image.height} pixels and was annotated at "
+                        f"{size[0]} x {size[1]}; give the annotated pictures (COCO's: "
+                        "train2014) with --images")
+    return image
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """Where an image is, with the folders in its name or without them, and in the folder only.
+
+    COCO's pictures of 2014 are there under the names of 2017 as well.
+    """
+    path = Path(name)
+    files = [folder / re.sub(r"^COCO_\w+2014_", "", path.name), folder / path.name]
+    if not path.is_absolute() and ".." not in path.parts:
+        files.append(folder / path)
+    return next(filter(os.path.isfile, reversed(files)), files[-1])

@@ -7,10 +7,9 @@ README; Ferret ferret/eval/eval_refexp.py; PaliGemma big_vision, `<loc....>`.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanogap.evaluate.data import Size
+from nanogap.evaluate.refcoco import Size
 from nanogap.image import Box, Pad
 from nanogap.models import MiniGPT, Shikra
 from nanogap.models.frames import Stretch
@@ -29,10 +28,13 @@ class Format:
     drop: tuple[str, ...] = ()         # what is taken out of a text before it is read
     y_first: bool = False
 
-    def shares(self, text: str, resized: Size) -> Box | None:
-        """The first box of a text, in shares of the frame.
+    def read(self, text: str, size: Size, resized: Size | None = None) -> Box | None:
+        """The first box of a text, in pixels of the picture.
 
-        None where there is none, or it lies outside the picture or has no area: never guessed
+        None where there is none, or it has no area in the picture or lies outside: never guessed
+
+        size:    of the picture
+        resized: of the picture as the model saw it, where boxes are in pixels of that one
         """
         for piece in self.drop:
             text = text.replace(piece, "")
@@ -41,23 +43,12 @@ class Format:
             return None
         a, b, c, d = map(float, match.groups())
         x1, y1, x2, y2 = (b, a, d, c) if self.y_first else (a, b, c, d)
-        width, height = (self.one, self.one) if self.one else resized
+        width, height = (self.one, self.one) if self.one else resized or size
         x1, y1, x2, y2 = x1 / width, y1 / height, x2 / width, y2 / height
-        return (x1, y1, x2, y2) if 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1 else None
-
-    def is_in(self, text: str) -> bool:
-        """Whether a text holds a box; if it is in pixels, of a picture of any size."""
-        return self.shares(text, (MOST, MOST)) is not None
-
-    def read(self, text: str, size: Size, resized: Size = (1, 1)) -> Box | None:
-        """The same in pixels; None also where it lies in the padding.
-
-        size:    of the picture
-        resized: of the picture as the model saw it, where boxes are in pixels of that one
-        """
-        shares = self.shares(text, resized)
-        box = shares and self.frame.to_pixels(shares, *size)
-        return box if box and box[0] < box[2] and box[1] < box[3] else None
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            return None
+        box = self.frame.to_pixels((x1, y1, x2, y2), *size)
+        return box if box[0] < box[2] and box[1] < box[3] else None       # not in the padding
 
 
 N = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
@@ -83,12 +74,6 @@ FORMATS = {                            # the strictest first of those that resem
 def format_argument(text: str) -> str:
     """A name of FORMATS, however it is spelled: "MiniGPT-v2", "minigpt_v2"."""
     return text.lower().replace("_", "-")
-
-
-def fitting(texts: Sequence[str]) -> list[str]:
-    """Formats in which most of some texts hold a box, one of each notation first."""
-    return [name for name, form in FORMATS.items()
-            if 2 * sum(map(form.is_in, texts)) > len(texts)]
 
 
 def smart_resize(width: int, height: int, factor: int) -> Size:

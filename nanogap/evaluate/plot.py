@@ -7,13 +7,13 @@ down the panel, with the interval as a band.  Letters can be read 800 pixels wid
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from nanogap.checks.command import visible
-from nanogap.evaluate.score import budget
+from nanogap.evaluate.score import Budget, budget
 from nanogap.show.draw import PAGE, PAPER, STYLES
 
 WIDTH, MARGIN = 1200, 24                     # of the page, and at its sides; pixels
@@ -63,6 +63,15 @@ def panels_of(rows: Sequence[dict]) -> list[Panel]:
         panel = panels.setdefault(title, Panel(visible(title), whole, {}))
         panel.rows.setdefault(visible(label), {})[row["mode"]] = row
     return list(panels.values()) or [Panel("", whole, {})]
+
+
+def panel_of(model: str, rows: Sequence[dict],
+             budgets: Mapping[str, tuple[str, Budget]]) -> Panel:
+    """The rows of one model's report, put together by what was asked, as in "trim 50%"."""
+    found = {label: {row["mode"]: row for row in rows if (row["prune"], row["keep"]) == asked}
+             for label, asked in budgets.items()}
+    return Panel(model, [row for row in rows if row["mode"] == "full"],
+                 {label: marks for label, marks in found.items() if marks})
 
 
 def draw(panels: Sequence[Panel]) -> Image.Image:

@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 from nanogap.checks.command import visible
 from nanogap.checks.output import save_picture
-from nanogap.evaluate import compare, plot
+from nanogap.evaluate import plot
 from nanogap.evaluate.ask import Budgets
-from nanogap.evaluate.data import Data, doubts
+from nanogap.evaluate.data import Data
+from nanogap.evaluate.plot import Panel
 from nanogap.evaluate.score import PROTOCOLS, table
+
+CAPTION = ("Acc@0.5 with 95 % intervals; no box: the highest share of answers without a box in any "
+           "mode of the row")
 
 
 class Report(NamedTuple):
@@ -21,16 +25,15 @@ class Report(NamedTuple):
     data: Data
     rows: list[dict]
     notes: Sequence[str] = ()  # what else has to be said above the table
-    budgets: Budgets = {}      # what each budget that was asked is in the model
+    budgets: Budgets = {}      # those that were asked
 
 
 def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     """Draw the picture, and print the tables or the JSON document; several models are compared."""
     several = len(args.models) > 1
     if several:
-        names = compare.names_of([report.made["weights"] for report in reports])
-        panels = [compare.panel_of(name, report.rows, report.budgets)
-                  for name, report in zip(names, reports, strict=True)]
+        panels = [plot.panel_of(name, report.rows, report.budgets)
+                  for name, report in zip(args.models, reports, strict=False)]
     else:
         panels = plot.panels_of(reports[0].rows)
     if args.plot:
@@ -42,7 +45,7 @@ def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
     if several and not args.ablate:
         data = reports[0].data
         counts = ", ".join(dict.fromkeys(str(report.rows[0]["expressions"]) for report in reports))
-        print(compare.table(panels))
+        print(comparison(panels))
         print(visible(f"{PROTOCOLS[args.protocol]}; {data.name}, {counts} of {data.expressions} "
                       "expressions"))
     for report in reports:
@@ -51,6 +54,30 @@ def print_reports(args: argparse.Namespace, reports: Sequence[Report]) -> None:
         print_table(args, report)
     if args.plot:
         print(f"picture: {args.plot}")
+
+
+def comparison(panels: Sequence[Panel]) -> str:
+    """A row for each model under each strategy and budget, all models of one together.
+
+    A budget stands as it was asked, for half of the visual tokens is another number in each model.
+    """
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.rows))
+    rows = [(panel.title, label,
+             {row["mode"]: row for row in panel.whole} | panel.rows.get(label, {}))
+            for label in labels or ["none 100%"] for panel in panels
+            if label in panel.rows or not labels]
+    modes = list(dict.fromkeys(mode for *_, found in rows for mode in found))
+
+    lines = [["model", "prune", "keep",
+              *("all tokens" if mode == "full" else mode for mode in modes), "no box"]]
+    for model, label, found in rows:
+        shares = ["{accuracy:.3f} {low:.3f}..{high:.3f}".format_map(found[mode])
+                  if mode in found else "-" for mode in modes]
+        most = max(row["no_box"] for row in found.values())
+        lines.append([model, *label.rsplit(" ", 1), *shares, f"{most:.3f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(map(str.ljust, line, widths)) for line in lines)
+    return "\n".join([CAPTION, *(visible(line.rstrip()) for line in padded)])
 
 
 def document(report: Report, picture: object) -> dict:
@@ -64,10 +91,7 @@ def document(report: Report, picture: object) -> dict:
 def print_table(args: argparse.Namespace, report: Report) -> None:
     """The table, below what it is about and above what spoils it."""
     rows = report.rows
-    boxes = [(box, example.size) for example in report.data.examples
-             for *_, box in example.questions]
-    lines = [report.title, PROTOCOLS[args.protocol], *covers(report.data),
-             *doubts("annotations", boxes), *report.notes]
+    lines = [report.title, PROTOCOLS[args.protocol], *covers(report.data), *report.notes]
     if args.protocol != "pixels" and all((row["no_box"] or 0) > 0.9 for row in rows):
         lines.append(f"protocol {args.protocol} reads hardly any of these answers: it is made for "
                      "the format of another model")

@@ -13,8 +13,8 @@ from contextlib import suppress
 from nanogap.checks.command import visible
 from nanogap.image import Box, Pad, iou
 
-# strategy, budget (a number, a share such as "25%"; None: the strategy's own), mode
-Run = tuple[str, int | str | None, str]
+Budget = int | str | None                   # a number, a share such as "25%", the strategy's own
+Run = tuple[str, Budget, str]               # strategy, budget, mode
 Reading = tuple[Box, float]                 # the box in pixels; its IoU with the true one
 
 OTHER_WORDS = "(its question has other words, which are not used here)"
@@ -46,12 +46,8 @@ def minigpt(text: str, truth: Box, width: int, height: int) -> Reading | None:
         return None
     x1, y1, x2, y2 = (int(number) / 100 for number in numbers)
     box = (x1 * width, y1 * height, x2 * width, y2 * height)
-    return box, minigpt_iou(box, truth)
-
-
-def minigpt_iou(box: Box, truth: Box) -> float:
-    """IoU where the right and the lower sides are pixels that belong to the boxes."""
-    return iou(*((x1, y1, x2 + 1, y2 + 1) for x1, y1, x2, y2 in (box, truth)))
+    # the right and the lower sides are pixels that belong to a box
+    return box, iou(*((x1, y1, x2 + 1, y2 + 1) for x1, y1, x2, y2 in (box, truth)))
 
 
 def shikra(text: str, truth: Box, width: int, height: int) -> Reading | None:
@@ -151,12 +147,17 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(measured) / len(measured) if measured else None
 
 
+def run_of(record: dict) -> Run:
+    """The run that a record, or a row, belongs to."""
+    return record["prune"], record["keep"], record["mode"]
+
+
 def summary(records: Sequence[dict], run: Run, protocol: str) -> dict:
     """One row: what became of all expressions in one run.
 
     One without an answer (its text is None) counts as wrong, and not as an answer without a box.
     """
-    mine = [r for r in records if (r["prune"], r["keep"], r["mode"]) == run]
+    mine = [r for r in records if run_of(r) == run]
     answered = [r for r in mine if r.get("text", "") is not None]
     hits = sum(is_hit(r["iou"], protocol) for r in mine)
     low, high = wilson(hits, len(mine))

@@ -60,9 +60,9 @@ def test_the_protocol_decides_how_boxes_are_counted(given, rows, printed):
     """20 x 25 to 100 x 60 as lmms-eval takes it; MiniGPT-v2 reads a format of its own."""
     row, = rows(ALL, "--protocol", "lmms-eval")
     assert row["mean_iou"] == pytest.approx((0.5 + 10 / 60 + 0) / 3)
-    for own in ({"text": "{<10><0><50><70>}"}, {"box": BOXES[0]}):
-        row, = rows([{"id": i} | own for i in (1, 2, 3)], "--protocol", "minigpt")
-        assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
+    minigpt = [{"id": i, "text": "{<10><0><50><70>}"} for i in (1, 2, 3)]
+    row, = rows(minigpt, "--protocol", "minigpt")
+    assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
     assert "reads hardly any of these answers" in printed(*given(ALL, "--protocol", "minigpt"))
 
 
@@ -72,6 +72,13 @@ def test_what_is_not_answered_counts_as_wrong_and_is_said(given, rows, printed):
     assert said[4].split()[4:6] == ["0.333", "0.061..0.792"]
     row, = rows(ALL[:1])
     assert (row["unanswered"], row["expressions"], row["no_box"]) == (2, 3, 0)
+
+
+def test_an_answer_to_what_cannot_be_asked_does_not_count(data: Path, rows):
+    write_lines(data, [{"image": "a.jpg", "expression": said, "box": BOXES[0], "width": 200,
+                        "height": 100} for said in ("thing", "", "thing")])
+    row, = rows(ALL)
+    assert (row["expressions"], row["mean_iou"], row["unanswered"]) == (2, 1.0, 0)
 
 
 def test_lines_may_name_their_runs_and_what_was_measured(rows):
@@ -92,6 +99,7 @@ def test_lines_may_name_their_runs_and_what_was_measured(rows):
     ([{"id": 1, "box": [1, 2, 3, float("nan")]}], [], "line 1: box cannot be [1, 2, 3, nan]"),
     ([{"id": 1, "text": "x", "keep": [1]}], [], "line 1: keep cannot be [1]"),
     ([{"id": 1, "box": None}], ["--protocol", "lmms-eval"], "line 1 has no text, and --protocol"),
+    ([{"id": 1, "text": "x", "resized": [0, 9]}], [], "line 1: resized cannot be [0, 9]"),
     ([], [], "holds no answer; give lines of"),
     ([{"id": 1, "text": "x"}], ["--resume"], "--score asks no model, so --resume has nothing to"),
     ([{"id": 1, "text": "x"}], ["--format", "best"], "invalid choice: 'best'"),

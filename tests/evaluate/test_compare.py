@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nanogap.evaluate import __main__ as evaluate
-from nanogap.evaluate import compare, plot
+from nanogap.evaluate import arguments, plot, report
 from tests.evaluate.asking import MINI, SHIKRA, run
 from tests.tiny import tiny_config, write_checkpoint
 
@@ -61,11 +61,11 @@ def test_each_model_keeps_its_answers_in_a_folder_and_goes_on_after_ctrl_c(
     asked = ["--weights", folder, other, "--limit", 2, "--keep", 4, "--out", out]
     ask_model, calls = evaluate.ask_model, []
 
-    def interrupted(args: Namespace, *more: int) -> object:
-        calls.append(args.weights)
+    def interrupted(args: Namespace, folder: Path, *more: object) -> object:
+        calls.append(folder)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return ask_model(args, *more)
+        return ask_model(args, folder, *more)
 
     monkeypatch.setattr(evaluate, "ask_model", interrupted)
     assert run(*asked) == 130
@@ -130,14 +130,15 @@ def test_the_ablation_of_several_has_their_tables_only(folder, tmp_path, printed
 
 
 def test_models_are_named_by_their_folders_unless_two_have_one_name():
-    assert compare.names_of([Path("a/mini"), Path("b/next")]) == ["mini", "next"]
-    assert compare.names_of([Path("a/mini"), Path("b/mini")]) == ["a/mini", "b/mini"]
+    assert arguments.names_of([Path("a/mini"), Path("b/next")]) == ["mini", "next"]
+    assert arguments.names_of([Path("a/mini"), Path("b/mini")]) == ["a/mini", "b/mini"]
 
 
-def test_no_box_is_the_highest_share_in_the_row():
+def test_no_box_is_the_highest_share_in_the_row_and_there_is_a_row_where_nothing_was_pruned():
     rows = [{"accuracy": 0.5, "low": 0.4, "high": 0.6, "no_box": no_box, "mode": mode, "keep": 72,
              "prune": "none" if mode == "full" else "random"}
             for mode, no_box in (("full", 0.0), ("shifted", 0.25), ("gap", 0.125))]
-    panel = compare.panel_of("mini", rows, {("random", "50%"): 72})
-    line = compare.table([panel]).split("\n")[2]
-    assert line.split() == ["mini", "random", "50%", *["0.500", "0.400..0.600"] * 3, "0.250"]
+    for asked, line in ((rows, ["random", "50%", *["0.500", "0.400..0.600"] * 3, "0.250"]),
+                        (rows[:1], ["none", "100%", "0.500", "0.400..0.600", "0.000"])):
+        panel = plot.panel_of("mini", asked, {"random 50%": ("random", 72)})
+        assert report.comparison([panel]).split("\n")[2].split() == ["mini", *line]

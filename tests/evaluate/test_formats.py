@@ -62,6 +62,9 @@ def data(tmp_path: Path) -> Path:
         for i in range(6)])
 
 
+RIGHT = " 1.000  0.610..1.000 "        # accuracy of six, and its interval
+
+
 def six(text: str, **more: object) -> list[dict]:
     return [{"id": i, "text": text, **more} for i in range(1, 7)]
 
@@ -72,14 +75,16 @@ def test_a_file_in_another_notation_is_told_which_format_fits(given, printed, re
     assert "0 of 6 texts with numbers hold a box as llava says it" in said and name in said
     flags = ("--resized", "28") if name == "qwen2.5-vl" else ()
     spelled = name.replace("-", "_").upper()
-    assert " 1.000 " in printed(*given(six(SAID[name]), "--format", spelled, *flags))
+    assert RIGHT in printed(*given(six(SAID[name]), "--format", spelled, *flags))
 
 
-def test_a_tenth_of_them_decides_and_answers_without_numbers_are_only_wrong(given, printed):
+def test_a_tenth_of_them_decides_and_answers_without_numbers_are_only_wrong(
+        given, printed, refused):
     printed(*given(six(SAID["ferret"])[1:] + [{"id": 1, "text": SAID["llava"]}]))
     said = printed(*given(six("I cannot see a man.")))
     assert " 0.000 " in said and "--format" not in said
-    said = printed(*given(six(SAID["ferret"]), "--format", "llava"))
+    assert " 0.000 " in printed(*given(six(SAID["ferret"]), "--format", "llava"))
+    said = refused(*given(six(SAID["ferret"])))
     assert "most do in the format of internvl or ferret; give --format" in said
 
 
@@ -87,8 +92,8 @@ def test_boxes_in_pixels_of_the_resized_picture_need_its_size(given, printed, re
     said, qwen = six(SAID["qwen2.5-vl"]), ("--format", "qwen2.5-vl")
     asked = refused(*given(said, *qwen))
     assert '"resized": [width, height]' in asked and "--resized 28" in asked
-    assert " 1.000 " in printed(*given(said, *qwen, "--resized", "644x476"))
-    assert " 1.000 " in printed(*given(six(SAID["qwen2.5-vl"], resized=[644, 476]), *qwen))
+    assert RIGHT in printed(*given(said, *qwen, "--resized", "644x476"))
+    assert RIGHT in printed(*given(six(SAID["qwen2.5-vl"], resized=[644, 476]), *qwen))
     refused(*given(said, "--resized", "28"))
     refused(*given(said, *qwen, "--resized", "0x5"))
 
@@ -104,14 +109,14 @@ def test_minigpts_own_file_of_answers(data: Path, given, printed, refused):
         assert " 0.333 " in said
         assert "1 of 3 expressions have no answer, and count as wrong" in said
     for other in ({"x_1": ["a"]}, {crop: ["a"] * 4}):
-        assert "expressions in data.jsonl" in refused(*given([other]))
+        assert "is none of the 3 expressions of data.jsonl" in refused(*given([other]))
 
 
 def test_files_of_llava_and_of_internvl(given, printed, refused):
     llava = [{"question_id": i, "prompt": "?", "text": SAID["llava"]} for i in range(1, 7)]
-    assert " 1.000 " in printed(*given(llava))
+    assert RIGHT in printed(*given(llava))
     internvl = [{"answer": SAID["internvl"], "gt_bbox": BOX, "hw": [480, 640]}] * 6
-    assert " 1.000 " in printed(*given(internvl, "--format", "internvl"))
+    assert RIGHT in printed(*given(internvl, "--format", "internvl"))
     for other in ([1, 2, 3, 4], 5):
         said = refused(*given([internvl[0] | {"gt_bbox": other}]))
         assert "expression 1 of data.jsonl" in said
@@ -127,8 +132,6 @@ def test_shares_of_the_answers_decide_whether_boxes_are_pixels(given, printed, r
     wide = [100, 100, 900, 900]
     assert "6 of 6 boxes are no pixels of their images" in refused(*given(boxes(*[wide] * 6)))
     printed(*given(boxes(*[wide] * 2, *[BOX] * 4)))
-    said = printed(*given(boxes(*[[10, 10, 50, 50]] * 6)))
-    assert "hardly a box of the answers reaches beyond 100" in said
 
 
 # ----- questions for another program --------------------------------------------------------------

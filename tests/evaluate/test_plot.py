@@ -2,7 +2,7 @@
 
 from PIL import Image, ImageColor
 
-from nanogap.evaluate import compare, plot
+from nanogap.evaluate import plot
 from nanogap.gap import MODES
 from nanogap.show.draw import STYLES
 
@@ -68,9 +68,9 @@ def test_cases_that_are_no_modes_have_a_row_each():
 
 def test_several_models_have_a_panel_each_and_what_one_of_them_cannot_do_is_said():
     whole, gap, trim = row("full", 0.9, "none", 144), row("gap", 0.5), row("gap", 0.5, "trim")
-    budgets = {("random", "50%"): 72, ("trim", "50%"): 72}
-    mini = compare.panel_of("mini", [whole, gap, trim], budgets)
-    other = compare.panel_of("other", [whole, gap], budgets)
+    budgets = {"random 50%": ("random", 72), "trim 50%": ("trim", 72)}
+    mini = plot.panel_of("mini", [whole, gap, trim], budgets)
+    other = plot.panel_of("other", [whole, gap], budgets)
     assert mini == ("mini", [whole], {"random 50%": {"gap": gap}, "trim 50%": {"gap": trim}})
     assert list(other.rows) == ["random 50%"]
     picture = plot.draw([mini, other])
