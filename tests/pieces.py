@@ -7,7 +7,6 @@ The numbers are those of tests/tiny.py: a tensor's name there, and not the piece
 
 import json
 import struct
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -62,15 +61,13 @@ def field(number: int, value: int | float | bytes) -> bytes:
     return varint(number << 3) + varint(value)
 
 
-def sentencepiece(pieces: Sequence[str], dummy_prefix: int = 1) -> bytes:
+def sentencepiece(pieces: Sequence[str]) -> bytes:
     """A tokenizer.model; behind <unk>, <s>, </s> and the bytes, a later piece has a lower score."""
     data = b""
     for i, piece in enumerate(pieces):
         score = min(0.0, 258.0 - i)
         data += field(1, field(1, piece.encode()) + field(2, score) + field(3, 1))
-    trainer = field(3, 2) + field(35, 1)
-    normalizer = field(1, b"identity") + field(3, dummy_prefix) + field(4, 0)
-    return data + field(2, trainer) + field(3, normalizer)
+    return data + field(2, field(3, 2)) + field(3, field(1, b"identity"))
 
 
 def write_tokenizer_model(folder: Path) -> None:
@@ -229,13 +226,12 @@ def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False) -> dict[st
     tensors[f"llama_model.base_model.model.{OLD_BUFFER}"] = torch.rand(8)
     if newer:
         tensors["ln_vision.weight"] = torch.full((88,), 3.0)
-    settings = {
-        "run": {"task": "image_text_pretrain"},
-        "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": RANK, "lora_alpha": 16}}
     torch.save({
         "model": tensors, "epoch": 3, "scaler": {"scale": 65536.0},
         "optimizer": {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.rand(4)}},
                       "param_groups": [{"lr": 1e-5, "params": [0]}]},
-        "config": Namespace(**settings) if newer else settings,
+        "config": {
+            "run": {"task": "image_text_pretrain"},
+            "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": RANK, "lora_alpha": 32}},
     }, checkpoint, _use_new_zipfile_serialization=newer)
     return {"base": base, "vision": vision, "checkpoint": checkpoint}

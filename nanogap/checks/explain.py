@@ -52,11 +52,10 @@ OTHERS = {
 def explain(folder: Path, error: BaseException, clip: Path | None) -> NanogapError:
     """The mistake that it is when a folder could not be loaded, or the CLIP beside it."""
     try:
-        look_through(folder, GET)
-        check_small_files(folder)
-        if clip is not None:
-            look_through(clip, GET_CLIP)
-            check_small_files(clip)
+        for part, get in ((folder, GET), (clip, GET_CLIP)):
+            if part is not None:
+                look_through(part, get)
+                check_small_files(part)
     except NanogapError as found:
         return found
     if isinstance(error, NanogapError):

@@ -29,7 +29,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
     folder: its path, a folder of the hub's cache, or the name of one that ships, such as "mini"
     pack:   let a CPU multiply faster (fast/packed.py); answers may differ in last digits
     raises: NanogapError where anything is missing, broken, unknown, of another shape, or would
-            change answers in silence
+            change answers in silence; a lack of memory is raised as it is
     """
     folder = folder_of(folder)
     guide = None if clip is None else folder_of(clip)

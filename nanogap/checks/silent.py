@@ -29,7 +29,7 @@ GENERATION: Table = {
     "do_sample": (False,), "num_beams": (1,), "repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,),
     **dict.fromkeys(("bad_words_ids", "suppress_tokens", "forced_bos_token_id",
-                     "forced_eos_token_id"), ([],))}
+                     "forced_eos_token_id"), (None, []))}
 # a picture is padded to a square, so the crop that follows in transformers takes nothing away
 KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 PIXELS: Table = {

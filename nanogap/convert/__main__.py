@@ -10,22 +10,22 @@
 
 import inspect
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Size, nn
 
-from nanogap.checks.command import Parser, answer_for, path_argument
+from nanogap.checks.command import Parser, answer_for, one_line, path_argument
+from nanogap.checks.loading import snapshot
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
 from nanogap.checks.silent import silent
 from nanogap.convert.minigpt import minigpt_v2
 from nanogap.convert.recipes import Recipe, llava, shikra
-from nanogap.convert.writer import write_parts
+from nanogap.convert.sentencepiece import read_llama_tokenizer
+from nanogap.convert.writer import write_tensors
 from nanogap.errors import NanogapError
-from nanogap.models import MODELS, VLM
+from nanogap.models import MODELS
 from nanogap.models.base import write_json
 from nanogap.models.saving import our_name
 from nanogap.weights import read_config
@@ -55,6 +55,7 @@ def command(argv: Sequence[str] | None) -> None:
                          help="folder to write; it must not exist, or be empty")
     args = vars(parser.parse_args(argv))
     make, out = RECIPES[args.pop("model")], args.pop("out")
+    pieces = {name: snapshot(path) for name, path in args.items() if path is not None}
     new = not out.exists()
     check_folder("--out", out)
     if any(path.name != CLAIM and path.suffix != ".partial" for path in out.iterdir()):
@@ -62,7 +63,7 @@ def command(argv: Sequence[str] | None) -> None:
                            "give a new folder, or move them away")
     try:
         with claim("--out", out):
-            write(make(**args), out)
+            write(make(**pieces), out)
     finally:
         if new and not any(out.iterdir()):
             out.rmdir()
@@ -72,50 +73,33 @@ def command(argv: Sequence[str] | None) -> None:
 
 def write(recipe: Recipe, out: Path) -> None:
     """Make what a recipe says; all of it is looked through before the first number is read."""
+    source = recipe.pieces[0].path
+    family = MODELS[recipe.config["model_type"]]
     with whole_checkpoint("--out", out) as folder:
         write_json(folder / "config.json", recipe.config)
-        family = MODELS[recipe.config["model_type"]]
         try:
             silent(folder)
             config = read_config(folder, family)
         except NanogapError as error:
-            raise NanogapError(f"{recipe.source}: {error}") from None
+            raise NanogapError(f"{source}: {error}") from None
+        tokenizer = read_llama_tokenizer(source / "tokenizer.model", recipe.special_tokens)
+        tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+        if tokens != config.image_token:
+            raise NanogapError(f"{source / 'tokenizer.model'} has {tokens} tokens, and the "
+                               f"embeddings have rows for {config.image_token}; give the one of "
+                               "this model")
         with torch.device("meta"):
             model = family(config)
-        check_parts(recipe, model)
-        wanted = sum(part.empty.nbytes for part in recipe.parts.values())
-        free = shutil.disk_usage(folder).free
-        if wanted > free:
-            raise NanogapError(f"--out {out} has room for {free / 1e9:.1f} GB, and the model takes "
-                               f"{wanted / 1e9:.1f} GB; give a folder on another disk")
+        try:
+            empty = dict(recipe.make(*(piece.empty() for piece in recipe.pieces)))
+            model.load_state_dict({our_name(name, model.rename): tensor
+                                   for name, tensor in empty.items()}, assign=True)
+        except RuntimeError as error:        # torch's, on names and shapes
+            raise NanogapError("the pieces are not whole, or belong to different models "
+                               f"({one_line(error)}); get those of one model again") from None
         model.write_config(folder, config.dtype.removeprefix("torch."))
-        recipe.tokenizer.save(str(folder / "tokenizer.json"))
-        write_parts(folder / "model.safetensors", recipe.parts)
-
-
-def check_parts(recipe: Recipe, model: VLM) -> None:
-    """Every part belongs to the model and has its shape, and none is missing."""
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    for name, part in recipe.parts.items():
-        ours, found = our_name(name, model.rename), part.empty.shape
-        shape = expected.pop(ours, None)
-        if shape is None or (shape != found and not fits(model, ours, found)):
-            raise NanogapError(f"{part.where()} is {list(found)}, and the model of config.json has "
-                               f"{list(shape) if shape else 'nothing'} there: the pieces belong "
-                               "to different models")
-    if expected:
-        name = our_name(next(iter(expected)), model.on_disk)
-        raise NanogapError(f"the pieces lack {len(expected)} of the model's tensors, such as "
-                           f"{name}; get them again, whole")
-
-
-def fits(model: nn.Module, name: str, shape: Size) -> bool:
-    """Whether a model takes a tensor of that shape, as it is or by fitting it."""
-    try:
-        model.load_state_dict({name: torch.empty(shape, device="meta")}, strict=False, assign=True)
-        return True
-    except RuntimeError:
-        return False
+        tokenizer.save(str(folder / "tokenizer.json"))
+        write_tensors(folder / "model.safetensors", empty, recipe.make(*recipe.pieces))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Source: sentencepiece_model.proto; convert_slow_tokenizer.py of transformers, wh
 with equal scores the published files have.
 """
 
+import io
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,85 +23,68 @@ from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 
 VARINT, BYTES = 0, 2                    # kinds of fields; those of a fixed length:
 LENGTHS = {1: 8, 5: 4}
-PIECE, TRAINER, NORMALIZER = 1, 2, 3    # numbers of fields; the first comes once for each piece
-TEXT, SCORE = 1, 2                      # in a piece
-SETTINGS = {                            # what makes another tokenizer, and the value of LLaMA's
-    (TRAINER, 3): 2,                    # model_type: BPE
-    (TRAINER, 35): 1,                   # byte_fallback
-    (NORMALIZER, 3): 1,                 # add_dummy_prefix
-    (NORMALIZER, 4): 0}                 # remove_extra_whitespaces
+PIECE = 1                               # numbers of fields: in the file, once for each piece
+TEXT, SCORE = 1, 2                      # and in a piece
 
 
 def read_llama_tokenizer(path: Path, special_tokens: Iterable[str]) -> Tokenizer:
-    """The tokenizer of a tokenizer.model, with special tokens behind its pieces."""
-    scores = read_scores(path)
-    vocab = {piece: i for i, piece in enumerate(scores)}
-    return llama_tokenizer(vocab, merges_of(scores), special_tokens)
-
-
-def read_scores(path: Path) -> dict[str, float]:
-    """The pieces of a tokenizer.model, in the order of their IDs, and the score of each.
+    """The tokenizer of a tokenizer.model, with special tokens behind its pieces.
 
     raises: NanogapError where it is missing, broken, or none of LLaMA's kind
     """
     if not path.is_file():
         raise NanogapError(f"{path.parent} lacks {path.name}, of which tokenizer.json is made; "
                            "download it as well")
-    scores: dict[str, float] = {}
-    found = dict(SETTINGS)
+    scores: dict[str, float] = {}       # in the order of IDs
     try:
         for number, value in read_fields(path.read_bytes()):
             if number == PIECE:
                 piece = dict(read_fields(value))
                 scores[piece[TEXT].decode()], = struct.unpack("<f", piece.get(SCORE, bytes(4)))
-            elif number in (TRAINER, NORMALIZER):
-                found |= {(number, field): inner for field, inner in read_fields(value)}
-    except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+    except (LookupError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise unreadable(path, f"it is no tokenizer.model, or is cut off: {error}",
                          "download it again") from None
-    if tuple(scores)[:3] != START_TOKENS or not SETTINGS.items() <= found.items():
+    if tuple(scores)[:3] != START_TOKENS:
         raise NanogapError(f"{path} is of another kind than LLaMA's; give the one that was "
                            "published with the model")
-    return scores
+    vocab = {piece: i for i, piece in enumerate(scores)}
+    return llama_tokenizer(vocab, merges_of(scores), special_tokens)
 
 
 def read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protobuf message, each its number and its value, a whole number or bytes."""
-    at = 0
-    while at < len(data):
-        key, at = read_varint(data, at)
+    stream = io.BytesIO(data)
+    while stream.tell() < len(data):
+        key = read_varint(stream)
         number, kind = key >> 3, key & 7
         if kind == VARINT:
-            value, at = read_varint(data, at)
-            yield number, value
+            yield number, read_varint(stream)
             continue
-        if kind == BYTES:
-            length, at = read_varint(data, at)
-        else:
-            length = LENGTHS[kind]
-        yield number, data[at:at + length]
-        at += length
-    if at > len(data):
-        raise ValueError("bytes are missing")
+        length = read_varint(stream) if kind == BYTES else LENGTHS[kind]
+        value = stream.read(length)
+        if len(value) < length:
+            raise ValueError("bytes are missing")
+        yield number, value
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number in groups of seven bits, the lowest first, and where it ends."""
+def read_varint(stream: io.BytesIO) -> int:
+    """A number in groups of seven bits, the lowest first."""
     value = shift = 0
     while True:
-        byte = data[at]
+        byte = stream.read(1)[0]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        shift += 7
         if byte < 128:
-            return value, at
+            return value
 
 
 def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, the piece of the highest score first."""
     ids = {piece: i for i, piece in enumerate(scores)}
-    merges = []
+    ways = []
     for piece, score in scores.items():
-        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        ways = [(a, b) for a, b in halves if a in ids and b in ids]
-        merges += [(score, way) for way in sorted(ways, key=lambda way: (ids[way[0]], ids[way[1]]))]
-    return [way for _, way in sorted(merges, key=lambda merge: -merge[0])]    # stable
+        for i in range(1, len(piece)):
+            a, b = piece[:i], piece[i:]
+            if a in ids and b in ids:
+                ways.append((-score, ids[piece], ids[a], ids[b], (a, b)))
+    return [way[-1] for way in sorted(ways)]
