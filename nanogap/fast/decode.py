@@ -17,7 +17,7 @@ equal the other may win, as happens in half precision.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from nanogap.fast.draft import NOTHING, Draft, accepted
+from nanogap.fast.draft import Form
 from nanogap.gap import Layout
 
 
@@ -30,28 +30,36 @@ class Question:
     said: list[int] = field(default_factory=list)
     read: int = 0             # how many of these tokens, text and said, have a row in the cache
     passes: int = 0           # the first of them reads the text
-    drafted: Draft = NOTHING
+    drafted: Form = ()
     fed: int = 0              # tokens in the next pass
     answered: bool = False
 
-    def feed(self, drafted: Draft) -> list[tuple[int, int]]:
+    def feed(self, drafted: Form) -> list[tuple[int, int]]:
         """Tokens and position IDs for the next pass: what has no row yet, and a draft."""
         own = self.text + self.said
-        tokens = [*own[self.read:], *drafted.tokens]
-        places = [*range(self.read, len(own)), *drafted.places(len(own))]
         # GAP, 3: token t of the answer stands at next_position + t, whatever the cache's length
         first = self.layout.next_position - len(self.text)
-        self.drafted, self.fed = drafted, len(tokens)
-        return [(token, first + place) for token, place in zip(tokens, places, strict=True)]
+        fed = [(own[place], first + place) for place in range(self.read, len(own))]
+        for position_id, allowed in enumerate(drafted, first + len(own)):
+            fed += [(token, position_id) for token in allowed]
+        self.drafted, self.fed = drafted, len(fed)
+        return fed
 
     def hear(self, greedy: Sequence[int], max_new_tokens: int, ends: Collection[int]) -> int:
-        """Take the likeliest token behind each that was fed.
+        """Take the likeliest token behind each that was fed, as far as the draft agrees.
 
-        returns: how many of those keep their rows; the others were drafted in vain
+        returns: how many of those keep their rows.  The others were drafted in vain, or belong to
+                 a choice: what was right in it is fed again, behind the tokens before it
         """
-        known = self.fed - len(self.drafted.tokens)
-        agreed, new = accepted(greedy[known - 1:], self.drafted)
-        right = known + agreed
+        row = right = self.fed - sum(map(len, self.drafted))
+        new = [greedy[row - 1]]
+        for allowed in self.drafted:
+            if new[-1] not in allowed:
+                break
+            if len(allowed) == 1:
+                right += 1
+            new.append(greedy[row + allowed.index(new[-1])])
+            row += len(allowed)
         self.read += right
         self.passes += 1
         while new and not self.answered:
