@@ -17,8 +17,7 @@ from torch import Tensor
 
 from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered
-from nanogap.fast.decode import Question
-from nanogap.fast.draft import foretell
+from nanogap.fast.decode import Question, foretell
 from nanogap.fast.lanes import Lane, ask, row_bytes
 from nanogap.gap import lay_out
 from nanogap.ground import MAX_NEW_TOKENS, Keep, Result, choose
@@ -152,10 +151,7 @@ def lane_of(model: Any, encoded: EncodedImage, asked: Asked, expression: str,
 
 
 def check_lengths(model: Any, prompt: Tensor, image: EncodedImage, max_new_tokens: int) -> None:
-    """Refuse what leaves no answer, and a prompt (P + 1 + A,) longer than the model can number."""
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise NanogapError(f"max_new_tokens is {max_new_tokens!r:.80} here: give a whole number "
-                           "from 1")
+    """Refuse a prompt (P + 1 + A,) that with its answer is longer than the model can number."""
     model.check_length(len(prompt) - 1 + image.n_visual + max_new_tokens)
 
 

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from nanogap.errors import NanogapError
-from nanogap.fast.decode import Question
+from nanogap.fast.decode import Form, Question, draft
 from nanogap.fast.decoder import Part, run
-from nanogap.fast.draft import Form, draft
 from nanogap.ground import NOT_FINITE
 from nanogap.llama import KVCache, LlamaConfig
 from nanogap.llava import clock_ms

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import nanogap
 from nanogap.errors import NanogapError
+from nanogap.fast.decode import draft, foretell
 from nanogap.fast.decoder import Part, attend, run
-from nanogap.fast.draft import draft, foretell
 from nanogap.gap import MODES
 from nanogap.ground import ground
 from nanogap.llava import EncodedImage

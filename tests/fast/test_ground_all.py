@@ -263,7 +263,6 @@ def test_the_times_are_shares_of_what_all_took(model, picture, monkeypatch):
     (["the man"], {"prune": "nothing"}, "unknown strategy 'nothing'"),
     (["the man"], {"mode": "gaps"}, "unknown mode 'gaps'"),
     (["the man"], {"keep": 17}, "cannot keep 17 of 16 visual tokens"),
-    (["the man"], {"max_new_tokens": 0}, "max_new_tokens is 0 here: give a whole number from 1"),
 ])
 def test_a_mistake_is_told_before_anything_is_asked(model, picture, passes, expressions, more,
                                                     message):
