@@ -105,13 +105,9 @@ class Lane:
             row += q.fed
         if not self.open():
             del self.cache
-        elif len(stay) < row - start:
-            self.retain(start, stay)
-
-    def retain(self, start: int, stay: Sequence[int]) -> None:
-        """Of the rows from `start` on only these stay, moved together."""
+            return
         end = start + len(stay)
-        if stay[-1] >= end:                            # else they are together
+        if stay[-1] >= end:                            # not in one piece: they are moved together
             rows = torch.tensor(stay, device=self.owner.device)
             for of_row in (self.owner, self.position_ids):                    # (R,)
                 of_row[start:end] = of_row[rows]
