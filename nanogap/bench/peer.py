@@ -23,7 +23,7 @@ THEIRS = ("llava", "llava_next")          # by `model_type`; transformers has no
 
 
 def check_peer(folder: Path) -> None:
-    """Refuse the model of a folder that transformers does not have, or where it is missing."""
+    """Refuse a folder whose model transformers does not have, or where that is not installed."""
     try:
         import transformers
     except ImportError:
