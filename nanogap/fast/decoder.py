@@ -5,8 +5,7 @@ Out: hidden states.
 
 The layers are those of nanogap/llama.py and so is what they compute, but in the last one only the
 tokens whose logits are wanted look at others.
-Letters: T tokens of a pass, R rows in a cache, C channels, V vocabulary, H heads, G key-value
-heads, D head dim.
+Letters: T tokens of a pass, R rows in a cache, C channels, H heads, G key-value heads, D head dim.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ position ID is the one that it has alone (gap.py), for the row says nothing abou
 there too: after a pass the rows of those that were wrong are given up.
 Where a picture is asked about under several prunings, each has such a cache, a lane, and the lanes
 share the passes: only attention looks into each cache on its own.
-Letters: S tokens that are shared, T fed in a pass, R rows in the cache, C channels.
+Letters: S tokens that are shared, T fed in a pass, R rows in the cache, C channels, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
