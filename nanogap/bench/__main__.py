@@ -1,4 +1,4 @@
-"""Speed and memory: what pruning saves, what it does not, and how near the machine's limits are.
+"""Speed and memory: what pruning saves, and what it does not.
 
     python -m nanogap.bench --weights weights/mini
     python -m nanogap.bench --random 350m --save /tmp/350m --against transformers
@@ -14,17 +14,19 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from nanogap import methods
-from nanogap.bench.measure import EXPRESSION, IMAGE, measure
-from nanogap.bench.peer import agree, their_class
+from nanogap.bench.measure import measure
+from nanogap.bench.peer import agree, check_peer
 from nanogap.bench.sizes import SIZES, save_random
 from nanogap.checks.command import (
     ListStrategies,
     Parser,
     answer_for,
+    count_argument,
     keep_argument,
     path_argument,
     whole_number,
@@ -37,35 +39,31 @@ from nanogap.weights import DTYPES
 PLACE = """\
 {weights} on {machine}, {dtype}, {threads} threads, {millions:.0f} million parameters, \
 {new_tokens} new tokens; medians of {rounds} rounds
-the limits here: {copy_gb_s:.3g} GB/s copied, {matmul_tflop_s:.3g} TFLOP/s in products
-milliseconds   tokens  vision  prefill 1st token  a pass   to box  with drafts  KV MB \
-prefill TFLOP/s    pass GB/s"""
+milliseconds   tokens  vision  prefill 1st token  a pass   to box  with drafts  KV MB"""
 BOTH = ("{prune:14} {visual_tokens:6g} {vision_ms:7.1f} {prefill_ms:8.1f} {first_token_ms:9.1f} "
         "{pass_ms:7.2f} {box_ms:8.1f}")                    # the columns that both sides have
-OURS = BOTH + (" {drafted_box_ms:8.1f} {drafted_passes:3.0f} {kv_mb:6.1f} {prefill_tflop_s:9.3g} "
-               "{prefill_share:5.0%} {decode_gb_s:6.3g} {decode_share:5.0%}")
+OURS = BOTH + " {drafted_box_ms:8.1f} {drafted_passes:3.0f} {kv_mb:6.1f}"
 RATIOS = ("{prune:14} {visual_tokens:6g} {vision_ms:7.2f}          {first_token_ms:9.2f} "
           "{pass_ms:7.2f} {box_ms:8.2f} {drafted_box_ms:8.2f}")
 TOGETHER = ("ground_all, {number} questions about one picture, {prune} {keep}: "
             "{ground_all_per_s:.3g} answers a second, one by one {one_by_one_per_s:.3g}; "
             "{faster:.2f} times faster")
-FIRST_USE = ("{who}: loaded in {load_s:.2f} s{over}; peak memory {peak_over_weights:.2f} of the "
-             "weights' {megabytes:.0f} MB")
-SUMMARY = """\
-Pruning to {visual_tokens:g} tokens makes prefill {prefill_ms:.1f} times faster and the cache \
-{kv_bytes:.1f} times smaller.
-It does little for the vision tower ({vision_ms:.2f}), which sees all patches, and for a pass of \
-the decoder ({pass_ms:.2f}), which reads all weights."""
+FIRST_USE = ("{who}: loaded in {load_s:.2f} s; peak memory {peak_over_weights:.2f} of the weights' "
+             "{megabytes:.0f} MB")
+SUMMARY = ("With {visual_tokens:g} visual tokens, times faster than with all: prefill "
+           "{prefill_ms:.1f}, the vision tower {vision_ms:.2f}, a pass of the decoder "
+           "{pass_ms:.2f}; the cache is {kv_bytes:.1f} times smaller.")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without a model."""
     parser = Parser(prog="python -m nanogap.bench", description=(__doc__ or "").split("\n")[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--weights", type=path_argument, metavar="DIR", dest="folder",
+                       help="default: the published ones where they are present, else weights/mini")
+    which.add_argument("--random", choices=SIZES, metavar="SIZE",
+                       help=f"random weights of a size instead: {', '.join(SIZES)}")
     add = parser.add_argument
-    add("--weights", type=path_argument, metavar="DIR",
-        help="default: the published ones where they are present, else weights/mini")
-    add("--random", choices=SIZES, metavar="SIZE",
-        help=f"random weights of a size instead: {', '.join(SIZES)}")
     add("--save", type=path_argument, metavar="DIR",
         help="write the random weights there first, and load them")
     add("--against", choices=["transformers"], help="run the same there, in turns")
@@ -75,24 +73,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"{', '.join(STRATEGIES)}, or FILE.py:NAME (default: %(default)s)")
     add("--keep", nargs="+", type=keep_argument, default=["50%", "25%"], metavar="N|N%|auto",
         help="visual tokens to keep, besides all (default: 50%% 25%%)")
-    add("--new", type=whole_number, default=25,
+    add("--new", type=partial(whole_number, least=2), default=25,
         help="tokens to generate (default: %(default)s, a box)")
-    add("--rounds", type=whole_number, default=5,
-        help="besides the first (default: %(default)s)")
+    add("--rounds", type=count_argument, default=5, help="besides the first (default: %(default)s)")
     add("--graph", action="store_true", help="decode with CUDA graphs (graph.py)")
     add("--no-pack", action="store_true", help="leave matrices as they are on a CPU: slower")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
     add("--json", action="store_true", help="print the JSON document alone")
     args = parser.parse_args(argv)
-    if args.random and args.weights or args.save and not args.random:
-        raise NanogapError("give --weights DIR, or --random SIZE, and --save DIR only with the "
-                           "latter")
+    if args.save and not args.random:
+        raise NanogapError("--save DIR is for random weights: add --random SIZE")
     if (args.against or args.agree) and args.random and not args.save:
         raise NanogapError("transformers reads weights from a folder: add --save DIR")
-    if args.new < 2 or args.rounds < 1:
-        raise NanogapError("nothing would be measured: give --new 2 and --rounds 1 at least")
-    args.prune = methods.find(args.prune)
+    args.prune, args.dtype = methods.find(args.prune), DTYPES.get(args.dtype)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_place(args.device, None)
+    args.device = torch.device(args.device)
+    if not args.random:
+        args.folder = folder_of(args.folder or default_weights())
     return args
 
 
@@ -114,10 +114,8 @@ def print_table(d: dict) -> None:
             print(RATIOS.format_map(row | row["theirs_over_this"]))
     for who in ("ours", "theirs"):
         if d[who]:
-            longer = d[who]["load_over_read"]
-            over = f", {longer:.2f} times as long as to read the bytes" if longer else ""
-            megabytes = d[who]["weight_bytes"] / 1e6
-            print(FIRST_USE.format_map(d[who] | {"who": who, "over": over, "megabytes": megabytes}))
+            print(FIRST_USE.format_map(
+                d[who] | {"who": who, "megabytes": d[who]["weight_bytes"] / 1e6}))
     fewest = min(d["runs"], key=lambda row: row["visual_tokens"])
     print(SUMMARY.format_map(fewest | fewest["full_over_this"]))
 
@@ -126,25 +124,17 @@ def print_table(d: dict) -> None:
 def command(argv: Sequence[str] | None) -> None:
     """Measure, or compare the answers, and print."""
     args = parse(argv)
-    name = None if args.device == "auto" else args.device
-    dtype_name = None if args.dtype == "auto" else args.dtype
-    check_place(name, dtype_name)
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = args.save or args.weights
     if args.save:
-        save_random(args.random, folder, device, DTYPES.get(args.dtype, torch.bfloat16))
-    if folder or not args.random:
-        folder = folder_of(folder or default_weights())
-        if not (folder / "config.json").is_file():
-            raise NanogapError(f"--weights {folder} holds no checkpoint; give the folder of one")
+        save_random(args.random, args.save, args.device, args.dtype or torch.bfloat16)
+        args.folder = args.save
     if args.against or args.agree:
-        their_class(folder)
+        check_peer(args.folder)
     if args.agree:
-        print(json.dumps(agree(folder, device, dtype_name, IMAGE, EXPRESSION, args.new)))
-        return
-    document = measure(args, folder, device)
-    if not args.json:
-        print_table(document)
+        document = agree(args.folder, args.device, args.dtype, args.new)
+    else:
+        document = measure(args)
+        if not args.json:
+            print_table(document)
     print(json.dumps(document))
 
 

@@ -6,72 +6,47 @@ vanish.  The tokens are those of weights/mini, at the front of a vocabulary of t
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from tokenizers import AddedToken
 
 from nanogap.checks.loading import MINI
 from nanogap.checks.output import check_folder, whole_checkpoint
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
-from nanogap.models import MODELS, VLM
+from nanogap.llava import LlavaConfig
+from nanogap.models import VLM
 from nanogap.models.saving import save
 from nanogap.weights import read_tokenizer
 
-
-class Size(NamedTuple):
-    """What a model's configuration holds besides its tokens."""
-
-    vision: CLIPVisionConfig
-    text: LlamaConfig
-    family: str = "llava"    # one of nanogap.models.MODELS
-
-
 SEVEN = LlamaConfig(vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
 SIZES = {
-    "7b": Size(CLIPVisionConfig(), SEVEN),
-    "13b": Size(
-        CLIPVisionConfig(),
+    "7b": LlavaConfig(SEVEN, CLIPVisionConfig()),
+    "13b": LlavaConfig(
         replace(SEVEN, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                num_attention_heads=40, num_key_value_heads=40)),
-    "shikra-7b": Size(
-        replace(CLIPVisionConfig(), image_size=224),
-        LlamaConfig(vocab_size=32003, rms_norm_eps=1e-6, max_position_embeddings=2048), "shikra"),
-    "minigpt-v2": Size(
-        CLIPVisionConfig(1408, 6144, 39, 16, 448, 14, 1e-6), replace(SEVEN, vocab_size=32000),
-        "minigpt_v2"),
+                num_attention_heads=40, num_key_value_heads=40),
+        CLIPVisionConfig()),
     # 576 patches, and most of the work in the decoder, as in the large ones
-    "350m": Size(
-        CLIPVisionConfig(512, 2048, 8, 8),
+    "350m": LlavaConfig(
         replace(SEVEN, hidden_size=1024, intermediate_size=2816, num_hidden_layers=20,
-                num_attention_heads=16, num_key_value_heads=16, head_dim=64)),
-    "tiny": Size(
-        CLIPVisionConfig(32, 64, 3, 2, 56, 14),
+                num_attention_heads=16, num_key_value_heads=16, head_dim=64),
+        CLIPVisionConfig(512, 2048, 8, 8)),
+    "tiny": LlavaConfig(
         replace(SEVEN, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-                num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=640)),
+                num_attention_heads=4, num_key_value_heads=4, head_dim=16, vocab_size=640),
+        CLIPVisionConfig(32, 64, 3, 2, 56, 14)),
 }
-
-
-def empty_model(size: str, image_token: int = 0) -> VLM:
-    """A model of a size with all shapes and no memory (meta device)."""
-    entry = SIZES[size]
-    family = MODELS[entry.family]
-    with torch.device("meta"):
-        return family(family.Config(entry.text, entry.vision, image_token))
 
 
 @torch.no_grad()
 def random_model(size: str, device: torch.device, dtype: torch.dtype | None) -> VLM:
-    """A model of a size with random weights, drawn in place: no more memory than they take.
+    """A LLaVA-1.5 of a size with random weights, drawn in place: no more memory than they take.
 
     dtype: None is chosen as for a checkpoint in bfloat16: see nanogap/weights.py
     """
-    special = MODELS[SIZES[size].family].special_tokens
     tokenizer = read_tokenizer(MINI)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    model = empty_model(size, tokenizer.token_to_id(special[0]) or 0)
+    with torch.device("meta"):
+        model = VLM(replace(SIZES[size], image_token=tokenizer.token_to_id("<image>") or 0))
     small = sum(p.numel() for p in model.parameters()) <= 2e9
     model.to(dtype or (torch.float32 if small and device.type == "cpu" else torch.bfloat16))
     model.to_empty(device=device).requires_grad_(False).eval()

@@ -17,7 +17,7 @@ from nanogap.ground import Result
 @dataclass(frozen=True)
 class Answered(Result):
     expression: str
-    prune: str               # name of the strategy; empty where indices were given
+    prune: str               # name of the strategy; empty where none chose
     mode: str
     cells: Tensor            # (N, 4) which part of the picture each visual token shows, pixels
     cuts: list[tuple[int, int]] = field(default_factory=list)   # (layer, visual tokens from it on)
@@ -26,7 +26,7 @@ class Answered(Result):
 
     def __str__(self) -> str:
         box = "no box" if self.box is None else ", ".join(f"{v:.0f}" for v in self.box)
-        by = f" by {self.prune}" if self.prune and self.mode != "full" else ""
+        by = f" by {self.prune}" if self.prune else ""
         return (f"\"{' '.join(self.expression.split())}\": {box} ({self.mode}, "
                 f"{self.visual_tokens:g} of {len(self.cells)} visual tokens{by}); "
                 f"the model said {visible(self.text)}")

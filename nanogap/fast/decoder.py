@@ -5,8 +5,7 @@ Out: hidden states.
 
 The layers are those of nanogap/llama.py and so is what they compute, but in the last one only the
 tokens whose logits are wanted look at others.
-Letters: T tokens of a pass, R rows in a cache, C channels, V vocabulary, H heads, G key-value
-heads, D head dim.
+Letters: T tokens of a pass, R rows in a cache, C channels, H heads, G key-value heads, D head dim.
 """
 
 from collections.abc import Sequence
@@ -16,19 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanogap.errors import NanogapError
-from nanogap.ground import NOT_FINITE
 from nanogap.llama import KVCache, LlamaDecoderLayer, LlamaModel, rotate
-
-
-class Cache(KVCache):
-    """A cache in which rows can be moved."""
-
-    def move(self, start: int, rows: Tensor) -> None:
-        """These rows (n,) of every layer to `start` and behind it."""
-        end = start + len(rows)
-        self.keys[..., start:end, :] = self.keys[..., rows, :]
-        self.values[..., start:end, :] = self.values[..., rows, :]
 
 
 class Part(NamedTuple):
@@ -92,13 +79,3 @@ def run(model: LlamaModel, x: Tensor, position_ids: Tensor, parts: Sequence[Part
     for layer in layers[:-1]:
         x = through(layer, x, cos, sin, parts, x.shape[1])                    # (1, T, C)
     return model.norm(through(layers[-1], x, cos, sin, parts, last))[0]
-
-
-def likeliest(logits: Tensor) -> list[int]:
-    """The token of highest logit in each row (T, V).
-
-    raises: NanogapError where logits are not finite, for any token would do then
-    """
-    if not bool(logits.isfinite().all()):
-        raise NanogapError(NOT_FINITE)
-    return logits.argmax(-1).tolist()

@@ -8,7 +8,7 @@ Letters: T new tokens, R rows in the cache, C channels.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from nanogap.fast.decoder import Part, run
 from nanogap.llama import KVCache, LlamaConfig, LlamaModel
 
+# a pass over so many tokens: fill in its tensors, and run it for hidden states (T, C)
+Recording = tuple[Sequence[Tensor], Callable[[], Tensor]]
 STEP = 64   # numbers of rows are rounded up to this, so that few graphs serve many prompts
 
 
@@ -36,15 +38,6 @@ class StaticCache(KVCache):
         self.keys[layer].index_copy_(2, self.next_rows, k)
         self.values[layer].index_copy_(2, self.next_rows, v)
         return self.keys[layer], self.values[layer]
-
-
-@dataclass
-class Recording:
-    """A pass over so many tokens: fill in the inputs, replay, read what it made of them."""
-
-    inputs: list[Tensor]      # x (1, T, C), position_ids (T,), rows to write (T,), mask (T, R)
-    hidden: Tensor | None = None   # (T, C)
-    graph: Any = None         # torch.cuda.CUDAGraph
 
 
 class GraphedDecoder:
@@ -75,40 +68,40 @@ class GraphedDecoder:
         mask[:, :start + T] = 0 if part.mask is None else part.mask
         inputs = [x, position_ids, torch.arange(start, start + T, device=x.device), mask]
         if (R, T) not in self.recordings:
-            self.recordings[R, T] = Recording([each.clone() for each in inputs])
-        recording = self.recordings[R, T]
-        for own, new in zip(recording.inputs, inputs, strict=True):
+            self.recordings[R, T] = self.record(self.caches[R], *(each.clone() for each in inputs))
+        recorded, replay = self.recordings[R, T]
+        for own, new in zip(recorded, inputs, strict=True):
             own.copy_(new)
-        self.replay(recording, self.caches[R])
         part.cache.lengths = [start + T] * len(part.cache.lengths)
-        assert recording.hidden is not None
-        return recording.hidden
+        return replay()
 
-    def replay(self, recording: Recording, cache: StaticCache) -> None:
-        """Run a pass; on CUDA it is recorded first, which writes the same rows several times."""
-        if not recording.inputs[0].is_cuda:
-            self.run(recording, cache)
-            return
-        if recording.graph is None:
-            self.record(recording, cache)
-        recording.graph.replay()
+    def record(self, cache: StaticCache, *inputs: Tensor) -> Recording:
+        """Make a pass that reads these tensors; on CUDA as a graph, on a stream of its own.
 
-    def run(self, recording: Recording, cache: StaticCache) -> None:
-        """A pass over the inputs of a recording; every tensor in it depends on them alone."""
-        x, position_ids, cache.next_rows, mask = recording.inputs
+        inputs: x (1, T, C), position_ids (T,), rows to write (T,), mask (T, R)
+        """
+        x, position_ids, rows, mask = inputs
         T = x.shape[1]
-        recording.hidden = run(self.decoder, x, position_ids, [Part(cache, T, mask)], T)
 
-    def record(self, recording: Recording, cache: StaticCache) -> None:
-        """Make the graph of a pass, on a stream of its own."""
+        def run_pass() -> Tensor:
+            cache.next_rows = rows
+            return run(self.decoder, x, position_ids, [Part(cache, T, mask)], T)
+
+        if not x.is_cuda:
+            return inputs, run_pass
         if self.side is None:
             self.side = torch.cuda.Stream()                                   # each has a workspace
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            self.run(recording, cache)                                        # libraries start up
-            self.run(recording, cache)
+            run_pass()                                                        # libraries start up
+            run_pass()
         torch.cuda.current_stream().wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.side):
-            self.run(recording, cache)
-        recording.graph = graph
+            hidden = run_pass()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return hidden
+
+        return inputs, replay

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered
-from nanogap.fast.decode import Question
-from nanogap.fast.draft import foretell
+from nanogap.fast.decode import Question, foretell
 from nanogap.fast.lanes import Lane, ask, row_bytes
 from nanogap.gap import lay_out
 from nanogap.ground import MAX_NEW_TOKENS, Keep, Result, choose
@@ -41,19 +40,15 @@ class Asked(NamedTuple):
     question: str | None = None
 
     @property
-    def indices(self) -> bool:
-        """Whether `keep` names the tokens that are kept."""
-        return isinstance(self.keep, Tensor | list | tuple)
-
-    @property
-    def pruned(self) -> bool:
-        """Whether a strategy says which tokens are kept."""
-        return self.mode != "full" and not self.indices
+    def strategy(self) -> str:
+        """What chooses tokens: `prune`, but nothing where all are kept, or `keep` names them."""
+        named = isinstance(self.keep, Tensor | list | tuple)
+        return "" if named or self.mode == "full" else self.prune
 
     @property
     def cuts(self) -> bool:
         """Whether the decoder prunes, which it does for each question on its own."""
-        return self.pruned and prunes_there(self.prune)
+        return bool(self.strategy) and prunes_there(self.strategy)
 
 
 def ground(model: Any, image: Image.Image | str | Path | EncodedImage, expression: str,
@@ -107,16 +102,14 @@ def ground_runs(model: Any, image: Image.Image | str | Path | EncodedImage, runs
     ask(model, [lane for of_run in lanes for lane in of_run], form, max_new_tokens)
     cells, answers = model.cells(encoded), []
     for asked, of_run in zip(runs, lanes, strict=True):
-        results: list[Result] = []
+        results: list[Result] = [
+            result for lane in of_run for result in results_of(model, encoded, lane)]
         if asked.cuts:
             results += [in_decoder.ground(model, encoded, expression, asked.prune, asked.keep,
                                           asked.mode, seed, max_new_tokens=max_new_tokens,
                                           question=asked.question)
                         for expression in asked.expressions]
-        else:
-            results += [result for lane in of_run for result in results_of(model, encoded, lane)]
-        prune = "" if asked.indices else asked.prune
-        answers.append([Answered(**vars(result), expression=expression, prune=prune,
+        answers.append([Answered(**vars(result), expression=expression, prune=asked.strategy,
                                  mode=asked.mode, cells=cells)
                         for result, expression in zip(results, asked.expressions, strict=True)])
     return answers
@@ -133,7 +126,8 @@ def lanes_of(model: Any, encoded: EncodedImage, encode: Callable[[str], Tensor],
         check_lengths(model, prompt, encoded, max_new_tokens)
     if asked.cuts or not prompts:
         return []
-    reads = asked.pruned and not needs_of(asked.prune).isdisjoint({"text", "question"})
+    needs = needs_of(asked.strategy) if asked.strategy else frozenset()
+    reads = not needs.isdisjoint({"text", "question"})
     alone = reads or model.around_image(prompts[0])[0] >= begin_alike(prompts)
     size = 1 if alone else TOGETHER
     return [lane_of(model, encoded, asked, asked.expressions[i], prompts[i:i + size], seed)
@@ -157,10 +151,7 @@ def lane_of(model: Any, encoded: EncodedImage, asked: Asked, expression: str,
 
 
 def check_lengths(model: Any, prompt: Tensor, image: EncodedImage, max_new_tokens: int) -> None:
-    """Refuse what leaves no answer, and a prompt (P + 1 + A,) longer than the model can number."""
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise NanogapError(f"max_new_tokens is {max_new_tokens!r:.80} here: give a whole number "
-                           "from 1")
+    """Refuse a prompt (P + 1 + A,) that with its answer is longer than the model can number."""
     model.check_length(len(prompt) - 1 + image.n_visual + max_new_tokens)
 
 

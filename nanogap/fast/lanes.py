@@ -15,28 +15,29 @@ position ID is the one that it has alone (gap.py), for the row says nothing abou
 there too: after a pass the rows of those that were wrong are given up.
 Where a picture is asked about under several prunings, each has such a cache, a lane, and the lanes
 share the passes: only attention looks into each cache on its own.
-Letters: S tokens that are shared, T fed in a pass, R rows in the cache, C channels.
+Letters: S tokens that are shared, T fed in a pass, R rows in the cache, C channels, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanogap.fast.decode import Question
-from nanogap.fast.decoder import Cache, Part, likeliest, run
-from nanogap.fast.draft import Draft, Form, draft
-from nanogap.llama import LlamaConfig
+from nanogap.errors import NanogapError
+from nanogap.fast.decode import Form, Question, draft
+from nanogap.fast.decoder import Part, run
+from nanogap.ground import NOT_FINITE
+from nanogap.llama import KVCache, LlamaConfig
 from nanogap.llava import clock_ms
 
 CACHES = 1 << 30    # bytes of all caches that share passes, if there are several
 SHARED = -1         # whose the rows are that all questions share
-# Where a choice is drafted, its alternatives save a pass.  With more of them in a pass than these,
-# their rows take longer than that pass:
-CHOICES = {"cpu": 32, "cuda": 256}
+# Where a choice is drafted, its alternatives save a pass.  With more questions in a pass than
+# these, their rows take longer than that pass:
+CHOICES = {"cpu": 3, "cuda": 25}
 
 
 def mask_of(owner: Tensor, position_ids: Tensor, T: int, dtype: torch.dtype) -> Tensor:
@@ -70,7 +71,7 @@ class Lane:
 
     def begin(self, config: LlamaConfig, longest: int) -> Part:
         """Make the cache, into which the next pass reads what the questions share."""
-        self.cache = Cache(config, self.rows(longest), self.x)
+        self.cache = KVCache(config, self.rows(longest), self.x)
         self.position_ids = self.position_ids.to(self.x.device)
         self.owner = torch.full_like(self.position_ids, SHARED)               # (R,)
         return Part(self.cache, self.x.shape[1], None)
@@ -79,47 +80,39 @@ class Lane:
         """The questions that are not answered yet."""
         return [q for q in self.questions if not q.answered]
 
-    def feed(self, form: Form, max_new_tokens: int, choices: bool) -> list[tuple[int, int, int]]:
-        """What the next pass is fed: tokens, their position IDs, the number of their question."""
+    def feed(self, form: Form, max_new_tokens: int, choices: bool) -> tuple[Tensor, Tensor, Part]:
+        """The tokens (T,) of the next pass, and their position IDs (T,); they get the next rows."""
         fed = []
         for number, q in enumerate(self.questions):
             if not q.answered:
-                drafted = draft(form, q.said, max_new_tokens - len(q.said) - 1)
-                tokens = q.feed(drafted if choices else Draft(drafted.chain))
-                fed += [(*each, number) for each in tokens]
-        return fed
-
-    def append(self, position_ids: Tensor, owner: Tensor) -> Part:
-        """These tokens (T,) get the next rows."""
+                drafted = draft(form, q.said, max_new_tokens - len(q.said) - 1, choices)
+                fed += [(*each, number) for each in q.feed(drafted)]
+        tokens, position_ids, owner = torch.tensor(fed, device=self.owner.device).T
         self.position_ids = torch.cat([self.position_ids, position_ids])      # (R,)
         self.owner = torch.cat([self.owner, owner])                           # (R,)
-        T, mask = len(owner), None                     # one token of the only question sees all
-        if T > 1 or len(self.questions) > 1:
-            mask = mask_of(self.owner, self.position_ids, T, self.x.dtype)
-        return Part(self.cache, T, mask)
+        mask = None                                    # one token of the only question sees all
+        if len(fed) > 1 or len(self.questions) > 1:
+            mask = mask_of(self.owner, self.position_ids, len(fed), self.x.dtype)
+        return tokens, position_ids, Part(self.cache, len(fed), mask)
 
     def hear(self, greedy: Iterator[int], max_new_tokens: int, ends: Collection[int]) -> None:
         """Take the likeliest token behind each that was fed; rows of wrong drafts are given up."""
-        asked = self.open()
-        row = start = len(self.owner) - sum(q.fed for q in asked)
+        row = start = len(self.owner) - sum(q.fed for q in self.open())
         stay: list[int] = []
-        for q in asked:
+        for q in self.open():
             right = q.hear([*islice(greedy, q.fed)], max_new_tokens, ends)
             stay += range(row, row + right)
             row += q.fed
         if not self.open():
             del self.cache
-        elif len(stay) < row - start:
-            self.retain(start, stay)
-
-    def retain(self, start: int, stay: Sequence[int]) -> None:
-        """Of the rows from `start` on only these stay, moved together."""
+            return
         end = start + len(stay)
-        if stay[-1] >= end:                            # else they are together
+        if stay[-1] >= end:                            # not in one piece: they are moved together
             rows = torch.tensor(stay, device=self.owner.device)
-            self.owner[start:end] = self.owner[rows]
-            self.position_ids[start:end] = self.position_ids[rows]
-            self.cache.move(start, rows)
+            for of_row in (self.owner, self.position_ids):                    # (R,)
+                of_row[start:end] = of_row[rows]
+            for of_row in (self.cache.keys, self.cache.values):               # (..., rows, D)
+                of_row[..., start:end, :] = of_row[..., rows, :]
         self.owner, self.position_ids = self.owner[:end], self.position_ids[:end]
         self.cache.lengths = [end] * len(self.cache.lengths)
 
@@ -141,19 +134,13 @@ def row_bytes(model: Any) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
 
 
-def together(lanes: Sequence[Lane], longest: int, row_bytes: int) -> Iterator[list[Lane]]:
+def together(lanes: Sequence[Lane], longest: int, row_bytes: int) -> Iterator[Sequence[Lane]]:
     """Lanes that share their passes: as many as CACHES allows, and one at least."""
-    asked: list[Lane] = []
-    size = 0
-    for lane in lanes:
-        needed = lane.rows(longest) * row_bytes
-        if asked and size + needed > CACHES:
-            yield asked
-            asked, size = [], 0
-        asked.append(lane)
-        size += needed
-    if asked:
-        yield asked
+    while lanes:
+        sizes = accumulate(lane.rows(longest) * row_bytes for lane in lanes)
+        number = max(sum(size <= CACHES for size in sizes), 1)
+        yield lanes[:number]
+        lanes = lanes[number:]
 
 
 def step(model: Any, lanes: Sequence[Lane], form: Form, max_new_tokens: int,
@@ -163,29 +150,29 @@ def step(model: Any, lanes: Sequence[Lane], form: Form, max_new_tokens: int,
     prompts: what the questions of each lane share, in the first pass; it is read before them
     """
     start, device, decoder = clock_ms(model.device), model.device, model.language_model.model
-    rows = max(map(len, form), default=1) * sum(len(lane.open()) for lane in lanes)
-    choices = rows <= CHOICES.get(device.type, CHOICES["cpu"])
+    choices = sum(len(lane.open()) for lane in lanes) <= CHOICES.get(device.type, CHOICES["cpu"])
     fed = [lane.feed(form, max_new_tokens, choices) for lane in lanes]
-    sizes = [len(each) for each in fed]
-    columns = torch.tensor([each for of_lane in fed for each in of_lane], device=device)
-    tokens, position_ids, owner = columns.T                                   # (T,) each
+    parts = [part for _, _, part in fed]
+    tokens = torch.cat([tokens for tokens, _, _ in fed])                      # (T,)
+    position_ids = torch.cat([ids for _, ids, _ in fed])                      # (T,)
     x = decoder.embed_tokens(tokens)[None]                                    # (1, T, C)
-    shared = [lane.position_ids for lane in lanes]
-    parts = [lane.append(*each) for lane, *each in zip(
-        lanes, position_ids.split(sizes), owner.split(sizes), strict=True)]
     if prompts:
         x = torch.cat([*(lane.x for lane in lanes), x], dim=1)
+        shared = [lane.position_ids[:lane.x.shape[1]] for lane in lanes]
         position_ids = torch.cat([*shared, position_ids])
     if model.next_pass and not prompts and len(lanes) == len(lanes[0].questions) == 1:
         hidden = model.next_pass(x, position_ids, parts[0])
     else:
         hidden = run(decoder, x, position_ids, [*prompts, *parts], len(tokens))
-    greedy = iter(likeliest(model.language_model.logits(hidden)))
+    logits = model.language_model.logits(hidden)                              # (T, V)
+    if not bool(logits.isfinite().all()):
+        raise NanogapError(NOT_FINITE)
+    greedy = iter(logits.argmax(-1).tolist())
     for lane in lanes:
         lane.hear(greedy, max_new_tokens, model.end_tokens)
     spent = clock_ms(device) - start
-    for lane, size in zip(lanes, sizes, strict=True):
+    for lane, part in zip(lanes, parts, strict=True):
         if prompts:
-            lane.prefill_ms += spent * (lane.x.shape[1] + size) / x.shape[1]
+            lane.prefill_ms += spent * (lane.x.shape[1] + part.size) / x.shape[1]
         else:
-            lane.decode_ms += spent * size / x.shape[1]
+            lane.decode_ms += spent * part.size / x.shape[1]

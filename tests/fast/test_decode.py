@@ -12,8 +12,8 @@ from torch import Tensor
 
 import nanogap
 from nanogap.errors import NanogapError
+from nanogap.fast.decode import draft, foretell
 from nanogap.fast.decoder import Part, attend, run
-from nanogap.fast.draft import Draft, draft, foretell
 from nanogap.gap import MODES
 from nanogap.ground import ground
 from nanogap.llava import EncodedImage
@@ -58,21 +58,23 @@ FORM = [(7,), (8,), (1, 2, 3), (1, 2, 3), (9,), (7,), (1, 2, 3), (5,)]
 
 
 @pytest.mark.parametrize("said, most, expected", [
-    ([], 10, Draft(chain=(7, 8), choice=(1, 2, 3))),
-    ([7, 8, 1], 10, Draft((), (1, 2, 3))),                    # a second digit comes next
-    ([7, 8, 1, 2, 9, 7, 3], 10, Draft((5,))),
-    ([7, 8, 1, 2, 9, 7, 3, 5], 10, Draft()),                  # nothing is behind the end
+    ([], 10, FORM[:3]),
+    ([7, 8, 1], 10, FORM[3:4]),                               # a second digit comes next
+    ([7, 8, 1, 2, 9, 7, 3], 10, FORM[7:]),
+    ([7, 8, 1, 2, 9, 7, 3, 5], 10, []),                       # nothing is behind the end
     # a number may have a digit fewer or more than the form
-    ([7, 8, 1, 9], 10, Draft((7,), (1, 2, 3))),
-    ([7, 8, 1, 2, 3], 10, Draft((9, 7), (1, 2, 3))),
+    ([7, 8, 1, 9], 10, FORM[5:7]),
+    ([7, 8, 1, 2, 3], 10, FORM[4:7]),
     # a draft takes no more places than it may
-    ([7, 8, 1, 2], 0, Draft()), ([7, 8, 1, 2], 2, Draft((9, 7))),
-    ([7, 8, 1, 2], 3, Draft((9, 7), (1, 2, 3))),
+    ([7, 8, 1, 2], 0, []), ([7, 8, 1, 2], 2, FORM[4:6]), ([7, 8, 1, 2], 3, FORM[4:7]),
     # nothing is drafted once the answer is no box
-    ([7, 5, 1], 10, Draft()), ([7, 8, 4], 10, Draft())])
+    ([7, 5, 1], 10, []), ([7, 8, 4], 10, [])])
 def test_a_draft_reaches_to_the_next_choice_and_holds_all_of_it(said: list, most: int,
-                                                               expected: Draft):
-    assert draft(FORM, said, most) == expected
+                                                               expected: list):
+    """Or without it, where choices are not drafted."""
+    assert list(draft(FORM, said, most, choices=True)) == expected
+    alone = [allowed for allowed in expected if len(allowed) == 1]
+    assert list(draft(FORM, said, most, choices=False)) == alone
 
 
 # ----- the words stay the same --------------------------------------------------------------------
