@@ -111,8 +111,7 @@ def prepare() -> None:
     for request in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(request) != signal.SIG_IGN:       # as `nohup` has it
             signal.signal(request, signal.default_int_handler)
-    gc.freeze()     # what was imported stays; to look for garbage among all that torch has
-    gc.enable()     # takes 0.1 s each time, at the end as well
+    gc.freeze()     # what was imported stays: to look through it for garbage takes 0.1 s each time
 
 
 def answer_for(name: str, command: Callable[[Sequence[str] | None], None],

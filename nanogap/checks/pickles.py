@@ -3,7 +3,6 @@
 In:  the path of one.  Out: what it holds.  Functions that a pickle names are never called.
 """
 
-import argparse
 import pickle
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,11 +45,9 @@ def read_plain(path: Path) -> Any:
 def read_saved(path: Path) -> Any:
     """What torch.save wrote: tensors, numbers, texts, and collections of them; no code is run.
 
-    Tensors are mapped into memory, but for the format of torch before 1.6, which is read.  Of all
-    classes only argparse.Namespace is taken, which holds a training's settings.
+    Tensors are mapped into memory, but for the format of torch before 1.6, which is read.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

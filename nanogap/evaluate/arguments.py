@@ -136,6 +136,7 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
          "--resized is for a --format that says boxes in pixels: qwen2.5-vl"),
         (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
         (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
+        (args.plot and args.plot == args.out, "--out and --plot are the same file; give two"),
         (drawn and (args.split or args.images),
          "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
         (several and args.clip, "--clip is the CLIP of one model; give one of --weights at a time"),

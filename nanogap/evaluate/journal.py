@@ -19,6 +19,10 @@ from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
 
 
+KEYS = {"id", "image", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou",
+        "cut_off", "visual_tokens", "kept", "padding", "prefill_ms", "decode_ms"}
+
+
 def settings_of(path: Path) -> Path:
     """Where the settings of a file of answers are."""
     return path.with_name(f"{path.name}.settings.json")
@@ -76,4 +80,9 @@ def earlier(path: Path) -> list[dict]:
     whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [record for _, record in read_documents(path, whole)]
+    records = []
+    for where, record in read_documents(path, whole):
+        if not isinstance(record, dict) or not KEYS <= record.keys():
+            raise NanogapError(f"--resume: {where} is no answer; take the line out")
+        records.append(record)
+    return records

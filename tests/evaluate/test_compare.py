@@ -103,6 +103,7 @@ def test_a_strategy_that_a_model_cannot_run_is_left_out_in_a_line(
 @pytest.mark.parametrize("arguments, message", [
     (["--prune", "random", "--keep", "auto"], f"{MINI}: random cannot keep auto of 144"),
     (["--out", "x.jsonl"], "several models have a file each, so give a folder"),
+    (["--out", "x.png", "--plot", "x.png"], "--out and --plot are the same file; give two"),
     (["--clip", "x"], "--clip is the CLIP of one model; give one of --weights at a time"),
     (["--ablate", "--plot", "x.png"], "--plot draws the --ablate of one model; give one of"),
     (["--weights", MINI, "nowhere"], "--weights nowhere holds no config.json; give the folder")])
