@@ -18,7 +18,6 @@ from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
 
-
 KEYS = {"id", "image", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou",
         "cut_off", "visual_tokens", "kept", "padding", "prefill_ms", "decode_ms"}
 
@@ -83,6 +82,6 @@ def earlier(path: Path) -> list[dict]:
     records = []
     for where, record in read_documents(path, whole):
         if not isinstance(record, dict) or not KEYS <= record.keys():
-            raise NanogapError(f"--resume: {where} is no answer; take the line out")
+            raise NanogapError(f"--resume: {where} is no answer; take it out")
         records.append(record)
     return records
