@@ -226,6 +226,8 @@ def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False) -> dict[st
     tensors[f"llama_model.base_model.model.{OLD_BUFFER}"] = torch.rand(8)
     if newer:
         tensors["ln_vision.weight"] = torch.full((88,), 3.0)
+        tensors["visual_encoder.blocks.0.norm1.bias"] = torch.full((88,), 5.0)
+        tensors["llama_model.model.norm.weight"] = torch.full((hidden,), 7.0)
     torch.save({
         "model": tensors, "epoch": 3, "scaler": {"scale": 65536.0},
         "optimizer": {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.rand(4)}},

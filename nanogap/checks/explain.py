@@ -75,7 +75,7 @@ def look_through(folder: Path, get: dict[str, str]) -> None:
         what = ("has no config.json, so it is not a checkpoint" if folder.is_dir() else
                 "is not a folder")
         raise NanogapError(f"{folder} {what}; {step}")
-    check_form(folder, names_in(folder))
+    check_form(folder, (path.name for path in folder.glob("adapter_config.json")))
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     keys = (*config, *(config.get("text_config") or {}))

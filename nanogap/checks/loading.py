@@ -70,10 +70,12 @@ def folder_of(name: str | Path) -> Path:
 
 def snapshot(folder: Path) -> Path:
     """The folder itself, or the snapshot in a folder of the hub's cache, models--OWNER--NAME."""
-    snapshots, main = folder / "snapshots", folder / "refs" / "main"
-    if not snapshots.is_dir():
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir() or (folder / "config.json").is_file():
         return folder
-    found = list(snapshots.glob(main.read_text().strip() if main.is_file() else "*"))
+    main = folder / "refs" / "main"
+    wanted = main.read_text().strip() if main.is_file() else "*"
+    found = [path for path in snapshots.glob(wanted) if path.is_dir()]
     if len(found) != 1:
         names = ", ".join(sorted(path.name for path in found)) or "none"
         raise NanogapError(f"{snapshots} holds {len(found)} snapshots ({names:.200}); "

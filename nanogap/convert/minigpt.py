@@ -51,19 +51,19 @@ def minigpt_tensors(alpha: float, llama: Piece, eva: Piece,
                     trained: Piece) -> Iterator[tuple[str, Tensor]]:
     """The three together, the LoRA merged; each tensor in the precision that it is published in.
 
-    What was frozen in training is in neither of the last two: `ln_vision` was, from its beginning,
-    so it normalises and no more.
+    What was trained stands before what it began with.  What was frozen is in neither of the last
+    two: `ln_vision` was, from its beginning, so it normalises and no more.
     """
     rest = {our_name(name, LORA_NAMES): tensor for name, tensor in trained.items()}
     for name, value in (("ln_vision.weight", 1.0), ("ln_vision.bias", 0.0)):
         yield name, rest.pop(name, torch.full(eva["cls_token"].shape[2:], value))
     for name, tensor in eva.items():
-        yield f"visual_encoder.{name}", tensor
+        yield f"visual_encoder.{name}", rest.pop(f"visual_encoder.{name}", tensor)
     for name, tensor in llama.items():
         halves = [name.replace("weight", half) for half in ("lora_A", "lora_B")]
         if rest.keys() >= set(halves):
             a, b = (rest.pop(half).float() for half in halves)                # (r, in), (out, r)
             # W + alpha / r * B A, added in float32
             tensor = (tensor + alpha / len(a) * (b @ a)).to(tensor.dtype)     # (out, in)
-        yield f"llama_model.{name}", tensor
+        yield f"llama_model.{name}", rest.pop(f"llama_model.{name}", tensor)
     yield from rest.items()

@@ -70,6 +70,9 @@ def tower_sizes(piece: Piece, patches: str, channels: int) -> dict[str, int]:
     """
     hidden, _, _, patch = piece[patches].shape
     layers = [tensor for name, tensor in piece.items() if name.endswith("mlp.fc1.weight")]
+    if not layers:
+        raise NanogapError(f"{piece.path} holds another kind of tower; get it with "
+                           f"{piece.download}")
     return {"hidden_size": hidden, "intermediate_size": len(layers[0]), "patch_size": patch,
             "num_hidden_layers": len(layers), "num_attention_heads": hidden // channels}
 

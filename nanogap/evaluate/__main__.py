@@ -73,25 +73,40 @@ def write_file(args: argparse.Namespace) -> None:
     print(write_questions(args.questions, examples, same))
 
 
+def check_answered(out: Path | None, records: Sequence[dict], data: Data) -> None:
+    """Refuse answers to other questions than the data's, of which boxes may have changed."""
+    asked = {id_: [example.name, expression, list(truth)] for example in data.examples
+             for id_, expression, truth in example.questions}
+    for record in records:
+        answered = [record["image"], record["expression"], record["truth"]]
+        if asked.get(record["id"], answered) != answered:
+            raise NanogapError(f"--resume: {out} answers {record['id']} of other data; give that "
+                               "data, or a new file")
+
+
 def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
               data: Data) -> Report | None:
     """Answer every expression in every run; of several processes the first one has the report."""
     rank, world = joined()
     model = load(folder, args.device, args.dtype, args.clip, pack=not args.no_pack)
     examples = first(data.examples, args.limit)
-    runs, budgets, cannot_run = ask.plan(args, folder, model, examples[0].size)
+    runs, budgets, cannot_run = ask.plan(args, folder, model, ask.first_whole(model, examples))
     files = {name: methods.code_of(name) for name in args.prune}
     own = {name: ask.digest([file]) for name, file in files.items() if file}
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": str(folder), "data": data.name, "seed": args.seed,
             "protocol": args.protocol, "max_new_tokens": args.max_new_tokens}
-    settings = made | own | ask.digests(args, folder, data) if out else {}
+    settings = made | own | {"weights": ask.identified(folder, args.clip)} if out else {}
     records, write = journal.go_on(out, settings)
+    check_answered(out, records, data)
 
     done = {(record["id"], *run_of(record)) for record in records}
-    todo = [(example, {run: [question for question in example.questions
-                             if (question[0], *run) not in done] for run in runs})
-            for example in examples[rank::world]]
+    todo: list[ask.Todo] = []
+    for example in examples[rank::world]:
+        asked = {run: [question for question in example.questions
+                       if (question[0], *run) not in done] for run in runs}
+        if any(asked.values()):
+            todo.append((example, asked))
     total = sum(len(questions) for _, asked in todo for questions in asked.values())
     left_out: dict[str, str] = {}
     said = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanogap.checks.command import shown
 from nanogap.checks.output import check_folder, save_picture, write_whole
-from nanogap.checks.reading import read_documents
+from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Data, Example
 from nanogap.evaluate.formats import FORMATS, MOST, smart_resize
@@ -22,7 +22,6 @@ from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import Size, are_numbers
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.image import Box
-from nanogap.weights import read_json
 
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
@@ -105,10 +104,11 @@ def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
 
 def check_protocol(path: Path, protocol: str) -> None:
     """Refuse a file of the evaluator's whose boxes are another protocol's reading."""
-    made = read_json(settings_of(path)).get("protocol", "pixels")
+    settings = settings_of(path)
+    made = read_json(settings).get("protocol", "pixels") if settings.exists() else "pixels"
     if protocol == "pixels" != made:
-        raise NanogapError(f"{path} holds boxes as {made} reads them ({settings_of(path).name}); "
-                           f"give --protocol {made}")
+        raise NanogapError(f"{path} holds boxes as {made} reads them ({settings.name}); give "
+                           f"--protocol {made}")
 
 
 def check_answer(where: str, item: dict, protocol: str) -> None:

@@ -15,14 +15,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from nanogap import prune
 from nanogap.checks.command import tell
 from nanogap.checks.loading import folder_of
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate import ablate
-from nanogap.evaluate.data import Data, Example, Size
+from nanogap.evaluate.data import Example
 from nanogap.evaluate.score import TIMES, Budget, Run, score
 from nanogap.fast.ground_all import Asked, check_lengths
 from nanogap.fast.processes import joined
@@ -32,7 +31,7 @@ from nanogap.llava import EncodedImage
 from nanogap.models import VLM
 
 TELL_EVERY = 10.0                                   # seconds
-OF_A_MODEL = ("*config.json", "tokenizer.json", "*.safetensors", "*.bin")     # its files
+MODEL_FILES = ("*config.json", "tokenizer.json", "*.safetensors", "*.bin")
 Question = tuple[str, str, Box]                     # id, expression, true box
 Budgets = dict[str, tuple[str, Budget]]             # "trim 50%" -> in a model, ("trim", 72)
 Todo = tuple[Example, dict[Run, list[Question]]]    # what is asked about a picture
@@ -42,15 +41,15 @@ Todo = tuple[Example, dict[Run, list[Question]]]    # what is asked about a pict
 
 
 def plan(args: argparse.Namespace, folder: Path, model: VLM,
-         size: Size) -> tuple[list[Run], Budgets, dict[str, str]]:
+         image: EncodedImage) -> tuple[list[Run], Budgets, dict[str, str]]:
     """Every strategy, budget and mode, once, but for strategies that a model cannot run.
 
-    Each is tried on a white picture: what cannot be asked is refused before any file is begun.
-    size:    of a picture; a share of the visual tokens is a number, unless pictures differ in these
+    Each is tried first: what cannot be asked is refused before any file is begun.
+    image:   any.  Where all pictures have as many visual tokens, a share becomes a number of them
     returns: the runs, their budgets as they were asked, and why each of the other strategies cannot
     raises:  NanogapError where none can be run, or one cannot by the only model
     """
-    image, alike = model.encode_image(Image.new("RGB", size, "white")), model.pictures_alike
+    alike = model.pictures_alike
     whole = [mode for mode in args.mode if mode in ("full", *ablate.WHOLE)]
     runs: list[Run] = [("none", image.n_visual if alike else "100%", mode) for mode in whole]
     rehearse(model, image, runs, args.seed)
@@ -58,8 +57,10 @@ def plan(args: argparse.Namespace, folder: Path, model: VLM,
     cannot_run: dict[str, str] = {}
     for name in args.prune:
         try:
-            mine = {keep: keep if keep.endswith("%") and not alike
-                    else prune.budget_of(keep, image.n_patches, name) for keep in args.keep}
+            mine: dict[str, Budget] = {}
+            for keep in args.keep:
+                number = prune.budget_of(keep, image.n_patches, name)
+                mine[keep] = keep if keep.endswith("%") and not alike else number
             pruned = [(name, budget, mode) for budget in dict.fromkeys(mine.values())
                       for mode in args.mode if mode not in whole]
             rehearse(model, image, pruned, args.seed)
@@ -73,6 +74,16 @@ def plan(args: argparse.Namespace, folder: Path, model: VLM,
     if not budgets:
         raise NanogapError(f"{folder}: {next(iter(cannot_run.values()))}")
     return runs, budgets, cannot_run
+
+
+def first_whole(model: VLM, examples: Sequence[Example]) -> EncodedImage:
+    """The first picture that can be opened."""
+    for example in examples:
+        try:
+            return model.encode_image(example.image())
+        except ItemError as error:
+            why = error
+    raise NanogapError(f"none of the {len(examples)} images can be opened: {why}")
 
 
 def rehearse(model: VLM, image: EncodedImage, runs: Iterable[Run], seed: int) -> None:
@@ -90,9 +101,14 @@ def ground_runs(model: VLM, image: EncodedImage, asked: Mapping[Run, Sequence[st
               else Asked(expressions, name, keep, mode)
               for (name, keep, mode), expressions in asked.items() if mode not in ablate.WHOLE]
     results = iter(model.ground_runs(image, pruned, seed, max_new_tokens))
-    return [[ablate.ask(model, image, expression, mode, seed, max_new_tokens)
-             for expression in expressions] if mode in ablate.WHOLE else next(results)
-            for (_, _, mode), expressions in asked.items()]
+    said: list[Sequence[Result]] = []
+    for (_, _, mode), expressions in asked.items():
+        if mode in ablate.WHOLE:
+            said.append([ablate.ask(model, image, expression, mode, seed, max_new_tokens)
+                         for expression in expressions])
+        else:
+            said.append(next(results))
+    return said
 
 
 def answers(model: VLM, todo: Iterable[Todo], args: argparse.Namespace,
@@ -102,8 +118,6 @@ def answers(model: VLM, todo: Iterable[Todo], args: argparse.Namespace,
     left_out: takes the expressions that cannot be asked, by their IDs, and why
     """
     for example, asked in todo:
-        if not any(asked.values()):                 # all of it is answered
-            continue
         try:
             image = model.encode_image(example.image())
         except ItemError as error:
@@ -170,14 +184,13 @@ def with_progress(pictures: Iterable[list[dict]], total: int) -> Iterator[dict]:
 # ----- what answers depend on ---------------------------------------------------------------------
 
 
-def digests(args: argparse.Namespace, weights: Path, data: Data) -> dict[str, str]:
-    """The weights and the data by all that is in their files; of 14 GB it takes some seconds."""
-    folder, annotations = folder_of(weights), Path(args.data)
-    folders = [folder, folder_of(args.clip or folder / "clip_text")]
-    model = digest(file for each in folders for pattern in OF_A_MODEL
-                   for file in sorted(each.glob(pattern)))
-    asked = f"{data.name} {digest([annotations])}" if annotations.is_file() else data.name
-    return {"weights": f"{weights.resolve().name} {model}", "data": asked}
+def identified(weights: Path, clip: Path | None) -> str:
+    """The weights by name, and by all that is in their files; of 14 GB it takes some seconds."""
+    folder = folder_of(weights)
+    folders = [folder, folder_of(clip or folder / "clip_text")]
+    files = [file for each in folders for pattern in MODEL_FILES
+             for file in sorted(each.glob(pattern))]
+    return f"{weights.resolve().name} {digest(files)}"
 
 
 def digest(files: Iterable[str | Path]) -> str:

@@ -91,8 +91,7 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
     """Read annotations and find their images: in the folder `images`, or beside the file.
 
     split:    as in read_annotations
-    pictures: whether they will be opened; if not, one that is not there is not missed where its
-              size is known
+    pictures: whether they will be opened; if not, the file is enough where it says their sizes
     """
     told, entries = read_annotations(path, split)
     of_image: dict[str, list[Entry]] = {}

@@ -30,6 +30,9 @@ def settings_of(path: Path) -> Path:
 def check_out(path: Path, resume: bool) -> None:
     """Refuse a file that cannot be begun, or that was begun and shall not be continued."""
     check_file("--out", path)
+    if resume and path.exists() and not settings_of(path).exists():
+        raise NanogapError(f"--resume: {settings_of(path)} is not there, which says how {path} was "
+                           "made; give a new file")
     if not resume and (path.exists() or settings_of(path).exists()):
         raise NanogapError(f"--out {path} exists; continue it with --resume, or give a new file")
 

@@ -62,10 +62,12 @@ def comparison(panels: Sequence[Panel]) -> str:
     A budget stands as it was asked, for half of the visual tokens is another number in each model.
     """
     labels = list(dict.fromkeys(label for panel in panels for label in panel.rows))
-    rows = [(panel.title, label,
-             {row["mode"]: row for row in panel.whole} | panel.rows.get(label, {}))
-            for label in labels or ["none 100%"] for panel in panels
-            if label in panel.rows or not labels]
+    rows = []
+    for label in labels or ["none 100%"]:
+        for panel in panels:
+            if label in panel.rows or not labels:
+                whole = {row["mode"]: row for row in panel.whole}
+                rows.append((panel.title, label, whole | panel.rows.get(label, {})))
     modes = list(dict.fromkeys(mode for *_, found in rows for mode in found))
 
     lines = [["model", "prune", "keep",

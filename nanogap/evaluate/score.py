@@ -127,13 +127,14 @@ def is_hit(iou: float, protocol: str) -> bool:
     return iou > 0.5 if protocol in ("minigpt", "shikra") else iou >= 0.5
 
 
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: int, count: int) -> tuple[float, float]:
     """95 % interval of a share, by Wilson: right also near 0 and 1, where the usual one is not.
 
     It takes expressions for independent; those about one image are not quite.
     """
     if count == 0:
         return 0.0, 1.0
+    z = 1.96
     share = hits / count
     spread = z * z / count
     centre = (share + spread / 2) / (1 + spread)

@@ -151,7 +151,9 @@ def lane_of(model: Any, encoded: EncodedImage, asked: Asked, expression: str,
 
 
 def check_lengths(model: Any, prompt: Tensor, image: EncodedImage, max_new_tokens: int) -> None:
-    """Refuse a prompt (P + 1 + A,) that with its answer is longer than the model can number."""
+    """Refuse what leaves no answer, and a prompt (P + 1 + A,) longer than the model can number."""
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise NanogapError(f"max_new_tokens is {max_new_tokens!r:.80}: give a whole number from 1")
     model.check_length(len(prompt) - 1 + image.n_visual + max_new_tokens)
 
 

@@ -109,10 +109,10 @@ class Lane:
         end = start + len(stay)
         if stay[-1] >= end:                            # not in one piece: they are moved together
             rows = torch.tensor(stay, device=self.owner.device)
-            for of_row in (self.owner, self.position_ids):                    # (R,)
-                of_row[start:end] = of_row[rows]
-            for of_row in (self.cache.keys, self.cache.values):               # (..., rows, D)
-                of_row[..., start:end, :] = of_row[..., rows, :]
+            for numbers in (self.owner, self.position_ids):                   # (R,)
+                numbers[start:end] = numbers[rows]
+            for held in (self.cache.keys, self.cache.values):                 # (..., R, D)
+                held[..., start:end, :] = held[..., rows, :]
         self.owner, self.position_ids = self.owner[:end], self.position_ids[:end]
         self.cache.lengths = [end] * len(self.cache.lengths)
 

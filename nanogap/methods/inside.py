@@ -7,7 +7,6 @@ cuts.py reads them.
 Letters: n visual tokens at a cut, Q tokens of the question, H heads, C channels.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
@@ -136,8 +135,12 @@ def ivc(seen: VisualTokens, budget: int | None, generator: Generator, *,
     return Kept(stay(largest(lambda scale: len(stay(scale)) <= budget, 20)))
 
 
-def largest(fits: Callable[[float], bool], high: int) -> float:
+def largest(fits: Callable[[float], bool], high: float) -> float:
     """The largest size up to `high` that fits, where 0 does, and all below one that does."""
-    one = 2 ** 50                                     # in steps as small as a float can tell apart
-    too_large = bisect_left(range(1 + high * one), True, key=lambda step: not fits(step / one))
-    return (too_large - 1) / one
+    if fits(high):
+        return high
+    low = 0.0
+    for _ in range(64):                               # halves: more than a float can tell apart
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

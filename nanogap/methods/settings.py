@@ -33,15 +33,15 @@ def is_list(of: Callable[[Any], bool], value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(of, value))
 
 
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {   # what each may be; others may be anything
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {   # what each may be; your own, anything
     "layer": ("a whole number", is_whole),
     "layers": ("a list of whole numbers", partial(is_list, is_whole)),
     "drop": ("a share from 0 to 1", is_share),
     "ratio": ("a share from 0 to 1", is_share),
     "ratios": ("a list of shares from 0 to 1", partial(is_list, is_share)),
-    "label": ("192, 128, 96 or 64", [192, 128, 96, 64].__contains__),
-    "question": ("expression or whole", ["expression", "whole"].__contains__),
-    "crops": ("proportion or equal", ["proportion", "equal"].__contains__),
+    "label": ("192, 128, 96 or 64", lambda value: value in (192, 128, 96, 64)),
+    "question": ("expression or whole", lambda value: value in ("expression", "whole")),
+    "crops": ("proportion or equal", lambda value: value in ("proportion", "equal")),
 }
 
 
@@ -68,10 +68,13 @@ def configure(name: str, text: str) -> str:
         defaults["question"] = "expression"
     if not needs & IN_DECODER:
         defaults["crops"] = "proportion"
+    kinds = KINDS
+    if not function.__module__.startswith("nanogap."):
+        kinds = {each: kind for each, kind in KINDS.items() if each not in own}
     said = parse(name, text)
     for setting, value in said.items():
-        if setting not in defaults or setting in KINDS and not KINDS[setting][1](value):
-            known = [f"{each} ({KINDS[each][0]})" if each in KINDS else each for each in defaults]
+        if setting not in defaults or setting in kinds and not kinds[setting][1](value):
+            known = [f"{each} ({kinds[each][0]})" if each in kinds else each for each in defaults]
             raise NanogapError(f"{name} has no setting {setting}={value!s:.80}; it has "
                                f"{', '.join(known) or 'none at all'}")
     values = {setting: said[setting] for setting in sorted(said)
@@ -94,7 +97,7 @@ def parse(name: str, text: str) -> dict[str, Any]:
     """ "layer=2,crops=equal" -> {"layer": 2, "crops": "equal"}."""
     try:
         call: Any = ast.parse(f"f({text})", mode="eval").body
-        if call.args:
+        if call.args or len({word.arg for word in call.keywords}) < len(call.keywords):
             raise ValueError
         return {str(word.arg): word.value.id if isinstance(word.value, ast.Name)
                 else ast.literal_eval(word.value) for word in call.keywords}

@@ -56,7 +56,8 @@ def explain_pruning(model: VLM, image: EncodedImage, results: dict[str, Answered
         if len(views) > 1:
             tell(f"view {number} of {len(views)}")
         for row in view.tolist():
-            row += {row[-1] + 1} & newlines          # that which closes the row, if there is one
+            if row[-1] + 1 in newlines:              # it closes the row
+                row.append(row[-1] + 1)
             tell("   " + " ".join("." if index not in kept else "/" if index in newlines else "#"
                                   for index in row))
     order = "raster order" if len(views) == 1 else "the order of the prompt"

@@ -80,7 +80,8 @@ def explain_ids(ids_of_all: Tensor | list, ids_fed: Tensor | list, n_before: int
     clauses = [clause, text_clause, answer_clause]
     if moved.any():
         behind = bool(old.min() > 0)                 # something may stand before the first of them
-        name += " unless behind a cache" if behind and name == "kept" else ""
+        if behind and name == "kept":
+            name = "kept unless behind a cache"
         sees = "sees only where a cache stands before them" if behind else "does not see"
         clauses.append(f"all IDs are moved by {say(moved[:, 0])}, which RoPE {sees}")
     return f"{name}: {'; '.join(filter(None, clauses))}."

@@ -145,6 +145,7 @@ def command(argv: Sequence[str] | None) -> None:
         torch.set_num_threads(1)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                            # products in TF32
+    new = not args.out.exists()
     try:
         train(args, replace(recipe, stages=tuple(stages)), device)
     except KeyboardInterrupt:
@@ -152,8 +153,9 @@ def command(argv: Sequence[str] | None) -> None:
             tell(f"stopped; the same command goes on from what is saved in {args.out}")
         raise
     finally:
-        with suppress(OSError):
-            args.out.rmdir()                             # where nothing came into it
+        if new:
+            with suppress(OSError):
+                args.out.rmdir()                         # where nothing came into it
 
 
 if __name__ == "__main__":

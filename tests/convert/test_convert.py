@@ -165,7 +165,7 @@ def test_shikra_is_llama_and_the_difference_added_in_float16(pieces: Path):
 
 @pytest.mark.parametrize("newer", [False, True], ids=["peft 0.2, torch before 1.6", "newer"])
 def test_minigpt_is_put_together_of_three_pieces(newer: bool, tmp_path: Path):
-    """Newer: other names of LoRA, and `ln_vision` is there."""
+    """Newer: other names of LoRA, and a checkpoint that trained more than the published ones."""
     pieces = write_minigpt(tmp_path, blocks=40, newer=newer)
     out = made("minigpt-v2", tmp_path / "out", **pieces)
     found, llama, eva = tensors_in(out), llama_tensors(), eva_tensors(40)
@@ -180,6 +180,8 @@ def test_minigpt_is_put_together_of_three_pieces(newer: bool, tmp_path: Path):
     assert torch.equal(found["llama_proj.weight"], trained["llama_proj.weight"])
     assert found["ln_vision.weight"].tolist() == [3.0 if newer else 1.0] * 88
     assert found["ln_vision.bias"].tolist() == [0.0] * 88
+    for name in trained.keys() & found.keys():
+        assert torch.equal(found[name], trained[name])
     for name in ("pos_embed", "blocks.38.attn.qkv.weight"):                   # of 39 blocks
         assert torch.equal(found[f"visual_encoder.{name}"], eva[name])
     assert len([name for name in found if name.startswith("visual_encoder.")]) == 511

@@ -4,8 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,27 +234,22 @@ def test_two_processes_share_the_images_and_report_once(folder, tmp_path):
         "answers.jsonl", "answers.jsonl.settings.json"]
 
 
-def test_all_files_that_answers_depend_on_are_in_the_digests(tmp_path):
-    """Those of the weights, and the annotations: neither a word nor a box of these may change."""
-    folder, data = tmp_path / "mini", tmp_path / "own.jsonl"
+def test_weights_are_told_apart_by_all_files_that_answers_depend_on(tmp_path):
+    folder = tmp_path / "mini"
     shutil.copytree(MINI, folder)
-    data.write_text("{}")
-    args = Namespace(data=str(data), clip=None)
-    about = replace(drawn_data("val", 1), name="own")
-    seen = [ask.digests(args, folder, about)]
-    assert seen[0]["data"].startswith("own ") and seen[0]["weights"].startswith("mini ")
-    for file in (data, *(each for each in folder.rglob("*") if each.is_file())):
+    seen = [ask.identified(folder, None)]
+    for file in [each for each in folder.rglob("*") if each.is_file()]:
         file.write_bytes(file.read_bytes() + b" ")
-        seen.append(ask.digests(args, folder, about))
-        assert seen[-1] not in seen[:-1]
-    assert len(seen) == 10 and ask.digests(args, folder, about) == seen[-1]
+        seen.append(ask.identified(folder, None))
+    assert len({*seen}) == 9 and seen[-1].startswith("mini ")
+    assert ask.identified(folder, None) == seen[-1]
 
 
 # ----- mistakes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "coco.json"], "No such file or directory: 'coco.json'; see that it is there"),
+    (["--data", "coco.json"], "--data coco.json is no file; give scenes:val or annotations"),
     (["--keep", "0"], "'0' is not a number of visual tokens such as 64"),
     (["--keep", "17"], "cannot keep 17 of 16 visual tokens"),
     (["--prune", "best"], "unknown strategy 'best': choose from random, "),
@@ -320,8 +313,8 @@ def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
 
 
 @pytest.mark.parametrize("bad", ["", "\ud800", "thing " * 5000])
-def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
-        finder, annotations: Path, printed, bad: str):
+def test_an_expression_that_cannot_be_asked_is_left_out_and_counted_and_may_be_mended(
+        finder, annotations: Path, printed, refused, bad: str):
     lines = read_lines(annotations)[:4]
     out = annotations.with_name("x.jsonl")
     asked = ["--weights", finder, "--data", annotations, "--out", out, "--mode", "full", "gap"]
@@ -333,12 +326,19 @@ def test_an_expression_that_cannot_be_asked_is_left_out_and_counted(
     document = json.loads(printed(*asked, "--resume", "--json"))
     assert list(document["left_out"]) == ["2"]
     assert [row["expressions"] for row in document["runs"]] == [3, 3]
+    first = out.read_text()
+    write_lines(annotations, lines)
+    assert "covers" not in printed(*asked, "--resume")
+    assert out.read_text().startswith(first) and len(read_lines(out)) == 8
+    for change in ({"expression": "other"}, {"bbox": [20, 0, 100, 69]}):
+        write_lines(annotations, [lines[0] | change, *lines[1:]])
+        assert "x.jsonl answers 1 of other data; " in refused(*asked, "--resume")
 
 
 @pytest.mark.parametrize("change, message", [
     ({"expression": " "}, "holds nothing that can be asked: "),
     ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: thing"),
-    ({"img_path": "broken.jpg"}, "none of the expressions can be asked, such as 1: ")])
+    ({"img_path": "broken.jpg"}, "none of the 1 images can be opened: ")])
 def test_where_nothing_can_be_asked_that_is_an_error(
         finder, annotations: Path, refused, change: dict, message: str):
     annotations.with_name("broken.jpg").write_bytes(b"hello")

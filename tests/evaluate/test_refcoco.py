@@ -114,6 +114,11 @@ def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(folder: Path
     assert not (folder / "burgled").exists()
 
 
+def test_a_sentence_that_is_there_twice_would_be_answered_once_and_is_refused(folder: Path):
+    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
+    refused("holds a sent_id twice", refs(folder, twice), folder, "val")
+
+
 def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
     for split in (None, "test"):
         refused("choose one with --split: testA 1, val 2", refs(folder), folder, split)

@@ -262,6 +262,7 @@ def test_the_times_are_shares_of_what_all_took(model, picture, monkeypatch):
     (["the man", "the man " * 400], {}, "the expression is too long"),
     (["the man"], {"prune": "nothing"}, "unknown strategy 'nothing'"),
     (["the man"], {"mode": "gaps"}, "unknown mode 'gaps'"),
+    (["the man"], {"max_new_tokens": 0}, "max_new_tokens is 0: give a whole number from 1"),
     (["the man"], {"keep": 17}, "cannot keep 17 of 16 visual tokens"),
 ])
 def test_a_mistake_is_told_before_anything_is_asked(model, picture, passes, expressions, more,

@@ -132,6 +132,9 @@ def test_one_of_your_own_has_settings_too(tmp_path: Path, keeps: Keeps):
     name = written(tmp_path, HEAD.replace("budget, generator", "budget, generator, *, step: int = 1"
                                           ", odd=0") + "return Kept([odd, odd + 2 * step])\n")
     assert keeps(f"{name}(odd=1, step=3)", 2) == [1, 7] and find(f"{name}(step=1)") == name
+    name = written(tmp_path, HEAD.replace("budget, generator", "budget, generator, *, ratio=2.5")
+                   + "return Kept([int(ratio)])\n")
+    assert keeps(f"{name}(ratio=3.5)", 2) == [3]       # its own, and no share from 0 to 1
 
 
 @pytest.mark.parametrize("spec, message", [
@@ -139,6 +142,7 @@ def test_one_of_your_own_has_settings_too(tmp_path: Path, keeps: Keeps):
     ("fastv(depth=2)", "fastv has no setting depth=2; it has layer .a whole number., "),
     ("fastv(layer=x)", "no setting layer=x"), ("vispruner(ratio=2)", "no setting ratio=2"),
     ("sparsevlm(label=65)", "label .192, 128, 96 or 64"), ("fastv(2)", "write settings as "),
+    ("fastv(layer=2,layer=3)", "write settings as "),
     ("sparsevlm(layers=[])", "layers .a list of whole numbers.")])
 def test_what_there_is_not_is_one_line(spec: str, message: str):
     with pytest.raises(NanogapError, match=message):
