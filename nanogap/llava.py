@@ -212,7 +212,7 @@ class Llava(nn.Module):
         return self.project(torch.cat([features[order.to(device)], *added]))
 
     def box_in(self, text: str, width: int, height: int) -> Box | None:
-        """The box that an answer holds, in pixels; None if there is none outside the padding."""
+        """The box in an answer, in pixels; None where there is none, or only padding lies in it."""
         said = self.box_format.parse(text)
         box = said and self.frame.to_pixels(said, width, height)
         return box if box and box[0] < box[2] and box[1] < box[3] else None

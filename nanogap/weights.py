@@ -25,7 +25,7 @@ from nanogap.llama import LlamaConfig
 from nanogap.llava import Llava, LlavaConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODELS: dict[str, type[Llava]] = {"llava": Llava}      # by `model_type` in config.json
+MODELS: dict[str, type[Llava]] = {"llava": Llava}   # by `model_type`; more in nanogap/models
 UNUSED = r"rotary_emb\.inv_freq$|embeddings\.position_ids$"          # in older files
 # what a config.json leaves out is a ViT-B/32's, as in transformers' classes
 VIT_B_32 = CLIPVisionConfig(768, 3072, 12, 12, 224, 32)

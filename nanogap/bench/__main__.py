@@ -48,8 +48,8 @@ RATIOS = ("{prune:14} {visual_tokens:6g} {vision_ms:7.2f}          {first_token_
 TOGETHER = ("ground_all, {number} questions about one picture, {prune} {keep}: "
             "{ground_all_per_s:.3g} answers a second, one by one {one_by_one_per_s:.3g}; "
             "{faster:.2f} times faster")
-FIRST_USE = ("{who}: loaded in {load_s:.2f} s; peak memory {peak_over_weights:.2f} of the weights' "
-             "{megabytes:.0f} MB")
+FIRST_USE = ("{who}: loaded in {load_s:.2f} s; peak memory {peak_over_weights:.2f} times the "
+             "weights' {megabytes:.0f} MB")
 SUMMARY = ("With {visual_tokens:g} visual tokens, times faster than with all: prefill "
            "{prefill_ms:.1f}, the vision tower {vision_ms:.2f}, a pass of the decoder "
            "{pass_ms:.2f}; the cache is {kv_bytes:.1f} times smaller.")

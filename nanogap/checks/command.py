@@ -90,7 +90,8 @@ def shown(value: object) -> str:
 
 def one_line(error: object) -> str:
     """What an error says, as a part of one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 200 else f"{said[:200]}..."
 
 
 def tell(text: str) -> None:

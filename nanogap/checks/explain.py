@@ -18,7 +18,7 @@ from nanogap.models import MODELS
 
 # by `model_type` in config.json: how to get one
 GET = {kind: f"get the published weights with {family.download}, or take some that come with "
-             "nanogap, such as weights/mini" for kind, family in MODELS.items()}
+             "nanogap, such as --weights mini" for kind, family in MODELS.items()}
 GET_CLIP = {"clip": f"get the CLIP with {MODELS['llava'].clip_download}"}
 ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weights; merge it into "
            "its base with `merge_and_unload()` of peft, and save that with save_pretrained")

@@ -65,7 +65,9 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
             raise
         if "was not an allowed global" in str(error):                         # torch's words
             raise unreadable(path, *MORE) from None
-        raise unreadable(path, error, "download it again") from None
+        is_pickle = "Weights only load failed" not in str(error)      # torch advises to trust it
+        why = error if is_pickle else "it is no file that torch.save wrote"
+        raise unreadable(path, why, "download it again") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not all(

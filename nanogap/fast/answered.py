@@ -22,7 +22,7 @@ class Answered(Result):
     cells: Tensor            # (N, 4) which part of the picture each visual token shows, pixels
     cuts: list[tuple[int, int]] = field(default_factory=list)   # (layer, visual tokens from it on)
 
-    draw: ClassVar[Callable[..., Image.Image]]   # draw(image); see nanogap/__init__.py
+    draw: ClassVar[Callable[..., Image.Image]]   # draw(image); see nanogap/show
 
     def __str__(self) -> str:
         box = "no box" if self.box is None else ", ".join(f"{v:.0f}" for v in self.box)

@@ -105,7 +105,8 @@ class Question:
         returns: how many of those keep their rows.  The others were drafted in vain, or belong to
                  a choice: what was right in it is fed again, behind the tokens before it
         """
-        row = right = self.fed - sum(map(len, self.drafted))
+        right = self.fed - sum(map(len, self.drafted))   # what was fed before the draft
+        row = right                                      # of the next token in the draft
         new = [greedy[row - 1]]
         for allowed in self.drafted:
             if new[-1] not in allowed:

@@ -112,7 +112,7 @@ class VLM(Llava):
         if positions > most:
             raise ItemError("the expression is too long: with the image and room for the answer "
                             f"the model would need {positions} positions and has {most}; shorten "
-                            "it, or give fewer new tokens")
+                            "it, or lower --max-new-tokens")
 
     def follow(self, question: str) -> str:
         """A question that follows an answer: the image is where it was."""
