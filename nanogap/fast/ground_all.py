@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nanogap import ground as lesson
 from nanogap.errors import NanogapError
 from nanogap.fast.answered import Answered
 from nanogap.fast.decode import Question, foretell
 from nanogap.fast.lanes import Lane, ask, row_bytes
-from nanogap.gap import lay_out
-from nanogap.ground import MAX_NEW_TOKENS, Keep, Result, choose
+from nanogap.gap import Layout, lay_out
+from nanogap.ground import MAX_NEW_TOKENS, Answer, Keep, Result, choose
 from nanogap.llava import EncodedImage, clock_ms
 from nanogap.methods import find, in_decoder
 from nanogap.methods.in_decoder import prunes_there
@@ -55,12 +56,30 @@ def ground(model: Any, image: Image.Image | str | Path | EncodedImage, expressio
            prune: str = "cls_attention", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
            max_new_tokens: int = MAX_NEW_TOKENS, drafts: bool = True,
            question: str | None = None) -> Answered:
-    """Find what an expression refers to: see nanogap/ground.py.
+    """Find what an expression refers to, by nanogap/ground.py with another way to decode.
 
     drafts: whether a pass may be fed several tokens; the words are the same
     """
-    asked = Asked([expression], prune, keep, mode, question)
-    return ground_runs(model, image, [asked], seed, max_new_tokens, drafts)[0][0]
+    asked = Asked([expression], find(prune), keep, mode, question)
+    if asked.cuts:
+        return ground_runs(model, image, [asked], seed, max_new_tokens)[0][0]
+    encoded = model.encode_image(image)
+    question = question or model.question(expression)
+    input_ids = model.encode_question(question)                               # (P + 1 + A,)
+    check_lengths(model, input_ids, encoded, max_new_tokens)
+    form = foretell(model.box_format, model.tokenizer) if drafts else ()
+
+    def decode(model: Any, x: Tensor, layout: Layout, max_new_tokens: int) -> Answer:
+        q = Question(input_ids[-1:].tolist(), layout)      # its logits foretell the answer
+        lane = Lane(x[:, :-1], layout.position_ids[:-1], [q])
+        ask(model, [lane], form, max_new_tokens)
+        return Answer(q.said, lane.prefill_ms, q.passes - 1,
+                      row_bytes(model) * (lane.x.shape[1] + q.read))
+
+    result = lesson.ground(model, encoded, expression, asked.prune, keep, mode, seed,
+                           max_new_tokens=max_new_tokens, question=question, decode=decode)
+    return Answered(**vars(result), expression=expression, prune=asked.strategy, mode=mode,
+                    cells=model.cells(encoded))
 
 
 def describe(model: Any, image: Image.Image | str | Path | EncodedImage,

@@ -61,8 +61,8 @@ class Lane:
     x: Tensor                 # (1, S, C) embeddings of what they share
     position_ids: Tensor      # (S,) of that; later (R,), of all that the cache holds
     questions: list[Question]
-    n_added: int              # visual tokens that the pruning added
-    prefill_ms: float         # so far
+    n_added: int = 0          # visual tokens that the pruning added
+    prefill_ms: float = 0.0   # so far
     decode_ms: float = 0.0
 
     def rows(self, longest: int) -> int:
