@@ -68,7 +68,12 @@ def check_guide(folder: Path, model: Llava, guide: CLIPText) -> None:
 
     Precisions may differ, and the tower may have been trained a little with the rest.
     """
-    check_rows(folder / "tokenizer.json", guide.tokenizer, guide.text_model.config.vocab_size)
+    path = folder / "tokenizer.json"
+    check_rows(path, guide.tokenizer, guide.text_model.config.vocab_size)
+    ids, end = guide.tokenizer.encode("a").ids, max(guide.tokenizer.get_vocab().values())
+    if len(ids) < 3 or ids[-1] != end or ids.count(end) > 1:
+        raise NanogapError(f"{path} makes {ids} of a text, and CLIP reads it at its end token, "
+                           "the highest ID; give the one that the CLIP was published with")
     theirs = {name: value for name, value in weights.read_tensors(folder)
               if name.startswith("vision_model.")}
     for name, ours in model.get_submodule("vision_tower").named_parameters():

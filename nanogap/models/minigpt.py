@@ -61,6 +61,12 @@ HUNDREDTHS = WithoutBlanks(
 class MiniGPTConfig(LlavaConfig):
     vision_feature_layer: int = -1         # there is no other choice
 
+    def __post_init__(self) -> None:
+        if self.vision.grid % MEMBERS:
+            raise NanogapError(f"config.json: image_size {self.vision.image_size} makes "
+                               f"{self.vision.grid} patches to a row, and MiniGPT-v2 makes one "
+                               f"token of every {MEMBERS} of them: give a multiple of {MEMBERS}")
+
 
 def four_to_one(patches: Tensor) -> Tensor:
     """Patches (..., N * 4, C) in raster order -> tokens (..., N, 4 * C): neighbours in a row."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 from torch import nn
 
+from nanogap.errors import NanogapError
 from nanogap.llava import SYSTEM, LlavaConfig
 from nanogap.models.base import VLM
 from nanogap.models.frames import Padded
@@ -47,7 +48,9 @@ class InSentence(Template):
         """Token IDs of the whole prompt: one `image_token`, in the place of 256 patches."""
         before, after = self.around(question)
         start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
-        assert start is not None and end is not None
+        if start is None or end is None:
+            raise NanogapError(f"the tokenizer has no {START} or no {END}, which stand around "
+                               "Shikra's image; give the one that the checkpoint came with")
         return [bos, *encode(tokenizer, before), start, image_token, end,
                 *encode(tokenizer, after)]
 

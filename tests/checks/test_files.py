@@ -242,6 +242,15 @@ def test_a_lack_of_memory_is_not_called_broken(error: Exception, folder: Path, m
 # ----- a CLIP that the tower does not come from ---------------------------------------------------
 
 
+def test_a_clip_whose_texts_have_no_end_token_is_refused(tmp_path: Path):
+    mini = Path(__file__).resolve().parents[2] / "weights" / "mini"
+    clip = shutil.copytree(mini / "clip_text", tmp_path / "clip")
+    said = json.loads((clip / "tokenizer.json").read_text())
+    (clip / "tokenizer.json").write_text(json.dumps(said | {"post_processor": None}))
+    with pytest.raises(NanogapError, match="CLIP reads it at its end token, the highest ID; give"):
+        nanogap.load(mini, "cpu", clip=clip)
+
+
 @pytest.mark.parametrize("change, refused", [
     (lambda value: value.bfloat16().float(), False), (lambda value: value * 1.05, False),
     (lambda value: torch.randn_like(value), True), (lambda value: value.flip(0), True),

@@ -1,5 +1,6 @@
 """MiniGPT-v2: EVA's tower, four neighbours to one token, boxes in hundredths, and its files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 import nanogap
+from nanogap.errors import NanogapError
 from nanogap.models.eva import interpolate_positions
 from nanogap.models.frames import Stretch
 from nanogap.models.minigpt import HUNDREDTHS, MiniGPT
@@ -121,3 +123,10 @@ def test_a_model_is_written_under_the_published_names_and_read_again(
                  "ln_vision.weight", "llama_proj.bias", "llama_model.lm_head.weight",
                  "llama_model.model.layers.0.self_attn.q_proj.weight"):
         assert name.encode() in header
+
+
+def test_four_patches_must_stand_side_by_side_in_a_row(tiny: MiniGPT):
+    vision = replace(tiny.config.vision, image_size=84)
+    with pytest.raises(NanogapError, match="image_size 84 makes 6 patches to a row, and MiniGPT-v2 "
+                                           "makes one token of every 4 of them"):
+        replace(tiny.config, vision=vision)

@@ -5,9 +5,11 @@ import torch
 from PIL import Image
 
 import nanogap
+from nanogap.errors import NanogapError
 from nanogap.models.saving import save
 from nanogap.models.shikra import SHIKRA, WHITE, Shikra
 from nanogap.prompt import DESCRIBE
+from nanogap.train.tokenizer import train_llama_tokenizer
 from tests.tiny import tiny_model
 
 
@@ -48,6 +50,11 @@ def test_special_tokens_in_an_expression_stay_text(shikra: Shikra, expression: s
     assert special == ["<s>", "<im_start>", "<im_patch>", "<im_end>"]
     before, _ = SHIKRA.around(SHIKRA.question(expression))
     assert expression in before
+
+
+def test_a_tokenizer_without_the_images_own_tokens_is_named():
+    with pytest.raises(NanogapError, match="the tokenizer has no <im_start> or no <im_end>"):
+        SHIKRA.encode(train_llama_tokenizer(["a cup"], 420), "a cup", 1, 32000)
 
 
 def test_a_picture_is_padded_with_white(shikra: Shikra):
