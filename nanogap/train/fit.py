@@ -116,7 +116,8 @@ def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes, progr
 
     minutes: take as many steps as fit into them
     """
-    stage, (rank, world) = data.stage, joined()
+    stage = data.stage
+    rank, world = joined()
     steppers = optimizers(model, stage)
     for stepper, state in zip(steppers, progress.optimizers, strict=False):   # none at the start
         stepper.load_state_dict(state)
