@@ -98,7 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def print_table(d: dict) -> None:
     """Print the document of `nanogap.bench.measure`, and what pruning saves."""
-    about = {"dtype": d["dtype"] + (", packed" if d["packed"] else ""), "machine": d["gpu"] or d["processor"],
+    packed = ", packed" if d["packed"] else ""
+    about = {"dtype": d["dtype"] + packed, "machine": d["gpu"] or d["processor"],
              "millions": d["parameters"] / 1e6}
     print(PLACE.format_map(d | about))
     for row in d["runs"]:
