@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from nanogap.checks.reading import unreadable
 from nanogap.errors import NanogapError
-from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
+from nanogap.models.saving import START_TOKENS, llama_tokenizer
 
 VARINT, BYTES = 0, 2                    # kinds of fields; those of a fixed length:
 LENGTHS = {1: 8, 5: 4}

@@ -23,7 +23,7 @@ from nanogap.fast.lanes import Lane, ask, row_bytes
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, Answer, Keep, Result, choose
 from nanogap.llava import EncodedImage, clock_ms
-from nanogap.methods import find, in_decoder
+from nanogap.methods import find, reader
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.prompt import DESCRIBE
 from nanogap.prune import needs_of
@@ -124,9 +124,9 @@ def ground_runs(model: Any, image: Image.Image | str | Path | EncodedImage, runs
         results: list[Result] = [
             result for lane in of_run for result in results_of(model, encoded, lane)]
         if asked.cuts:
-            results += [in_decoder.ground(model, encoded, expression, asked.prune, asked.keep,
-                                          asked.mode, seed, max_new_tokens=max_new_tokens,
-                                          question=asked.question)
+            results += [reader.ground(model, encoded, expression, asked.prune, asked.keep,
+                                      asked.mode, seed, max_new_tokens=max_new_tokens,
+                                      question=asked.question)
                         for expression in asked.expressions]
         answers.append([Answered(**vars(result), expression=expression, prune=asked.strategy,
                                  mode=asked.mode, cells=cells)

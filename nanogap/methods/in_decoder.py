@@ -1,200 +1,313 @@
-"""Pruning between two layers of the decoder: cuts, and an answer that goes on behind them.
+"""Strategies that prune inside the decoder: who stays, by what a layer tells of its tokens.
 
-In:  a question, and a strategy that cuts inside the decoder.  Out: an answer, and its cuts.
+In:  n visual tokens as a layer sees them, and a budget.  Out: which of them stay, ranked.
 
-All visual tokens go in.  Before the layer of a cut a strategy (inside.py) says which of them stay,
-by what the layers below have made of them.  The mode decides about order and IDs there (gap.py),
-as it does before the decoder.
-
-The published codes keep the old position IDs (FastV, SparseVLM's version 2, IVC-Prune) or renumber
-what is left at each cut (PyramidDrop, SparseVLM's version 1); here each can be asked in every mode.
-Letters: P tokens before the image, N visual tokens, n of them at a cut, K kept, M added, A tokens
-after the image; H heads, G key-value heads, T tokens in the sequence, Q that look at the others.
+Their keyword arguments are settings (own.py), which say where and how many tokens are cut.
+Letters: n visual tokens at a cut, Q tokens of the question, H heads, C channels.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from nanogap import ground as lesson
-from nanogap.gap import Layout, lay_out
-from nanogap.ground import MAX_NEW_TOKENS, Answer, Keep, Result
-from nanogap.llama import KVCache, LlamaAttention, LlamaModel, rotate
-from nanogap.llava import EncodedImage, Llava
-from nanogap.methods.cuts import counts, cuts_in_words, mean_tokens, method_of, plan, prunes_there
-from nanogap.prune import STRATEGIES, VisualTokens, budget_of, needs_of
+from nanogap.errors import NanogapError
+from nanogap.prune import (
+    FIELDS,
+    STRATEGIES,
+    Kept,
+    VisualTokens,
+    needs_of,
+    ranked,
+    strategy,
+    without,
+)
 
-__all__ = ["Pruned", "counts", "cuts_in_words", "ground", "plan", "prunes_there"]
+FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
+    "attention":       "(H, n)      how much the text looks at each visual token in a layer",
+    "value_attention": "(n + Q, n)  how much visual tokens, then the question's, would look at "
+                       "each by their values alone",
+    "axes":            "(2, n)      mean cosine and sine of RoPE at each one's position ID",
+}
+Layers = list[int] | None           # before which it cuts
+Ratios = list[float] | None         # of the visual tokens, that stay at each cut
+
+
+@strategy(needs={"attention"})
+def fastv(seen: VisualTokens, budget: int, generator: Generator, *, layer: int | None = None,
+          drop: float | None = None) -> Kept:
+    """Patches that the prompt's last token attends to in a decoder layer: FastV, arXiv 2403.06764.
+
+    The paper speaks of the attention of all tokens; its code takes the last one's row, as here.
+    Published as (K, R): the layer before which it cuts, and the share that is dropped there.
+    """
+    return Kept(ranked(seen.attention.float().mean(0), budget))
+
+
+@strategy(needs={"attention"}, finds_budget=True)
+def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
+                ratios: Ratios = None) -> Kept:
+    """The same at each of three cuts, by the layer that comes next: PyramidDrop, arXiv 2410.17247.
+
+    Without a budget half of the tokens go at each cut, as in the paper.
+    differs: of a single token the code would keep none; here it stays
+    """
+    return Kept(ranked(seen.attention.float().mean(0), budget).sort().values)
+
+
+@strategy(needs={"attention"})
+def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
+              ratios: Ratios = None, label: int | None = None) -> Kept:
+    """Patches that the raters attend to, and clusters of some others: SparseVLM, arXiv 2410.04417.
+
+    Of those dropped, the best 30 % and one are clustered, ten to a cluster, and the mean of each
+    cluster is added behind the kept ones.  Its labels are no means: 192, 128, 96, 64 cost 206.5,
+    145.4, 114.1 and 82.2 tokens in the mean over 32 layers.
+    differs: asked for all tokens its code drops one at each cut; here they stay.  See `clusters`
+    """
+    scores = seen.attention.float().mean(0)                      # (n,)
+    keep = ranked(scores, budget).sort().values
+    dropped = without(keep, len(scores))
+    if len(dropped) == 0:
+        return Kept(keep)
+    recycled = dropped[ranked(scores[dropped], int(0.3 * len(dropped)) + 1)]
+    return Kept(keep, added=clusters(seen.features[recycled], len(recycled) // 10 + 1))
+
+
+@strategy(needs={"attention"})
+def sparsevlm_plus(seen: VisualTokens, budget: int, generator: Generator, *,
+                   layers: Layers = None, ratios: Ratios = None, label: int | None = None) -> Kept:
+    """Patches that the raters attend to in the heads that look at the image most: SparseVLM+.
+
+    The code takes 14 heads, of the 32 of a 7B; of other numbers it is the same share here.  No
+    token is added.
+    differs: as for sparsevlm, all stay where all are asked for
+    """
+    attention = seen.attention.float()                           # (H, n)
+    heads = ranked(attention.sum(1), max(1, round(len(attention) * 14 / 32)))
+    return Kept(ranked(attention[heads].mean(0), budget).sort().values)
+
+
+def clusters(x: Tensor, count: int) -> Tensor:
+    """The means (count, C) of so many clusters of tokens (m, C), by density peaks among neighbours.
+
+    A centre is dense, and far from any that is denser; the others go to the nearest centre.
+    differs: the code adds random noise, so that no two are equally dense, as nearest neighbours of
+             each other are among two clusters; here the first of them counts as denser
+    source:  cluster_and_merge in SparseVLM's code, after DPC-KNN
+    """
+    points = x.float()
+    exact = "donot_use_mm_for_euclid_dist"   # a matrix product would lose small distances
+    distance = torch.cdist(points, points, compute_mode=exact)                # (m, m)
+    distance = distance / points.shape[1] ** 0.5
+    nearest = distance.sort(dim=1).values[:, :count]                          # itself among them
+    density = (-nearest.pow(2).mean(1)).exp()                                 # (m,)
+    earlier = torch.ones_like(distance).tril(-1).bool()
+    equal = density[None, :] == density[:, None]
+    denser = (density[None, :] > density[:, None]) | (equal & earlier)        # (m, m)
+    far = torch.where(denser, distance, distance.max()).min(1).values         # from any denser one
+    centres = ranked(far * density, count)
+    member = distance[centres].argmin(0)                                      # (m,) one each
+    member[centres] = torch.arange(count, device=x.device)
+    share = F.one_hot(member, count).T.float()                                # (count, m)
+    return (share @ points / share.sum(1, keepdim=True)).to(x.dtype)
+
+
+@strategy(needs={"value_attention", "axes"}, finds_budget=True)
+def ivc(seen: VisualTokens, budget: int | None, generator: Generator, *,
+        layer: int | None = None) -> Kept:
+    """Seeds, foreground, and the axes of RoPE's coordinates: IVC-Prune, arXiv 2602.03060.
+
+    Seeds (1 %) are what the question's values are most alike to, foreground (20 %) what those of
+    the question and the seeds are.  Axes are the patches (5 % and 5 %) at whose position ID RoPE
+    turns least (the highest mean cosine), or by a quarter (the highest mean sine).  They only serve
+    as axes where they keep their IDs, so this is the strategy that needs GAP by its own definition.
+    Without a budget 20 to 31 % of the patches stay, by how far the four overlap.
+    differs: a budget scales foreground and axes together, as far as it reaches; the code has none
+    """
+    weights, n = seen.value_attention.float(), len(seen.features)   # (n + Q, n)
+    question = weights[n:]                                       # (Q, n)
+    seeds = ranked(question.mean(0), max(1, round(0.01 * n)))
+    foreground = ranked(torch.cat([weights[seeds], question]).mean(0), n)
+    least, quarter = (ranked(turn, n) for turn in seen.axes.float())
+
+    def stay(scale: float) -> Tensor:
+        axes = round(0.05 * scale * n)
+        parts = [seeds, foreground[:round(0.2 * scale * n)], least[:axes], quarter[:axes]]
+        return torch.cat(parts).unique()                         # in raster order
+
+    if budget is None:
+        return Kept(stay(1))
+    if budget <= len(seeds):
+        return Kept(seeds[:budget].sort().values)
+    return Kept(stay(largest(lambda scale: len(stay(scale)) <= budget, 20)))
+
+
+def largest(fits: Callable[[float], bool], high: float) -> float:
+    """The largest size up to `high` that fits, where 0 does, and all below one that does."""
+    if fits(high):
+        return high
+    low = 0.0
+    for _ in range(64):                               # halves: more than a float can tell apart
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# ----- where they cut, and how many visual tokens they keep there --------------------------------
+
+IN_DECODER = {"attention", "value_attention", "axes"}   # fields that only a decoder layer shows
+COUNTING = {"drop", "ratios", "label"}          # in the decoder they say how many tokens stay
+
+PUBLISHED_LAYERS = 32   # of the decoder for which the methods give their layers
+PUBLISHED_TOKENS = 576  # LLaVA-1.5's, for which SparseVLM gives its labels
+LABELS = {              # tokens kept at each cut, without those added
+    "sparsevlm": {
+        192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "sparsevlm_plus": {
+        192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
 
 
 @dataclass(frozen=True)
-class Pruned(Result):
-    """The answer of a decoder that dropped tokens: `keep` and IDs are those after its last cut."""
+class Method:
+    """How a method cuts."""
 
-    cuts: list[tuple[int, int]]   # (layer, visual tokens from there on)
-
-
-def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, expression: str,
-           prune: str = "fastv", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
-           max_new_tokens: int = MAX_NEW_TOKENS, question: str | None = None) -> Pruned:
-    """Find what an expression refers to, with cuts in the decoder: see nanogap/ground.py."""
-    encoded = model.encode_image(image)
-    N, decoder = encoded.n_visual, model.language_model.model
-    cuts = dict(plan(prune, N, budget_of(keep, N, prune), len(decoder.layers)))
-    input_ids = model.encode_question(question or model.template.question(expression))
-    P, A = model.around_image(input_ids)
-    reader = Reader(decoder, prune, mode, seed, cuts, P, N, A)
-
-    def decode(model: Llava, x: Tensor, layout: Layout, max_new_tokens: int) -> Answer:
-        # as the lesson does, with the reader in the place of the decoder
-        parts: Any = SimpleNamespace(end_tokens=model.end_tokens, language_model=SimpleNamespace(
-            model=reader, logits=model.language_model.logits))
-        return lesson.greedy(parts, x, layout, max_new_tokens)
-
-    result = lesson.ground(model, encoded, expression, prune, torch.arange(N), mode, seed,
-                           max_new_tokens=max_new_tokens, question=question, decode=decode)
-    last, made = reader.layouts[-1], [(layer, reader.n_visual(layer)) for layer in reader.cuts]
-    return Pruned(**vars(result) | {
-        "keep": last.kept, "position_ids": last.position_ids, "cuts": made,
-        "next_position": last.next_position,
-        "visual_tokens": mean_tokens(prune, N, made, len(decoder.layers))})
+    layers: tuple[int, ...] = (2,)   # before which, of 32, counted from 0
+    ahead: bool = False       # by the attention of that layer; else of the one before it
+    raters: bool = False      # of the raters among the text; else of its last token
+    corrected: bool = False   # divided by what RoPE alone makes of it
+    recycles: bool = False    # whether clusters of dropped tokens are added
+    caches: bool = False      # whether the caches of the layers below, but layer 0's, are cut too
 
 
-class Reader:
-    """A decoder that drops visual tokens of the prompt before some of its layers.
+METHODS = {   # one of your own cuts as FastV does
+    "fastv": Method(),
+    "pyramiddrop": Method((8, 16, 24), ahead=True),
+    "sparsevlm": Method((3, 7, 16), raters=True, recycles=True),   # what 2, 6 and 15 give out
+    "sparsevlm_plus": Method((3, 7, 16), raters=True, corrected=True),
+    "ivc": Method((16,), caches=True),
+}
+Cuts = Sequence[tuple[int, int | None]]   # (layer, visual tokens; None: it finds how many)
 
-    It is called as the decoder is that it reads with: with the prompt, and then token by token.
+
+def settings_of(name: str) -> dict[str, Any]:
+    """What differs from the defaults in a strategy that stands in STRATEGIES."""
+    return getattr(STRATEGIES[name], "settings", {})
+
+
+def base_of(name: str) -> str:
+    """The name without its settings."""
+    return name.partition("(")[0] if settings_of(name) else name
+
+
+def method_of(name: str) -> Method:
+    """How a strategy cuts, whatever its settings."""
+    return METHODS.get(base_of(name), Method())
+
+
+def prunes_there(name: str) -> bool:
+    """Whether a strategy prunes inside the decoder, by what its layers show."""
+    return bool(needs_of(name) & IN_DECODER)
+
+
+def plan(name: str, N: int, budget: int | None, layers: int) -> Cuts:
+    """The cuts of a strategy as (layer, tokens that are kept), for a mean over the layers.
+
+    budget:  None where the method or its settings say how many stay
+    returns: None for what a strategy finds only when it sees the tokens
+    raises:  NanogapError where there is no such layer, or the mean cannot be so low
     """
+    at = where(name, layers)
+    if budget is None:
+        return list(zip(at, counts_said(name, N, len(at)), strict=True))
+    if not COUNTING.isdisjoint(settings_of(name)):
+        raise NanogapError(f"{name} says itself how many tokens stay: keep is auto for it (None in "
+                           "Python)")
+    labels = LABELS.get(base_of(name), {})
+    nearest = min(labels, key=lambda label: abs(label / PUBLISHED_TOKENS - budget / N), default=0)
+    published = labels.get(nearest)
+    if published and len(at) > len(published):
+        raise NanogapError(f"{name} cuts {len(published)} times at most: give ratios for more cuts")
 
-    def __init__(self, decoder: LlamaModel, prune: str, mode: str, seed: int, cuts: dict[int, Any],
-                 P: int, N: int, A: int) -> None:
-        self.decoder, self.prune, self.mode, self.seed = decoder, prune, mode, seed
-        self.config, self.embed_tokens = decoder.config, decoder.embed_tokens
-        self.cuts, self.method = cuts, method_of(prune)   # layer -> visual tokens it keeps
-        self.P, self.N, self.A = P, N, A
-        everything = lay_out(torch.arange(N), P, N, A, mode)
-        self.layouts = [everything] * len(decoder.layers)   # which token stands where, by layer
+    def cuts(size: float) -> Cuts:
+        shares = [size ** (i + 1) for i in range(len(at))]
+        if published:
+            shares = [size * kept / PUBLISHED_TOKENS for kept in published]
+        return [(layer, max(1, min(N, round(N * share))))
+                for layer, share in zip(at, shares, strict=False)]
 
-    def n_visual(self, layer: int) -> int:
-        """How many visual tokens a layer sees, kept and added."""
-        return len(self.layouts[layer].position_ids) - self.P - self.A
+    def mean(size: float) -> float:
+        return mean_tokens(name, N, counts(name, N, cuts(size)), layers)
 
-    def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states (1, T', C) of the prompt (1, T, C), or of a token of the answer (1, 1, C).
-
-        position_ids: (T,) or (1,) as they are without a cut
-        """
-        reading = cache.lengths[0] == 0
-        if reading:
-            looking = torch.tensor([-1], device=x.device)
-            self.looking = raters_of(x, self.P, self.N) if self.method.raters else looking
-        # token t of the answer goes on behind the prompt's IDs, which each layer has of its own
-        t = position_ids - self.layouts[0].next_position                      # (1,)
-        fed = x
-        for number, layer in enumerate(self.decoder.layers):
-            if reading and number in self.cuts:
-                x = self.cut(number, fed, x, cache)                           # (1, T', C)
-            if number == 0 or number in self.cuts:
-                layout = self.layouts[number]
-                ids = layout.position_ids.to(x.device) if reading else layout.next_position + t
-                cos, sin = self.decoder.angles(ids, x.dtype)
-            fed, x = x, layer(x, cos, sin, cache)
-        return self.decoder.norm(x)
-
-    def cut(self, layer: int, fed: Tensor, x: Tensor, cache: KVCache) -> Tensor:
-        """What stays of a prompt before a layer: (1, T', C).
-
-        fed, x: (1, T, C) what the layer before it was fed, and what it made of that
-        """
-        before, n, P = self.layouts[layer - 1], self.n_visual(layer - 1), self.P
-        shown, hidden = (layer, x) if self.method.ahead else (layer - 1, fed)
-        fields = self.fields(shown, hidden, before.position_ids.to(x.device), n)
-        visual, budget = x[0, P:P + n], self.cuts[layer]                      # (n, C)
-        kept = STRATEGIES[self.prune](VisualTokens(visual, 1, n, fields), budget and min(budget, n),
-                                      Generator().manual_seed(self.seed))
-        if kept.features is not None:
-            x[0, P + kept.ranked] = kept.features
-        # patches come first; those added at earlier cuts have no place in the image, and stay last
-        ranked, n_before = kept.ranked.cpu(), len(before.kept)                # (K,)
-        patches, others = ranked[ranked < n_before], ranked[ranked >= n_before]
-        left = lay_out(before.kept[patches], P, self.N, self.A, self.mode,
-                       len(others) + kept.n_added)
-        self.layouts[layer:] = [left] * len(self.layouts[layer:])
-        visual = P + torch.cat([patches[left.order], others])                 # (K,)
-        stays = torch.cat([torch.arange(P), visual, torch.arange(P + n, x.shape[1])])
-        stays = stays.to(x.device)                                            # (P + K + A,)
-        if self.method.caches:
-            for below in range(1, layer):
-                for rows in (cache.keys[below], cache.values[below]):         # (B, G, rows, D)
-                    rows[:, :, :len(stays)] = rows[:, :, stays]
-                cache.lengths[below] = len(stays)
-        x = x[:, stays]                                                       # (1, P + K + A, C)
-        if kept.added is None:
-            return x
-        before_added, text = x.split([P + len(ranked), self.A], dim=1)
-        return torch.cat([before_added, kept.added[None], text], dim=1)
-
-    def fields(self, layer: int, x: Tensor, ids: Tensor, n: int) -> dict[str, Tensor]:
-        """What the strategy needs to see of what a layer is fed (1, T, C): see inside.py."""
-        fields, needs, P = {}, needs_of(self.prune), self.P
-        block = self.decoder.layers[layer]
-        h = block.input_layernorm(x)                                          # (1, T, C)
-        if "attention" in needs:
-            weights = self.attention(block.self_attn, h, ids)                 # (H, Q, T)
-            fields["attention"] = weights.mean(1)[:, P:P + n]                 # (H, n)
-        if "value_attention" in needs:
-            fields["value_attention"] = value_attention(block.self_attn, h[0], P, n)
-        if "axes" in needs:
-            cos, sin = self.decoder.angles(ids[P:P + n], torch.float32)       # (1, n, D)
-            fields["axes"] = torch.cat([cos, sin]).mean(-1)                   # (2, n)
-        return fields
-
-    def attention(self, projected: LlamaAttention, h: Tensor, ids: Tensor) -> Tensor:
-        """How much the tokens that look look at all others in a layer: (H, Q, T)."""
-        T, D, queries = h.shape[1], self.config.head_dim, h.shape[1] + self.looking
-        cos, sin = self.decoder.angles(ids, h.dtype)
-        q = projected.split(projected.q_proj(h[:, queries]))                  # (1, H, Q, D)
-        q = rotate(q, cos[:, queries], sin[:, queries])
-        k = rotate(projected.split(projected.k_proj(h)), cos, sin)            # (1, G, T, D)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)              # (1, H, T, D)
-        scores = q @ k.transpose(2, 3) * D ** -0.5                            # (1, H, Q, T)
-        later = torch.arange(T, device=h.device) > queries[:, None]           # (Q, T)
-        weights = scores.float().masked_fill(later, float("-inf")).softmax(-1)[0]
-        if self.method.corrected:   # by the products of vectors of ones under RoPE
-            cos, sin = self.decoder.angles(ids, torch.float32)                # (1, T, D)
-            turned = rotate(torch.ones_like(cos), cos, sin)[0]                # (T, D)
-            weights = weights / (turned[queries] @ turned.T * D ** -0.5)
-        return weights
+    lowest = mean(0)
+    if budget < lowest:
+        raise NanogapError(f"{name} cannot keep {budget} of {N} visual tokens in the mean over "
+                           f"{layers} layers, of which {1 if method_of(name).caches else at[0]} "
+                           f"see all: keep from {ceil(lowest)} to {N}")
+    return cuts(largest(lambda size: mean(size) <= budget, PUBLISHED_TOKENS))
 
 
-def raters_of(x: Tensor, P: int, n: int) -> Tensor:
-    """Which tokens after the image are about it: places (Q,), counted from the end, -1 the last.
+def where(name: str, layers: int) -> list[int]:
+    """Before which layers a strategy cuts in a decoder of so many: scaled, unless settings say."""
+    settings, at = settings_of(name), list(method_of(name).layers)
+    if "layers" in settings:
+        at = settings["layers"]
+    elif "layer" in settings:
+        at = [settings["layer"]]
+    elif "label" not in settings:
+        at = [max(round(layer * layers / PUBLISHED_LAYERS), i) for i, layer in enumerate(at, 1)]
+        at = [layer for layer in at if layer < layers] or at[:1]
+    for last, layer in pairwise([0, *at]):
+        if not last < layer < layers:
+            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: give layers "
+                               f"from 1 to {layers - 1}, in order")
+    return at
 
-    x: (1, T, C) embeddings of the prompt.  A rater's share of the products with visual tokens is
-    above the mean; where all are equal, the last token rates.  source: SparseVLM's code
-    """
-    visual, text = x[0, P:P + n].float(), x[0, P + n:].float()                # (n, C), (A, C)
-    share = (visual @ text.T).softmax(1).mean(0)                              # (A,)
-    raters = (share > share.mean()).nonzero()[:, 0]
-    return raters - len(text) if len(raters) else raters.new_tensor([-1])
+
+def counts_said(name: str, N: int, cuts: int) -> Sequence[int | None]:
+    """How many tokens stay at each cut by settings or a published rule; None: it finds them."""
+    settings, method = settings_of(name), base_of(name)
+    said: list[int | None] = [None] * cuts
+    if "label" in settings:
+        said = [min(kept, N) for kept in LABELS[method][settings["label"]]]
+    elif "drop" in settings:
+        said = [max(1, round(N * (1 - settings["drop"])))]
+    elif "ratios" in settings or method == "pyramiddrop":
+        ratios = settings.get("ratios", [0.5 ** (i + 1) for i in range(cuts)])
+        said = [max(1, int(N * ratio + 1e-6)) for ratio in ratios]
+    if len(said) < cuts or len(said) > cuts and "layers" in settings:
+        raise NanogapError(f"{name} cuts {cuts} times: give as many layers and ratios")
+    return said[:cuts]
 
 
-def value_attention(projected: LlamaAttention, h: Tensor, P: int, n: int) -> Tensor:
-    """How much visual tokens, and then the question's, would look at visual ones: (n + Q, n).
+def counts(name: str, N: int, cuts: Cuts) -> Cuts:
+    """Visual tokens from each cut of a plan on, those that are added included."""
+    found, n = [], N
+    for layer, kept in cuts:
+        if kept is not None and kept < n:
+            recycled = int(0.3 * (n - kept)) + 1
+            n = kept + (recycled // 10 + 1 if method_of(name).recycles else 0)
+        found.append((layer, kept and n))
+    return found
 
-    Softmax of the products of values, without position and without a mask; the mean over heads.
-    The question begins two tokens behind the image, as in IVC-Prune's code.  differs: where no
-    more than two stand there, it is the last one
-    """
-    values = projected.split(projected.v_proj(h[None]))[0].float()            # (G, T, D)
-    question = min(P + n + 2, len(h) - 1)
-    total = torch.zeros((), device=h.device)
-    for v in values:                                                          # (T, D) of each head
-        rows = torch.cat([v[P:P + n], v[question:]])                          # (n + Q, D)
-        total = total + (rows @ v.T * v.shape[1] ** -0.5).softmax(-1)[:, P:P + n]
-    return total / len(values)
+
+def mean_tokens(name: str, N: int, counted: Cuts, layers: int) -> float:
+    """Visual tokens in the mean over the caches of all layers, by what `counts` gives."""
+    held = [N] * layers
+    for layer, n in counted:
+        first = 1 if method_of(name).caches else layer
+        held[first:] = [n or N] * (layers - first)
+    return sum(held) / layers
+
+
+def cuts_in_words(name: str, counted: Cuts, layers: int) -> str:
+    """The cuts for people, in one line."""
+    left = ", ".join(f"{n or 'what it finds'} from layer {layer} on" for layer, n in counted)
+    below = ", and in the caches of all layers but 0" if method_of(name).caches else ""
+    return f"{name} in {layers} layers, counted from 0: visual tokens cut to {left}{below}"

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from nanogap.errors import NanogapError
 from nanogap.image import to_pixel_values
 from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
-from nanogap.methods.settings import settings_of
+from nanogap.methods.in_decoder import settings_of
 from nanogap.models.base import VLM
 from nanogap.models.frames import Padded, Stretch, cells
 from nanogap.prompt import Template

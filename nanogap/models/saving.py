@@ -4,14 +4,18 @@ In:  a model.  Out: a folder that `nanogap.load` reads, and transformers as well
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import TensorSpec, serialize_file
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
 from torch import nn
 
 from nanogap.models.base import VLM
+
+START_TOKENS = ("<unk>", "<s>", "</s>")   # IDs 0, 1, 2 of a LLaMA
 
 
 def our_name(name: str, rename: Sequence[tuple[str, str]]) -> str:
@@ -43,3 +47,22 @@ def save(folder: Path, model: VLM, dtype: torch.dtype = torch.bfloat16) -> None:
     model.write_config(folder, str(dtype).removeprefix("torch."))
     model.tokenizer.save(str(folder / "tokenizer.json"))
     save_tensors(folder / "model.safetensors", model, dtype, model.on_disk)
+
+
+def llama_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]],
+                    special_tokens: Iterable[str]) -> Tokenizer:
+    """special_tokens: a model's own, behind all pieces."""
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.Prepend("▁"),
+        normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    added = (*START_TOKENS, *special_tokens)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+    return tokenizer

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
+from nanogap.models.saving import START_TOKENS, llama_tokenizer
 
 IMAGE, PAD = "<image>", "<pad>"
 

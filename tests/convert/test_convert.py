@@ -21,7 +21,7 @@ from nanogap.convert import recipes, writer
 from nanogap.convert.pieces import Piece
 from nanogap.convert.recipes import shikra_tensors
 from nanogap.convert.sentencepiece import merges_of, read_llama_tokenizer
-from nanogap.models.tokenizer import START_TOKENS
+from nanogap.models.saving import START_TOKENS
 from tests.checks.test_weights import Change, put, without
 from tests.checks.test_weights import refusal as not_loaded
 from tests.models.test_reference import PUBLISHED, assert_same, needs_published

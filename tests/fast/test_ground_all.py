@@ -15,7 +15,7 @@ from nanogap.fast.ground_all import TOGETHER, Asked, begin_alike
 from nanogap.fast.lanes import CHOICES, Lane
 from nanogap.gap import MODES
 from nanogap.ground import Result
-from nanogap.methods import in_decoder
+from nanogap.methods import reader
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import MODELS, VLM
 from nanogap.prune import STRATEGIES, needs_of
@@ -42,7 +42,7 @@ def one_by_one(model: VLM, image: object, expressions: list[str], prune: str = "
                keep: Any = "50%", mode: str = "gap", *seed: int, **more) -> list[Result]:
     """The answers of the lesson, without a draft."""
     cuts = prunes_there(prune) and mode != "full" and not isinstance(keep, list | Tensor)
-    ground = in_decoder.ground if cuts else lesson.ground
+    ground = reader.ground if cuts else lesson.ground
     return [ground(model, image, expression, prune, keep, mode, *seed, **more)
             for expression in expressions]
 
@@ -220,7 +220,7 @@ def test_a_hundred_questions_stand_in_four_caches(model: VLM, picture, passes):
 
 
 def test_in_mode_full_and_with_indices_no_strategy_is_asked(model, picture, monkeypatch):
-    monkeypatch.setattr(in_decoder, "ground", None)
+    monkeypatch.setattr(reader, "ground", None)
     full = model.ground_all(picture, THINGS, "fastv", 8, "full", max_new_tokens=2)
     own = model.ground_all(picture, THINGS, "fastv", torch.tensor([3, 1]), max_new_tokens=2)
     assert [len(result.keep) for result in full + own] == [16] * 5 + [2] * 5

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogap.methods import find
-from nanogap.methods.settings import IN_DECODER
+from nanogap.methods.in_decoder import IN_DECODER
 from nanogap.prune import FIELDS, STRATEGIES, Kept, VisualTokens, needs_of
 from tests.plain import (
     Plain,

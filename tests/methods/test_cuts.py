@@ -6,7 +6,7 @@ import pytest
 
 from nanogap import NanogapError
 from nanogap.methods import find
-from nanogap.methods.cuts import LABELS, counts, mean_tokens, plan, where
+from nanogap.methods.in_decoder import LABELS, counts, mean_tokens, plan, where
 
 SPARSE = ["sparsevlm", "sparsevlm_plus"]
 METHODS = ["fastv", "pyramiddrop", *SPARSE]

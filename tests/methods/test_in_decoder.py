@@ -10,8 +10,7 @@ from torch import Tensor
 import nanogap
 from nanogap.gap import MODES
 from nanogap.methods import find
-from nanogap.methods.cuts import counts, plan
-from nanogap.methods.inside import clusters
+from nanogap.methods.in_decoder import clusters, counts, plan
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES, Kept, VisualTokens
 from tests.methods.by_hand import (
