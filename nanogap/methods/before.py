@@ -1,8 +1,7 @@
 """Later strategies that prune before the decoder: they enter STRATEGIES when nanogap is imported.
 
 In:  what the vision tower saw in an image, and a budget.  Out: indices of what to keep, ranked.
-
-Each does what its published code does; `differs:` and `open:` mark where not, and why.
+Each does what its published code does; `differs:` marks where not, and why.
 Letters: N patches, K kept, M tokens added, C channels, H heads, D channels of a head.
 """
 
@@ -12,16 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from nanogap.prune import (
-    Kept,
-    VisualTokens,
-    last_attention,
-    merge,
-    outliers,
-    ranked,
-    strategy,
-    without,
-)
+from nanogap import prune
+from nanogap.prune import Kept, VisualTokens, ranked, strategy, without
 
 
 @strategy(needs={"last_queries", "last_keys"}, finds_budget=True)
@@ -29,14 +20,13 @@ def prumerge_plus(seen: VisualTokens, budget: int | None, generator: Generator) 
     """PruMerge's patches, and then some in even steps: PruMerge+, of the same paper.
 
     The steps go along the raster, not the grid, and never meet its last patch, as in the code.
-    differs: the code's step is 0, and fails, where over a third of a few patches are outliers; here
-    it is 1.  Its fixed budget takes some patches twice; ours is half by score, and half in even
-    steps among the others
+    differs: where over a third are outliers the code's step is 0, and fails; here it is 1.  With a
+    budget it takes some patches twice; here half go by score, half in even steps among the others
     """
     N = len(seen.features)
-    scores = last_attention(seen)                                # (N,)
+    scores = prune.last_attention(seen)                          # (N,)
     if budget is None:
-        best = ranked(scores, outliers(scores))
+        best = ranked(scores, prune.outliers(scores))
         others = without(best, N)
         step = max(N // len(best) // 3, 1)
         spread = others[(others % step == 0) & (others < N - 1)]
@@ -46,7 +36,7 @@ def prumerge_plus(seen: VisualTokens, budget: int | None, generator: Generator) 
         others = without(best, N)
         steps = torch.arange(half, device=others.device)
         spread = others[(2 * steps + 1) * len(others) // (2 * half)]
-    return merge(seen, torch.cat([best, spread]), scores)
+    return prune.merge(seen, torch.cat([best, spread]), scores)
 
 
 @strategy(needs={"cls", "cls_attention", "keys"})
@@ -55,8 +45,8 @@ def visionzip(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
 
     CLS counts within the budget, and 10 in 64 gather: patches in even steps among those left over,
     each plus the mean of those whose keys are most like its own (a sum, so about twice as long).
-    differs: the code puts CLS first; here it goes last, for it has no place in the image, and with
-    a budget of one the best patch stays, without CLS
+    differs: the code puts CLS first; here it goes last, for it has no place in the image, and a
+    budget of one is the best patch, without CLS
     """
     attention = seen.cls_attention.float().sum(0)                # (N,)
     gathering = round(budget * 10 / 64)
@@ -82,18 +72,17 @@ def divprune(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     """Patches as unlike each other as can be, whatever is asked: DivPrune, arXiv 2503.02175.
 
     The first is the farthest from its nearest neighbour, the next is always the farthest from all
-    before it; how far is one minus the cosine of what the decoder is fed.
+    before it, by the cosine of what the decoder is fed.
     differs: in float32, where the code's half precision makes ties; no patch is taken twice
     """
     x = F.normalize(seen.projected.float(), dim=-1).nan_to_num()              # (N, C')
     distance = (1 - x @ x.T).fill_diagonal_(-math.inf)           # (N, N)
     far = distance.sort(0).values[:2][-1]                        # (N,) the least is itself
-    nearest = torch.full_like(far, math.inf)                     # (N,) from those kept
-    keep = []
-    for _ in range(budget):
-        keep.append(far.argmax())
-        nearest = torch.minimum(nearest, distance[keep[-1]])     # (N,) -inf for those kept
-        far = nearest
+    keep = [far.argmax()]
+    nearest = distance[keep[0]]                                  # (N,) -inf for those kept
+    for _ in range(budget - 1):
+        keep.append(nearest.argmax())
+        nearest = torch.minimum(nearest, distance[keep[-1]])
     return Kept(torch.stack(keep).sort().values)
 
 
@@ -102,13 +91,12 @@ def vispruner(seen: VisualTokens, budget: int, generator: Generator, *,
               ratio: float = 0.5) -> Kept:
     """Half by the attention of CLS, half without duplicates: VisPruner, arXiv 2412.01818.
 
-    The paper is FasterVLM's under a later title.  `ratio` is the first half's share: 0.75 is
-    published for 64 tokens.  The others, best first, are split into every first and every second
-    one.  Up to 8 of the first group go, those most like any of the second, and what is left is
-    joined and split again, until the budget is met.
-    differs: the code fails where the number to split is odd, or where 8 must go of fewer than 16;
-    here the first group has one more, and all of it may go.  Which patches stay may depend on the
-    last bit of a likeness: in float32 two right implementations differ in a fifth of the images
+    `ratio` is the first half's share: 0.75 is published for 64 tokens.  The others, best first, are
+    split into every first and every second one; up to 8 of the first go, those most like any of the
+    second; the rest is joined and split again, until the budget is met.
+    differs: the code fails where it splits an odd number, or where 8 must go of fewer than 16; here
+    the first group has one more, and all of it may go.  Which patches stay may depend on the last
+    bit of a likeness: in float32 two right implementations differ in a fifth of the images
     """
     order = ranked(seen.cls_attention.float().mean(0), len(seen.features))      # (N,)
     best = order[:int(budget * ratio)]
@@ -130,9 +118,8 @@ def cdpruner(seen: VisualTokens, budget: int, generator: Generator, *,
 
     A determinantal point process: the volume that all kept patches span together, each as long as
     it is relevant.  Least: the published code has a minus sign, as TRIM's has.
-    differs: the code reads the whole question, 77 tokens at a time, and so does
-    cdpruner(question=whole); the expression alone is the default here.  Of LLaVA-1.6 each part has
-    a lowest and a highest relevance of its own; in the code they are the picture's
+    differs: the code reads the whole question, 77 tokens at a time, as cdpruner(question=whole)
+    does here.  Of LLaVA-1.6 each part has a range of relevance of its own; there, all have one
     """
     text = seen.text[None] if question == "expression" else seen.question     # (S, E)
     aligned = F.normalize(seen.aligned.float(), dim=-1)                       # (N, E)
@@ -147,8 +134,7 @@ def cdpruner(seen: VisualTokens, budget: int, generator: Generator, *,
 def largest_volume(kernel: Tensor, budget: int) -> Tensor:
     """Greedily, indices (K,) whose part of a kernel (N, N) has the largest determinant.
 
-    Where no patch spans anything new, as behind the rank of the kernel, the best of the others
-    follow as they are; the published code would divide by zero there.
+    Behind its rank, where the published code would divide by zero, the best of the others follow.
     source: Chen, Zhang and Zhou 2018, Fast Greedy MAP Inference for DPPs
     """
     gain = kernel.diagonal().clone()                             # (N,) of volume, squared
@@ -168,8 +154,8 @@ def largest_volume(kernel: Tensor, budget: int) -> Tensor:
 def scope(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     """Patches that CLS attends to and that cover what none has covered: SCOPE, arXiv 2510.24214.
 
-    How well a patch is covered is its likeness to the most similar one kept, and at least 0.  The
-    next is the one that adds most cover to all patches together, times the attention of CLS.
+    A patch is covered by its likeness to the most similar one kept, at least 0.  The next is the
+    one that adds most cover to all patches together, times the attention of CLS.
     """
     x = F.normalize(seen.features.float(), dim=-1)               # (N, C)
     likeness = x @ x.T                                           # (N, N)
@@ -185,9 +171,6 @@ def scope(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     return Kept(torch.stack(keep).sort().values)
 
 
-RUNS = 16   # into which HoloV cuts the list of patches
-
-
 @strategy(needs={"projected", "cls_attention"})
 def holov(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     """The patches that CLS attends to most, in each of 16 strips of the image: HoloV, 2510.02912.
@@ -195,12 +178,11 @@ def holov(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     A strip's share of the budget grows with the attention that it gets, and with how unequally its
     patches are alike.  Its patches go in the order of their attention, so the code for LLaVA is
     permuted within a strip.  That for Qwen2.5-VL keeps the old IDs: mode "ranked, original".
-    differs: where a strip is smaller than its share, the code feeds vectors of zeros for what it
-    lacks; here fewer patches are kept
+    differs: where a strip is smaller than its share, the code feeds zeros; here fewer patches
     """
     attention = seen.cls_attention.float().mean(0)               # (N,)
     x = seen.projected.float()
-    runs = [run for run in torch.arange(len(x), device=x.device).tensor_split(RUNS) if len(run)]
+    runs = [run for run in torch.arange(len(x), device=x.device).tensor_split(16) if len(run)]
     score = torch.stack([strip_score(x[run], attention[run]) for run in runs]).nan_to_num()
     weight = score / (score.sum() + 1e-6)                        # (runs,)
     shares = (weight * budget).floor().long()

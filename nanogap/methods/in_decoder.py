@@ -1,14 +1,16 @@
-"""Strategies that prune inside the decoder: who stays, by what a layer tells of its tokens.
+"""Strategies that prune inside the decoder: who stays, where they cut, and how many they keep.
 
 In:  n visual tokens as a layer sees them, and a budget.  Out: which of them stay, ranked.
+And for N visual tokens, a budget and a depth: the cuts, as (layer, tokens kept from there on).
 
-Their keyword arguments are settings (own.py), which say where and how many tokens are cut.
-Letters: n visual tokens at a cut, Q tokens of the question, H heads, C channels.
+A budget is a mean over all layers: of the visual tokens in the cache of each, which are those that
+it is fed, but below the cut of ivc, which cuts these caches too.
+Keyword arguments are settings (own.py), which say where and how many tokens are cut.
+Letters: N visual tokens before pruning, n at a cut, Q of the question, H heads, C channels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -16,26 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from nanogap import prune
 from nanogap.errors import NanogapError
-from nanogap.prune import (
-    FIELDS,
-    STRATEGIES,
-    Kept,
-    VisualTokens,
-    needs_of,
-    ranked,
-    strategy,
-    without,
-)
+from nanogap.prune import Kept, VisualTokens, needs_of, ranked, strategy, without
 
-FIELDS |= {   # only at a cut in the decoder, where `features` are hidden states
+IN_DECODER = {   # fields that only a decoder layer shows, where `features` are hidden states
     "attention":       "(H, n)      how much the text looks at each visual token in a layer",
     "value_attention": "(n + Q, n)  how much visual tokens, then the question's, would look at "
                        "each by their values alone",
     "axes":            "(2, n)      mean cosine and sine of RoPE at each one's position ID",
 }
-Layers = list[int] | None           # before which it cuts
-Ratios = list[float] | None         # of the visual tokens, that stay at each cut
+prune.FIELDS.update(IN_DECODER)
 
 
 @strategy(needs={"attention"})
@@ -43,15 +36,13 @@ def fastv(seen: VisualTokens, budget: int, generator: Generator, *, layer: int |
           drop: float | None = None) -> Kept:
     """Patches that the prompt's last token attends to in a decoder layer: FastV, arXiv 2403.06764.
 
-    The paper speaks of the attention of all tokens; its code takes the last one's row, as here.
-    Published as (K, R): the layer before which it cuts, and the share that is dropped there.
+    As in its code; the paper speaks of all tokens.  Published as (K, R): layer and share dropped.
     """
     return Kept(ranked(seen.attention.float().mean(0), budget))
 
 
 @strategy(needs={"attention"}, finds_budget=True)
-def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
-                ratios: Ratios = None) -> Kept:
+def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator) -> Kept:
     """The same at each of three cuts, by the layer that comes next: PyramidDrop, arXiv 2410.17247.
 
     Without a budget half of the tokens go at each cut, as in the paper.
@@ -61,13 +52,12 @@ def pyramiddrop(seen: VisualTokens, budget: int, generator: Generator, *, layers
 
 
 @strategy(needs={"attention"})
-def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: Layers = None,
-              ratios: Ratios = None, label: int | None = None) -> Kept:
+def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *,
+              label: int | None = None) -> Kept:
     """Patches that the raters attend to, and clusters of some others: SparseVLM, arXiv 2410.04417.
 
-    Of those dropped, the best 30 % and one are clustered, ten to a cluster, and the mean of each
-    cluster is added behind the kept ones.  Its labels are no means: 192, 128, 96, 64 cost 206.5,
-    145.4, 114.1 and 82.2 tokens in the mean over 32 layers.
+    Of those dropped, the best 30 % and one are clustered, ten to a cluster, whose mean is added.
+    Its labels are no means: 192, 128, 96, 64 cost 206.5, 145.4, 114.1, 82.2 tokens over 32 layers.
     differs: asked for all tokens its code drops one at each cut; here they stay.  See `clusters`
     """
     scores = seen.attention.float().mean(0)                      # (n,)
@@ -81,12 +71,10 @@ def sparsevlm(seen: VisualTokens, budget: int, generator: Generator, *, layers: 
 
 @strategy(needs={"attention"})
 def sparsevlm_plus(seen: VisualTokens, budget: int, generator: Generator, *,
-                   layers: Layers = None, ratios: Ratios = None, label: int | None = None) -> Kept:
+                   label: int | None = None) -> Kept:
     """Patches that the raters attend to in the heads that look at the image most: SparseVLM+.
 
-    The code takes 14 heads, of the 32 of a 7B; of other numbers it is the same share here.  No
-    token is added.
-    differs: as for sparsevlm, all stay where all are asked for
+    They are 14 of 32, or that share.  differs: as for sparsevlm, all stay where all are asked for
     """
     attention = seen.attention.float()                           # (H, n)
     heads = ranked(attention.sum(1), max(1, round(len(attention) * 14 / 32)))
@@ -97,19 +85,16 @@ def clusters(x: Tensor, count: int) -> Tensor:
     """The means (count, C) of so many clusters of tokens (m, C), by density peaks among neighbours.
 
     A centre is dense, and far from any that is denser; the others go to the nearest centre.
-    differs: the code adds random noise, so that no two are equally dense, as nearest neighbours of
-             each other are among two clusters; here the first of them counts as denser
+    differs: the code adds random noise, so that no two are equally dense; here the first is denser
     source:  cluster_and_merge in SparseVLM's code, after DPC-KNN
     """
     points = x.float()
     exact = "donot_use_mm_for_euclid_dist"   # a matrix product would lose small distances
-    distance = torch.cdist(points, points, compute_mode=exact)                # (m, m)
-    distance = distance / points.shape[1] ** 0.5
+    distance = torch.cdist(points, points, compute_mode=exact) / x.shape[1] ** 0.5    # (m, m)
     nearest = distance.sort(dim=1).values[:, :count]                          # itself among them
     density = (-nearest.pow(2).mean(1)).exp()                                 # (m,)
-    earlier = torch.ones_like(distance).tril(-1).bool()
-    equal = density[None, :] == density[:, None]
-    denser = (density[None, :] > density[:, None]) | (equal & earlier)        # (m, m)
+    place = ranked(density, len(x)).argsort()                                 # (m,) 0: the densest
+    denser = place < place[:, None]                                           # (m, m)
     far = torch.where(denser, distance, distance.max()).min(1).values         # from any denser one
     centres = ranked(far * density, count)
     member = distance[centres].argmin(0)                                      # (m,) one each
@@ -124,10 +109,9 @@ def ivc(seen: VisualTokens, budget: int | None, generator: Generator, *,
     """Seeds, foreground, and the axes of RoPE's coordinates: IVC-Prune, arXiv 2602.03060.
 
     Seeds (1 %) are what the question's values are most alike to, foreground (20 %) what those of
-    the question and the seeds are.  Axes are the patches (5 % and 5 %) at whose position ID RoPE
-    turns least (the highest mean cosine), or by a quarter (the highest mean sine).  They only serve
-    as axes where they keep their IDs, so this is the strategy that needs GAP by its own definition.
-    Without a budget 20 to 31 % of the patches stay, by how far the four overlap.
+    the question and the seeds are.  Axes (5 % and 5 %) are patches at whose position ID RoPE turns
+    least, or by a quarter, in the mean.  Only at their own IDs are they axes: this strategy needs
+    GAP by its own definition.  Without a budget 20 to 31 % stay, by how far the four overlap.
     differs: a budget scales foreground and axes together, as far as it reaches; the code has none
     """
     weights, n = seen.value_attention.float(), len(seen.features)   # (n + Q, n)
@@ -159,38 +143,31 @@ def largest(fits: Callable[[float], bool], high: float) -> float:
     return low
 
 
-# ----- where they cut, and how many visual tokens they keep there --------------------------------
-
-IN_DECODER = {"attention", "value_attention", "axes"}   # fields that only a decoder layer shows
-COUNTING = {"drop", "ratios", "label"}          # in the decoder they say how many tokens stay
-
+COUNTING = {"drop", "label"}    # settings that say how many tokens stay
 PUBLISHED_LAYERS = 32   # of the decoder for which the methods give their layers
 PUBLISHED_TOKENS = 576  # LLaVA-1.5's, for which SparseVLM gives its labels
-LABELS = {              # tokens kept at each cut, without those added
-    "sparsevlm": {
-        192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
-    "sparsevlm_plus": {
-        192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
-}
 
 
 @dataclass(frozen=True)
 class Method:
     """How a method cuts."""
-
     layers: tuple[int, ...] = (2,)   # before which, of 32, counted from 0
     ahead: bool = False       # by the attention of that layer; else of the one before it
     raters: bool = False      # of the raters among the text; else of its last token
     corrected: bool = False   # divided by what RoPE alone makes of it
+    halves: bool = False      # whether without a budget half of the tokens stay at each cut
     recycles: bool = False    # whether clusters of dropped tokens are added
     caches: bool = False      # whether the caches of the layers below, but layer 0's, are cut too
+    labels: dict[int, tuple[int, ...]] = field(default_factory=dict)   # name -> kept at each cut
 
 
 METHODS = {   # one of your own cuts as FastV does
     "fastv": Method(),
-    "pyramiddrop": Method((8, 16, 24), ahead=True),
-    "sparsevlm": Method((3, 7, 16), raters=True, recycles=True),   # what 2, 6 and 15 give out
-    "sparsevlm_plus": Method((3, 7, 16), raters=True, corrected=True),
+    "pyramiddrop": Method((8, 16, 24), ahead=True, halves=True),
+    "sparsevlm": Method((3, 7, 16), raters=True, recycles=True, labels={   # what 2, 6, 15 give out
+        192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}),
+    "sparsevlm_plus": Method((3, 7, 16), raters=True, corrected=True, labels={
+        192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}),
     "ivc": Method((16,), caches=True),
 }
 Cuts = Sequence[tuple[int, int | None]]   # (layer, visual tokens; None: it finds how many)
@@ -198,22 +175,17 @@ Cuts = Sequence[tuple[int, int | None]]   # (layer, visual tokens; None: it find
 
 def settings_of(name: str) -> dict[str, Any]:
     """What differs from the defaults in a strategy that stands in STRATEGIES."""
-    return getattr(STRATEGIES[name], "settings", {})
-
-
-def base_of(name: str) -> str:
-    """The name without its settings."""
-    return name.partition("(")[0] if settings_of(name) else name
+    return getattr(prune.STRATEGIES[name], "settings", {})
 
 
 def method_of(name: str) -> Method:
     """How a strategy cuts, whatever its settings."""
-    return METHODS.get(base_of(name), Method())
+    return METHODS.get(name.partition("(")[0] if settings_of(name) else name, Method())
 
 
 def prunes_there(name: str) -> bool:
     """Whether a strategy prunes inside the decoder, by what its layers show."""
-    return bool(needs_of(name) & IN_DECODER)
+    return not needs_of(name).isdisjoint(IN_DECODER)
 
 
 def plan(name: str, N: int, budget: int | None, layers: int) -> Cuts:
@@ -223,22 +195,19 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Cuts:
     returns: None for what a strategy finds only when it sees the tokens
     raises:  NanogapError where there is no such layer, or the mean cannot be so low
     """
-    at = where(name, layers)
+    at, method = where(name, layers), method_of(name)
     if budget is None:
         return list(zip(at, counts_said(name, N, len(at)), strict=True))
     if not COUNTING.isdisjoint(settings_of(name)):
         raise NanogapError(f"{name} says itself how many tokens stay: keep is auto for it (None in "
                            "Python)")
-    labels = LABELS.get(base_of(name), {})
-    nearest = min(labels, key=lambda label: abs(label / PUBLISHED_TOKENS - budget / N), default=0)
-    published = labels.get(nearest)
-    if published and len(at) > len(published):
-        raise NanogapError(f"{name} cuts {len(published)} times at most: give ratios for more cuts")
+    nearest = min(method.labels, key=lambda label: abs(label / PUBLISHED_TOKENS - budget / N),
+                  default=0)
 
     def cuts(size: float) -> Cuts:
         shares = [size ** (i + 1) for i in range(len(at))]
-        if published:
-            shares = [size * kept / PUBLISHED_TOKENS for kept in published]
+        if nearest:
+            shares = [size * kept / PUBLISHED_TOKENS for kept in method.labels[nearest]]
         return [(layer, max(1, min(N, round(N * share))))
                 for layer, share in zip(at, shares, strict=False)]
 
@@ -248,7 +217,7 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Cuts:
     lowest = mean(0)
     if budget < lowest:
         raise NanogapError(f"{name} cannot keep {budget} of {N} visual tokens in the mean over "
-                           f"{layers} layers, of which {1 if method_of(name).caches else at[0]} "
+                           f"{layers} layers, of which {1 if method.caches else at[0]} "
                            f"see all: keep from {ceil(lowest)} to {N}")
     return cuts(largest(lambda size: mean(size) <= budget, PUBLISHED_TOKENS))
 
@@ -256,34 +225,28 @@ def plan(name: str, N: int, budget: int | None, layers: int) -> Cuts:
 def where(name: str, layers: int) -> list[int]:
     """Before which layers a strategy cuts in a decoder of so many: scaled, unless settings say."""
     settings, at = settings_of(name), list(method_of(name).layers)
-    if "layers" in settings:
-        at = settings["layers"]
-    elif "layer" in settings:
+    if "layer" in settings:
         at = [settings["layer"]]
     elif "label" not in settings:
         at = [max(round(layer * layers / PUBLISHED_LAYERS), i) for i, layer in enumerate(at, 1)]
         at = [layer for layer in at if layer < layers] or at[:1]
-    for last, layer in pairwise([0, *at]):
-        if not last < layer < layers:
-            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: give layers "
-                               f"from 1 to {layers - 1}, in order")
+    for layer in at:
+        if not 0 < layer < layers:
+            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: give a layer "
+                               f"from 1 to {layers - 1}")
     return at
 
 
 def counts_said(name: str, N: int, cuts: int) -> Sequence[int | None]:
     """How many tokens stay at each cut by settings or a published rule; None: it finds them."""
-    settings, method = settings_of(name), base_of(name)
-    said: list[int | None] = [None] * cuts
-    if "label" in settings:
-        said = [min(kept, N) for kept in LABELS[method][settings["label"]]]
-    elif "drop" in settings:
-        said = [max(1, round(N * (1 - settings["drop"])))]
-    elif "ratios" in settings or method == "pyramiddrop":
-        ratios = settings.get("ratios", [0.5 ** (i + 1) for i in range(cuts)])
-        said = [max(1, int(N * ratio + 1e-6)) for ratio in ratios]
-    if len(said) < cuts or len(said) > cuts and "layers" in settings:
-        raise NanogapError(f"{name} cuts {cuts} times: give as many layers and ratios")
-    return said[:cuts]
+    settings, method = settings_of(name), method_of(name)
+    if method.labels and "label" in settings:
+        return [min(kept, N) for kept in method.labels[settings["label"]]]
+    if "drop" in settings:
+        return [max(1, round(N * (1 - settings["drop"])))] * cuts
+    if method.halves:
+        return [max(1, N // 2 ** (i + 1)) for i in range(cuts)]
+    return [None] * cuts
 
 
 def counts(name: str, N: int, cuts: Cuts) -> Cuts:

@@ -1,7 +1,8 @@
 """Strategies by what a person writes: "name(setting=value)", or "FILE.py:NAME".
 
-One of your own, from a file or from your program, is handed a copy of what was seen, so it cannot
-change what others see; and what it returns is checked, in lines that name it.
+A setting is a keyword argument of the strategy's function, whose default stands there.  Two are
+not: `crops` of all that prune before the decoder, and `question` of all that read.
+One of your own, from a file or your program, sees a copy, and what it returns is checked.
 """
 
 import ast
@@ -21,31 +22,17 @@ from torch import Generator, Tensor
 
 from nanogap.errors import NanogapError
 from nanogap.methods import before  # noqa: F401   it enters its own
-from nanogap.methods.in_decoder import COUNTING, IN_DECODER
+from nanogap.methods.in_decoder import COUNTING, prunes_there
 from nanogap.prune import FIELDS, STRATEGIES, Kept, Strategy, VisualTokens, needs_of
 
 BUILT_IN = dict(STRATEGIES)
 FIELDS["question"] = "(S, E)      the whole question there, a row for every 77 tokens"
-
-
-def is_whole(value: Any) -> bool:
-    return type(value) is int
-
-
-def is_share(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-def is_list(of: Callable[[Any], bool], value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(of, value))
-
-
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {   # what each may be; your own, anything
-    "layer": ("a whole number", is_whole),
-    "layers": ("a list of whole numbers", partial(is_list, is_whole)),
-    "drop": ("a share from 0 to 1", is_share),
-    "ratio": ("a share from 0 to 1", is_share),
-    "ratios": ("a list of shares from 0 to 1", partial(is_list, is_share)),
+ANYTHING = "anything", lambda value: True
+SHARE = "a share from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {   # what each may be
+    "layer": ("a whole number", lambda value: type(value) is int),
+    "drop": SHARE,
+    "ratio": SHARE,
     "label": ("192, 128, 96 or 64", lambda value: value in (192, 128, 96, 64)),
     "question": ("expression or whole", lambda value: value in ("expression", "whole")),
     "crops": ("proportion or equal", lambda value: value in ("proportion", "equal")),
@@ -53,11 +40,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {   # what each may be; yo
 
 
 def find(spec: str) -> str:
-    """The key under which a strategy stands in STRATEGIES, with its settings.
-
-    A file that has changed since is read again; one name in two files makes two strategies.
-    raises: NanogapError where there is no such strategy, file, function or setting
-    """
+    """The key of a strategy in STRATEGIES, with its settings; NanogapError where there is none."""
     name, bracket, text = spec[:-1].rpartition("(") if spec.endswith(")") else (spec, "", "")
     if ":" in name:
         STRATEGIES[name] = guarded(name, read(name))
@@ -67,6 +50,53 @@ def find(spec: str) -> str:
     elif STRATEGIES[name] is not BUILT_IN.get(name):
         STRATEGIES[name] = guarded(name, STRATEGIES[name])
     return configure(name, text) if bracket else name
+
+
+def configure(name: str, text: str) -> str:
+    """Enter a strategy with settings; returns its key, with those that differ from the defaults."""
+    function, needs = STRATEGIES[name], needs_of(name)
+    arguments = inspect.signature(function).parameters.values()
+    own = {each.name: each.default for each in arguments if each.kind is each.KEYWORD_ONLY}
+    defaults = dict(own)
+    if "text" in needs:
+        defaults["question"] = "expression"
+    if not prunes_there(name):
+        defaults["crops"] = "proportion"
+    yours = {} if function is BUILT_IN.get(name) else dict.fromkeys(own, ANYTHING)
+    kinds = {each: yours.get(each) or KINDS[each] for each in defaults}
+    said = parse(name, text)
+    for setting, value in said.items():
+        if setting not in kinds or not kinds[setting][1](value):
+            known = ", ".join(f"{each} ({words})" for each, (words, _) in kinds.items())
+            raise NanogapError(f"{name} has no setting {setting}={value!s:.80}; it has "
+                               f"{known or 'none at all'}")
+    values = {setting: said[setting] for setting in sorted(said)
+              if said[setting] != defaults[setting]}
+    if not values:
+        return name
+    if values.get("question") == "whole":
+        needs = needs - {"text"} | {"question"}
+    counts = "attention" in needs and not COUNTING.isdisjoint(values)
+    run = partial(function, **{setting: values[setting] for setting in own if setting in values})
+    vars(run).update(needs=needs, settings=values, __wrapped__=function,
+                     finds_budget=counts or getattr(function, "finds_budget", False))
+    pairs = ",".join(f"{setting}={value}" for setting, value in values.items())
+    key = f"{name}({pairs})"
+    STRATEGIES[key] = run
+    return key
+
+
+def parse(name: str, text: str) -> dict[str, Any]:
+    """ "layer=2,crops=equal" -> {"layer": 2, "crops": "equal"}."""
+    try:
+        call: Any = ast.parse(f"f({text})", mode="eval").body
+        if call.args or len({word.arg for word in call.keywords}) < len(call.keywords):
+            raise ValueError
+        return {str(word.arg): word.value.id if isinstance(word.value, ast.Name)
+                else ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError, TypeError):
+        raise NanogapError(f"{name}({text:.80}): write settings as name=value with commas between "
+                           "them, such as fastv(layer=2,drop=0.5)") from None
 
 
 def code_of(name: str) -> str:
@@ -150,54 +180,3 @@ def checked(kept: Any, seen: Tensor, budget: int | None) -> Kept:
             raise NanogapError(f"features must be (K, C), and added (M, C), where C is {C} and K "
                                f"is {len(patches)} here; one is {tuple(rows.shape)}")
     return Kept(ranked.long(), features, added)
-
-
-def configure(name: str, text: str) -> str:
-    """Enter a strategy with settings, "layer=2,drop=0.5"; returns the key under which it stands.
-
-    raises: NanogapError for settings that it does not have, or of another type
-    """
-    function, needs = STRATEGIES[name], needs_of(name)
-    arguments = inspect.signature(function).parameters.values()
-    own = {each.name: each.default for each in arguments if each.kind is each.KEYWORD_ONLY}
-    defaults = dict(own)
-    if "text" in needs:
-        defaults["question"] = "expression"
-    if not needs & IN_DECODER:
-        defaults["crops"] = "proportion"
-    kinds = KINDS
-    if not function.__module__.startswith("nanogap."):
-        kinds = {each: kind for each, kind in KINDS.items() if each not in own}
-    said = parse(name, text)
-    for setting, value in said.items():
-        if setting not in defaults or setting in kinds and not kinds[setting][1](value):
-            known = [f"{each} ({kinds[each][0]})" if each in kinds else each for each in defaults]
-            raise NanogapError(f"{name} has no setting {setting}={value!s:.80}; it has "
-                               f"{', '.join(known) or 'none at all'}")
-    values = {setting: said[setting] for setting in sorted(said)
-              if said[setting] != defaults[setting]}
-    if not values:
-        return name
-    if values.get("question") == "whole":
-        needs = needs - {"text"} | {"question"}
-    counts = "attention" in needs and not COUNTING.isdisjoint(values)
-    run = partial(function, **{setting: values[setting] for setting in own if setting in values})
-    vars(run).update(needs=needs, settings=values, __wrapped__=function,
-                     finds_budget=counts or getattr(function, "finds_budget", False))
-    pairs = ",".join(f"{setting}={value}" for setting, value in values.items())
-    key = f"{name}({pairs.replace(', ', ',')})"
-    STRATEGIES[key] = run
-    return key
-
-
-def parse(name: str, text: str) -> dict[str, Any]:
-    """ "layer=2,crops=equal" -> {"layer": 2, "crops": "equal"}."""
-    try:
-        call: Any = ast.parse(f"f({text})", mode="eval").body
-        if call.args or len({word.arg for word in call.keywords}) < len(call.keywords):
-            raise ValueError
-        return {str(word.arg): word.value.id if isinstance(word.value, ast.Name)
-                else ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError, TypeError):
-        raise NanogapError(f"{name}({text:.80}): write settings as name=value with commas between "
-                           "them, such as fastv(layer=2,drop=0.5)") from None

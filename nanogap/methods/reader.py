@@ -2,30 +2,26 @@
 
 In:  a question, and a strategy that cuts inside the decoder.  Out: an answer, and its cuts.
 
-All visual tokens go in.  Before the layer of a cut a strategy (in_decoder.py) says which of them
-stay, by what the layers below have made of them.  The mode decides about order and IDs there
-(gap.py), as it does before the decoder.
-
-The published codes keep the old position IDs (FastV, SparseVLM's version 2, IVC-Prune) or renumber
-what is left at each cut (PyramidDrop, SparseVLM's version 1); here each can be asked in every mode.
+All visual tokens go in.  Before the layer of a cut a strategy (in_decoder.py) says which stay, by
+what the layers below have made of them, and the mode decides about order and IDs (gap.py).  Here
+each can be asked in every mode; of the published codes those of FastV, SparseVLM+ and IVC-Prune
+keep the old IDs, and PyramidDrop's and SparseVLM's renumber what is left at each cut.
 Letters: P tokens before the image, N visual tokens, n of them at a cut, K kept, M added, A tokens
 after the image; H heads, G key-value heads, T tokens in the sequence, Q that look at the others.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from nanogap import ground as lesson
 from nanogap.gap import Layout, lay_out
 from nanogap.ground import MAX_NEW_TOKENS, Answer, Keep, Result
 from nanogap.llama import KVCache, LlamaAttention, LlamaModel, rotate
-from nanogap.llava import EncodedImage, Llava
+from nanogap.llava import Llava
 from nanogap.methods.in_decoder import mean_tokens, method_of, plan
 from nanogap.prune import STRATEGIES, VisualTokens, budget_of, needs_of
 
@@ -33,13 +29,12 @@ from nanogap.prune import STRATEGIES, VisualTokens, budget_of, needs_of
 @dataclass(frozen=True)
 class Pruned(Result):
     """The answer of a decoder that dropped tokens: `keep` and IDs are those after its last cut."""
-
     cuts: list[tuple[int, int]]   # (layer, visual tokens from there on)
 
 
-def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, expression: str,
-           prune: str = "fastv", keep: Keep = "50%", mode: str = "gap", seed: int = 0, *,
-           max_new_tokens: int = MAX_NEW_TOKENS, question: str | None = None) -> Pruned:
+def ground(model: Llava, image: Any, expression: str, prune: str = "fastv", keep: Keep = "50%",
+           mode: str = "gap", seed: int = 0, *, max_new_tokens: int = MAX_NEW_TOKENS,
+           question: str | None = None) -> Pruned:
     """Find what an expression refers to, with cuts in the decoder: see nanogap/ground.py."""
     encoded = model.encode_image(image)
     N, decoder = encoded.n_visual, model.language_model.model
@@ -64,10 +59,7 @@ def ground(model: Llava, image: Image.Image | str | Path | EncodedImage, express
 
 
 class Reader:
-    """A decoder that drops visual tokens of the prompt before some of its layers.
-
-    It is called as the decoder is that it reads with: with the prompt, and then token by token.
-    """
+    """A decoder that drops visual tokens of the prompt before some layers, called like another."""
 
     def __init__(self, decoder: LlamaModel, prune: str, mode: str, seed: int, cuts: dict[int, Any],
                  P: int, N: int, A: int) -> None:
@@ -75,6 +67,7 @@ class Reader:
         self.config, self.embed_tokens = decoder.config, decoder.embed_tokens
         self.cuts, self.method = cuts, method_of(prune)   # layer -> visual tokens it keeps
         self.P, self.N, self.A = P, N, A
+        self.looking = torch.tensor([-1], device=decoder.norm.weight.device)   # from the end
         everything = lay_out(torch.arange(N), P, N, A, mode)
         self.layouts = [everything] * len(decoder.layers)   # which token stands where, by layer
 
@@ -88,9 +81,8 @@ class Reader:
         position_ids: (T,) or (1,) as they are without a cut
         """
         reading = cache.lengths[0] == 0
-        if reading:
-            looking = torch.tensor([-1], device=x.device)
-            self.looking = raters_of(x, self.P, self.N) if self.method.raters else looking
+        if reading and self.method.raters:
+            self.looking = raters_of(x, self.P, self.N)
         # token t of the answer goes on behind the prompt's IDs, which each layer has of its own
         t = position_ids - self.layouts[0].next_position                      # (1,)
         fed = x
@@ -105,10 +97,7 @@ class Reader:
         return self.decoder.norm(x)
 
     def cut(self, layer: int, fed: Tensor, x: Tensor, cache: KVCache) -> Tensor:
-        """What stays of a prompt before a layer: (1, T', C).
-
-        fed, x: (1, T, C) what the layer before it was fed, and what it made of that
-        """
+        """What stays of a prompt x before a layer: (1, T', C).  fed: what the one before it was."""
         before, n, P = self.layouts[layer - 1], self.n_visual(layer - 1), self.P
         shown, hidden = (layer, x) if self.method.ahead else (layer - 1, fed)
         fields = self.fields(shown, hidden, before.position_ids.to(x.device), n)
@@ -153,7 +142,7 @@ class Reader:
         return fields
 
     def attention(self, projected: LlamaAttention, h: Tensor, ids: Tensor) -> Tensor:
-        """How much the tokens that look look at all others in a layer: (H, Q, T)."""
+        """How much the tokens that look attend to all others in a layer: (H, Q, T)."""
         T, D, queries = h.shape[1], self.config.head_dim, h.shape[1] + self.looking
         cos, sin = self.decoder.angles(ids, h.dtype)
         q = projected.split(projected.q_proj(h[:, queries]))                  # (1, H, Q, D)
@@ -173,8 +162,8 @@ class Reader:
 def raters_of(x: Tensor, P: int, n: int) -> Tensor:
     """Which tokens after the image are about it: places (Q,), counted from the end, -1 the last.
 
-    x: (1, T, C) embeddings of the prompt.  A rater's share of the products with visual tokens is
-    above the mean; where all are equal, the last token rates.  source: SparseVLM's code
+    In x (1, T, C) they have more than the mean share of the products with visual tokens; where all
+    are equal, the last token rates.  source: SparseVLM's code
     """
     visual, text = x[0, P:P + n].float(), x[0, P + n:].float()                # (n, C), (A, C)
     share = (visual @ text.T).softmax(1).mean(0)                              # (A,)
@@ -185,9 +174,8 @@ def raters_of(x: Tensor, P: int, n: int) -> Tensor:
 def value_attention(projected: LlamaAttention, h: Tensor, P: int, n: int) -> Tensor:
     """How much visual tokens, and then the question's, would look at visual ones: (n + Q, n).
 
-    Softmax of the products of values, without position and without a mask; the mean over heads.
-    The question begins two tokens behind the image, as in IVC-Prune's code.  differs: where no
-    more than two stand there, it is the last one
+    Softmax of the products of values, without position and mask; the mean over heads.  The question
+    begins two tokens behind the image, as in the code.  differs: at the last token at the latest
     """
     values = projected.split(projected.v_proj(h[None]))[0].float()            # (G, T, D)
     question = min(P + n + 2, len(h) - 1)

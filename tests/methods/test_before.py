@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanogap.methods import find
-from nanogap.methods.in_decoder import IN_DECODER
+from nanogap.methods.in_decoder import prunes_there
 from nanogap.prune import FIELDS, STRATEGIES, Kept, VisualTokens, needs_of
 from tests.plain import (
     Plain,
@@ -22,7 +22,7 @@ from tests.plain import (
 )
 from tests.test_prune import seen, select
 
-NAMES = [name for name in STRATEGIES if not needs_of(name) & IN_DECODER]
+NAMES = [name for name in STRATEGIES if not prunes_there(name)]
 
 
 def budgets(name: str, *given: int) -> list[int | None]:

@@ -143,7 +143,7 @@ def test_one_of_your_own_has_settings_too(tmp_path: Path, keeps: Keeps):
     ("fastv(layer=x)", "no setting layer=x"), ("vispruner(ratio=2)", "no setting ratio=2"),
     ("sparsevlm(label=65)", "label .192, 128, 96 or 64"), ("fastv(2)", "write settings as "),
     ("fastv(layer=2,layer=3)", "write settings as "),
-    ("sparsevlm(layers=[])", "layers .a list of whole numbers.")])
+    ("pyramiddrop(layer=2)", "no setting layer=2; it has none at all")])
 def test_what_there_is_not_is_one_line(spec: str, message: str):
     with pytest.raises(NanogapError, match=message):
         find(spec)
