@@ -1,10 +1,7 @@
-"""What commands ask of a model on top of the lesson's LLaVA: this is LLaVA-1.5, and the others
-stand on it, a file for each family beside this one, which says what differs:
+"""What commands ask of a model on top of the lesson's LLaVA: this is LLaVA-1.5.
 
-    frame, pixel_values, encode_pixels, select    what it sees
-    template, box_format                          what it is asked, and how it says a box
-    project, complete, settings, rename           from the tower to the decoder; its files
-
+The other families stand on it, in a file each, which says what differs: what it sees, what it is
+asked and how it says a box, the way from the tower to the decoder, its files.
 Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
@@ -32,8 +29,8 @@ from nanogap.prune import Kept, VisualTokens
 class VLM(Llava):
     """A model as `nanogap.load` gives it: it answers the fast way, and can be written."""
 
-    on_disk: ClassVar[tuple[tuple[str, str], ...]] = (   # our names -> the published ones
-        (r"^vision_tower\.", "vision_tower.vision_model."),)
+    # our names -> the published ones
+    on_disk: ClassVar[tuple] = ((r"^vision_tower\.", "vision_tower.vision_model."),)
     Tower: ClassVar[type] = CLIPVisionTower    # of its configuration's `vision`
     frame: Any = Padded()                      # in which boxes are said
     pictures_alike: ClassVar[bool] = True      # whether all have as many visual tokens
@@ -47,8 +44,7 @@ class VLM(Llava):
     special_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<pad>")   # the image's comes first
     next_pass: Any = None                      # a pass behind the prompt: see fast/graph.py
     later: str = "USER: {} ASSISTANT:"         # a question that follows an answer
-    # keys of config.json that never differ
-    fixed: ClassVar[dict] = {
+    fixed: ClassVar[dict] = {                  # keys of config.json that never differ
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
 
@@ -126,7 +122,7 @@ class VLM(Llava):
             ids = torch.tensor(guide.tokenizer.encode(self.question(expression)).ids)     # (T,)
             longest = guide.text_model.config.max_position_embeddings
             rows = [guide.text_projection(guide.text_model(part[None]))
-                    for part in ids.to(self.device).split(longest)]
+                    for part in ids.to(self.device).split(longest)]           # (1, E) each
             seen.fields["question"] = torch.cat(rows)                         # (S, E)
             seen.fields.setdefault("text", seen.fields["question"][0])        # for those of one row
         return seen

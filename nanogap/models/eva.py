@@ -1,9 +1,8 @@
 """EVA's vision tower, as MiniGPT-v2 uses it.
 
 What differs from CLIP's (nanogap/clip.py): queries, keys and values come from one matrix, and keys
-have no bias; the patches' convolution has one; GELU is the exact one; there is no LayerNorm before
-the blocks and none behind them.  Modules are named as in the published eva_vit_g.pth, whose
-position table may have another size.
+have no bias; the patches' convolution has one; GELU is the exact one; no LayerNorm stands before
+the blocks or behind them.  Modules are named as in the published eva_vit_g.pth.
 Source: EVA, arXiv 2211.07636; eva_vit.py of Vision-CAIR/MiniGPT-4.
 Letters: B batch, N patches, C channels, H heads, D head dim; T tokens, or 1 + N with CLS first.
 """
@@ -25,11 +24,9 @@ VIT_G_14 = CLIPVisionConfig(
 
 
 def interpolate_positions(table: Tensor, grid: int) -> Tensor:
-    """A position table for another number of patches, in float32; the row of CLS stays.
+    """A position table (1, 1 + n * n, C) -> (1, 1 + grid * grid, C) in float32; CLS's row stays.
 
-    table:   (1, 1 + n * n, C), of any float type
-    returns: (1, 1 + grid * grid, C)
-    source:  interpolate_pos_embed of MiniGPT-4, bicubic; EVA was trained on 16 x 16 patches
+    source: interpolate_pos_embed of MiniGPT-4, bicubic; EVA was trained on 16 x 16 patches
     """
     cls, patches = table.float().split([1, table.shape[1] - 1], dim=1)        # (1, n * n, C)
     n = isqrt(patches.shape[1])
@@ -74,8 +71,6 @@ class EvaMLP(CLIPMLP):
 
 
 class EvaBlock(nn.Module):
-    """One pre-norm transformer block."""
-
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         C = config.hidden_size
@@ -108,8 +103,7 @@ class EvaTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) -> hidden states (B, 1 + N, C) before and after the last block.
 
-        differs: in half precision the original adds up its blocks in float32, and takes positions
-        and CLS from float32; here all of it has the precision of the model
+        differs: in half precision the original has sums, positions and CLS in float32
         """
         patches = self.patch_embed["proj"](pixel_values)                      # (B, C, grid, grid)
         patches = patches.flatten(2).transpose(1, 2)                          # (B, N, C)
@@ -120,10 +114,7 @@ class EvaTower(nn.Module):
         return x, self.blocks[-1](x)
 
     def fields(self, before: Tensor) -> dict[str, Tensor]:
-        """What strategies may see of the last block, whose input is (1 + N, C): see FIELDS.
-
-        No layer follows that of the features, so `last_queries` and `last_keys` are its own.
-        """
+        """What strategies may see of the last block, whose input is (1 + N, C): see FIELDS."""
         attn = self.blocks[-1].attn
         queries, keys, _ = attn.queries_keys_values(self.blocks[-1].norm1(before[None]))
         q, k = attn.split(queries[:, :1]), attn.split(keys)                   # (1, H, 1 + N, D)

@@ -1,22 +1,21 @@
 """LLaVA-1.6: the whole picture and tiles of it in a higher resolution, each seen by CLIP alone.
 
-In:  a picture.  Out: the visual tokens of its base view, row by row, and then those of its tiles,
-as one grid without what shows only padding; behind each row of the grid stands a newline token.
+In:  a picture.
+Out: the visual tokens of its base view, row by row, and then those of its tiles, as one grid.
 
     base view     grid x grid patches of the whole picture, stretched to a square
-    tiles         R rows of C patches, and a newline: R (C + 1) tokens
+    tiles         R rows of C patches that show more than padding, each closed by a newline token
 
 so N = grid^2 + R (C + 1) depends on the picture: 640 x 480 pixels are 576 + 36 * 49 = 2340 tokens.
 All else is as in LLaVA-1.5, but that the decoder may be a Mistral, whose template is another.
-
-Source: LLaVA-1.6, in the layouts of llava-hf's repositories on the hub, as transformers 5.23 reads
-them.  open: with which of LLaVA's two system sentences its Vicunas were trained is not published;
-here it is the one that its demo and the hub's converter use.
+Source: llava-hf's repositories on the hub, as transformers 5.23 reads them.  open: with which of
+LLaVA's two system sentences its Vicunas were trained; here it is that of its demo and converter.
 """
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -49,32 +48,23 @@ class LlavaNextConfig(LlavaConfig):
     decoder: str = "llama"                        # or "mistral", which has a template of its own
 
 
-# ----- the picture --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tiles(Padded):
     """The whole picture stretched to a square, and tiles of it in a higher resolution.
 
     The tiles are cut out of a canvas, on which the picture is as large as it can be, in the middle,
-    with black around it.  Boxes are shares of the padded square all the same.  open: LLaVA-1.6's
-    frame of boxes is stated nowhere; that of 1.5 is the likeliest, for nothing that is known of the
-    training changed it.
+    with black around it.  open: the frame of boxes is stated nowhere; here it is the padded square,
+    as in 1.5.  source: anyres and spatial_unpad as the hub's processor has them; the original reads
+    (width, height), which changes ties
     pinpoints: (height, width) of each canvas that may be chosen, whole tiles, pixels
     size:      pixels along a side of a tile, which are `grid` patches
-    source:    LLaVA-1.6, `image_aspect_ratio: anyres` and `mm_patch_merge_type: spatial_unpad`, as
-               the hub's processor has it: the original reads (width, height), which changes ties
     """
-
     pinpoints: tuple[Size, ...]
     size: int = 336
     grid: int = 24
 
     def canvas(self, width: int, height: int) -> Size:
-        """(height, width) of the canvas that shows most of a picture's pixels, and wastes least.
-
-        The first of those that are equally good.
-        """
+        """(height, width) of the first canvas that shows most of a picture, and wastes least."""
         def merit(canvas: Size) -> tuple[int, int]:
             H, W = canvas
             scale = min(W / width, H / height)
@@ -102,8 +92,7 @@ class Tiles(Padded):
     def number(self, width: int, height: int) -> tuple[Tensor, int, int]:
         """Which visual token each patch of a picture's canvas is; and R rows of C of them stay.
 
-        -1 where rows or columns show only black.  source: transformers 5.23; the proportions
-        decide, and not where the picture was placed
+        -1 where rows or columns show only black.  source: transformers 5.23: by the proportions
         """
         H, W = self.canvas(width, height)
         rows, columns = H // self.size * self.grid, W // self.size * self.grid
@@ -121,18 +110,11 @@ class Tiles(Padded):
 
 
 @dataclass(kw_only=True)
-class Part(EncodedImage):
-    """The base view, or what is left of one tile: a rectangle of patches that the tower saw."""
-
-    index: Tensor             # (rows, columns) which visual token each of its patches is
-
-
-@dataclass(kw_only=True)
 class EncodedTiles(EncodedImage):
     """A picture as base view and tiles; `rows` and `columns` are those of the tiles' grid."""
-
-    parts: list[Part]
-    row_end: Tensor           # (N,) the newline that closes each token's row; -1 in the base view
+    parts: list[EncodedImage]   # the base view, and what is left of each tile, as seen alone
+    views: list[Tensor]         # of each (rows, columns): which visual token a patch of it is
+    row_end: Tensor             # (N,) the newline that closes each token's row, -1 in the base view
 
     @property
     def n_patches(self) -> int:
@@ -140,15 +122,11 @@ class EncodedTiles(EncodedImage):
         return self.n_visual - self.rows
 
 
-# ----- what is kept of all parts ------------------------------------------------------------------
-
-
 def shared_out(budget: int, sizes: Sequence[int], equally: bool = False) -> list[int]:
     """Whole shares of a budget: in proportion to sizes, the largest fractions rounded up.
 
-    equally: the same share for each, as published codes have it: strategies with crops=equal.
-             differs: they count padding too; a part that has fewer patches leaves the rest to
-             the others
+    equally: the same for each, as in published codes.  differs: they count padding too; here a part
+             that has fewer patches leaves the rest to the others
     """
     due = [budget / len(sizes) if equally else budget * size / sum(sizes) for size in sizes]
     shares = [0] * len(sizes)
@@ -159,13 +137,9 @@ def shared_out(budget: int, sizes: Sequence[int], equally: bool = False) -> list
 
 
 def close_rows(ranked: Sequence[int], row_end: Sequence[int]) -> list[int]:
-    """Put the newline that closes a row behind the last patch of it that was kept.
+    """Put the newline that closes a row behind the last patch of it that was kept, (K,) by rank.
 
-    ranked:  (K,) visual tokens that were kept
-    row_end: (N,) the newline that closes the row of each visual token, -1 where none does
-    differs: the published codes of pruning for LLaVA-1.6 leave these tokens out; here they stay, as
-             the other tokens that are no patches do.  They have no scores: where patches go by rank
-             a row is closed behind the lowest of it
+    differs: published codes leave newlines out; here they stay, as other tokens that are no patches
     """
     last = {row_end[token]: token for token in ranked}        # of each row
     closed = []
@@ -174,9 +148,6 @@ def close_rows(ranked: Sequence[int], row_end: Sequence[int]) -> list[int]:
         if row_end[token] >= 0 and last[row_end[token]] == token:
             closed.append(row_end[token])
     return closed
-
-
-# ----- the model ----------------------------------------------------------------------------------
 
 
 class LlavaNext(VLM):
@@ -210,10 +181,7 @@ class LlavaNext(VLM):
         return torch.cat(views).to(self.device, self.dtype)
 
     def encode_pixels(self, pixel_values: Tensor, width: int, height: int) -> EncodedTiles:
-        """The base view and what is left of each tile are parts; newlines are in none of them.
-
-        Their features are zeros: see `visual_tokens`.
-        """
+        """The base view and what is left of each tile; newlines have zeros: see visual_tokens."""
         n, (canvas, R, C) = self.config.vision.grid, self.frame.number(width, height)
         base = torch.arange(n * n).view(1, n, n)
         tiles = canvas.unflatten(1, (-1, n)).unflatten(0, (-1, n))            # (down, n, across, n)
@@ -225,25 +193,24 @@ class LlavaNext(VLM):
         ends = n * n - 1 + torch.arange(1, R + 1) * (C + 1)                   # (R,) newlines
         row_end = torch.cat([base.new_full((n * n,), -1), ends.repeat_interleave(C + 1)])
         features = after.new_zeros(len(row_end), after.shape[-1])             # (N, C)
-        parts = []
+        parts, views = [], []
         for square, token in enumerate(squares):
             shown = token >= 0                                                # (n, n)
             patches = shown.flatten().nonzero()[:, 0].to(after.device)        # (k,)
             if len(patches) == 0:
                 continue
-            index = token[shown.any(1)][:, shown.any(0)]                      # (rows, columns)
-            rows, columns = index.shape
+            view = token[shown.any(1)][:, shown.any(0)]                       # (rows, columns)
             seen = after[square, 1:][patches]                                 # (k, C)
-            features[index.flatten().to(after.device)] = seen
-            parts.append(Part(width, height, seen, rows, columns,
-                              (before[square], after[square], patches), index=index))
-        return EncodedTiles(width, height, features, R, C, None, parts=parts, row_end=row_end)
+            features[view.flatten().to(after.device)] = seen
+            views.append(view)
+            rows, columns = view.shape
+            parts.append(EncodedImage(width, height, seen, rows, columns,
+                                      (before[square], after[square], patches)))
+        return EncodedTiles(width, height, features, R, C, None, parts=parts, views=views,
+                            row_end=row_end)
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
-        """What the tower tells of a square, of the patches that are left of it.
-
-        CLS is the square's own, and what it gives to patches of padding is missing.
-        """
+        """What the tower tells of a square and its own CLS, of the patches that are left of it."""
         before, after, patches = image.hidden                                 # (1 + n, C), (k,)
         with_cls = torch.cat([patches.new_zeros(1), 1 + patches])             # (1 + k,)
         stays = {"cls_attention": (slice(None), patches), "keys": patches,    # (H, k), (k, D)
@@ -251,21 +218,20 @@ class LlavaNext(VLM):
         fields = self.vision_tower.fields(before, after, needs)
         return {name: value[stays.get(name, ...)] for name, value in fields.items()}
 
-    def select(self, image: EncodedImage, expression: str, prune: str, budget: int | None,
+    def select(self, image: Any, expression: str, prune: str, budget: int | None,
                seed: int) -> Kept:
         """Which patches a strategy keeps of each part, by its share of the budget; and newlines."""
-        assert isinstance(image, EncodedTiles)
         sizes = [part.n_visual for part in image.parts]
         equally = settings_of(prune).get("crops") == "equal"
         shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes, equally)
         generator = Generator().manual_seed(seed)             # one for all parts: they differ
         features = image.features.clone()                                     # (N, C)
         ranked, added = [], []
-        for part, share in zip(image.parts, shares, strict=True):
+        for part, view, share in zip(image.parts, image.views, shares, strict=True):
             if share == 0:
                 continue
             kept = STRATEGIES[prune](self.see(part, needs_of(prune), expression), share, generator)
-            tokens = part.index.flatten()[kept.ranked.cpu()]                  # (k,)
+            tokens = view.flatten()[kept.ranked.cpu()]                  # (k,)
             if kept.features is not None:
                 features[tokens.to(features.device)] = kept.features
             if kept.added is not None:
@@ -274,24 +240,18 @@ class LlavaNext(VLM):
         keep = torch.tensor(close_rows(ranked, image.row_end.tolist()))       # (K,)
         return Kept(keep, features[keep.to(features.device)], torch.cat(added) if added else None)
 
-    def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
+    def visual_tokens(self, image: Any, kept: Kept, order: Tensor) -> Tensor:
         """Patches go through the projector, and a newline is the same vector everywhere."""
-        assert isinstance(image, EncodedTiles)
         visual = super().visual_tokens(image, kept, order)                    # (K + M, C')
         indices = kept.ranked[order]                                          # (K,)
         newline = (image.row_end[indices] == indices).nonzero()[:, 0]
         visual[newline.to(visual.device)] = self.image_newline
         return visual
 
-    # ----- where its tokens lie -------------------------------------------------------------------
-
-    def views(self, image: EncodedImage) -> list[Tensor]:
-        """The base view, and what is left of each tile."""
-        assert isinstance(image, EncodedTiles)
-        return [part.index for part in image.parts]
+    def views(self, image: Any) -> list[Tensor]:
+        return image.views
 
     def cells(self, image: EncodedImage) -> Tensor:
-        """Which part of the picture each visual token shows: (N, 4), pixels; newlines: nothing."""
         width, height, n = image.width, image.height, self.config.vision.grid
         (H, W), (canvas, _, _) = self.frame.canvas(width, height), self.frame.number(width, height)
         left, top, across, down = self.frame.placed(width, height)
@@ -304,7 +264,6 @@ class LlavaNext(VLM):
         return at
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
-        """What becomes of a picture, for --explain."""
         _, tower = super().walk(image)
         S, (H, W) = self.frame.size, self.frame.canvas(image.width, image.height)
         square = [f"{image.width} x {image.height} pixels, stretched to a base view of {S} x {S};",
@@ -315,8 +274,6 @@ class LlavaNext(VLM):
                   f"newline closes each row: N = {self.frame.grid ** 2} + {image.rows} x "
                   f"({image.columns} + 1) = {image.n_visual}"]
         return square, tower
-
-    # ----- its files ------------------------------------------------------------------------------
 
     @classmethod
     def complete(cls, config: dict) -> dict:

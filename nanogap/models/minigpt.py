@@ -7,14 +7,10 @@ Out: one visual token for every four patches that stand side by side in a row.
     tokens       32 x 8     each the channels of four patches, one behind the other: 4 x 1408
     llama_proj   5632 -> 4096
 
-Strategies see the tokens, 256 in 32 rows of 8.  What the tower says of patches, such as how much
-CLS attends to each, is the mean over a token's four; CLS is compared with a token as four times
-the same.
-
-Three pieces are published: Llama-2-7b-chat-hf, eva_vit_g.pth, and a checkpoint of what was trained.
-nanogap/convert merges its LoRA and makes one folder of them, whose tensors keep their names.
-The tokenizer has no image token: its ID is that behind the last embedding.  `ln_vision` was never
-trained: it normalises and no more, with weights of 1 and biases of 0.
+Strategies see the tokens.  What the tower says of patches, such as how much CLS attends to each, is
+the mean over a token's four; CLS is compared with a token as four times the same.
+It is published in three pieces, of which nanogap/convert makes one folder.  The tokenizer has no
+image token: its ID is that behind the last embedding.
 Source: MiniGPT-v2, arXiv 2310.09478; Vision-CAIR/MiniGPT-4.
 Letters: N visual tokens, C channels of a patch, C' of the decoder, H heads, D head dim.
 """
@@ -41,7 +37,6 @@ LLAMA_2 = Template(
     after="</Img> {} [/INST]",
     where_is="[refer] give me the location of {}",
     starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
-NUMBER = r"< *([0-9]{1,3}) *> *"     # the original reads answers without their spaces
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,7 @@ class WithoutBlanks(BoxFormat):
 
 
 HUNDREDTHS = WithoutBlanks(
-    re.compile(r"\{ *" + 4 * NUMBER + r"\}"),
-    "{{<{}><{}><{}><{}>}}", whole=100)
+    re.compile(r"\{" + 4 * r"<([0-9]{1,3})>" + r"\}"), "{{<{}><{}><{}><{}>}}", whole=100)
 
 
 @dataclass(frozen=True)
@@ -66,11 +60,6 @@ class MiniGPTConfig(LlavaConfig):
             raise NanogapError(f"config.json: image_size {self.vision.image_size} makes "
                                f"{self.vision.grid} patches to a row, and MiniGPT-v2 makes one "
                                f"token of every {MEMBERS} of them: give a multiple of {MEMBERS}")
-
-
-def four_to_one(patches: Tensor) -> Tensor:
-    """Patches (..., N * 4, C) in raster order -> tokens (..., N, 4 * C): neighbours in a row."""
-    return patches.unflatten(-2, (-1, MEMBERS)).flatten(-2)
 
 
 def mean_of_four(patches: Tensor, dim: int) -> Tensor:
@@ -109,7 +98,8 @@ class MiniGPT(VLM):
         """What it sees: grid x grid / 4 tokens; CLS is left out."""
         before, after = self.vision_tower(pixel_values)                       # (1, 1 + 4 N, C) each
         seen = self.ln_vision(after[0])                                       # (1 + 4 N, C)
-        features, rows = four_to_one(seen[1:]), self.config.vision.grid       # (N, 4 C)
+        features = seen[1:].unflatten(0, (-1, MEMBERS)).flatten(1)            # (N, 4 C)
+        rows = self.config.vision.grid
         return EncodedImage(width, height, features, rows, rows // MEMBERS, (before[0], seen[0]))
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
@@ -131,12 +121,10 @@ class MiniGPT(VLM):
         return self.llama_proj(features)
 
     def guide(self) -> CLIPText:
-        """There is no space of images and texts here."""
         raise NanogapError("MiniGPT-v2 has no text tower; choose a strategy that does not read the "
                            "expression, such as cls_attention")
 
     def walk(self, image: EncodedImage) -> tuple[list[str], list[str]]:
-        """What becomes of a picture, for --explain."""
         (_, resized), (_, *tower) = super().walk(image)
         square = [f"{image.width} x {image.height} pixels, stretched to a square,", resized]
         return square, ["EVA turns patches into features, and four of a row into one token", *tower,
@@ -150,7 +138,6 @@ class MiniGPT(VLM):
         return {"image_token_index": rows} | config | {"vision_config": asdict(VIT_G_14) | vision}
 
     def settings(self, dtype: str) -> dict[str, dict]:
-        """config.json, every key spelled out, and generation_config.json."""
         files = super().settings(dtype)
         config = files["config.json"]
         config["vision_config"] |= {"model_type": "eva_vit_g", "hidden_act": "gelu"}

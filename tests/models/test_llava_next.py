@@ -159,7 +159,7 @@ def test_a_newline_stands_behind_the_last_patch_of_its_row(image, ranked, closed
 
 def of_each_part(image: EncodedTiles, keep: Tensor) -> list[int]:
     """How many patches are kept of each view."""
-    return [len(set(keep.tolist()) & set(part.index.flatten().tolist())) for part in image.parts]
+    return [len(set(keep.tolist()) & set(view.flatten().tolist())) for view in image.views]
 
 
 def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(model, image):
@@ -168,9 +168,9 @@ def test_each_view_has_its_share_of_the_budget_and_newlines_are_not_counted(mode
     result = model.ground(image, "the man", "cls_attention", 12, "gap")
     assert of_each_part(image, result.keep) == [4, 2, 2, 2, 2]
     best = set()
-    for part, share in zip(image.parts, [4, 2, 2, 2, 2], strict=True):
+    for part, view, share in zip(image.parts, image.views, [4, 2, 2, 2, 2], strict=True):
         scores = part.fields["cls_attention"].mean(0)
-        best |= set(part.index.flatten()[scores.argsort(descending=True)[:share]].tolist())
+        best |= set(view.flatten()[scores.argsort(descending=True)[:share]].tolist())
     newlines = set(image.row_end[sorted(best)].tolist()) - {-1}
     assert set(result.keep.tolist()) == best | newlines
     assert result.visual_tokens == len(result.keep) == 12 + len(newlines)
