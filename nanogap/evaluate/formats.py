@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nanogap.evaluate.refcoco import Size
 from nanogap.image import Box, Pad
 from nanogap.models import MiniGPT, Shikra
-from nanogap.models.frames import Stretch
+from nanogap.models.base import Stretch
 from nanogap.prompt import TWO_DECIMALS
 
 LEAST, MOST = 56 * 56, 16384 * 28 * 28     # pixels of a picture as Qwen2.5-VL resizes it by default

@@ -6,8 +6,8 @@ Letters: P tokens before the image, N visual tokens, K of them kept, A tokens af
 """
 
 import json
-from collections.abc import Collection
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +19,56 @@ from nanogap.clip import CLIPVisionTower
 from nanogap.errors import ItemError, NanogapError
 from nanogap.fast.ground_all import describe, ground, ground_all, ground_runs
 from nanogap.gap import lay_out
-from nanogap.image import Box, open_image
+from nanogap.image import Box, Pad, open_image
 from nanogap.llava import EncodedImage, Llava, LlavaConfig
-from nanogap.models.frames import Padded
 from nanogap.prompt import Shares
 from nanogap.prune import Kept, VisualTokens
+
+
+def cells(rows: int, columns: int, area: Box) -> Tensor:
+    """Where the cells of a grid over (left, top, width, height) lie: (rows * columns, 4)."""
+    left, top, across, down = area
+    index = torch.arange(rows * columns)
+    x = index % columns * across / columns + left
+    y = index // columns * down / rows + top
+    return torch.stack([x, y, x + across / columns, y + down / rows], dim=1)
+
+
+@dataclass(frozen=True)
+class Padded(Pad):
+    """The lesson's frame, and the way from pixels to it."""
+
+    def area(self, width: int, height: int) -> Box:
+        """Where the square lies: left, top, width, height, in pixels of the picture."""
+        side, (dx, dy) = max(width, height), self.offset(width, height)
+        return -dx, -dy, side, side
+
+    def from_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """A box (x1, y1, x2, y2) in pixels of the picture -> shares of the square."""
+        left, top, across, down = self.area(width, height)
+        return ((box[0] - left) / across, (box[1] - top) / down,
+                (box[2] - left) / across, (box[3] - top) / down)
+
+    def cells(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """Which part of the picture each patch shows: (rows * columns, 4), pixels, not clipped."""
+        return cells(rows, columns, self.area(width, height))
+
+
+@dataclass(frozen=True)
+class Stretch(Padded):
+    """Nothing is padded: the picture is stretched to a square.  Source: blip_processors.py."""
+
+    def area(self, width: int, height: int) -> Box:
+        return 0, 0, width, height
+
+    def fit(self, image: Image.Image, size: int) -> Image.Image:
+        """The stretched picture, size x size pixels."""
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+
+    def to_pixels(self, box: Sequence[float], width: int, height: int) -> Box:
+        """A box of shares (x1, y1, x2, y2) -> pixels of the picture, clipped to it."""
+        x1, y1, x2, y2 = (min(max(share, 0.0), 1.0) for share in box)
+        return x1 * width, y1 * height, x2 * width, y2 * height
 
 
 class VLM(Llava):

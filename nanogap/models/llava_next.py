@@ -25,8 +25,7 @@ from nanogap.errors import NanogapError
 from nanogap.image import to_pixel_values
 from nanogap.llava import VICUNA, EncodedImage, LlavaConfig
 from nanogap.methods.in_decoder import settings_of
-from nanogap.models.base import VLM
-from nanogap.models.frames import Padded, Stretch, cells
+from nanogap.models.base import VLM, Padded, Stretch, cells
 from nanogap.prompt import Template
 from nanogap.prune import STRATEGIES, Kept, needs_of
 

@@ -26,9 +26,8 @@ from nanogap.clip import CLIPText
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaForCausalLM
 from nanogap.llava import EncodedImage, LlavaConfig
-from nanogap.models.base import VLM
+from nanogap.models.base import VLM, Stretch
 from nanogap.models.eva import VIT_G_14, EvaTower
-from nanogap.models.frames import Stretch
 from nanogap.prompt import BoxFormat, Shares, Template
 
 MEMBERS = 4     # patches of one row that make a token

@@ -15,8 +15,7 @@ from torch import nn
 
 from nanogap.errors import NanogapError
 from nanogap.llava import SYSTEM, LlavaConfig
-from nanogap.models.base import VLM
-from nanogap.models.frames import Padded
+from nanogap.models.base import VLM, Padded
 from nanogap.prompt import NUMBER, BoxFormat, Template, encode
 
 PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"

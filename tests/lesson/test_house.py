@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nanogap"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LESSON = sorted(PACKAGE.glob("*.py"))
-SHARED = {"__init__", "base", "saving", "frames", "eva"}      # in models/
+SHARED = {"__init__", "base", "saving", "eva"}      # in models/
 MODEL_FILES = {path.stem for path in (PACKAGE / "models").glob("*.py")} - SHARED
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 import nanogap
 from nanogap.errors import NanogapError
+from nanogap.models.base import Stretch
 from nanogap.models.eva import interpolate_positions
-from nanogap.models.frames import Stretch
 from nanogap.models.minigpt import HUNDREDTHS, MiniGPT
 from nanogap.models.saving import save
 from tests.tiny import tiny_model

@@ -18,7 +18,7 @@ from PIL import Image
 from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
 from nanogap.image import iou
-from nanogap.models.frames import Padded
+from nanogap.models.base import Padded
 from nanogap.show.draw import MARGIN, STYLES, TRUTH, dim_dropped, draw_results, place_tag
 
 PINK = (250, 150, 200)
