@@ -7,7 +7,7 @@ Letters: P tokens before the image, N visual tokens, K of them kept, A tokens af
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +34,6 @@ def cells(rows: int, columns: int, area: Box) -> Tensor:
     return torch.stack([x, y, x + across / columns, y + down / rows], dim=1)
 
 
-@dataclass(frozen=True)
 class Padded(Pad):
     """The lesson's frame, and the way from pixels to it."""
 
@@ -54,7 +53,6 @@ class Padded(Pad):
         return cells(rows, columns, self.area(width, height))
 
 
-@dataclass(frozen=True)
 class Stretch(Padded):
     """Nothing is padded: the picture is stretched to a square.  Source: blip_processors.py."""
 
@@ -125,7 +123,6 @@ class VLM(Llava):
         return self.language_model(x, layout.position_ids.to(self.device))[0]
 
     def question(self, expression: str) -> str:
-        """The question that the model answers with a box."""
         return self.template.question(expression)
 
     def prompt(self, expression: str) -> Tensor:

@@ -91,11 +91,10 @@ class EvaTower(nn.Module):
         super().__init__()
         self.config = config
         self.depth = config.num_hidden_layers           # the features are those of the last block
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, config.hidden_size))
-        patch = config.patch_size
-        self.patch_embed = nn.ModuleDict({
-            "proj": nn.Conv2d(3, config.hidden_size, kernel_size=patch, stride=patch)})
+        C, patch = config.hidden_size, config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, C))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, C))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, patch, stride=patch)})
         self.blocks = nn.ModuleList(                                 # type: ignore[assignment]
             EvaBlock(config) for _ in range(config.num_hidden_layers))
         self.register_load_state_dict_pre_hook(fit_positions)

@@ -7,7 +7,7 @@ Out: the visual tokens of its base view, row by row, and then those of its tiles
     tiles         R rows of C patches that show more than padding, each closed by a newline token
 
 so N = grid^2 + R (C + 1) depends on the picture: 640 x 480 pixels are 576 + 36 * 49 = 2340 tokens.
-All else is as in LLaVA-1.5, but that the decoder may be a Mistral, whose template is another.
+The decoder may be a Mistral, whose template is another; all else is as in LLaVA-1.5.
 Source: llava-hf's repositories on the hub, as transformers 5.23 reads them.  open: with which of
 LLaVA's two system sentences its Vicunas were trained; here it is that of its demo and converter.
 """
@@ -52,9 +52,8 @@ class Tiles(Padded):
     """The whole picture stretched to a square, and tiles of it in a higher resolution.
 
     The tiles are cut out of a canvas, on which the picture is as large as it can be, in the middle,
-    with black around it.  open: the frame of boxes is stated nowhere; here it is the padded square,
-    as in 1.5.  source: anyres and spatial_unpad as the hub's processor has them; the original reads
-    (width, height), which changes ties
+    with black around it.  source: anyres and spatial_unpad, as the hub's processor has them.
+    open: the frame of boxes is stated nowhere; here it is the padded square, as in 1.5
     pinpoints: (height, width) of each canvas that may be chosen, whole tiles, pixels
     size:      pixels along a side of a tile, which are `grid` patches
     """
@@ -285,7 +284,6 @@ class LlavaNext(VLM):
             "text_config": (MISTRAL if decoder == "mistral" else {}) | text}
 
     def settings(self, dtype: str) -> dict[str, dict]:
-        """The same files, with what LLaVA-1.6 adds."""
         files = super().settings(dtype)
         pinpoints = {"image_grid_pinpoints": self.frame.pinpoints}
         files["config.json"] |= pinpoints

@@ -31,23 +31,12 @@ from nanogap.models.eva import VIT_G_14, EvaTower
 from nanogap.prompt import BoxFormat, Shares, Template
 
 MEMBERS = 4     # patches of one row that make a token
-LLAMA_2 = Template(
-    before="[INST] <Img>",
-    after="</Img> {} [/INST]",
-    where_is="[refer] give me the location of {}",
-    starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
 
 
-@dataclass(frozen=True)
 class WithoutBlanks(BoxFormat):
     """The authors read an answer without its blanks and <unk>."""
-
     def parse(self, text: str) -> Shares | None:
         return super().parse(text.replace("<unk>", "").replace(" ", ""))
-
-
-HUNDREDTHS = WithoutBlanks(
-    re.compile(r"\{" + 4 * r"<([0-9]{1,3})>" + r"\}"), "{{<{}><{}><{}><{}>}}", whole=100)
 
 
 @dataclass(frozen=True)
@@ -74,14 +63,17 @@ class MiniGPT(VLM):
                 "--vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth "
                 "--out weights/minigpt-v2`")
     frame = Stretch()
-    template = LLAMA_2
-    box_format = HUNDREDTHS
+    template = Template(
+        before="[INST] <Img>",
+        after="</Img> {} [/INST]",
+        where_is="[refer] give me the location of {}",
+        starts=2)   # the tokenizer adds a BOS, and the published evaluation's prompt has one in it
+    box_format = WithoutBlanks(
+        re.compile(r"\{" + 4 * r"<([0-9]{1,3})>" + r"\}"), "{{<{}><{}><{}><{}>}}", whole=100)
     special_tokens = ("<ImageHere>",)      # of a model that is trained here
     fixed = {"model_type": "minigpt_v2"}
     rename = ((r"^visual_encoder\.", "vision_tower."), (r"^llama_model\.", "language_model."))
     on_disk = ((r"^vision_tower\.", "visual_encoder."), (r"^language_model\.", "llama_model."))
-
-    vision_tower: EvaTower                 # type: ignore[assignment]
 
     def __init__(self, config: MiniGPTConfig) -> None:
         nn.Module.__init__(self)               # none of LLaVA's modules but the decoder
@@ -103,8 +95,6 @@ class MiniGPT(VLM):
 
     def fields(self, image: EncodedImage, needs: Collection[str]) -> dict[str, Tensor]:
         """What strategies may need to see, token by token: see FIELDS in prune.py."""
-        if not needs:
-            return {}
         before, cls = image.hidden                                            # (1 + 4 N, C), (C,)
         fields = self.vision_tower.fields(before)
         fields["cls"] = cls.repeat(MEMBERS)                                   # (4 C,)

@@ -1,7 +1,4 @@
-"""Models as files: in the layouts in which they are published.
-
-In:  a model.  Out: a folder that `nanogap.load` reads, and transformers as well.
-"""
+"""Models as files: in their published layouts, which `nanogap.load` and transformers read."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -1,14 +1,11 @@
 """Shikra-7B: CLIP at 224 pixels, one linear layer, and LLaMA; the image stands in a sentence.
 
 In:  a picture in a white square of S x S pixels.  Out: one visual token for each of its patches.
-
 Source: Shikra, arXiv 2306.15195, and shikras/shikra on GitHub, whose question for a box this is.
-It publishes a difference to LLaMA-7B, without the vision tower; nanogap/convert makes of the three
-one folder in the form of llava-hf's, which is read here.
+It publishes a difference to LLaMA-7B, of which nanogap/convert makes a folder in llava-hf's form.
 """
 
 import re
-from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 from torch import nn
@@ -19,15 +16,8 @@ from nanogap.models.base import VLM, Padded
 from nanogap.prompt import NUMBER, BoxFormat, Template, encode
 
 PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"
-WHITE = Padded((255, 255, 255))
-# several boxes have ";" between them.  differs: the first is read here, as from any model's answer,
-# and Shikra's own evaluation counts such an answer as wrong
-THREE_DECIMALS = BoxFormat(
-    re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}[;\]]", re.ASCII),
-    "Answer: [{:.3f},{:.3f},{:.3f},{:.3f}] .")
 
 
-@dataclass(frozen=True)
 class InSentence(Template):
     """A question with the image inside: "Where is the man in the image <image>?"
 
@@ -35,10 +25,7 @@ class InSentence(Template):
     """
 
     def around(self, question: str) -> tuple[str, str]:
-        """The text before the image, and the text after it; a question without one begins with it.
-
-        No spaces next to the image: those around added tokens were stripped in training.
-        """
+        """The text before the image, and the text after it, without spaces, as in training."""
         first, _, second = question.rpartition("<image>")
         before, after = self.before + first, self.after.format(second)
         return before.rstrip(), after.lstrip()
@@ -54,17 +41,16 @@ class InSentence(Template):
                 *encode(tokenizer, after)]
 
 
-SHIKRA = InSentence(
-    before=f"{SYSTEM} USER: ",
-    after="{} ASSISTANT:",
-    where_is=("Can you point out {} in the image <image> "
-              "and provide the coordinates of its location?"))
-
-
 class Shikra(VLM):
-    frame = WHITE
-    template = SHIKRA
-    box_format = THREE_DECIMALS
+    frame = Padded((255, 255, 255))
+    template = InSentence(
+        before=f"{SYSTEM} USER: ",
+        after="{} ASSISTANT:",
+        where_is=("Can you point out {} in the image <image> "
+                  "and provide the coordinates of its location?"))
+    box_format = BoxFormat(      # differs: its own evaluation refuses an answer of several boxes
+        re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}[;\]]", re.ASCII),
+        "Answer: [{:.3f},{:.3f},{:.3f},{:.3f}] .")
     download = ("`python -m nanogap.convert shikra --base weights/llama-7b "
                 "--delta weights/shikra-7b-delta-v1 --clip weights/clip-vit-large-patch14 "
                 "--out weights/shikra-7b`")
@@ -76,6 +62,6 @@ class Shikra(VLM):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
-        self.frame = WHITE
+        self.frame = Shikra.frame
         self.multi_modal_projector = nn.Linear(
             config.vision.hidden_size, config.text.hidden_size, bias=config.projector_bias)

@@ -11,7 +11,7 @@ import nanogap
 from nanogap.errors import NanogapError
 from nanogap.models.base import Stretch
 from nanogap.models.eva import interpolate_positions
-from nanogap.models.minigpt import HUNDREDTHS, MiniGPT
+from nanogap.models.minigpt import MiniGPT
 from nanogap.models.saving import save
 from tests.tiny import tiny_model
 
@@ -35,8 +35,8 @@ def test_every_hundredth_comes_back_as_it_was_and_what_is_between_is_rounded_dow
     """0.29 is a little less than 29 / 100 in binary, and still no 28."""
     for low in range(100):
         text = f"{{<{low}><0><{low + 1}><{100 - low}>}}"
-        assert HUNDREDTHS.say(HUNDREDTHS.parse(text)) == text
-    assert HUNDREDTHS.say((0.129, 0.0, 0.999, 1.0)) == "{<12><0><99><100>}"
+        assert MiniGPT.box_format.say(MiniGPT.box_format.parse(text)) == text
+    assert MiniGPT.box_format.say((0.129, 0.0, 0.999, 1.0)) == "{<12><0><99><100>}"
 
 
 @pytest.mark.parametrize("text, box", [
@@ -46,12 +46,12 @@ def test_every_hundredth_comes_back_as_it_was_and_what_is_between_is_rounded_dow
     ("{<12><34><56>}", None), ("{<12><34><56><78><90>}", None), ("{<12><34><56><101>}", None),
     ("{<56><34><12><78>}", None), ("<12><34><56><78>", None)])
 def test_only_four_numbers_in_the_form_are_a_box(text: str, box: tuple | None):
-    assert HUNDREDTHS.parse(text) == box
+    assert MiniGPT.box_format.parse(text) == box
 
 
 def test_a_hostile_answer_is_read_in_no_time():
     for text in ("{" + " " * 100_000, "{<1>" + " " * 100_000, "{<1><2><3>" * 30_000):
-        assert HUNDREDTHS.parse(text) is None
+        assert MiniGPT.box_format.parse(text) is None
 
 
 def test_a_token_shows_the_rectangle_of_its_four_patches(tiny: MiniGPT):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,12 +13,11 @@ from tokenizers import Tokenizer
 from nanogap.clip import CLIPVisionConfig
 from nanogap.convert.sentencepiece import read_llama_tokenizer
 from nanogap.llama import LlamaConfig
-from nanogap.llava import VICUNA
 from nanogap.models import MODELS, VLM
 from nanogap.models.llava_next import TEMPLATES, LlavaNext
-from nanogap.models.minigpt import LLAMA_2, MiniGPT
+from nanogap.models.minigpt import MiniGPT
 from nanogap.models.saving import our_name
-from nanogap.models.shikra import SHIKRA, Shikra
+from nanogap.models.shikra import Shikra
 from nanogap.prompt import Template, encode
 from nanogap.weights import read_config, read_text_config
 from tests.models.test_reference import PUBLISHED, ROOT, needs_published
@@ -45,33 +45,34 @@ SYSTEM = [   # "A chat between a curious user and an artificial intelligence ass
 LLAVA = [    # a lone space, 29871, on both sides of the image
     *SYSTEM, 29871, 32000, 29871, 13, 12148, 3867, 278, 3216, 292, 3800, 14821, 310, 278, 5120,
     445, 10541, 16612, 29901, 278, 767, 373, 278, 2175, 29889, 319, 1799, 9047, 13566, 29901]
+EARLY = replace(Shikra.template,
+                where_is="In <image>, I need the bounding box coordinates of {}.")
 PROMPTS = {   # of "the man on the left"
-    "LLaVA-1.5": (PUBLISHED, VLM, VICUNA, VICUNA.where_is, LLAVA),
+    "LLaVA-1.5": (PUBLISHED, VLM, VLM.template, LLAVA),
     "a Vicuna of 1.6: a human, not a user": (
-        PUBLISHED, LlavaNext, TEMPLATES["llama"], VICUNA.where_is,
+        PUBLISHED, LlavaNext, TEMPLATES["llama"],
         [5199 if token == 1404 else token for token in LLAVA]),
     "a Mistral of 1.6: [INST] is three ordinary tokens": (
-        MISTRAL, LlavaNext, TEMPLATES["mistral"], VICUNA.where_is, [
+        MISTRAL, LlavaNext, TEMPLATES["mistral"], [
             1, 733, 16289, 28793, 28705, 32000, 28705, 13, 12069, 3084, 272, 3585, 288, 3890,
             17237, 302, 272, 4424, 456, 12271, 13966, 28747, 272, 676, 356, 272, 1749, 28723, 733,
             28748, 16289, 28793]),
-    "MiniGPT-v2": (PUBLISHED, MiniGPT, LLAMA_2, LLAMA_2.where_is, [
+    "MiniGPT-v2": (PUBLISHED, MiniGPT, MiniGPT.template, [
         1, 1, 518, 25580, 29962, 529, 25518, 29958, 32000, 1533, 25518, 29958, 518, 20275, 29962,
         2367, 592, 278, 4423, 310, 278, 767, 373, 278, 2175, 518, 29914, 25580, 29962]),
-    "Shikra": (PUBLISHED, Shikra, SHIKRA, SHIKRA.where_is, [
+    "Shikra": (PUBLISHED, Shikra, Shikra.template, [
         *SYSTEM, 1815, 366, 1298, 714, 278, 767, 373, 278, 2175, 297, 278, 1967, 32001, 32000,
         32002, 322, 3867, 278, 10350, 310, 967, 4423, 29973, 319, 1799, 9047, 13566, 29901]),
-    "Shikra, the image early": (
-        PUBLISHED, Shikra, SHIKRA, "In <image>, I need the bounding box coordinates of {}.", [
-            *SYSTEM, 512, 32001, 32000, 32002, 1919, 306, 817, 278, 3216, 292, 3800, 10350, 310,
-            278, 767, 373, 278, 2175, 29889, 319, 1799, 9047, 13566, 29901]),
+    "Shikra, the image early": (PUBLISHED, Shikra, EARLY, [
+        *SYSTEM, 512, 32001, 32000, 32002, 1919, 306, 817, 278, 3216, 292, 3800, 10350, 310,
+        278, 767, 373, 278, 2175, 29889, 319, 1799, 9047, 13566, 29901]),
 }
 
 
-@pytest.mark.parametrize("folder, family, template, where_is, ids", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("folder, family, template, ids", PROMPTS.values(), ids=PROMPTS)
 def test_a_prompt_has_the_ids_of_the_published_code(
-        folder: Path, family: type[VLM], template: Template, where_is: str, ids: list[int]):
-    question = where_is.format("the man on the left")
+        folder: Path, family: type[VLM], template: Template, ids: list[int]):
+    question = template.question("the man on the left")
     assert template.encode(published(folder, family), question, 1, 32000) == ids
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 import nanogap
 from nanogap.errors import NanogapError
 from nanogap.models.saving import save
-from nanogap.models.shikra import SHIKRA, WHITE, Shikra
+from nanogap.models.shikra import Shikra
 from nanogap.prompt import DESCRIBE
 from nanogap.train.tokenizer import train_llama_tokenizer
 from tests.tiny import tiny_model
@@ -48,13 +48,13 @@ def test_special_tokens_in_an_expression_stay_text(shikra: Shikra, expression: s
     said = pieces(shikra, shikra.question(expression))
     special = [piece for piece in said if piece in ("<s>", "</s>", *Shikra.special_tokens)]
     assert special == ["<s>", "<im_start>", "<im_patch>", "<im_end>"]
-    before, _ = SHIKRA.around(SHIKRA.question(expression))
+    before, _ = shikra.template.around(shikra.question(expression))
     assert expression in before
 
 
 def test_a_tokenizer_without_the_images_own_tokens_is_named():
     with pytest.raises(NanogapError, match="the tokenizer has no <im_start> or no <im_end>"):
-        SHIKRA.encode(train_llama_tokenizer(["a cup"], 420), "a cup", 1, 32000)
+        Shikra.template.encode(train_llama_tokenizer(["a cup"], 420), "a cup", 1, 32000)
 
 
 def test_a_picture_is_padded_with_white(shikra: Shikra):
@@ -62,7 +62,7 @@ def test_a_picture_is_padded_with_white(shikra: Shikra):
     square = shikra.frame.fit(Image.new("RGB", (40, 20)), 56)
     assert [square.getpixel((28, y)) for y in (0, 12, 28, 44, 55)] == [
         (255, 255, 255), (255, 255, 255), (0, 0, 0), (255, 255, 255), (255, 255, 255)]
-    assert shikra.frame == WHITE
+    assert shikra.frame == Shikra.frame
 
 
 def test_a_box_there_and_back(shikra: Shikra):
