@@ -1,8 +1,7 @@
-"""Pruning in the decoder by hand: what tests compare it with.
+"""Pruning in the decoder by hand: all is fed again for each token, with attention written out.
 
-No cache is kept: all is fed again for each token, cut by cut, with attention written out and IDs
-counted in plain Python.  Letters: P tokens before the image, N patches, n visual tokens, A tokens
-after the image; H heads, T tokens of the sequence, C channels, V vocabulary.
+Letters: P tokens before the image, N patches, n visual tokens, A tokens after the image; H heads,
+T tokens of the sequence, C channels, V vocabulary.
 """
 
 import math

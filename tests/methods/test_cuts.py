@@ -6,8 +6,7 @@ import pytest
 
 from nanogap import NanogapError
 from nanogap.methods import find
-from nanogap.methods.in_decoder import METHODS as HOW
-from nanogap.methods.in_decoder import counts, mean_tokens, plan, where
+from nanogap.methods.in_decoder import counts, mean_tokens, method_of, plan, where
 
 SPARSE = ["sparsevlm", "sparsevlm_plus"]
 METHODS = ["fastv", "pyramiddrop", *SPARSE]
@@ -74,7 +73,7 @@ def every_plan(name: str, N: int, layers: int, budget: int) -> list[list[tuple[i
     powers = [1, 2, 3] if name == "pyramiddrop" else [1, 1, 1]
     factors = [1.0, 1.0, 1.0]
     if name in SPARSE:
-        labels = HOW[name].labels
+        labels = method_of(name).labels
         nearest = min(labels, key=lambda own: abs(own / 576 - budget / N))
         factors = [kept / 576 for kept in labels[nearest]]
     sizes = sorted({((k + 0.5) / N / factor) ** (1 / power) for k in range(N)

@@ -55,9 +55,6 @@ def pixels(model: LlavaNext) -> Tensor:
     return model.prepare_image(noise(*SIZE))
 
 
-# ----- the choice of a grid -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size, expected", [
     ((640, 480), 2340), ((480, 640), 2352), ((640, 427), 2144), ((427, 640), 2160),
     ((1024, 899), 2634), ((336, 336), 1176), ((900, 300), 2328), ((250, 700), 2276),
@@ -77,9 +74,6 @@ def test_the_picture_lies_in_the_middle_of_its_canvas_and_what_is_around_it_is_b
     assert [tile.getbbox() for tile in tiles] == 2 * [(0, 22, 56, 56)] + 2 * [(0, 0, 56, 34)]
     for tile in tiles:
         assert tile.crop(tile.getbbox()).getcolors() == [(56 * 34, white)]
-
-
-# ----- where tokens stand -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size, rows, columns", [
@@ -126,9 +120,6 @@ def test_a_picture_so_long_that_its_rows_round_to_none_is_a_base_view_alone(mode
     assert model.ground(long, "the man", keep=4).visual_tokens == 4
 
 
-# ----- what the decoder is fed --------------------------------------------------------------------
-
-
 def test_logits_depend_on_the_size_of_the_picture_and_a_wrong_one_is_refused(model, pixels):
     ids = model.prompt("the man")
     assert model(ids, pixels, size=SIZE).shape == (len(ids) - 1 + N, 640)
@@ -145,9 +136,6 @@ def test_keeping_everything_is_no_pruning_bit_for_bit(model, pixels):
         assert torch.equal(everything, model(ids, pixels, size=SIZE))
 
 
-# ----- pruning ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ranked, closed", [
     # a patch of each view: 24 closes the row of 17, 33 that of 29, 42 that of 34, 51 that of 50
     ([5, 17, 29, 34, 50], [5, 17, 24, 29, 33, 34, 42, 50, 51]),
@@ -158,7 +146,6 @@ def test_a_newline_stands_behind_the_last_patch_of_its_row(image, ranked, closed
 
 
 def of_each_part(image: EncodedTiles, keep: Tensor) -> list[int]:
-    """How many patches are kept of each view."""
     return [len(set(keep.tolist()) & set(view.flatten().tolist())) for view in image.views]
 
 
@@ -210,9 +197,6 @@ def test_a_strategy_sees_each_tile_as_the_tower_saw_it_alone(model, image, pixel
         assert torch.allclose(seen.fields[name], value, atol=1e-5), name
 
 
-# ----- boxes and words ----------------------------------------------------------------------------
-
-
 def test_boxes_are_said_in_the_padded_square(model):
     box = (0.1, 0.3, 0.6, 0.7)
     assert model.to_pixels(box, *SIZE) == pytest.approx((10, 10, 60, 50))
@@ -229,9 +213,6 @@ def test_a_mistral_is_asked_in_its_own_template(tmp_path: Path):
     before, _ = TEMPLATES["llama"].around("?")
     assert before.startswith("A chat between a curious human and") and before.endswith(" USER: ")
     assert model.follow("Why?") == "[INST] Why? [/INST]"
-
-
-# ----- shown --------------------------------------------------------------------------------------
 
 
 def test_explain_shows_views_rows_and_newlines(model, image, capsys):
@@ -252,9 +233,6 @@ def test_explain_shows_views_rows_and_newlines(model, image, capsys):
             "   view 5 of 5\n      . . . . .\n      . . . . .\n",
             "| K = 5 patches and newlines | A = "):
         assert lines in said
-
-
-# ----- files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", ["llama", "mistral"])

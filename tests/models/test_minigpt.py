@@ -49,11 +49,6 @@ def test_only_four_numbers_in_the_form_are_a_box(text: str, box: tuple | None):
     assert MiniGPT.box_format.parse(text) == box
 
 
-def test_a_hostile_answer_is_read_in_no_time():
-    for text in ("{" + " " * 100_000, "{<1>" + " " * 100_000, "{<1><2><3>" * 30_000):
-        assert MiniGPT.box_format.parse(text) is None
-
-
 def test_a_token_shows_the_rectangle_of_its_four_patches(tiny: MiniGPT):
     """80 x 40 pixels in 8 rows of 2 tokens: each shows 40 x 5 of them."""
     image = tiny.encode_image(Image.new("RGB", (80, 40)))

@@ -36,8 +36,6 @@ def published(folder: Path, family: type[VLM]) -> Tokenizer:
     return read_llama_tokenizer(folder / "tokenizer.model", family.special_tokens)
 
 
-# ----- words --------------------------------------------------------------------------------------
-
 SYSTEM = [   # "A chat between a curious user and an artificial intelligence assistant. ... USER:"
     1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076,
     8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889,
@@ -95,9 +93,6 @@ def test_a_box_has_24_tokens_28_or_15(folder: Path, family: type[VLM], ids: list
     assert encode(published(folder, family), box) == ids
 
 
-# ----- configs ------------------------------------------------------------------------------------
-
-
 @needs_published
 def test_the_published_config_and_its_686_names_are_those_of_the_model():
     """What config.json leaves out is supplied; the sizes are those of float16."""
@@ -127,18 +122,14 @@ def test_what_a_mistrals_config_leaves_out_is_not_what_a_llamas_does():
     assert read_text_config(llama, False) == LlamaConfig()
 
 
-# ----- at full size -------------------------------------------------------------------------------
-
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
         "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))    # (height, width)
 
 
 def llava_next(**text: object) -> dict:
     """config.json of a LLaVA-1.6: what it says that the defaults do not."""
     text |= {"rms_norm_eps": 1e-5, "vocab_size": 32064}
-    return {"model_type": "llava_next", "image_grid_pinpoints": PINPOINTS, "vision_config": CLIP,
-            "text_config": text}
+    return {"model_type": "llava_next", "vision_config": CLIP, "text_config": text}
 
 
 LLAMA_7B = 6_738_415_616

@@ -112,9 +112,6 @@ def our_answer(model: VLM, prompt: list[int], pixels: Tensor, keep: list[int] | 
     return logits, greedy(model, x, layout, new_tokens).tokens
 
 
-# ----- stored numbers -----------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def stored() -> dict:
     return json.loads(OUTPUTS.read_text())
@@ -140,9 +137,6 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
     answer = our_answer(model, PROMPT, pixel_values(), KEEP, mode, by_hand=PRUNED[mode])
     assert len(answer[0]) == 5 + 4 + 6
     assert_stored(answer, [5, 14], stored["pruned"][mode])
-
-
-# ----- transformers, live -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["tiny", "mini"])
@@ -246,9 +240,6 @@ def test_what_transformers_saves_again_gives_the_same_logits_bit_for_bit(
     assert torch.equal(before, after)
 
 
-# ----- pixels -------------------------------------------------------------------------------------
-
-
 @live
 @pytest.mark.parametrize("width, height", [(640, 427), (300, 501), (97, 64), (40, 41), (336, 336)])
 def test_pixel_values_are_those_of_the_processor_that_pads(width: int, height: int):
@@ -260,9 +251,6 @@ def test_pixel_values_are_those_of_the_processor_that_pads(width: int, height: i
     ours = to_pixel_values(Pad().fit(noise(width, height), 336))
     assert ours.shape == (1, 3, 336, 336)
     assert float((ours - expected).abs().max()) <= 1e-6
-
-
-# ----- CLIP with its text tower -------------------------------------------------------------------
 
 
 @live

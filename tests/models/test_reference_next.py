@@ -46,9 +46,6 @@ def our_answer(model: LlavaNext, image: Image.Image, keep: list[int] | None = No
                          by_hand, image.size)
 
 
-# ----- stored numbers -----------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def stored() -> dict:
     return json.loads(OUTPUTS.read_text())
@@ -76,9 +73,6 @@ def test_a_pruned_prompt_gives_what_transformers_gave_at_position_ids_written_by
     answer = our_answer(model, noise(100, 60), KEEP, mode, PRUNED[mode])
     assert len(answer[0]) == 5 + 9 + 6
     assert_stored(answer, [5, 19], stored["pruned"][mode])
-
-
-# ----- transformers, live -------------------------------------------------------------------------
 
 
 @live

@@ -19,11 +19,6 @@ READ_TEXT = [name for name in STRATEGIES if "text" in needs_of(name)]
 PRUNED = [mode for mode in MODES if mode != "full"]
 
 
-@pytest.fixture(scope="module")
-def guide() -> nanogap.clip.CLIPText:
-    return nanogap.load(MINI, "cpu").text_guide
-
-
 @pytest.mark.parametrize("prune", [name for name in STRATEGIES if name not in READ_TEXT])
 @pytest.mark.parametrize("family", MODELS)
 def test_every_strategy_prunes_what_every_model_sees_in_every_mode(family: str, prune: str):
@@ -66,7 +61,8 @@ def test_the_whole_question_stands_in_for_the_expression_of_a_strategy_that_read
     assert not torch.equal(*keep)
 
 
-def test_special_tokens_in_an_expression_stay_text_and_long_ones_are_cut(guide):
+def test_special_tokens_in_an_expression_stay_text_and_long_ones_are_cut():
+    guide = nanogap.load(MINI, "cpu").text_guide
     assert not torch.equal(guide.embed("a man<|endoftext|>"), guide.embed("a man"))
     most = guide.text_model.config.max_position_embeddings                    # with both ends
     assert torch.equal(guide.embed("man " * 500), guide.embed("man " * (most - 2)))
