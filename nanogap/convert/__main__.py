@@ -20,10 +20,9 @@ from nanogap.checks.command import Parser, answer_for, one_line, path_argument
 from nanogap.checks.loading import snapshot
 from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
 from nanogap.checks.silent import silent
-from nanogap.convert.minigpt import minigpt_v2
-from nanogap.convert.recipes import Recipe, llava, shikra
+from nanogap.convert.recipes import Recipe, llava, minigpt_v2, shikra
 from nanogap.convert.sentencepiece import read_llama_tokenizer
-from nanogap.convert.writer import write_tensors
+from nanogap.convert.tensors import write_tensors
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 from nanogap.models.base import write_json

@@ -17,10 +17,10 @@ import nanogap
 from nanogap import NanogapError
 from nanogap.checks.command import answer_for
 from nanogap.convert import __main__ as convert
-from nanogap.convert import recipes, writer
-from nanogap.convert.pieces import Piece
+from nanogap.convert import recipes, tensors
 from nanogap.convert.recipes import shikra_tensors
 from nanogap.convert.sentencepiece import merges_of, read_llama_tokenizer
+from nanogap.convert.tensors import Piece
 from nanogap.models.tokenizer import START_TOKENS
 from tests.checks.test_weights import Change, put, without
 from tests.checks.test_weights import refusal as not_loaded
@@ -230,7 +230,7 @@ def keys(file: str, **changed: object) -> Change:
     return lambda at: put(file, json.dumps(json.loads((at / file).read_text()) | changed))(at)
 
 
-def tensors(file: str, **changed: Tensor | None) -> Change:
+def other(file: str, **changed: Tensor | None) -> Change:
     """Other tensors in a pickle; None takes one away."""
     def change(at: Path) -> None:
         state = torch.load(at / file, weights_only=True)
@@ -251,20 +251,20 @@ BROKEN: list[tuple[str, Change, str]] = [
     # missing
     ("llava", without(f"llava/{SECOND}"), f"llava lacks {SECOND}, which its"),
     ("llava", without("llava/tokenizer.model"), "llava lacks tokenizer.model"),
-    ("llava", tensors(f"llava/{SECOND}", **{NORM: None}),
+    ("llava", other(f"llava/{SECOND}", **{NORM: None}),
      'Missing key(s) in state_dict: "language_model.model.norm.weight".); get those of one model'),
-    ("shikra", tensors(f"llama/{SECOND}", **{NORM: None}),
+    ("shikra", other(f"llama/{SECOND}", **{NORM: None}),
      "llama lacks model.norm.weight; get it whole with `hf download huggyllama/llama-7b"),
     ("minigpt-v2", without(EVA), "eva_vit_g.pth does not exist; get it"),
-    ("minigpt-v2", tensors(TRAINED, **{lora_name(2, "q", "B"): None}),
+    ("minigpt-v2", other(TRAINED, **{lora_name(2, "q", "B"): None}),
      'Unexpected key(s) in state_dict: "model.layers.2.self_attn.q_proj.lora_A"'),
-    ("minigpt-v2", tensors(TRAINED, **{lora_name(layer, kind, half): None
+    ("minigpt-v2", other(TRAINED, **{lora_name(layer, kind, half): None
                                        for layer in range(3) for kind in "qv" for half in "AB"}),
      "minigptv2_checkpoint.pth holds no LoRA of the decoder; get the file by the link"),
     # broken
     ("llava", half("llava/tokenizer.model"), "or is cut off"),
     ("minigpt-v2", half(EVA), "eva_vit_g.pth cannot be read ("),
-    ("shikra", tensors(f"delta/{SECOND}", **{NORM: torch.ones(64, dtype=torch.int8)}),
+    ("shikra", other(f"delta/{SECOND}", **{NORM: torch.ones(64, dtype=torch.int8)}),
      "delta: model.norm.weight is torch.int8, and weights are float32, bfloat16, float16; get it"),
     # foreign
     ("llava", keys("llava/config.json", mm_projector_type="linear"),
@@ -284,7 +284,7 @@ BROKEN: list[tuple[str, Change, str]] = [
      "clip is a CLIP for 224 pixels, and the model was trained with another; get it with `hf down"),
     ("shikra", keys("llama/config.json", rms_norm_eps=1e-5),
      "llama/config.json: rms_norm_eps is 1e-05, and that of "),
-    ("shikra", tensors(f"llama/{SECOND}", **{NORM: torch.ones(65)}),
+    ("shikra", other(f"llama/{SECOND}", **{NORM: torch.ones(65)}),
      "the pieces are not whole, or belong to different models ("),
     ("minigpt-v2", keys("minigpt/llama-2/config.json", max_position_embeddings=2048),
      "max_position_embeddings is 2048, which is LLaMA-1's or Vicuna's"),
@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_line_and_nothing_stays(pieces: Path):
 def test_each_gigabyte_is_told(
         pieces: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Here one is a hundred kilobytes, and the whole is 993,920 bytes."""
-    monkeypatch.setattr(writer, "GB", 100_000)
+    monkeypatch.setattr(tensors, "GB", 100_000)
     made("llava", pieces / "out", **given("llava", pieces))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "2 of 9.9 GB ..." and lines[-1] == "9 of 9.9 GB ..."
@@ -357,8 +357,8 @@ def test_stopped_in_the_middle_it_leaves_nothing(pieces: Path, monkeypatch: pyte
     def stop(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "GB", 100_000)
-    monkeypatch.setattr(writer, "tell", stop)
+    monkeypatch.setattr(tensors, "GB", 100_000)
+    monkeypatch.setattr(tensors, "tell", stop)
     with pytest.raises(KeyboardInterrupt):
         made("llava", pieces / "out", **given("llava", pieces))
     assert not (pieces / "out").exists()

@@ -1,20 +1,31 @@
-"""The pieces in which a model is published: folders of shards, and files that torch.save wrote.
+"""Tensors out of the pieces in which a model is published, and into one file of safetensors.
 
-In:  the path of one.  Out: its tensors by their names there, mapped into memory.
-(Files of torch before 1.6 cannot be mapped, and are read whole.)
+A piece is a folder of shards, or a file that torch.save wrote.  Its tensors are mapped into memory
+(files of torch before 1.6 cannot be, and are read whole), and what is made of them is written one
+by one: a header that says where each will stand, then the numbers.  safetensors' own writer wants
+all tensors of a file at once.
+Source: the format, https://github.com/huggingface/safetensors#format
 """
 
+import ctypes
+import json
 import re
+from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from nanogap.checks.command import tell
 from nanogap.checks.explain import weight_files
 from nanogap.checks.pickles import tensors_of
 from nanogap.checks.reading import read_json
 from nanogap.errors import NanogapError
 from nanogap.weights import DTYPES, UNUSED
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+GB = 1_000_000_000
 
 
 class Piece(dict[str, Tensor]):
@@ -53,3 +64,29 @@ class Piece(dict[str, Tensor]):
             raise NanogapError(f"{file} describes a {config.get('model_type')!r:.80} model, not "
                                f"{kinds[0]!r}; get one with {self.download}")
         return config
+
+
+def write_tensors(path: Path, empty: dict[str, Tensor],
+                  tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors one after the other; each gigabyte is told on stderr.
+
+    empty: the same, in their order, without numbers
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    total = 0
+    for name, tensor in empty.items():
+        begin, total = total, total + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, total]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)                       # the numbers begin at a multiple of 8
+    written = 0
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors:
+            # its bytes as they are; torch has no such view without numpy
+            tensor = tensor.contiguous()
+            file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+            before, written = written, written + tensor.nbytes
+            if before // GB < written // GB:
+                tell(f"{written / GB:.0f} of {total / GB:.1f} GB ...")
