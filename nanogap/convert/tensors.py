@@ -1,9 +1,7 @@
 """Tensors out of the pieces in which a model is published, and into one file of safetensors.
 
-A piece is a folder of shards, or a file that torch.save wrote.  Its tensors are mapped into memory
-(files of torch before 1.6 cannot be, and are read whole), and what is made of them is written one
-by one: a header that says where each will stand, then the numbers.  safetensors' own writer wants
-all tensors of a file at once.
+They are mapped into memory (files of torch before 1.6 cannot be, and are read whole) and written
+one by one, for which safetensors' own writer wants all of a file at once.
 Source: the format, https://github.com/huggingface/safetensors#format
 """
 
@@ -22,14 +20,14 @@ from nanogap.checks.explain import weight_files
 from nanogap.checks.pickles import tensors_of
 from nanogap.checks.reading import read_json
 from nanogap.errors import NanogapError
-from nanogap.weights import DTYPES, UNUSED
+from nanogap.weights import UNUSED
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 GB = 1_000_000_000
 
 
 class Piece(dict[str, Tensor]):
-    """The tensors of one piece."""
+    """The tensors of a folder of shards, or of a file that torch.save wrote, by their names."""
 
     def __init__(self, path: Path, download: str, wanted: str = "") -> None:
         """wanted: pattern of the names that are taken;  download: how to get it, for errors"""
@@ -37,14 +35,14 @@ class Piece(dict[str, Tensor]):
         self.path, self.download = path, download
         if not path.exists():
             raise NanogapError(f"{path} does not exist; get it with {download}")
-        step = f"get it with {download}"
-        for file in weight_files(path, step) if path.is_dir() else [path]:
+        files = weight_files(path, f"get it with {download}") if path.is_dir() else [path]
+        for file in files:
             for name, tensor in tensors_of(file).items():
                 if re.search(UNUSED, name) or not re.search(wanted, name):
                     continue
-                if tensor.dtype not in DTYPES.values():
+                if tensor.dtype not in NAMES:
                     raise NanogapError(f"{path}: {name} is {tensor.dtype}, and weights are "
-                                       f"{', '.join(DTYPES)}; get it with {download}")
+                                       f"float32, bfloat16, float16; get it with {download}")
                 self[name] = tensor
 
     def __missing__(self, name: str) -> Tensor:
@@ -60,18 +58,16 @@ class Piece(dict[str, Tensor]):
         """Its config.json, which must be of one `model_type` of these."""
         file = self.path / "config.json"
         config = read_json(file)
-        if config.get("model_type") not in kinds:
-            raise NanogapError(f"{file} describes a {config.get('model_type')!r:.80} model, not "
-                               f"{kinds[0]!r}; get one with {self.download}")
+        kind = config.get("model_type")
+        if kind not in kinds:
+            raise NanogapError(f"{file} describes a {kind!r:.80} model, not {kinds[0]!r}; get one "
+                               f"with {self.download}")
         return config
 
 
 def write_tensors(path: Path, empty: dict[str, Tensor],
                   tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors one after the other; each gigabyte is told on stderr.
-
-    empty: the same, in their order, without numbers
-    """
+    """Write tensors one after the other, in the order of the empty ones; each gigabyte is told."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     total = 0
     for name, tensor in empty.items():
@@ -87,6 +83,6 @@ def write_tensors(path: Path, empty: dict[str, Tensor],
             # its bytes as they are; torch has no such view without numpy
             tensor = tensor.contiguous()
             file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-            before, written = written, written + tensor.nbytes
-            if before // GB < written // GB:
+            written += tensor.nbytes
+            if written % GB < tensor.nbytes:
                 tell(f"{written / GB:.0f} of {total / GB:.1f} GB ...")
