@@ -1,7 +1,5 @@
 """Tiny pieces in the forms in which models are published: pickles, deltas, LoRA, tokenizer.model.
 
-In:  a folder.  Out: files in it, named and laid out as their authors' are, with random numbers.
-
 The numbers are those of tests/tiny.py: a tensor's name there, and not the piece, says which.
 """
 
@@ -36,8 +34,7 @@ OLD_BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 CLIP_TEXT = CLIPTextConfig(16, 32, 1, 2, vocab_size=300)
 TEXT_KEYS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
              "num_attention_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
-             "vocab_size": PIECES, "hidden_act": "silu", "rope_scaling": None,
-             "torch_dtype": "float16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+             "vocab_size": PIECES, "rope_scaling": None, "bos_token_id": 0, "eos_token_id": 1}
 
 
 # ----- files --------------------------------------------------------------------------------------
@@ -70,26 +67,25 @@ def sentencepiece(pieces: Sequence[str]) -> bytes:
     return data + field(2, field(3, 2)) + field(3, field(1, b"identity"))
 
 
-def write_tokenizer_model(folder: Path) -> None:
-    """The pieces of the tiny tokenizer, as they were learnt."""
-    vocab = tiny_tokenizer().get_vocab(with_added_tokens=False)
-    (folder / "tokenizer.model").write_bytes(sentencepiece(sorted(vocab, key=vocab.get)))
+def write_folder(folder: Path, config: dict, tensors: dict[str, Tensor], files: str = "bin",
+                 count: int = 2) -> Path:
+    """config.json, the tiny tokenizer's pieces as they were learnt, and shards.
 
-
-def write_files(folder: Path, tensors: dict[str, Tensor], files: str, count: int = 2) -> None:
-    """Shards of a kind: "bin", "legacy" for those of older versions, or "safetensors"."""
-    if files == "safetensors":
-        return write_shards(folder, tensors, count)
-
+    files: their kind, "bin", "legacy" for those of older versions, or "safetensors"
+    """
     def write(path: Path, part: dict[str, Tensor]) -> None:
         torch.save({name: value.clone() for name, value in part.items()}, path,
                    _use_new_zipfile_serialization=files == "bin")
 
-    write_shards(folder, tensors, count, "pytorch_model.bin", write)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    vocab = tiny_tokenizer().get_vocab(with_added_tokens=False)
+    (folder / "tokenizer.model").write_bytes(sentencepiece(sorted(vocab, key=vocab.get)))
+    if files == "safetensors":
+        write_shards(folder, tensors, count)
+    else:
+        write_shards(folder, tensors, count, "pytorch_model.bin", write)
+    return folder
 
 
 def llama_tensors() -> dict[str, Tensor]:
@@ -114,14 +110,11 @@ def clip_tensors() -> dict[str, Tensor]:
 
 def write_clip(folder: Path, files: str = "bin") -> Path:
     """A CLIP as OpenAI's repositories hold it, in float32 and with a buffer of older versions."""
-    folder.mkdir(parents=True)
     tensors = clip_tensors()
     tensors["vision_model.embeddings.position_ids"] = torch.arange(VISION.grid ** 2 + 1)[None]
-    write_files(folder, tensors, files, 1)
-    write_json(folder / "config.json", {
-        "model_type": "clip", "projection_dim": 16, "text_config": asdict(CLIP_TEXT),
-        "vision_config": asdict(VISION)})
-    return folder
+    config = {"model_type": "clip", "projection_dim": 16, "text_config": asdict(CLIP_TEXT),
+              "vision_config": asdict(VISION)}
+    return write_folder(folder, config, tensors, files, 1)
 
 
 def original(name: str) -> str:
@@ -134,7 +127,6 @@ def original(name: str) -> str:
 
 def write_llava(folder: Path, files: str = "bin", tiles: bool = False) -> Path:
     """LLaVA-1.5, or 1.6 with `tiles`, which holds its tower."""
-    folder.mkdir(parents=True)
     config, own = tiny_config(vocab_size=PIECES), {"image_aspect_ratio": "pad"}
     if tiles:
         config = replace(tiny_next_config(vocab_size=PIECES), vision=WIDE)
@@ -142,16 +134,12 @@ def write_llava(folder: Path, files: str = "bin", tiles: bool = False) -> Path:
                "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}    # (width, height)
     tensors = {original(name): value for name, value in tiny_tensors(config).items()
                if tiles or not name.startswith("vision_tower.")}
-    write_files(folder, tensors | {OLD_BUFFER: torch.rand(8)}, files)
-    write_json(folder / "config.json", TEXT_KEYS | own | {
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
-        "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 4,
+    return write_folder(folder, TEXT_KEYS | own | {
+        "model_type": "llava", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
         "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-        "mm_resampler_type": None, "use_mm_proj": True})
-    write_tokenizer_model(folder)
-    return folder
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "mm_resampler_type": None,
+    }, tensors | {OLD_BUFFER: torch.rand(8)}, files)
 
 
 # ----- Shikra -------------------------------------------------------------------------------------
@@ -159,17 +147,11 @@ def write_llava(folder: Path, files: str = "bin", tiles: bool = False) -> Path:
 
 def write_llama(folder: Path, **config: object) -> Path:
     """LLaMA-7B as huggyllama/llama-7b has it, or Llama-2."""
-    folder.mkdir(parents=True)
-    write_files(folder, llama_tensors(), "bin")
-    write_json(folder / "config.json", TEXT_KEYS | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama"} | config)
-    write_tokenizer_model(folder)
-    return folder
+    return write_folder(folder, TEXT_KEYS | {"model_type": "llama"} | config, llama_tensors())
 
 
 def write_delta(folder: Path) -> Path:
     """Shikra's difference to it: three more rows of embeddings, a projector, buffers of zeros."""
-    folder.mkdir(parents=True)
     hidden, C = DECODER.hidden_size, VISION.hidden_size
     shapes = {name: value.shape for name, value in llama_tensors().items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -179,14 +161,9 @@ def write_delta(folder: Path) -> Path:
     tensors[OLD_BUFFER] = torch.zeros(8)
     tensors["model.mm_projector.weight"] = draw("weight", (hidden, C), 2).half()
     tensors["model.mm_projector.bias"] = draw("bias", (hidden,), 2).half()
-    write_files(folder, tensors, "bin")
-    write_json(folder / "config.json", TEXT_KEYS | {
-        "architectures": ["ShikraLlamaForCausalLM"], "model_type": "shikra",
-        "vocab_size": PIECES + 3, "mm_vision_tower": "openai/clip-vit-large-patch14",
-        "mm_vision_select_layer": -2, "mm_hidden_size": C, "mm_use_im_start_end": True,
-        "use_mm_proj": True})
-    write_tokenizer_model(folder)
-    return folder
+    return write_folder(folder, TEXT_KEYS | {
+        "model_type": "shikra", "vocab_size": PIECES + 3, "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14"}, tensors)
 
 
 # ----- MiniGPT-v2 ---------------------------------------------------------------------------------
@@ -228,12 +205,8 @@ def write_minigpt(folder: Path, blocks: int = 3, newer: bool = False) -> dict[st
         tensors["ln_vision.weight"] = torch.full((88,), 3.0)
         tensors["visual_encoder.blocks.0.norm1.bias"] = torch.full((88,), 5.0)
         tensors["llama_model.model.norm.weight"] = torch.full((hidden,), 7.0)
-    torch.save({
-        "model": tensors, "epoch": 3, "scaler": {"scale": 65536.0},
-        "optimizer": {"state": {0: {"step": torch.tensor(9.0), "exp_avg": torch.rand(4)}},
-                      "param_groups": [{"lr": 1e-5, "params": [0]}]},
-        "config": {
-            "run": {"task": "image_text_pretrain"},
-            "model": {"arch": "minigpt_v2", "image_size": 56, "lora_r": RANK, "lora_alpha": 32}},
-    }, checkpoint, _use_new_zipfile_serialization=newer)
+    model = {"arch": "minigpt_v2", "image_size": 56, "lora_r": RANK, "lora_alpha": 32}
+    torch.save({"model": tensors, "epoch": 3, "config": {"model": model},
+                "optimizer": {"state": {0: {"step": torch.tensor(9.0)}}}},
+               checkpoint, _use_new_zipfile_serialization=newer)
     return {"base": base, "vision": vision, "checkpoint": checkpoint}

@@ -1,4 +1,4 @@
-"""Published sizes with random weights, which are enough to measure speed and memory.
+"""Published sizes with random weights, which are enough to measure speed.
 
 Weights are normal with standard deviation fan_in^-1/2, and biases 0: signals neither explode nor
 vanish.  The tokens are those of weights/mini, at the front of a vocabulary of the published size.
@@ -22,10 +22,6 @@ from nanogap.weights import read_tokenizer
 SEVEN = LlamaConfig(vocab_size=32064, rms_norm_eps=1e-5, max_position_embeddings=4096)
 SIZES = {
     "7b": LlavaConfig(SEVEN, CLIPVisionConfig()),
-    "13b": LlavaConfig(
-        replace(SEVEN, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                num_attention_heads=40, num_key_value_heads=40),
-        CLIPVisionConfig()),
     # 576 patches, and most of the work in the decoder, as in the large ones
     "350m": LlavaConfig(
         replace(SEVEN, hidden_size=1024, intermediate_size=2816, num_hidden_layers=20,
@@ -39,19 +35,18 @@ SIZES = {
 
 
 @torch.no_grad()
-def random_model(size: str, device: torch.device, dtype: torch.dtype | None) -> VLM:
-    """A LLaVA-1.5 of a size with random weights, drawn in place: no more memory than they take.
-
-    dtype: None is chosen as for a checkpoint in bfloat16: see nanogap/weights.py
-    """
+def save_random(size: str, folder: Path, dtype: torch.dtype) -> None:
+    """Write random weights in the published layout; NanogapError where something is there."""
+    check_folder("--save", folder)
+    if any(folder.iterdir()):
+        raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what "
+                           f"is in it with --weights {folder}")
     tokenizer = read_tokenizer(MINI)
     with torch.device("meta"):
         model = VLM(replace(SIZES[size], image_token=tokenizer.token_to_id("<image>") or 0))
-    small = sum(p.numel() for p in model.parameters()) <= 2e9
-    model.to(dtype or (torch.float32 if small and device.type == "cpu" else torch.bfloat16))
-    model.to_empty(device=device).requires_grad_(False).eval()
+    model.to(dtype).to_empty(device="cpu")
     model.tokenizer = tokenizer
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -60,14 +55,5 @@ def random_model(size: str, device: torch.device, dtype: torch.dtype | None) -> 
         else:
             fan_in = (parameter[0] if parameter.dim() > 1 else parameter).numel()
             parameter.normal_(std=fan_in ** -0.5, generator=generator)
-    return model
-
-
-def save_random(size: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Write random weights in the published layout; NanogapError where something is there."""
-    check_folder("--save", folder)
-    if any(folder.iterdir()):
-        raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what "
-                           f"is in it with --weights {folder}")
     with whole_checkpoint("--save", folder) as partial:
-        save(partial, random_model(size, device, dtype), dtype)
+        save(partial, model, dtype)

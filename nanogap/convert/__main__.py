@@ -1,11 +1,7 @@
 """Make one folder that `nanogap.load` reads of the pieces in which a model is published.
 
-    python -m nanogap.convert llava --base weights/llava-v1.5-7b \
-        --clip weights/clip-vit-large-patch14-336 --out weights/llava
     python -m nanogap.convert shikra --base weights/llama-7b --delta weights/shikra-7b-delta-v1 \
         --clip weights/clip-vit-large-patch14 --out weights/shikra-7b
-    python -m nanogap.convert minigpt-v2 --base weights/llama-2-7b-chat-hf \
-        --vision eva_vit_g.pth --checkpoint minigptv2_checkpoint.pth --out weights/minigpt-v2
 """
 
 import inspect
@@ -18,33 +14,27 @@ import torch
 
 from nanogap.checks.command import Parser, answer_for, one_line, path_argument
 from nanogap.checks.loading import snapshot
-from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
+from nanogap.checks.output import check_folder, whole_checkpoint
 from nanogap.checks.silent import silent
-from nanogap.convert.minigpt import minigpt_v2
-from nanogap.convert.recipes import Recipe, llava, shikra
+from nanogap.convert.recipes import Recipe, llava, minigpt_v2, shikra
 from nanogap.convert.sentencepiece import read_llama_tokenizer
-from nanogap.convert.writer import write_tensors
+from nanogap.convert.tensors import write_tensors
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 from nanogap.models.base import write_json
 from nanogap.models.saving import our_name
 from nanogap.weights import read_config
 
-HELP = {
-    "base": "folder of LLaVA's own layout, or of the language model",
-    "delta": "folder of the difference to it",
-    "clip": "folder of the CLIP that the vision tower comes from",
-    "vision": "eva_vit_g.pth",
-    "checkpoint": "minigptv2_checkpoint.pth"}
+HELP = {"base": "folder of LLaVA's own layout, or of the language model",
+        "delta": "folder of the difference to it",
+        "clip": "folder of the CLIP that the vision tower comes from",
+        "vision": "eva_vit_g.pth", "checkpoint": "minigptv2_checkpoint.pth"}
 # each asks for its arguments by flags of their names
-RECIPES: dict[str, Callable[..., Recipe]] = {
-    "llava": llava, "shikra": shikra, "minigpt-v2": minigpt_v2}
+RECIPES: dict[str, Callable] = {"llava": llava, "shikra": shikra, "minigpt-v2": minigpt_v2}
 
 
 def command(argv: Sequence[str] | None) -> None:
-    """Check the arguments, look through the pieces, and write the folder."""
-    parser = Parser(prog="python -m nanogap.convert",
-                    description="Make one folder of the pieces in which a model is published.")
+    parser = Parser(prog="python -m nanogap.convert", description=(__doc__ or "").split("\n")[0])
     models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
     for name, make in RECIPES.items():
         one = models.add_parser(name, help=(make.__doc__ or "").split("\n")[0])
@@ -56,33 +46,30 @@ def command(argv: Sequence[str] | None) -> None:
     args = vars(parser.parse_args(argv))
     make, out = RECIPES[args.pop("model")], args.pop("out")
     pieces = {name: snapshot(path) for name, path in args.items() if path is not None}
-    new = not out.exists()
+    recipe = make(**pieces)
     check_folder("--out", out)
-    if any(path.name != CLAIM and path.suffix != ".partial" for path in out.iterdir()):
+    if any(out.iterdir()):
         raise NanogapError(f"--out {out} has files in it already, and they are not overwritten; "
                            "give a new folder, or move them away")
-    try:
-        with claim("--out", out):
-            write(make(**pieces), out)
-    finally:
-        if new and not any(out.iterdir()):
-            out.rmdir()
+    write(recipe, out)
     print(f"{out} is done; ask it with `python run.py image.jpg \"the man on the left\" "
           f"--weights {shlex.quote(str(out))}`")
 
 
 def write(recipe: Recipe, out: Path) -> None:
     """Make what a recipe says; all of it is looked through before the first number is read."""
-    source = recipe.pieces[0].path
-    family = MODELS[recipe.config["model_type"]]
+    settings, pieces, make = recipe
+    source = pieces[0].path
+    family = MODELS[settings["model_type"]]
     with whole_checkpoint("--out", out) as folder:
-        write_json(folder / "config.json", recipe.config)
+        write_json(folder / "config.json", settings)
         try:
             silent(folder)
             config = read_config(folder, family)
         except NanogapError as error:
             raise NanogapError(f"{source}: {error}") from None
-        tokenizer = read_llama_tokenizer(source / "tokenizer.model", recipe.special_tokens)
+        special = family.special_tokens if config.text.vocab_size > config.image_token else ()
+        tokenizer = read_llama_tokenizer(source / "tokenizer.model", special)
         tokens = tokenizer.get_vocab_size(with_added_tokens=False)
         if tokens != config.image_token:
             raise NanogapError(f"{source / 'tokenizer.model'} has {tokens} tokens, and the "
@@ -91,7 +78,7 @@ def write(recipe: Recipe, out: Path) -> None:
         with torch.device("meta"):
             model = family(config)
         try:
-            empty = dict(recipe.make(*(piece.empty() for piece in recipe.pieces)))
+            empty = dict(make(*(piece.empty() for piece in pieces)))
             model.load_state_dict({our_name(name, model.rename): tensor
                                    for name, tensor in empty.items()}, assign=True)
         except RuntimeError as error:        # torch's, on names and shapes
@@ -99,7 +86,7 @@ def write(recipe: Recipe, out: Path) -> None:
                                f"({one_line(error)}); get those of one model again") from None
         model.write_config(folder, config.dtype.removeprefix("torch."))
         tokenizer.save(str(folder / "tokenizer.json"))
-        write_tensors(folder / "model.safetensors", empty, recipe.make(*recipe.pieces))
+        write_tensors(folder / "model.safetensors", empty, make(*pieces))
 
 
 if __name__ == "__main__":

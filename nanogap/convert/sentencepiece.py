@@ -1,8 +1,5 @@
 """tokenizer.model, SentencePiece's file: LLaMA's pieces and their scores, as a tokenizer of ours.
 
-In:  the file that LLaMA, Vicuna and Mistral are published with, and a model's own special tokens.
-Out: a tokenizer that is written as tokenizer.json, the same as the one on the hub.
-
 SentencePiece merges the two neighbours whose piece has the highest score, again and again; BPE
 reads which two to merge from a list, so the list is every way to make a piece of two, best first.
 Source: sentencepiece_model.proto; convert_slow_tokenizer.py of transformers, whose order of merges
@@ -23,15 +20,11 @@ from nanogap.models.saving import START_TOKENS, llama_tokenizer
 
 VARINT, BYTES = 0, 2                    # kinds of fields; those of a fixed length:
 LENGTHS = {1: 8, 5: 4}
-PIECE = 1                               # numbers of fields: in the file, once for each piece
-TEXT, SCORE = 1, 2                      # and in a piece
+PIECE, TEXT, SCORE = 1, 1, 2            # numbers of fields: in the file, and two in a piece
 
 
 def read_llama_tokenizer(path: Path, special_tokens: Iterable[str]) -> Tokenizer:
-    """The tokenizer of a tokenizer.model, with special tokens behind its pieces.
-
-    raises: NanogapError where it is missing, broken, or none of LLaMA's kind
-    """
+    """With special tokens behind its pieces; NanogapError where it is broken, or not LLaMA's."""
     if not path.is_file():
         raise NanogapError(f"{path.parent} lacks {path.name}, of which tokenizer.json is made; "
                            "download it as well")
