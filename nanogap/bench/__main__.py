@@ -29,7 +29,7 @@ from nanogap.checks.command import (
     path_argument,
     whole_number,
 )
-from nanogap.checks.loading import default_weights, folder_of
+from nanogap.checks.loading import check_place, default_weights, folder_of
 from nanogap.errors import NanogapError
 from nanogap.prune import STRATEGIES
 from nanogap.weights import DTYPES
@@ -46,6 +46,8 @@ RATIOS = ("{prune:14} {visual_tokens:6g} {vision_ms:7.2f}          {first_token_
 TOGETHER = ("ground_all, {number} questions about one picture, {prune} {keep:g}: "
             "{ground_all_per_s:.3g} answers a second, one by one {one_by_one_per_s:.3g}; "
             "{faster:.2f} times faster")
+FIRST_USE = ("{who}: loaded in {load_s:.2f} s; peak memory {peak_over_weights:.2f} times the "
+             "weights' {weights_mb:.0f} MB")
 SUMMARY = ("With {visual_tokens:g} visual tokens, times faster than with all: prefill "
            "{prefill_ms:.1f}, the vision tower {vision_ms:.2f}, a pass of the decoder "
            "{pass_ms:.2f}; the cache is {kv_mb:.1f} times smaller.")
@@ -68,6 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--new", type=partial(whole_number, least=2), default=25,
         help="tokens to generate (default: %(default)s, a box)")
     add("--rounds", type=count_argument, default=5, help="besides the first (default: %(default)s)")
+    add("--graph", action="store_true", help="decode with CUDA graphs (nanogap/fast/graph.py)")
     add("--no-pack", action="store_true", help="leave matrices as they are on a CPU: slower")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
@@ -77,7 +80,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise NanogapError("random weights are asked for by --random SIZE --save DIR, and others "
                            "by --weights DIR")
     args.prune = methods.find(args.prune)
-    args.device = None if args.device == "auto" else args.device
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_place(args.device, None)
+    args.device = torch.device(args.device)
     args.dtype = DTYPES.get(args.dtype)
     args.folder = args.save or folder_of(args.folder or default_weights())
     return args
@@ -95,6 +101,9 @@ def print_table(d: dict) -> None:
         print("times faster than transformers, which sees all tokens:")
         for row in d["runs"]:
             print(RATIOS.format_map(row | row["theirs_over_this"]))
+    for who in ("ours", "theirs"):
+        if d[who]:
+            print(FIRST_USE.format_map(d[who] | {"who": who}))
     fewest = min(d["runs"], key=lambda row: row["visual_tokens"])
     print(SUMMARY.format_map(fewest | fewest["full_over_this"]))
 

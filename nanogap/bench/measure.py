@@ -17,10 +17,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanogap.checks.loading import load
+from nanogap.checks.loading import MINI, load
 from nanogap.errors import NanogapError
+from nanogap.fast.graph import GraphedDecoder
 from nanogap.fast.packed import pack
 from nanogap.llava import clock_ms
 from nanogap.models import VLM
@@ -49,7 +50,54 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
     return done, clock_ms(device) - start
 
 
+def peak_memory(device: torch.device, forget: bool = False) -> int:
+    """The most bytes of memory that were in use; elsewhere than on CUDA those of the process.
+
+    forget:  count from what is in use now
+    returns: 0 where the system does not tell (it is Linux that does)
+    """
+    if device.type == "cuda":
+        if forget:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    told = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(told[0])
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's weights; where these are mapped from a file, this reads them."""
+    for parameter in model.parameters():
+        parameter.view(-1)[::1024].sum()
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def first_use(device: torch.device, get: Callable[[], tuple[Any, int]],
+              use: Callable[[Any], object]) -> tuple[Any, dict]:
+    """Get a model and its bytes, and use it once: the model, and the time and memory it took."""
+    in_use = peak_memory(device, forget=True)
+    (model, size), load_ms = timed(device, get)
+    use(model)
+    return model, {"load_s": load_ms / 1000, "weights_mb": size / 1e6,
+                   "peak_over_weights": (peak_memory(device) - in_use) / size}
+
+
 # ----- our model ----------------------------------------------------------------------------------
+
+
+def our_model(args: argparse.Namespace) -> tuple[VLM, int]:
+    """The model, with an end token that it never says, and its weights' bytes."""
+    model = load(args.folder, args.device, args.dtype, pack=False)
+    size = bytes_of(model)
+    if not args.no_pack:
+        pack(model)
+    model.config = replace(model.config, eos_token=-1, other_ends=())
+    if args.graph:
+        model.next_pass = GraphedDecoder(model.language_model.model)
+    return model, size
 
 
 def our_times(model: VLM, run: dict, new: int) -> dict:
@@ -80,8 +128,8 @@ def many_times(model: VLM, run: dict, new: int) -> dict:
 # ----- transformers' model ------------------------------------------------------------------------
 
 
-def load_peer(folder: Path, model: VLM) -> Any:
-    """The model where ours is, with the fastest attention that it has.
+def load_peer(folder: Path, model: VLM) -> tuple[Any, int]:
+    """The model where ours is, with the fastest attention that it has, and its weights' bytes.
 
     raises: NanogapError where transformers is not installed, or has no such model
     """
@@ -99,7 +147,8 @@ def load_peer(folder: Path, model: VLM) -> Any:
     peer: Any = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=model.dtype, attn_implementation="sdpa")
     peer.generation_config.eos_token_id = None   # as many tokens as are asked for
-    return peer.to(model.device).eval()
+    peer = peer.to(model.device).eval()
+    return peer, bytes_of(peer)
 
 
 def picture_for(model: VLM) -> dict[str, Tensor]:
@@ -170,18 +219,17 @@ def peer_times(peer: Any, model: VLM, new: int) -> dict:
 def measure(args: argparse.Namespace) -> dict:
     """The JSON document; above a ratio of 1 the run in whose row it stands is the faster."""
     new = args.new
-    model = load(args.folder, args.device, args.dtype, pack=False)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if not args.no_pack:
-        pack(model)
-    model.config = replace(model.config, eos_token=-1, other_ends=())         # it never says these
+    our_times(load(MINI, args.device, "float32"), {"mode": "full"}, 2)        # libraries start up
     runs = [{"mode": "full"}, *({"prune": args.prune, "keep": keep} for keep in args.keep)]
+    model, ours = first_use(args.device, lambda: our_model(args),
+                            lambda model: [our_times(model, run, new) for run in runs])
     todo = [partial(our_times, model, run, new) for run in runs]
     todo.append(partial(many_times, model, runs[-1], new))
     theirs = None
     if args.against:
-        peer = load_peer(args.folder, model)
-        theirs = agreement(peer, model, new)
+        peer, theirs = first_use(args.device, lambda: load_peer(args.folder, model),
+                                 lambda peer: peer_times(peer, model, new))
+        theirs |= agreement(peer, model, new)
         todo.append(partial(peer_times, peer, model, new))
     rounds = [[one() for one in todo] for _ in range(1 + args.rounds)][1:]
     rows = [{key: median(each[key] for each in took) for key in took[0]}
@@ -198,7 +246,7 @@ def measure(args: argparse.Namespace) -> dict:
                                        for key in COMPARED}
     return {"weights": str(args.folder), "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-            "parameters": parameters, "new_tokens": new, "rounds": args.rounds,
-            "packed": not args.no_pack, "torch": torch.__version__,
-            "machine": machine(model.device), "theirs": theirs, "runs": rows,
-            "questions": questions}
+            "new_tokens": new, "rounds": args.rounds, "packed": not args.no_pack,
+            "graph": args.graph, "torch": torch.__version__, "machine": machine(model.device),
+            "ours": ours, "theirs": theirs, "runs": rows, "questions": questions,
+            "parameters": round(1e6 * ours["weights_mb"] / model.dtype.itemsize)}

@@ -14,9 +14,11 @@ from nanogap.bench import __main__ as bench
 from nanogap.bench import measure
 from nanogap.bench.sizes import SIZES
 from nanogap.checks.command import answer_for
+from nanogap.fast.graph import GraphedDecoder
 from nanogap.models import VLM
 from tests.tiny import lines_of
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 pytestmark = pytest.mark.filterwarnings("ignore")           # transformers' warnings
 MINI = Path(__file__).resolve().parents[2] / "weights" / "mini"
 SHORT = ["--device", "cpu", "--rounds", "1", "--new", "3"]
@@ -70,6 +72,8 @@ def test_the_table_says_what_pruning_buys_and_the_json_comes_last(capsys, tiny):
         f"With 4 visual tokens, times faster than with all: prefill {ratios['prefill_ms']:.1f}, "
         f"the vision tower {ratios['vision_ms']:.2f}, a pass of the decoder "
         f"{ratios['pass_ms']:.2f}; the cache is 1.2 times smaller.")
+    assert (f"ours: loaded in {said['ours']['load_s']:.2f} s; peak memory "
+            f"{said['ours']['peak_over_weights']:.2f} times the weights' ") in before
     assert ", random 4: " in before and "\nrandom              4 " in before
 
 
@@ -141,3 +145,22 @@ def test_the_sizes_are_those_that_are_published(size: str, parameters: float):
         drawn = sum(p.numel() for p in VLM(SIZES[size]).parameters())
     assert drawn == pytest.approx(parameters, rel=0.01)
     assert SIZES[size].vision.grid ** 2 == 576
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_graphed_decoder_says_the_same_with_drafts_and_without(device: str):
+    """On a CPU the same code runs unrecorded: a cache of a fixed number of rows, and a mask."""
+    model = nanogap.load(MINI, device, "float32")
+    image = model.encode_image(measure.IMAGE)
+    questions = [("full", None, 25), ("gap", 36, 25), ("full", None, 9)]
+
+    def said(drafts: bool) -> list:
+        answers = [model.ground(image, measure.EXPRESSION, "random", keep, mode,
+                                max_new_tokens=most, drafts=drafts)
+                   for mode, keep, most in questions]
+        return [(r.tokens, r.kv_bytes, r.timings["passes"]) for r in answers]
+
+    plain = said(False) + said(True)
+    model.next_pass = GraphedDecoder(model.language_model.model)
+    assert said(False) + said(True) == plain
+    assert {rows % 64 for rows, _ in model.next_pass.recordings} == {0}
