@@ -95,10 +95,7 @@ def test_the_report_says_what_it_covers_and_how_it_counts(finder, annotations: P
 
 
 def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_path, monkeypatch):
-    """Seven expressions about one scene, and two about the next, after a rehearsal.
-
-    A run that goes on rehearses, and looks at what is new.
-    """
+    """Seven expressions about one scene, and two about the next, each with its seed."""
     encoded, asked = [], []
     encode_pixels, ground_runs = VLM.encode_pixels, VLM.ground_runs
 
@@ -106,9 +103,9 @@ def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_
         encoded.append(args)
         return encode_pixels(self, *args)
 
-    def ask(self, image, runs, *args, **more):
-        asked.append([len(run.expressions) for run in runs])
-        return ground_runs(self, image, runs, *args, **more)
+    def ask(self, image, runs, seed, *args):
+        asked.append([seed, *(len(run.expressions) for run in runs)])
+        return ground_runs(self, image, runs, seed, *args)
 
     monkeypatch.setattr(VLM, "encode_pixels", encode)
     monkeypatch.setattr(VLM, "ground_runs", ask)
@@ -116,7 +113,7 @@ def test_each_image_is_looked_at_once_and_asked_in_all_runs_at_once(folder, tmp_
     command = ["--weights", folder, "--keep", 4, 8, "--mode", "full", "gap", "--out", out]
     assert run(*command, "--limit", 9) == 0
     assert len(encoded) == 1 + 2
-    assert asked == [[1], [1, 1], [7, 7, 7], [2, 2, 2]]
+    assert asked == [[0, 1], [0, 1, 1], [0, 7, 7, 7], [1, 2, 2, 2]]
     keeps = [line["keep"] for line in read_lines(out)]
     assert keeps == [16] * 7 + [4] * 7 + [8] * 7 + [16, 16, 4, 4, 8, 8]
     encoded.clear()
