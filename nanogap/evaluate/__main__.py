@@ -65,15 +65,19 @@ def ask_model(args: argparse.Namespace, name: str, data: Data) -> Report | None:
             "protocol": args.protocol, "max_new_tokens": args.max_new_tokens}
     settings = made | ask.identified(folder, args.clip, args.prune) if out else {}
     records, write = journal.go_on(out, settings)
-    done = {(question_of(record), run_of(record)) for record in records}
+    asked = {id_: [expression, list(truth)] for example in examples
+             for id_, expression, truth in example.questions}
+    records = [record for record in records                 # others are of data that changed since
+               if [record["expression"], record["truth"]] == asked.get(record["id"])]
+    done = {(record["id"], run_of(record)) for record in records}
     todo = [example for example in examples[rank::world]
-            if any((question, run) not in done for question in example.questions for run in runs)]
+            if any((id_, run) not in done for id_, *_ in example.questions for run in runs)]
     left_out: dict[str, str] = {}
     said = []
     for example in ask.with_progress(todo):
-        asked = {run: [question for question in example.questions if (question, run) not in done]
-                 for run in runs}
-        for record in ask.answers(model, example, asked, args, left_out):
+        new = {run: [question for question in example.questions if (question[0], run) not in done]
+               for run in runs}
+        for record in ask.answers(model, example, new, args, left_out):
             write(record)
             said.append(record)
     for part in gather([{"said": said, "left_out": left_out}], world):
@@ -82,23 +86,17 @@ def ask_model(args: argparse.Namespace, name: str, data: Data) -> Report | None:
     if rank > 0:
         return None
 
-    answered = {question for example in examples for question in example.questions
-                if question[0] not in left_out}
-    if not answered:
+    ids = asked.keys() - left_out.keys()
+    if not ids:
         id_, why = next(iter(left_out.items()))
         raise NanogapError(f"none of the expressions can be asked, such as {id_}: {why}")
-    records = [record for record in records if question_of(record) in answered]
+    records = [record for record in records if record["id"] in ids]
     rows = [summary(records, run, args.protocol) for run in runs]
-    title = (f"{folder}, {data.name}, {len(answered)} expressions, seed {args.seed}, "
+    title = (f"{folder}, {data.name}, {len(ids)} expressions, seed {args.seed}, "
              f"{made['device']}, {made['dtype']}")
     notes = [f"without {strategy}: {why}" for strategy, why in cannot_run.items()]
     data = replace(data, left_out=data.left_out | left_out)
     return Report(name, title, made | {"cannot_run": cannot_run}, data, rows, notes)
-
-
-def question_of(record: dict) -> ask.Question:
-    """What a record answers; where the data changed since, that is another question."""
-    return record["id"], record["expression"], tuple(record["truth"])
 
 
 def ask_models(args: argparse.Namespace) -> None:
