@@ -3,7 +3,6 @@
     python -m nanogap.evaluate --data scenes:val --prune random --keep 50% 25% --limit 500
     python -m nanogap.evaluate --weights weights/mini weights/mini-shikra --plot models.png
     torchrun --nproc-per-node 2 -m nanogap.evaluate --data "refs(unc).p" --split val
-    python -m nanogap.evaluate --questions questions.jsonl --data scenes:val
     python -m nanogap.evaluate --score answers.jsonl --data own.jsonl --format qwen2-vl
 
 An answer without a box counts as wrong.  What cannot be asked (a picture that is not there or is
@@ -25,7 +24,7 @@ from nanogap.checks.loading import load
 from nanogap.checks.output import check_picture, claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
-from nanogap.evaluate.answers import read_answers, write_questions
+from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.arguments import parse_arguments
 from nanogap.evaluate.data import Data, drawn_data, first, read_data
 from nanogap.evaluate.report import Report, missing, print_reports
@@ -60,17 +59,6 @@ def score_file(args: argparse.Namespace) -> None:
     made = {"score": str(args.score), "format": args.format or "llava", "protocol": args.protocol}
     title = f"{args.score}, {data.name}, {asked} expressions"
     print_reports(args, [Report(title, made, data, rows, notes)])
-
-
-def write_file(args: argparse.Namespace) -> None:
-    """Write the questions, and say how their answers are scored."""
-    same = ["--data", args.data]
-    for flag in ("split", "images", "limit"):
-        value = getattr(args, flag)
-        if value:
-            same += [f"--{flag}", str(value)]
-    examples = first(data_asked(args).examples, args.limit)
-    print(write_questions(args.questions, examples, same))
 
 
 def check_answered(out: Path | None, records: Sequence[dict], data: Data) -> None:
@@ -165,8 +153,6 @@ def main(argv: Sequence[str] | None) -> None:
     args = parse_arguments(argv)
     if args.score:
         score_file(args)
-    elif args.questions:
-        write_file(args)
     else:
         ask_models(args)
 

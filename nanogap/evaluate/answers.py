@@ -6,14 +6,11 @@ Out: a record for each expression and each run; one without an answer counts as 
 """
 
 import argparse
-import json
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanogap.checks.command import shown
-from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Data, Example
@@ -175,33 +172,3 @@ def box_said(item: dict, size: Size, args: argparse.Namespace) -> Box | None:
     if isinstance(resized, int):
         resized = smart_resize(*size, resized)
     return form.read(item["text"], size, resized)
-
-
-# ----- questions for another program --------------------------------------------------------------
-
-
-def write_questions(path: Path, examples: Sequence[Example], same: Sequence[str]) -> str:
-    """Write the file and the pictures; what to do with them, in a line.
-
-    same: arguments of the command that say what data it is
-    """
-    folder = path.with_name(f"{path.stem}_images")
-    for there in (path, folder):
-        if there.exists():
-            raise NanogapError(f"--questions {path}: {there} exists, and may have answers or "
-                               "pictures in it; give a new file")
-    lines = []
-    for example in examples:
-        image = example.file or folder / f"{example.name.partition(':')[2].replace('/', '-')}.png"
-        if example.file is None:
-            check_folder("--questions", folder)
-            save_picture("--questions", image, example.image())
-        width, height = example.size
-        lines += [json.dumps({"id": id_, "image": str(image), "expression": expression,
-                              "width": width, "height": height}) + "\n"
-                  for id_, expression, _ in example.questions]
-    write_whole("--questions", path, "".join(lines).encode())
-    score = shlex.join(["python", "-m", "nanogap.evaluate", "--score", str(path), *same])
-    return (f"{len(lines)} questions about {len(examples)} pictures: {path}\n"
-            "add to each line \"text\", what was answered, or \"box\", x1, y1, x2, y2 in pixels; "
-            f"then\n{score}")

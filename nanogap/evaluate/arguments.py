@@ -27,7 +27,7 @@ from nanogap.weights import DTYPES
 
 DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
-OF_A_MODEL = ("questions", "weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
+OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
 
 
 def size_argument(text: str) -> tuple[int, int] | int:
@@ -65,8 +65,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true",
         help="instead of modes: IDs and order changed without pruning, then all modes that prune")
-    add("--questions", type=path_argument, metavar="FILE.jsonl",
-        help="ask no model: write the questions (and drawn pictures) for another program")
     add("--score", type=path_argument, metavar="FILE.jsonl",
         help='ask no model: score the answers of any program, lines of {"id", "text"}, or {"id", '
              '"box"} in pixels; ids count annotations from 1, or are sent_id, or as in --out')
@@ -125,11 +123,10 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
     """What would be a contradiction: whether it is there, and what is said of it then."""
     several = len(args.models) > 1
     drawn = args.data.partition(":")[0] == "scenes"
-    alone = "score" if args.score else "questions"
-    asked = [flag for flag in OF_A_MODEL if getattr(args, flag) and flag != alone] or [""]
+    asked = [flag for flag in OF_A_MODEL if getattr(args, flag)] or [""]
     return [
-        ((args.score or args.questions) and asked[0],
-         f"--{alone} asks no model, so --{asked[0]} has nothing to say there; leave one out"),
+        (args.score and asked[0],
+         f"--score asks no model, so --{asked[0]} has nothing to say there; leave one out"),
         (args.format and not args.score,
          "--format says how --score reads answers; a model has its own, so leave it out"),
         (args.resized and args.format != "qwen2.5-vl",

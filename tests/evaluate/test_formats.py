@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from nanogap.evaluate.formats import FORMATS, smart_resize
-from tests.evaluate.asking import read_lines, write_lines
+from tests.evaluate.asking import write_lines
 
 # A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
 # of its height.  In the padded square of 640 it begins 80 pixels down: 0.275 to 0.8.
@@ -132,25 +131,3 @@ def test_shares_of_the_answers_decide_whether_boxes_are_pixels(given, printed, r
     wide = [100, 100, 900, 900]
     assert "6 of 6 boxes are no pixels of their images" in refused(*given(boxes(*[wide] * 6)))
     printed(*given(boxes(*[wide] * 2, *[BOX] * 4)))
-
-
-# ----- questions for another program --------------------------------------------------------------
-
-
-def test_questions_are_written_and_read_back_when_answered(
-        tmp_path: Path, monkeypatch, printed, refused):
-    monkeypatch.chdir(tmp_path)
-    asked = ["--questions", "q.jsonl", "--data", "scenes:val", "--limit", "9"]
-    said = printed(*asked).splitlines()
-    assert said[0] == "9 questions about 2 pictures: q.jsonl"
-    assert said[-1] == ("python -m nanogap.evaluate --score q.jsonl --data scenes:val --limit 9")
-    questions = read_lines(Path("q.jsonl"))
-    assert set(questions[0]) == {"id", "image", "expression", "width", "height"}
-    assert [q["id"] for q in questions[6:8]] == ["val/0/6", "val/1/0"]
-    for q in questions:
-        assert Image.open(q["image"]).size == (q["width"], q["height"])
-    write_lines(Path("q.jsonl"), [q | {"box": None} for q in questions])
-    assert " 1.000 " in printed(*said[-1].split()[3:])                   # without a box, all
-    assert "exists, and may have answers or pictures in it" in refused(*asked)
-    Path("q.jsonl").unlink()
-    assert "q_images exists, and may have answers or pictures" in refused(*asked)
