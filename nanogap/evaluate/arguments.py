@@ -1,7 +1,6 @@
 """The command line of the evaluation: arguments that do not contradict each other."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_folder
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ablate, journal
-from nanogap.evaluate.formats import FORMATS, format_argument
+from nanogap.evaluate.formats import FORMATS
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS
@@ -28,15 +27,6 @@ from nanogap.weights import DTYPES
 DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
 OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
-
-
-def size_argument(text: str) -> tuple[int, int] | int:
-    """--resized: a size such as 644x476, or what sides are a multiple of, such as 28."""
-    found = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size such as 644x476, nor a number "
-                                         "such as 28, of which sides are a multiple")
-    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,10 +58,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--score", type=path_argument, metavar="FILE.jsonl",
         help='ask no model: score the answers of any program, lines of {"id", "text"}, or {"id", '
              '"box"} in pixels; ids count annotations from 1, or are sent_id, or as in --out')
-    add("--format", "--family", choices=FORMATS, type=format_argument,
+    add("--format", "--family", choices=FORMATS,
         help="how boxes stand in the texts that --score reads (default: llava)")
-    add("--resized", type=size_argument, metavar="WxH|N",
-        help="of pictures as qwen2.5-vl saw them: a size, or of what sides were multiples")
     add("--protocol", choices=PROTOCOLS, default="pixels",
         help="whose way to read an answer and to count it (default: %(default)s)")
     add("--limit", type=count_argument, help="expressions (default: all; 500 of drawn scenes)")
@@ -129,8 +117,6 @@ def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
          f"--score asks no model, so --{asked[0]} has nothing to say there; leave one out"),
         (args.format and not args.score,
          "--format says how --score reads answers; a model has its own, so leave it out"),
-        (args.resized and args.format != "qwen2.5-vl",
-         "--resized is for a --format that says boxes in pixels: qwen2.5-vl"),
         (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
         (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
         (args.plot and args.plot == args.out, "--out and --plot are the same file; give two"),

@@ -42,7 +42,6 @@ class Data:
     examples: list[Example] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)            # images that are not there
     left_out: dict[str, str] = field(default_factory=dict)      # id -> why it cannot be asked
-    groups: dict[str, list[str]] = field(default_factory=dict)  # MiniGPT-v2's img_id -> its ids
 
 
 # ----- drawn scenes -------------------------------------------------------------------------------
@@ -95,13 +94,11 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
     """
     told, entries = read_annotations(path, split)
     of_image: dict[str, list[Entry]] = {}
-    groups: dict[str, list[str]] = {}
     for entry in entries:
         of_image.setdefault(entry.image, []).append(entry)
-        groups.setdefault(entry.group, []).append(entry.id)
     name = f"{path.name} {split}" if split else path.name
     name = f"{name} ({told}): {len(entries)} expressions about {len(of_image)} images"
-    data = Data(name, len(entries), groups=groups)
+    data = Data(name, len(entries))
     folder = images or path.parent
     for number, about in enumerate(of_image.values()):
         add_image(data, number, about, folder, pictures)

@@ -15,8 +15,6 @@ from nanogap.models import MiniGPT, Shikra
 from nanogap.models.frames import Stretch
 from nanogap.prompt import TWO_DECIMALS
 
-LEAST, MOST = 56 * 56, 16384 * 28 * 28     # pixels of a picture as Qwen2.5-VL resizes it by default
-
 
 @dataclass(frozen=True)
 class Format:
@@ -69,26 +67,3 @@ FORMATS = {                            # the strictest first of those that resem
     "ferret": Format(BRACKET),
     "paligemma": Format(re.compile(r"<loc(\d{4})>" * 4, re.ASCII), 1024, y_first=True),
 }
-
-
-def format_argument(text: str) -> str:
-    """A name of FORMATS, however it is spelled: "MiniGPT-v2", "minigpt_v2"."""
-    return text.lower().replace("_", "-")
-
-
-def smart_resize(width: int, height: int, factor: int) -> Size:
-    """The size in which Qwen2.5-VL sees a picture: sides in multiples, pixels within limits.
-
-    source: qwen-vl-utils 0.0.14; Python's round, to even
-    """
-    sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
-    pixels = sides[0] * sides[1]
-    if LEAST <= pixels <= MOST:
-        return sides[0], sides[1]
-    if pixels > MOST:
-        scale = (width * height / MOST) ** 0.5
-        sides = [max(factor, int(side / scale / factor) * factor) for side in (width, height)]
-    else:
-        scale = (LEAST / (width * height)) ** 0.5
-        sides = [-int(-side * scale // factor) * factor for side in (width, height)]
-    return sides[0], sides[1]

@@ -28,7 +28,6 @@ class Entry(NamedTuple):
     box: Any                           # four numbers
     size: Any                          # of the image; None where the picture must say it
     corners: bool                      # whether the box is x1, y1, x2, y2; else x, y, width, height
-    group: str = ""                    # MiniGPT-v2's img_id
 
 
 def are_numbers(values: object, count: int, least: float = -1e6) -> bool:
@@ -142,7 +141,7 @@ def read_annotations(path: Path, split: str | None) -> tuple[str, list[Entry]]:
         for expression in said if isinstance(said, list) else [said]:       # lmms-lab has several
             entries.append(Entry(where, str(len(entries) + 1),
                                  re.sub(form.crop, "", name) + form.ending, expression,
-                                 item[form.box], size, form.corners, name))
+                                 item[form.box], size, form.corners))
     if not entries:
         raise NanogapError(f"{path} holds no annotation; fetch it again")
     return form.name, entries

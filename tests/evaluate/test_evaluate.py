@@ -260,7 +260,6 @@ def test_weights_are_told_apart_by_all_files_that_answers_depend_on(tmp_path):
     (["--prune", "random", "sparsevlm", "--keep", "6"], "sparsevlm cannot keep 6 of 16 visual "
      "tokens in the mean over 3 layers, of which 1 see all: keep from 7 to 16"),
     (["--format", "llava"], "--format says how --score reads answers"),
-    (["--resized", "28"], "--resized is for a --format that says boxes in pixels"),
     (["--score", "a.jsonl"], "--score asks no model, so --weights has nothing to say"),
     (["--limit", "0"], "argument --limit: '0' is not a whole number from 1 on"),
     (["--split", "val"], "for drawn scenes give --data scenes:SPLIT"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogap.evaluate.formats import FORMATS, smart_resize
+from nanogap.evaluate.formats import FORMATS
 from tests.evaluate.asking import write_lines
 
 # A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
@@ -42,14 +42,6 @@ def test_what_is_no_box_is_never_guessed(name: str, text: str):
     assert FORMATS[name].read(text, SIZE) is None
 
 
-@pytest.mark.parametrize("size, resized", [
-    ((640, 480), (644, 476)), ((1000, 30), (1008, 28)), ((40, 40), (56, 56)), ((70, 98), (56, 112)),
-    ((8000, 6000), (4116, 3080))])
-def test_pictures_are_resized_as_qwen_does(size: tuple, resized: tuple):
-    """Rounded to even: 70 is 2.5 times 28. As qwen-vl-utils 0.0.14 gave them (IDS R12)."""
-    assert smart_resize(*size, 28) == resized
-
-
 # ----- files --------------------------------------------------------------------------------------
 
 
@@ -69,56 +61,18 @@ def six(text: str, **more: object) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", list(FORMATS)[3:])
-def test_a_file_in_another_notation_is_told_which_format_fits(given, printed, refused, name: str):
-    said = refused(*given(six(SAID[name])))
-    assert "0 of 6 texts with numbers hold a box as llava says it" in said and name in said
-    flags = ("--resized", "28") if name == "qwen2.5-vl" else ()
-    spelled = name.replace("-", "_").upper()
-    assert RIGHT in printed(*given(six(SAID[name]), "--format", spelled, *flags))
+def test_a_file_in_another_notation_is_told_and_counts_where_the_format_is_given(
+        given, printed, name: str):
+    answers = six(SAID[name], resized=[644, 476])
+    said = printed(*given(answers))
+    assert "hardly any of these answers can be read as a box: they may be in another" in said
+    said = printed(*given(answers, "--format", name))
+    assert RIGHT in said and "hardly" not in said
 
 
-def test_a_tenth_of_them_decides_and_answers_without_numbers_are_only_wrong(
-        given, printed, refused):
-    printed(*given(six(SAID["ferret"])[1:] + [{"id": 1, "text": SAID["llava"]}]))
-    said = printed(*given(six("I cannot see a man.")))
-    assert " 0.000 " in said and "--format" not in said
-    assert " 0.000 " in printed(*given(six(SAID["ferret"]), "--format", "llava"))
-    said = refused(*given(six(SAID["ferret"])))
-    assert "most do in the format of internvl or ferret; give --format" in said
-
-
-def test_boxes_in_pixels_of_the_resized_picture_need_its_size(given, printed, refused):
-    said, qwen = six(SAID["qwen2.5-vl"]), ("--format", "qwen2.5-vl")
-    asked = refused(*given(said, *qwen))
-    assert '"resized": [width, height]' in asked and "--resized 28" in asked
-    assert RIGHT in printed(*given(said, *qwen, "--resized", "644x476"))
-    assert RIGHT in printed(*given(six(SAID["qwen2.5-vl"], resized=[644, 476]), *qwen))
-    refused(*given(said, "--resized", "28"))
-    refused(*given(said, *qwen, "--resized", "0x5"))
-
-
-def test_minigpts_own_file_of_answers(data: Path, given, printed, refused):
-    """It leaves out what it cannot read: three expressions, two answers."""
-    crop = "COCO_train2014_000000000042_1"
-    write_lines(data, [{"img_id": crop, "sents": f"thing {i}", "bbox": [64, 96, 256, 336],
-                        "width": 640, "height": 480} for i in range(3)])
-    own = {crop: ["{<10><20><50><90>}", "{<10><20><50><50>}"]}
-    for flags in (("--protocol", "minigpt"), ("--format", "minigpt-v2")):
-        said = printed(*given([own], *flags))
-        assert " 0.333 " in said
-        assert "1 of 3 expressions have no answer, and count as wrong" in said
-    for other in ({"x_1": ["a"]}, {crop: ["a"] * 4}):
-        assert "is none of the 3 expressions of data.jsonl" in refused(*given([other]))
-
-
-def test_files_of_llava_and_of_internvl(given, printed, refused):
-    llava = [{"question_id": i, "prompt": "?", "text": SAID["llava"]} for i in range(1, 7)]
-    assert RIGHT in printed(*given(llava))
-    internvl = [{"answer": SAID["internvl"], "gt_bbox": BOX, "hw": [480, 640]}] * 6
-    assert RIGHT in printed(*given(internvl, "--format", "internvl"))
-    for other in ([1, 2, 3, 4], 5):
-        said = refused(*given([internvl[0] | {"gt_bbox": other}]))
-        assert "expression 1 of data.jsonl" in said
+def test_boxes_in_pixels_of_the_resized_picture_need_its_size(given, refused):
+    said = refused(*given(six(SAID["qwen2.5-vl"]), "--format", "qwen2.5-vl"))
+    assert 'give "resized": [width, height] in each line' in said
 
 
 def boxes(*of: list) -> list[dict]:
