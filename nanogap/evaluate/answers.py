@@ -3,10 +3,15 @@
 In:  lines of {"id", "text"} or {"id", "box"}, and the data that they answer.
      Lines may say "prune", "keep" and "mode": each of these is a run.
 Out: a record for each expression and each run; one without an answer counts as wrong.
+Sources of FORMATS: nanogap/models for the first four; Qwen-VL eval_mm/evaluate_grounding.py (which
+divides by 999); model cards of the later Qwen-VL; InternVL eval/refcoco/evaluate_grounding.py;
+CogVLM's README; Ferret ferret/eval/eval_refexp.py; PaliGemma big_vision, `<loc....>`.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +19,63 @@ from nanogap.checks.command import shown
 from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.evaluate.data import Data, Example
-from nanogap.evaluate.formats import FORMATS
 from nanogap.evaluate.journal import settings_of
 from nanogap.evaluate.refcoco import Size, are_numbers
 from nanogap.evaluate.score import TIMES, Run, score
-from nanogap.image import Box
+from nanogap.image import Box, Pad
+from nanogap.models import MiniGPT, Shikra
+from nanogap.models.frames import Stretch
+from nanogap.prompt import TWO_DECIMALS
 
+
+@dataclass(frozen=True)
+class Format:
+    """The notation of one family of models."""
+
+    pattern: re.Pattern[str]           # four groups, one for each number
+    one: float | None = 1000           # what is said for a whole side; None: pixels, as resized
+    frame: Pad | Stretch = Stretch()
+    drop: tuple[str, ...] = ()         # what is taken out of a text before it is read
+    y_first: bool = False
+
+    def read(self, text: str, size: Size, resized: Size | None = None) -> Box | None:
+        """The first box of a text, in pixels of the picture; None, and no guess, if it is outside.
+
+        size:    of the picture
+        resized: of the picture as the model saw it, where boxes are in pixels of that one
+        """
+        for piece in self.drop:
+            text = text.replace(piece, "")
+        match = self.pattern.search(text)
+        if match is None:
+            return None
+        a, b, c, d = map(float, match.groups())
+        x1, y1, x2, y2 = (b, a, d, c) if self.y_first else (a, b, c, d)
+        width, height = (self.one, self.one) if self.one else resized or size
+        x1, y1, x2, y2 = x1 / width, y1 / height, x2 / width, y2 / height
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            return None
+        return self.frame.to_pixels((x1, y1, x2, y2), *size)
+
+
+N = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
+JSON_BOX = re.compile(rf'"bbox_2d"\s*:\s*\[{N},{N},{N},{N}\]')
+BRACKET = re.compile(rf"\[{N},{N},{N},{N}\]")
+PAIRS = re.compile(rf"\({N},{N}\)\s*,\s*\({N},{N}\)")
+FORMATS = {
+    "llava": Format(TWO_DECIMALS.pattern, 1, Pad()),
+    "llava-next": Format(TWO_DECIMALS.pattern, 1, Pad()),
+    "shikra": Format(Shikra.box_format.pattern, 1, Pad()),
+    "minigpt-v2": Format(MiniGPT.box_format.pattern, 100, drop=("<unk>", " ")),
+    "qwen-vl": Format(PAIRS),
+    "qwen2-vl": Format(PAIRS),
+    "qwen2.5-vl": Format(JSON_BOX, None),
+    "qwen3-vl": Format(JSON_BOX),
+    "cogvlm": Format(re.compile(r"\[\[\s*(\d{3}),\s*(\d{3}),\s*(\d{3}),\s*(\d{3})\s*\]", re.ASCII)),
+    "internvl": Format(BRACKET),
+    "ferret": Format(BRACKET),
+    "paligemma": Format(re.compile(r"<loc(\d{4})>" * 4, re.ASCII), 1024, y_first=True),
+}
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
          "cut_off": bool | None, **dict.fromkeys(MEASURED, int | float | None)}
@@ -108,7 +164,7 @@ def record(run: Run, item: dict, size: Size, truth: Box, args: argparse.Namespac
             raise NanogapError(f"{args.format} says boxes in pixels of the picture as it saw it: "
                                'give "resized": [width, height] in each line')
         box = form.read(text, size, item.get("resized"))
-    if box and not (box[0] < box[2] and box[1] < box[3]):
+    if box and not (box[0] < box[2] and box[1] < box[3]):     # or all of it lies in the padding
         box = None
     box, overlap = score(args.protocol, text or "", box, truth, *size)
     return {"prune": run[0], "keep": run[1], "mode": run[2], "text": text, "box": box,

@@ -17,7 +17,7 @@ from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_folder
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ablate, journal
-from nanogap.evaluate.formats import FORMATS
+from nanogap.evaluate.answers import FORMATS
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS

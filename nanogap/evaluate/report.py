@@ -96,8 +96,8 @@ def print_table(args: argparse.Namespace, report: Report) -> None:
     lines = [report.title, PROTOCOLS[args.protocol], *covers(report.data), *report.notes]
     own = args.protocol == "pixels" and not args.score
     if not own and all((row["no_box"] or 0) > 0.9 for row in rows):
-        lines.append("hardly any of these answers can be read as a box: they may be in another "
-                     "--format, or for another --protocol")
+        lines.append("hardly any of these answers can be read as a box: they may want another "
+                     "format (--format), or another --protocol")
     for line in lines:
         print(visible(line))
     print(table(rows))

@@ -1,4 +1,4 @@
-"""Answers of any program, scored: three expressions by hand, and the evaluator's own file again."""
+"""Answers of any program: each notation by hand, three expressions, the evaluator's own file."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,44 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from nanogap.evaluate.answers import FORMATS
 from tests.evaluate.asking import BOX, run, write_lines
+
+# A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
+# of its height.  In the padded square of 640 it begins 80 pixels down: 0.275 to 0.8.
+PHOTO, RIGHT = (640, 480), (64, 96, 320, 432)
+SAID = {
+    "llava": "[0.10, 0.28, 0.50, 0.80]", "llava-next": "[0.10, 0.28, 0.50, 0.80]",
+    "shikra": "Answer: [0.100,0.275,0.500,0.800] .", "minigpt-v2": "{<10><20><50><90>}",
+    "qwen-vl": "<ref>a man</ref><box>(100,200),(500,900)</box>",
+    "qwen2-vl": "<|box_start|>(100,200),(500,900)<|box_end|>",
+    "qwen2.5-vl": '```json\n[{"bbox_2d": [64.4, 95.2, 322, 428.4], "label": "man"}]\n```',
+    "qwen3-vl": '{"bbox_2d": [100, 200, 500, 900], "label": "man"}',
+    "cogvlm": "the man [[100,200,500,900]]", "ferret": "The man [100, 200, 500, 900].",
+    "internvl": "<ref>the man</ref><box>[[100, 200, 500, 900]]</box>",
+    "paligemma": "<loc0205><loc0102><loc0922><loc0512> the man",
+}
+
+
+@pytest.mark.parametrize("name, text", [
+    *SAID.items(),
+    ("minigpt-v2", "It is {<1 0><20> <50><unk><90>}."),
+    ("qwen-vl", "( 100 , 200 ), (500,900) and (1,2),(3,4)")])
+def test_one_right_box_in_every_notation_and_in_odd_clothes(name: str, text: str):
+    assert FORMATS[name].read(text, PHOTO, (644, 476)) == pytest.approx(RIGHT, abs=3.5)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("ferret", "[100, 100, 1001, 500]"), ("ferret", "[500, 100, 100, 500]"),
+    ("cogvlm", "[[1,2,3,4]]"),
+    ("paligemma", "<loc102><loc102><loc512><loc512>"), ("qwen-vl", "(100,100)"),
+    ("minigpt-v2", "{<10><10><50><500>}"), ("ferret", "9" * 400)])
+def test_what_is_no_box_is_never_guessed(name: str, text: str):
+    """Out of range, without area, or in another notation."""
+    assert FORMATS[name].read(text, PHOTO) is None
+
+
+# ----- files --------------------------------------------------------------------------------------
 
 # A picture of 200 x 100: in the padded square of 200 x 200 it begins 50 pixels down.
 # BOX, which is of the square, is 20..100 x 0..70 of the picture.
@@ -64,6 +101,30 @@ def test_the_protocol_decides_how_boxes_are_counted(given, rows, printed):
     row, = rows(minigpt, "--protocol", "minigpt")
     assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
     assert "hardly any of these answers" in printed(*given(ALL, "--protocol", "minigpt"))
+
+
+@pytest.mark.parametrize("name, text", [
+    ("minigpt-v2", "{<10><0><50><70>}"), ("qwen2.5-vl", '{"bbox_2d": [40, 0, 200, 140]}')])
+def test_answers_in_another_notation_are_told_and_count_where_the_format_is_given(
+        given, rows, printed, refused, name: str, text: str):
+    answers = [{"id": i, "text": text, "resized": [400, 200]} for i in (1, 2, 3)]
+    assert "hardly any of these answers can be read as a box: they may want another format" in (
+        printed(*given(answers)))
+    row, = rows(answers, "--format", name)
+    assert row["mean_iou"] == pytest.approx((1 + 0.5 + 0) / 3)
+    if name == "qwen2.5-vl":
+        said = refused(*given([{"id": 1, "text": text}], "--format", name))
+        assert 'give "resized": [width, height] in each line' in said
+
+
+def test_boxes_most_of_which_are_no_pixels_are_refused(given, printed, refused):
+    def boxes(*of: list) -> list:
+        return given([{"id": i, "box": box} for i, box in enumerate(of, 1)])
+
+    shares, wide = [0.1, 0.2, 0.3, 0.4], [100, 0, 500, 700]
+    said = refused(*boxes(shares, BOXES[0], wide))
+    assert "2 of 3 boxes are no pixels of their images, such as [0.1, 0.2, 0.3, 0.4]; give" in said
+    printed(*boxes(shares, *BOXES[1:]))
 
 
 def test_what_is_not_answered_counts_as_wrong_and_is_said(given, rows, printed):
