@@ -160,7 +160,7 @@ def too_long(model: VLM, image: EncodedImage, questions: Iterable[Question],
         try:
             check_lengths(model, model.prompt(expression), image, max_new_tokens)
         except ItemError as error:
-            why[id_] = f"{expression:.40}: {error}"
+            why[id_] = f"{expression!r:.40}: {error}"
     return why
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 from nanogap.errors import ItemError, NanogapError
 from nanogap.evaluate.refcoco import Entry, Size, read_annotations, true_box
 from nanogap.image import Box, open_image
-from nanogap.prompt import check_expression
 from nanogap.train.scenes import scene
 
 
@@ -30,7 +29,6 @@ class Example:
     size: Size                         # of the image
     image: Callable[[], Image.Image]   # opens or draws it
     questions: list[tuple[str, str, Box]]   # id, expression, true box in pixels
-    file: Path | None = None           # where it is, if it is a file
 
 
 @dataclass(frozen=True)
@@ -124,17 +122,8 @@ def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
     except ItemError as error:
         data.left_out.update({entry.id: str(error) for entry in entries})
         return
-    questions = []
-    for entry in entries:
-        box = true_box(entry, size)
-        try:
-            check_expression(entry.expression)
-            questions.append((entry.id, entry.expression, box))
-        except ItemError as error:
-            data.left_out[entry.id] = f"{entry.where}: {error}"
-    if questions:
-        opened = partial(open_sized, path, size)
-        data.examples.append(Example(number, name, size, opened, questions, path))
+    questions = [(entry.id, entry.expression, true_box(entry, size)) for entry in entries]
+    data.examples.append(Example(number, name, size, partial(open_sized, path, size), questions))
 
 
 def open_sized(path: Path, size: Size) -> Image.Image:
@@ -148,12 +137,10 @@ def open_sized(path: Path, size: Size) -> Image.Image:
 
 
 def find_image(folder: Path, name: str) -> Path:
-    """Where an image is, with the folders in its name or without them, and in the folder only.
+    """Where an image is, with the folders in its name or without them.
 
     COCO's pictures of 2014 are there under the names of 2017 as well.
     """
-    path = Path(name)
-    files = [folder / re.sub(r"^COCO_\w+2014_", "", path.name), folder / path.name]
-    if not path.is_absolute() and ".." not in path.parts:
-        files.append(folder / path)
-    return next(filter(os.path.isfile, reversed(files)), files[-1])
+    base = Path(name).name
+    files = [folder / name, folder / base, folder / re.sub(r"^COCO_\w+2014_", "", base)]
+    return next(filter(os.path.isfile, files), files[0])

@@ -81,9 +81,6 @@ def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     except (KeyError, TypeError) as error:
         raise NanogapError(f"{path} and instances.json beside it are not a pair of the refer API's "
                            f"({error!r:.80}); take both from one of its folders") from None
-    if len({entry.id for entry in entries}) < len(entries):
-        raise NanogapError(f"{path} holds a sent_id twice, so one of its answers would be lost; "
-                           "take one of the sentences out")
     return told, entries
 
 

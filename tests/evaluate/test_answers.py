@@ -136,8 +136,9 @@ def test_what_is_not_answered_counts_as_wrong_and_is_said(given, rows, printed):
 
 
 def test_an_answer_to_what_cannot_be_asked_does_not_count(data: Path, rows):
-    write_lines(data, [{"image": "a.jpg", "expression": said, "box": BOXES[0], "width": 200,
-                        "height": 100} for said in ("thing", "", "thing")])
+    one = {"image": "a.jpg", "expression": "thing", "box": BOXES[0], "width": 200, "height": 100}
+    data.with_name("b.jpg").write_text("hello")
+    write_lines(data, [one, {"image": "b.jpg", "expression": "thing", "box": BOXES[0]}, one])
     row, = rows(ALL)
     assert (row["expressions"], row["mean_iou"], row["unanswered"]) == (2, 1.0, 0)
 

@@ -49,13 +49,6 @@ def test_the_limit_counts_expressions_and_not_images():
     assert first(examples, None) == examples
 
 
-def test_a_picture_that_is_asked_about_is_not_drawn_over(folder, annotations: Path, refused):
-    picture = next(annotations.parent.rglob("*.jpg"))
-    before = picture.read_bytes()
-    said = refused("--weights", folder, "--data", annotations, "--plot", picture)
-    assert "is a picture that is asked about" in said and picture.read_bytes() == before
-
-
 # ----- scores that are known ----------------------------------------------------------------------
 
 
@@ -310,7 +303,7 @@ def test_a_bad_picture_is_left_out_and_counted_and_resume_goes_past_it(
     assert "covers" not in said and "2 images, 5 expressions" in said
 
 
-@pytest.mark.parametrize("bad", ["", "\ud800", "thing " * 5000])
+@pytest.mark.parametrize("bad", ["", 5, "\ud800", "thing " * 5000])
 def test_an_expression_that_cannot_be_asked_is_left_out_and_counted_and_may_be_mended(
         finder, annotations: Path, printed, refused, bad: str):
     lines = read_lines(annotations)[:4]
@@ -334,8 +327,8 @@ def test_an_expression_that_cannot_be_asked_is_left_out_and_counted_and_may_be_m
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"expression": " "}, "holds nothing that can be asked: "),
-    ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: thing"),
+    ({"expression": " "}, "none of the expressions can be asked, such as 1: ' '"),
+    ({"expression": "thing " * 5000}, "none of the expressions can be asked, such as 1: 'thing"),
     ({"img_path": "broken.jpg"}, "none of the 1 images can be opened: ")])
 def test_where_nothing_can_be_asked_that_is_an_error(
         finder, annotations: Path, refused, change: dict, message: str):

@@ -114,11 +114,6 @@ def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(folder: Path
     assert not (folder / "burgled").exists()
 
 
-def test_a_sentence_that_is_there_twice_would_be_answered_once_and_is_refused(folder: Path):
-    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
-    refused("holds a sent_id twice", refs(folder, twice), folder, "val")
-
-
 def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
     for split in (None, "test"):
         refused("choose one with --split: testA 1, val 2", refs(folder), folder, split)
@@ -149,8 +144,6 @@ def own(box: list, **more: object) -> str:
     (qwen("[1, 2, NaN, 4]"), r"the box \[1, 2, nan, 4\] is no x1"),
     (lines([OWN[0] | {"width": 40}]), r"line 1: .*width and height \(40, None\)"),
     (qwen("[1, 1, 9, 9]").replace("40", '"40"'), r"width and height \('40', 30\)"),
-    (qwen("[1, 1, 9, 9]").replace('"x"', '" "'), "line 1: the expression is empty"),
-    (qwen("[1, 1, 9, 9]").replace('"x"', "5"), "line 1: an expression is a text"),
 ])
 def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, message: str):
     said = refused(message, write(folder, text), folder)
@@ -222,15 +215,6 @@ def test_boxes_that_are_no_pixels_are_refused(folder: Path, key: str, entries: l
              for entry in entries]
     path = write(folder, lines(wrong))
     refused("line 1: .*; give pixels, not shares, percent or thousandths", path, folder)
-
-
-@pytest.mark.parametrize("name", ["../secret.jpg", "x/../../secret.jpg", "{}/secret.jpg", "..", ""])
-def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "secret.jpg")
-    path = write(tmp_path, lines([QWEN[0] | {"image": name.format(tmp_path)}]))
-    refused("none of the 1 images is in", path, folder)
 
 
 @pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
