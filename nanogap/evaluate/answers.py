@@ -18,9 +18,8 @@ from typing import Any
 from nanogap.checks.command import shown
 from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
-from nanogap.evaluate.data import Data, Example
+from nanogap.evaluate.data import Data, Example, Size, are_numbers
 from nanogap.evaluate.journal import settings_of
-from nanogap.evaluate.refcoco import Size, are_numbers
 from nanogap.evaluate.score import TIMES, Run, score
 from nanogap.image import Box, Pad
 from nanogap.models import MiniGPT, Shikra
