@@ -88,7 +88,7 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return chosen
 
 
-# ----- an annotation ------------------------------------------------------------------------------
+# ----- annotations -------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -125,9 +125,6 @@ def true_box(entry: Entry, size: Size) -> Box:
                        "or thousandths")
 
 
-# ----- the pickles of the refer API ---------------------------------------------------------------
-
-
 def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     """How many expressions each split has, and those of one; boxes come from instances.json.
 
@@ -138,8 +135,7 @@ def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
         counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
         told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
         if split not in counts:
-            asked = f"has no split {split!r}" if split else "has splits"
-            raise NanogapError(f"{path} {asked}; choose one with --split: {told}")
+            raise NanogapError(f"{path} has splits; choose one with --split: {told}")
         coco = read_json(path.with_name("instances.json"))
         boxes = {item["id"]: item["bbox"] for item in coco["annotations"]}
         images = {item["id"]: item for item in coco["images"]}
@@ -157,9 +153,6 @@ def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     return told, entries
 
 
-# ----- the forms of JSON --------------------------------------------------------------------------
-
-
 class Form(NamedTuple):
     """The keys under which a form keeps image, expression and box."""
 
@@ -169,7 +162,7 @@ class Form(NamedTuple):
     box: str
     corners: bool = True               # x1 y1 x2 y2; else x y width height
     crop: str = ""                     # regex of a crop's number, which a picture's file has not
-    ending: str = ""                   # of the file, where a picture is named without one
+    ending: str = ""                   # of the file, which the name has not
 
 
 FORMS = (
@@ -195,8 +188,7 @@ def form_of(where: str, item: object) -> Form:
 def read_annotations(path: Path, split: str | None) -> tuple[str, list[Entry]]:
     """What a file of any form is, in a word, and its entries.
 
-    split:  which one of a pickle; the other forms hold one each, and take None
-    raises: NanogapError that names file and line, for what is broken in the file
+    split: which one of a pickle; the other forms hold one each, and take None
     """
     data = path.read_bytes()
     if data.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] not in (b"[", b"{"):
