@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nanogap.evaluate.answers import FORMATS
-from tests.evaluate.asking import BOX, run, write_lines
+from tests.evaluate.asking import BOX, write_lines
 
 # A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
 # of its height.  In the padded square of 640 it begins 80 pixels down: 0.275 to 0.8.
@@ -16,7 +16,7 @@ PHOTO, RIGHT = (640, 480), (64, 96, 320, 432)
 SAID = {
     "llava": "[0.10, 0.28, 0.50, 0.80]", "llava-next": "[0.10, 0.28, 0.50, 0.80]",
     "shikra": "Answer: [0.100,0.275,0.500,0.800] .", "minigpt-v2": "{<10><20><50><90>}",
-    "qwen-vl": "<ref>a man</ref><box>(100,200),(500,900)</box>",
+    "qwen-vl": "<box>(100,200),(500,900)</box>",
     "qwen2-vl": "<|box_start|>(100,200),(500,900)<|box_end|>",
     "qwen2.5-vl": '```json\n[{"bbox_2d": [64.4, 95.2, 322, 428.4], "label": "man"}]\n```',
     "qwen3-vl": '{"bbox_2d": [100, 200, 500, 900], "label": "man"}',
@@ -36,9 +36,8 @@ def test_one_right_box_in_every_notation_and_in_odd_clothes(name: str, text: str
 
 @pytest.mark.parametrize("name, text", [
     ("ferret", "[100, 100, 1001, 500]"), ("ferret", "[500, 100, 100, 500]"),
-    ("cogvlm", "[[1,2,3,4]]"),
-    ("paligemma", "<loc102><loc102><loc512><loc512>"), ("qwen-vl", "(100,100)"),
-    ("minigpt-v2", "{<10><10><50><500>}"), ("ferret", "9" * 400)])
+    ("cogvlm", "[[1,2,3,4]]"), ("paligemma", "<loc102><loc102><loc512><loc512>"),
+    ("qwen-vl", "(100,100)"), ("minigpt-v2", "{<10><10><50><500>}"), ("ferret", "9" * 400)])
 def test_what_is_no_box_is_never_guessed(name: str, text: str):
     """Out of range, without area, or in another notation."""
     assert FORMATS[name].read(text, PHOTO) is None
@@ -170,12 +169,11 @@ def test_a_mistake_is_one_line_and_status_2(given, refused, items, flags, messag
     assert message in refused(*given(items, *flags))
 
 
-def test_an_image_whose_size_nobody_knows_is_refused(data: Path, given, refused):
+def test_an_image_whose_size_nobody_knows_is_refused(data: Path, given, printed, refused):
     write_lines(data, [{"image": "a.jpg", "expression": "thing", "box": BOXES[0]}])
-    Image.new("RGB", (200, 100)).save(data.with_name("b.jpg"))
     assert "a.jpg" in refused(*given(ALL[:1]))
     Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
-    assert run(*given(ALL[:1])) == 0
+    printed(*given(ALL[:1]))
 
 
 @pytest.mark.parametrize("protocol", ["pixels", "vlmevalkit", "lmms-eval"])
