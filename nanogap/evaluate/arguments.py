@@ -1,7 +1,6 @@
 """The command line of the evaluation: arguments that do not contradict each other."""
 
 import argparse
-import re
 from collections.abc import Sequence
 
 from nanogap import methods
@@ -17,7 +16,7 @@ from nanogap.checks.loading import default_weights
 from nanogap.checks.output import check_folder, check_picture
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ablate, journal
-from nanogap.evaluate.formats import FORMATS, format_argument
+from nanogap.evaluate.answers import FORMATS
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS
@@ -26,15 +25,6 @@ from nanogap.weights import DTYPES
 
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
 OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
-
-
-def size_argument(text: str) -> tuple[int, int] | int:
-    """--resized: a size such as 644x476, or what sides are a multiple of, such as 28."""
-    found = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size such as 644x476, nor a number "
-                                         "such as 28, of which sides are a multiple")
-    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,10 +56,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--score", type=path_argument, metavar="FILE.jsonl",
         help='ask no model: score the answers of any program, lines of {"id", "text"}, or {"id", '
              '"box"} in pixels; ids count annotations from 1, or are sent_id, or as in --out')
-    add("--format", "--family", choices=FORMATS, type=format_argument,
+    add("--format", "--family", choices=FORMATS,
         help="how boxes stand in the texts that --score reads (default: llava)")
-    add("--resized", type=size_argument, metavar="WxH|N",
-        help="of pictures as qwen2.5-vl saw them: a size, or of what sides were multiples")
     add("--protocol", choices=PROTOCOLS, default="pixels",
         help="whose way to read an answer and to count it (default: %(default)s)")
     add("--limit", type=count_argument, help="expressions (default: all; 500 of drawn scenes)")
@@ -97,8 +85,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     for is_wrong, message in (
             (args.score and of_a_model,
              f"--score asks no model, so --{', --'.join(of_a_model)} has nothing to say there"),
-            ((args.format or args.resized) and not args.score,
-             "--format and --resized say how --score reads answers; leave them out"),
+            (args.format and not args.score,
+             "--format says how --score reads answers; a model has its own, so leave it out"),
             (args.data.partition(":")[0] == "scenes" and (args.split or args.images),
              "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
             (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),

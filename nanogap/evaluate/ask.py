@@ -102,7 +102,7 @@ def answers(model: VLM, example: Example, asked: Mapping[Run, Sequence[Question]
         try:
             check_lengths(model, model.prompt(expression), image, args.max_new_tokens)
         except ItemError as error:
-            left_out[id_] = f"{expression:.40}: {error}"
+            left_out[id_] = f"{expression!r:.40}: {error}"
     asked = {run: [question for question in questions if question[0] not in left_out]
              for run, questions in asked.items()}
     expressions = {run: [expression for _, expression, _ in questions]

@@ -81,9 +81,10 @@ def print_table(args: argparse.Namespace, report: Report) -> None:
     """The table, below what it is about and above what spoils it."""
     rows = report.rows
     lines = [report.title, PROTOCOLS[args.protocol], *covers(report.data), *report.notes]
-    if args.protocol != "pixels" and all((row["no_box"] or 0) > 0.9 for row in rows):
-        lines.append(f"protocol {args.protocol} reads hardly any of these answers: it is made for "
-                     "the format of another model")
+    own = args.protocol == "pixels" and not args.score
+    if not own and all((row["no_box"] or 0) > 0.9 for row in rows):
+        lines.append("hardly any of these answers can be read as a box: they may want another "
+                     "format (--format), or another --protocol")
     for line in lines:
         print(visible(line))
     print(table(rows))
