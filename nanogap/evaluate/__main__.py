@@ -3,7 +3,6 @@
     python -m nanogap.evaluate --data scenes:val --prune random --keep 50% 25% --limit 500
     python -m nanogap.evaluate --weights weights/mini weights/mini-shikra --plot models.png
     torchrun --nproc-per-node 2 -m nanogap.evaluate --data "refs(unc).p" --split val
-    python -m nanogap.evaluate --questions questions.jsonl --data scenes:val
     python -m nanogap.evaluate --score answers.jsonl --data own.jsonl --format qwen2-vl
 
 An answer without a box counts as wrong.  What cannot be asked (a picture that is not there or is
@@ -19,16 +18,15 @@ from pathlib import Path
 
 import torch
 
-from nanogap import methods
 from nanogap.checks.command import answer_for, tell
 from nanogap.checks.loading import load
-from nanogap.checks.output import check_picture, claim
+from nanogap.checks.output import claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
-from nanogap.evaluate.answers import read_answers, write_questions
+from nanogap.evaluate.answers import read_answers
 from nanogap.evaluate.arguments import parse_arguments
 from nanogap.evaluate.data import Data, drawn_data, first, read_data
-from nanogap.evaluate.report import Report, missing, print_reports
+from nanogap.evaluate.report import Report, covers, print_reports
 from nanogap.evaluate.score import run_of, summary
 from nanogap.fast.processes import gather, join, joined
 
@@ -37,15 +35,8 @@ def data_asked(args: argparse.Namespace) -> Data:
     """Drawn scenes, or a file of annotations."""
     kind, _, split = args.data.partition(":")
     if kind == "scenes":
-        data = drawn_data(split or "val", args.limit or 500)
-    else:
-        data = read_data(Path(args.data), args.images, args.split, pictures=not args.score)
-    if args.score and data.missing:
-        raise NanogapError(f"{args.data} has no width and height of {data.missing[0]}, and the "
-                           "picture is not there; give its folder with --images")
-    if args.plot:
-        check_picture("--plot", args.plot, *filter(None, (each.file for each in data.examples)))
-    return data
+        return drawn_data(split or "val", args.limit or 500)
+    return read_data(Path(args.data), args.images, args.split, pictures=not args.score)
 
 
 def score_file(args: argparse.Namespace) -> None:
@@ -59,67 +50,43 @@ def score_file(args: argparse.Namespace) -> None:
              "answer, and count as wrong" for row in rows if row["unanswered"]]
     made = {"score": str(args.score), "format": args.format or "llava", "protocol": args.protocol}
     title = f"{args.score}, {data.name}, {asked} expressions"
-    print_reports(args, [Report(title, made, data, rows, notes)])
+    print_reports(args, [Report(args.score.name, title, made, data, rows, notes)])
 
 
-def write_file(args: argparse.Namespace) -> None:
-    """Write the questions, and say how their answers are scored."""
-    same = ["--data", args.data]
-    for flag in ("split", "images", "limit"):
-        value = getattr(args, flag)
-        if value:
-            same += [f"--{flag}", str(value)]
-    examples = first(data_asked(args).examples, args.limit)
-    print(write_questions(args.questions, examples, same))
-
-
-def check_answered(out: Path | None, records: Sequence[dict], data: Data) -> None:
-    """Refuse answers to other questions than the data's, of which boxes may have changed."""
-    asked = {id_: [example.name, expression, list(truth)] for example in data.examples
-             for id_, expression, truth in example.questions}
-    for record in records:
-        answered = [record["image"], record["expression"], record["truth"]]
-        if asked.get(record["id"], answered) != answered:
-            raise NanogapError(f"--resume: {out} answers {record['id']} of other data; give that "
-                               "data, or a new file")
-
-
-def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
-              data: Data) -> Report | None:
+def ask_model(args: argparse.Namespace, name: str, data: Data) -> Report | None:
     """Answer every expression in every run; of several processes the first one has the report."""
     rank, world = joined()
+    folder, out = args.models[name], args.outs[name]
     model = load(folder, args.device, args.dtype, args.clip, pack=not args.no_pack)
     examples = first(data.examples, args.limit)
-    runs, budgets, cannot_run = ask.plan(args, folder, model, ask.first_whole(model, examples))
-    files = {name: methods.code_of(name) for name in args.prune}
-    own = {name: ask.digest([file]) for name, file in files.items() if file}
+    runs, cannot_run = ask.plan(args, model, ask.first_whole(model, examples))
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
             "weights": str(folder), "data": data.name, "seed": args.seed,
             "protocol": args.protocol, "max_new_tokens": args.max_new_tokens}
-    settings = made | own | {"weights": ask.identified(folder, args.clip)} if out else {}
+    settings = made | ask.identified(folder, args.clip, args.prune) if out else {}
     records, write = journal.go_on(out, settings)
-    check_answered(out, records, data)
-
-    done = {(record["id"], *run_of(record)) for record in records}
-    todo: list[ask.Todo] = []
-    for example in examples[rank::world]:
-        asked = {run: [question for question in example.questions
-                       if (question[0], *run) not in done] for run in runs}
-        if any(asked.values()):
-            todo.append((example, asked))
-    total = sum(len(questions) for _, asked in todo for questions in asked.values())
+    asked = {id_: [expression, list(truth)] for example in examples
+             for id_, expression, truth in example.questions}
+    records = [record for record in records                 # others are of data that changed since
+               if [record["expression"], record["truth"]] == asked.get(record["id"])]
+    done = {(record["id"], run_of(record)) for record in records}
+    todo = [example for example in examples[rank::world]
+            if any((id_, run) not in done for id_, *_ in example.questions for run in runs)]
     left_out: dict[str, str] = {}
     said = []
-    for record in ask.with_progress(ask.answers(model, todo, args, left_out), total):
-        write(record)
-        said.append(record)
+    for example in ask.with_progress(todo):
+        new = {run: [question for question in example.questions if (question[0], run) not in done]
+               for run in runs}
+        for record in ask.answers(model, example, new, args, left_out):
+            write(record)
+            said.append(record)
     for part in gather([{"said": said, "left_out": left_out}], world):
         records += part["said"]
         left_out |= part["left_out"]
     if rank > 0:
         return None
 
-    ids = {id_ for example in examples for id_, *_ in example.questions} - left_out.keys()
+    ids = asked.keys() - left_out.keys()
     if not ids:
         id_, why = next(iter(left_out.items()))
         raise NanogapError(f"none of the expressions can be asked, such as {id_}: {why}")
@@ -127,13 +94,9 @@ def ask_model(args: argparse.Namespace, folder: Path, out: Path | None,
     rows = [summary(records, run, args.protocol) for run in runs]
     title = (f"{folder}, {data.name}, {len(ids)} expressions, seed {args.seed}, "
              f"{made['device']}, {made['dtype']}")
-    if own:
-        made["strategies"] = own
-    if len(args.models) > 1:
-        made["cannot_run"] = cannot_run
-    notes = [f"without {name}: {why}" for name, why in cannot_run.items()]
+    notes = [f"without {strategy}: {why}" for strategy, why in cannot_run.items()]
     data = replace(data, left_out=data.left_out | left_out)
-    return Report(title, made, data, rows, notes, budgets)
+    return Report(name, title, made | {"cannot_run": cannot_run}, data, rows, notes)
 
 
 def ask_models(args: argparse.Namespace) -> None:
@@ -142,19 +105,16 @@ def ask_models(args: argparse.Namespace) -> None:
     reports: list[Report] = []
     with claim("--out", args.out) if args.out and rank == 0 else nullcontext():
         data = data_asked(args)
-        if data.missing and rank == 0:
-            tell(missing(data))
+        if rank == 0:
+            for line in covers(data):
+                tell(line)
         try:
             for number, (name, folder) in enumerate(args.models.items(), 1):
                 if len(args.models) > 1 and rank == 0:
                     tell(f"model {number} of {len(args.models)}: {folder} ...")
-                report = ask_model(args, folder, args.outs[name], data)
+                report = ask_model(args, name, data)
                 if report is not None:                      # the first process has it
                     reports.append(report)
-        except KeyboardInterrupt:
-            if args.out and rank == 0:
-                tell(f"stopped; the same command with --resume goes on with {args.out}")
-            raise
         finally:                                            # Ctrl-C takes nothing from what is done
             if reports:
                 print_reports(args, reports)
@@ -165,8 +125,6 @@ def main(argv: Sequence[str] | None) -> None:
     args = parse_arguments(argv)
     if args.score:
         score_file(args)
-    elif args.questions:
-        write_file(args)
     else:
         ask_models(args)
 

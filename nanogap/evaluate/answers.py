@@ -1,40 +1,91 @@
 """Answers of any program, scored as the evaluator scores its own.
 
-In:  lines of {"id", "text"} or {"id", "box"}, or a file of another project (see `items`), and the
-     data that they answer.  Lines may say "prune", "keep" and "mode": each of these is a run.
+In:  lines of {"id", "text"} or {"id", "box"}, and the data that they answer.
+     Lines may say "prune", "keep" and "mode": each of these is a run.
 Out: a record for each expression and each run; one without an answer counts as wrong.
+Sources of FORMATS: nanogap/models for the first four; Qwen-VL eval_mm/evaluate_grounding.py (which
+divides by 999); model cards of the later Qwen-VL; InternVL eval/refcoco/evaluate_grounding.py;
+CogVLM's README; Ferret ferret/eval/eval_refexp.py; PaliGemma big_vision, `<loc....>`.
 """
 
 import argparse
-import json
 import re
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanogap.checks.command import shown
-from nanogap.checks.output import check_folder, save_picture, write_whole
 from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
-from nanogap.evaluate.data import Data, Example
-from nanogap.evaluate.formats import FORMATS, MOST, smart_resize
+from nanogap.evaluate.data import Data, Example, Size, are_numbers
 from nanogap.evaluate.journal import settings_of
-from nanogap.evaluate.refcoco import Size, are_numbers
 from nanogap.evaluate.score import TIMES, Run, score
-from nanogap.image import Box
+from nanogap.image import Box, Pad
+from nanogap.models import MiniGPT, Shikra
+from nanogap.models.base import Stretch
+from nanogap.prompt import TWO_DECIMALS
 
+
+@dataclass(frozen=True)
+class Format:
+    """The notation of one family of models."""
+
+    pattern: re.Pattern[str]           # four groups, one for each number
+    one: float | None = 1000           # what is said for a whole side; None: pixels, as resized
+    frame: Pad | Stretch = Stretch()
+    drop: tuple[str, ...] = ()         # what is taken out of a text before it is read
+    y_first: bool = False
+
+    def read(self, text: str, size: Size, resized: Size | None = None) -> Box | None:
+        """The first box of a text, in pixels of the picture; None, and no guess, if it is outside.
+
+        size:    of the picture
+        resized: of the picture as the model saw it, where boxes are in pixels of that one
+        """
+        for piece in self.drop:
+            text = text.replace(piece, "")
+        match = self.pattern.search(text)
+        if match is None:
+            return None
+        a, b, c, d = map(float, match.groups())
+        x1, y1, x2, y2 = (b, a, d, c) if self.y_first else (a, b, c, d)
+        width, height = (self.one, self.one) if self.one else resized or size
+        x1, y1, x2, y2 = x1 / width, y1 / height, x2 / width, y2 / height
+        if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+            return None
+        return self.frame.to_pixels((x1, y1, x2, y2), *size)
+
+
+N = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
+JSON_BOX = re.compile(rf'"bbox_2d"\s*:\s*\[{N},{N},{N},{N}\]')
+BRACKET = re.compile(rf"\[{N},{N},{N},{N}\]")
+PAIRS = re.compile(rf"\({N},{N}\)\s*,\s*\({N},{N}\)")
+FORMATS = {
+    "llava": Format(TWO_DECIMALS.pattern, 1, Pad()),
+    "llava-next": Format(TWO_DECIMALS.pattern, 1, Pad()),
+    "shikra": Format(Shikra.box_format.pattern, 1, Pad()),
+    "minigpt-v2": Format(MiniGPT.box_format.pattern, 100, drop=("<unk>", " ")),
+    "qwen-vl": Format(PAIRS),
+    "qwen2-vl": Format(PAIRS),
+    "qwen2.5-vl": Format(JSON_BOX, None),
+    "qwen3-vl": Format(JSON_BOX),
+    "cogvlm": Format(re.compile(r"\[\[\s*(\d{3}),\s*(\d{3}),\s*(\d{3}),\s*(\d{3})\s*\]", re.ASCII)),
+    "internvl": Format(BRACKET),
+    "ferret": Format(BRACKET),
+    "paligemma": Format(re.compile(r"<loc(\d{4})>" * 4, re.ASCII), 1024, y_first=True),
+}
 MEASURED = ("visual_tokens", "padding", *TIMES)   # numbers that lines may hold besides
 KINDS = {"id": str | int, "text": str, "prune": str, "mode": str, "keep": str | int | None,
          "cut_off": bool | None, **dict.fromkeys(MEASURED, int | float | None)}
 GIVEN = "given"                                   # strategy and mode where lines do not say them
-LINES = 'give lines of {"id", "text"} or {"id", "box": [x1, y1, x2, y2] in pixels}'
-
-Asked = dict[str, tuple[Size, Box]]               # id -> size of the image, true box
+LINES = ('give lines of {"id", "text"}, or for --protocol pixels of {"id", "box": [x1, y1, x2, y2] '
+         "in pixels}")
 
 
 def read_answers(args: argparse.Namespace, data: Data,
                  examples: Sequence[Example]) -> tuple[list[dict], dict[Run, int]]:
-    """Read and score the file --score, as --protocol, --format and --resized say.
+    """Read and score the file --score, as --protocol and --format say.
 
     examples: of the data, all that shall be answered
     returns:  records as the evaluator's own, and how many are not answered in each run
@@ -42,10 +93,10 @@ def read_answers(args: argparse.Namespace, data: Data,
     """
     path: Path = args.score
     check_protocol(path, args.protocol)
-    asked: Asked = {id_: (example.size, truth) for example in examples
-                    for id_, _, truth in example.questions}
+    asked = {id_: (example.size, truth) for example in examples
+             for id_, _, truth in example.questions}
     runs: dict[Run, dict[str, dict]] = {}
-    for where, item in items(path, data, asked):
+    for where, item in read_documents(path, path.read_bytes()):
         check_answer(where, item, args.protocol)
         id_ = str(item["id"])
         if id_ in data.left_out:
@@ -61,45 +112,11 @@ def read_answers(args: argparse.Namespace, data: Data,
         found[id_] = item
     if not runs:
         raise NanogapError(f"{path} holds no answer; {LINES}")
-    given = [(item, asked[id_][0]) for found in runs.values() for id_, item in found.items()]
-    check_units(path, [(item["box"], size) for item, size in given if item.get("box")])
-    if args.protocol == "pixels" and args.format is None:
-        check_format(path, [item["text"] for item, _ in given if "box" not in item])
+    check_units(path, [(item["box"], asked[id_][0]) for found in runs.values()
+                       for id_, item in found.items() if item.get("box")])
     records = [record(run, found.get(id_, {"text": None}), size, truth, args)
                for run, found in runs.items() for id_, (size, truth) in asked.items()]
     return records, {run: len(asked) - len(found) for run, found in runs.items()}
-
-
-# ----- what is in a file --------------------------------------------------------------------------
-
-
-def items(path: Path, data: Data, asked: Asked) -> Iterator[tuple[str, dict]]:
-    """Each answer with its place, under the names of our own lines.
-
-    Others: {img_id: [texts]} of MiniGPT-v2, which leaves out what it cannot read; "question_id" of
-    LLaVA; "answer" and "gt_bbox", in the order of the data, of Qwen-VL and InternVL.
-    """
-    documents = list(read_documents(path, path.read_bytes()))
-    whole = documents[0][1] if len(documents) == 1 else None
-    if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
-        documents = []
-        for name, texts in whole.items():
-            ids = data.groups.get(name, []) + [name] * len(texts)     # what is too many has no ID
-            documents += [(f"{path}, {name}", {"id": id_, "text": text})
-                          for id_, text in zip(ids, texts, strict=False)]
-    for number, (where, item) in enumerate(documents, 1):
-        if not isinstance(item, dict):
-            raise NanogapError(f"{where} is no answer; {LINES}")
-        if "gt_bbox" in item and "id" not in item:
-            item["id"] = str(number)
-            if item["id"] not in asked or list(asked[item["id"]][1]) != item["gt_bbox"]:
-                raise NanogapError(f"{where} answers about the box {shown(item['gt_bbox'])}, which "
-                                   f"is not that of expression {number} of {data.name}; give the "
-                                   "--data that was answered")
-        item.setdefault("id", item.get("question_id"))
-        if "box" not in item:
-            item.setdefault("text", item.get("answer"))
-        yield where, item
 
 
 def check_protocol(path: Path, protocol: str) -> None:
@@ -111,8 +128,13 @@ def check_protocol(path: Path, protocol: str) -> None:
                            f"--protocol {made}")
 
 
-def check_answer(where: str, item: dict, protocol: str) -> None:
+def check_answer(where: str, item: Any, protocol: str) -> None:
     """Refuse a line that is no answer."""
+    if not isinstance(item, dict):
+        raise NanogapError(f"{where} is no answer; {LINES}")
+    item.setdefault("id", None)
+    if "box" not in item or protocol != "pixels":
+        item.setdefault("text", None)
     wrong = [key for key, kind in KINDS.items() if key in item and not isinstance(item[key], kind)]
     if item.get("box") is not None and not are_numbers(item["box"], 4):
         wrong.append("box")
@@ -120,9 +142,6 @@ def check_answer(where: str, item: dict, protocol: str) -> None:
         wrong.append("resized")
     if wrong:
         raise NanogapError(f"{where}: {wrong[0]} cannot be {shown(item[wrong[0]])}; {LINES}")
-    if "text" not in item and protocol != "pixels":
-        raise NanogapError(f"{where} has no text, and --protocol {protocol} reads nothing else; "
-                           "choose another protocol")
 
 
 def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size]]) -> None:
@@ -135,73 +154,18 @@ def check_units(path: Path, boxes: Sequence[tuple[Sequence[float], Size]]) -> No
                            "not normalised, in percent or in thousandths")
 
 
-def check_format(path: Path, texts: Sequence[str]) -> None:
-    """Refuse texts of which hardly one holds a box as LLaVA says it, and most do in others."""
-    texts = [text for text in texts if len(re.findall(r"\d+", text)) >= 4]   # may hold a box
-    square = (MOST, MOST)                       # pixels of any picture lie in it; it has no padding
-    count = {name: sum(form.read(text, square) is not None for text in texts)
-             for name, form in FORMATS.items()}
-    others = " or ".join(name for name in FORMATS if 2 * count[name] > len(texts))
-    if others and 10 * count["llava"] <= len(texts):
-        raise NanogapError(f"{path}: {count['llava']} of {len(texts)} texts with numbers hold a "
-                           f"box as llava says it, and most do in the format of {others}; give "
-                           "--format")
-
-
-# ----- what is made of it -------------------------------------------------------------------------
-
-
 def record(run: Run, item: dict, size: Size, truth: Box, args: argparse.Namespace) -> dict:
     """What counts of an answer (see score.py); its text is None where there is none."""
     text, box = item.get("text", ""), item.get("box")
     if args.protocol == "pixels" and text and "box" not in item:
-        box = box_said(item, size, args)
-    if box and not (box[0] < box[2] and box[1] < box[3]):
+        form = FORMATS[args.format or "llava"]
+        if form.one is None and "resized" not in item:
+            raise NanogapError(f"{args.format} says boxes in pixels of the picture as it saw it: "
+                               'give "resized": [width, height] in each line')
+        box = form.read(text, size, item.get("resized"))
+    if box and not (box[0] < box[2] and box[1] < box[3]):     # or all of it lies in the padding
         box = None
     box, overlap = score(args.protocol, text or "", box, truth, *size)
     return {"prune": run[0], "keep": run[1], "mode": run[2], "text": text, "box": box,
             "iou": overlap, "cut_off": item.get("cut_off"),
             **{key: item.get(key) for key in MEASURED}}
-
-
-def box_said(item: dict, size: Size, args: argparse.Namespace) -> Box | None:
-    """The box in the text of an answer, in pixels of its picture."""
-    form = FORMATS[args.format or "llava"]
-    resized = item.get("resized", args.resized)         # the picture as the model saw it
-    if form.one is None and resized is None:
-        raise NanogapError(f"{args.format} says boxes in pixels of the picture as it saw it: give "
-                           "\"resized\": [width, height] in each line, or --resized 28 where sides "
-                           "were rounded to multiples of 28, as the model does by default")
-    if isinstance(resized, int):
-        resized = smart_resize(*size, resized)
-    return form.read(item["text"], size, resized)
-
-
-# ----- questions for another program --------------------------------------------------------------
-
-
-def write_questions(path: Path, examples: Sequence[Example], same: Sequence[str]) -> str:
-    """Write the file and the pictures; what to do with them, in a line.
-
-    same: arguments of the command that say what data it is
-    """
-    folder = path.with_name(f"{path.stem}_images")
-    for there in (path, folder):
-        if there.exists():
-            raise NanogapError(f"--questions {path}: {there} exists, and may have answers or "
-                               "pictures in it; give a new file")
-    lines = []
-    for example in examples:
-        image = example.file or folder / f"{example.name.partition(':')[2].replace('/', '-')}.png"
-        if example.file is None:
-            check_folder("--questions", folder)
-            save_picture("--questions", image, example.image())
-        width, height = example.size
-        lines += [json.dumps({"id": id_, "image": str(image), "expression": expression,
-                              "width": width, "height": height}) + "\n"
-                  for id_, expression, _ in example.questions]
-    write_whole("--questions", path, "".join(lines).encode())
-    score = shlex.join(["python", "-m", "nanogap.evaluate", "--score", str(path), *same])
-    return (f"{len(lines)} questions about {len(examples)} pictures: {path}\n"
-            "add to each line \"text\", what was answered, or \"box\", x1, y1, x2, y2 in pixels; "
-            f"then\n{score}")

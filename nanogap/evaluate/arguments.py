@@ -1,9 +1,7 @@
 """The command line of the evaluation: arguments that do not contradict each other."""
 
 import argparse
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from nanogap import methods
 from nanogap.checks.command import (
@@ -14,29 +12,19 @@ from nanogap.checks.command import (
     path_argument,
     whole_number,
 )
-from nanogap.checks.loading import default_weights, folder_of
-from nanogap.checks.output import check_folder
+from nanogap.checks.loading import default_weights
+from nanogap.checks.output import check_folder, check_picture
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ablate, journal
-from nanogap.evaluate.formats import FORMATS, format_argument
+from nanogap.evaluate.answers import FORMATS
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
 from nanogap.ground import MAX_NEW_TOKENS
 from nanogap.prune import STRATEGIES
 from nanogap.weights import DTYPES
 
-DEFAULT_MODES = ["full", "shifted", "permuted", "gap"]
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
-OF_A_MODEL = ("questions", "weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
-
-
-def size_argument(text: str) -> tuple[int, int] | int:
-    """--resized: a size such as 644x476, or what sides are a multiple of, such as 28."""
-    found = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size such as 644x476, nor a number "
-                                         "such as 28, of which sides are a multiple")
-    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
+OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,15 +53,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true",
         help="instead of modes: IDs and order changed without pruning, then all modes that prune")
-    add("--questions", type=path_argument, metavar="FILE.jsonl",
-        help="ask no model: write the questions (and drawn pictures) for another program")
     add("--score", type=path_argument, metavar="FILE.jsonl",
         help='ask no model: score the answers of any program, lines of {"id", "text"}, or {"id", '
              '"box"} in pixels; ids count annotations from 1, or are sent_id, or as in --out')
-    add("--format", "--family", choices=FORMATS, type=format_argument,
+    add("--format", "--family", choices=FORMATS,
         help="how boxes stand in the texts that --score reads (default: llava)")
-    add("--resized", type=size_argument, metavar="WxH|N",
-        help="of pictures as qwen2.5-vl saw them: a size, or of what sides were multiples")
     add("--protocol", choices=PROTOCOLS, default="pixels",
         help="whose way to read an answer and to count it (default: %(default)s)")
     add("--limit", type=count_argument, help="expressions (default: all; 500 of drawn scenes)")
@@ -95,62 +79,35 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     returns: them, with the folders of all `models` by name, and the file of answers of each in
              `outs`; --ablate is modes then
     """
-    folders = list(dict.fromkeys(args.weights or [default_weights()]))
-    args.models = dict(zip(names_of(folders), folders, strict=True))
-    for is_made, message in mistakes(args):
-        if is_made:
+    folders = args.weights or [default_weights()]
+    of_a_model = [flag for flag in OF_A_MODEL if getattr(args, flag)]
+    args.models = {folder.absolute().name: folder for folder in folders}
+    for is_wrong, message in (
+            (args.score and of_a_model,
+             f"--score asks no model, so --{', --'.join(of_a_model)} has nothing to say there"),
+            (args.format and not args.score,
+             "--format says how --score reads answers; a model has its own, so leave it out"),
+            (args.data.partition(":")[0] == "scenes" and (args.split or args.images),
+             "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
+            (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
+            (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
+            (len(args.models) < len(folders), "two of --weights have one name; give one of them")):
+        if is_wrong:
             raise NanogapError(message)
-    for folder in folders[1:]:                               # the first is loaded at once
-        if not (folder_of(folder) / "config.json").is_file():
-            raise NanogapError(f"--weights {folder} holds no config.json; give the folder of a "
-                               "checkpoint")
     args.device = None if args.device == "auto" else args.device
     args.dtype = None if args.dtype == "auto" else args.dtype
+    if args.plot:
+        check_picture("--plot", args.plot)
     args.outs = dict.fromkeys(args.models, args.out)
     if args.out and len(folders) > 1:
         check_folder("--out", args.out)
-        args.outs = {name: args.out / f"{name.strip('/').replace('/', '_')}.jsonl"
-                     for name in args.models}
+        args.outs = {name: args.out / f"{name}.jsonl" for name in args.models}
     for file in filter(None, args.outs.values()):
         journal.check_out(file, args.resume)
     args.prune = list(dict.fromkeys(methods.find(name) for name in args.prune or ["random"]))
-    args.keep = args.keep or ["50%"]
-    args.mode = list(dict.fromkeys(args.mode or DEFAULT_MODES))
+    budgets = [int(keep) if keep.isdigit() else keep for keep in args.keep or ["50%"]]
+    args.keep = list(dict.fromkeys(budgets))
+    args.mode = list(dict.fromkeys(args.mode or list(MODES)[:4]))
     if args.ablate:
         args.mode = [*ablate.WHOLE, *ablate.PRUNED]
     return args
-
-
-def mistakes(args: argparse.Namespace) -> list[tuple[object, str]]:
-    """What would be a contradiction: whether it is there, and what is said of it then."""
-    several = len(args.models) > 1
-    drawn = args.data.partition(":")[0] == "scenes"
-    alone = "score" if args.score else "questions"
-    asked = [flag for flag in OF_A_MODEL if getattr(args, flag) and flag != alone] or [""]
-    return [
-        ((args.score or args.questions) and asked[0],
-         f"--{alone} asks no model, so --{asked[0]} has nothing to say there; leave one out"),
-        (args.format and not args.score,
-         "--format says how --score reads answers; a model has its own, so leave it out"),
-        (args.resized and args.format != "qwen2.5-vl",
-         "--resized is for a --format that says boxes in pixels: qwen2.5-vl"),
-        (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
-        (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
-        (args.plot and args.plot == args.out, "--out and --plot are the same file; give two"),
-        (args.score and not args.score.is_file(),
-         f"--score {args.score} is no file; give a file of answers"),
-        (not drawn and not Path(args.data).is_file(),
-         f"--data {args.data} is no file; give scenes:val or annotations of RefCOCO"),
-        (drawn and (args.split or args.images),
-         "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
-        (several and args.clip, "--clip is the CLIP of one model; give one of --weights at a time"),
-        (several and args.ablate and args.plot,
-         "--plot draws the --ablate of one model; give one of --weights at a time"),
-        (several and args.out and (args.out.suffix == ".jsonl" or args.out.is_file()),
-         f"--out {args.out}: several models have a file each, so give a folder")]
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """A name for each model: that of its folder, or the whole path where two would have one."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else list(map(str, folders))

@@ -1,24 +1,31 @@
 """What is evaluated on: pictures, each with its expressions and their true boxes, in pixels.
 
-In:  the name of a split of drawn scenes; or a file of annotations, and a folder of pictures.
+In:  the name of a split of drawn scenes; or a folder of pictures and a file of annotations, of
+     RefCOCO, RefCOCO+ and RefCOCOg as they are published or of one's own: JSON, whose keys tell
+     its form, or a pickle of the refer API.
 Out: `Data`, of which one bad item of thousands is left out and counted.
 Pictures are as they are stored: COCO's boxes take no notice of an EXIF orientation.
 """
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
+from nanogap.checks.command import shown
+from nanogap.checks.pickles import read_plain
+from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import ItemError, NanogapError
-from nanogap.evaluate.refcoco import Entry, Size, read_annotations, true_box
 from nanogap.image import Box, open_image
-from nanogap.prompt import check_expression
 from nanogap.train.scenes import scene
+
+Size = tuple[int, int]              # width and height, pixels
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,6 @@ class Example:
     size: Size                         # of the image
     image: Callable[[], Image.Image]   # opens or draws it
     questions: list[tuple[str, str, Box]]   # id, expression, true box in pixels
-    file: Path | None = None           # where it is, if it is a file
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,6 @@ class Data:
     examples: list[Example] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)            # images that are not there
     left_out: dict[str, str] = field(default_factory=dict)      # id -> why it cannot be asked
-    groups: dict[str, list[str]] = field(default_factory=dict)  # MiniGPT-v2's img_id -> its ids
 
 
 # ----- drawn scenes -------------------------------------------------------------------------------
@@ -83,6 +88,127 @@ def first(examples: Sequence[Example], limit: int | None) -> list[Example]:
     return chosen
 
 
+# ----- annotations -------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """One expression as it is annotated; of what is Any, any may stand in a file."""
+
+    where: str                         # its place in the file
+    id: str
+    image: str                         # file name, with or without folders
+    expression: Any                    # a text
+    box: Any                           # four numbers
+    size: Any                          # of the image; None where the picture must say it
+    corners: bool                      # whether the box is x1, y1, x2, y2; else x, y, width, height
+
+
+def are_numbers(values: object, count: int, least: float = -1e6) -> bool:
+    """Whether something from a file is so many numbers, none of them infinite or NaN."""
+    return (isinstance(values, list | tuple) and len(values) == count
+            and all(type(value) in (int, float) and least <= value <= 1e6 for value in values))
+
+
+def true_box(entry: Entry, size: Size) -> Box:
+    """The box of an entry, x1, y1, x2, y2 in pixels of an image of that size; no other is taken."""
+    box = entry.box
+    if are_numbers(size, 2, least=1) and are_numbers(box, 4):
+        x1, y1, x2, y2 = box
+        if not entry.corners:
+            x2, y2 = x1 + x2, y1 + y2
+        inside = -1 <= x1 < x2 <= size[0] + 1 and -1 <= y1 < y2 <= size[1] + 1
+        if inside and max(x2, y2) > 1:
+            return x1, y1, x2, y2
+    form = "x1, y1, x2, y2" if entry.corners else "x, y, width, height"
+    raise NanogapError(f"{entry.where}: the box {shown(box)} is no {form} with an area inside its "
+                       f"image, width and height {shown(size)}; give pixels, not shares, percent "
+                       "or thousandths")
+
+
+def read_refs(path: Path, split: str | None) -> tuple[str, list[Entry]]:
+    """How many expressions each split has, and those of one; boxes come from instances.json.
+
+    source: lichengunc/refer 2fe1dfe, refer.py: getRefBox, showRef
+    """
+    refs = read_plain(path)
+    try:
+        counts = Counter(ref["split"] for ref in refs for _ in ref["sentences"])
+        told = ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
+        if split not in counts:
+            raise NanogapError(f"{path} has splits; choose one with --split: {told}")
+        coco = read_json(path.with_name("instances.json"))
+        boxes = {item["id"]: item["bbox"] for item in coco["annotations"]}
+        images = {item["id"]: item for item in coco["images"]}
+        entries = []
+        for ref in refs:
+            for said in ref["sentences"] if ref["split"] == split else []:
+                image = images[ref["image_id"]]
+                entries.append(Entry(
+                    f"{path}, sentence {said['sent_id']}", str(said["sent_id"]),
+                    str(image["file_name"]), said["sent"], boxes[ref["ann_id"]],
+                    (image["width"], image["height"]), corners=False))
+    except (KeyError, TypeError) as error:
+        raise NanogapError(f"{path} and instances.json beside it are not a pair of the refer API's "
+                           f"({error!r:.80}); take both from one of its folders") from None
+    return told, entries
+
+
+class Form(NamedTuple):
+    """The keys under which a form keeps image, expression and box."""
+
+    name: str
+    image: str
+    expression: str
+    box: str
+    corners: bool = True               # x1 y1 x2 y2; else x y width height
+    crop: str = ""                     # regex of a crop's number, which a picture's file has not
+    ending: str = ""                   # of the file, which the name has not
+
+
+FORMS = (
+    Form("MiniGPT-v2", "img_id", "sents", "bbox", corners=False, crop=r"_\d{1,11}$", ending=".jpg"),
+    Form("Shikra", "img_path", "expression", "bbox"),
+    Form("Qwen-VL", "image", "sent", "bbox"),
+    Form("VLM-R1", "image", "normal_caption", "solution"),
+    Form("lmms-lab", "file_name", "answer", "bbox", corners=False, crop=r"(?<=_\d{12})_\d+(?=\.)"),
+    Form("nanogap", "image", "expression", "box"),
+)
+
+
+def form_of(where: str, item: object) -> Form:
+    """The form of an annotation, by its keys."""
+    for form in FORMS:
+        if isinstance(item, dict) and {form.image, form.expression, form.box} <= item.keys():
+            return form
+    known = ", ".join(f"{f.name} ({f.image}, {f.expression}, {f.box})" for f in FORMS)
+    raise NanogapError(f"{where} is an annotation of no form that is read here: {known}, "
+                       "or the pickle refs(unc).p")
+
+
+def read_annotations(path: Path, split: str | None) -> tuple[str, list[Entry]]:
+    """What a file of any form is, in a word, and its entries.
+
+    split: which one of a pickle; the other forms hold one each, and take None
+    """
+    data = path.read_bytes()
+    if data.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")[:1] not in (b"[", b"{"):
+        return read_refs(path, split)
+    if split:
+        raise NanogapError(f"{path} holds one split only; leave --split out")
+    entries: list[Entry] = []
+    for where, item in read_documents(path, data):
+        form = form_of(where, item)
+        name, said = str(item[form.image]), item[form.expression]
+        size = (item["width"], item.get("height")) if "width" in item else None
+        for expression in said if isinstance(said, list) else [said]:       # lmms-lab has several
+            entries.append(Entry(where, str(len(entries) + 1),
+                                 re.sub(form.crop, "", name) + form.ending, expression,
+                                 item[form.box], size, form.corners))
+    if not entries:
+        raise NanogapError(f"{path} holds no annotation; fetch it again")
+    return form.name, entries
+
+
 # ----- annotated pictures -------------------------------------------------------------------------
 
 
@@ -95,13 +221,11 @@ def read_data(path: Path, images: Path | None, split: str | None = None,
     """
     told, entries = read_annotations(path, split)
     of_image: dict[str, list[Entry]] = {}
-    groups: dict[str, list[str]] = {}
     for entry in entries:
         of_image.setdefault(entry.image, []).append(entry)
-        groups.setdefault(entry.group, []).append(entry.id)
     name = f"{path.name} {split}" if split else path.name
     name = f"{name} ({told}): {len(entries)} expressions about {len(of_image)} images"
-    data = Data(name, len(entries), groups=groups)
+    data = Data(name, len(entries))
     folder = images or path.parent
     for number, about in enumerate(of_image.values()):
         add_image(data, number, about, folder, pictures)
@@ -127,17 +251,8 @@ def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
     except ItemError as error:
         data.left_out.update({entry.id: str(error) for entry in entries})
         return
-    questions = []
-    for entry in entries:
-        box = true_box(entry, size)
-        try:
-            check_expression(entry.expression)
-            questions.append((entry.id, entry.expression, box))
-        except ItemError as error:
-            data.left_out[entry.id] = f"{entry.where}: {error}"
-    if questions:
-        opened = partial(open_sized, path, size)
-        data.examples.append(Example(number, name, size, opened, questions, path))
+    questions = [(entry.id, entry.expression, true_box(entry, size)) for entry in entries]
+    data.examples.append(Example(number, name, size, partial(open_sized, path, size), questions))
 
 
 def open_sized(path: Path, size: Size) -> Image.Image:
@@ -151,12 +266,10 @@ def open_sized(path: Path, size: Size) -> Image.Image:
 
 
 def find_image(folder: Path, name: str) -> Path:
-    """Where an image is, with the folders in its name or without them, and in the folder only.
+    """Where an image is, with the folders in its name or without them.
 
     COCO's pictures of 2014 are there under the names of 2017 as well.
     """
-    path = Path(name)
-    files = [folder / re.sub(r"^COCO_\w+2014_", "", path.name), folder / path.name]
-    if not path.is_absolute() and ".." not in path.parts:
-        files.append(folder / path)
-    return next(filter(os.path.isfile, reversed(files)), files[-1])
+    base = Path(name).name
+    files = [folder / name, folder / base, folder / re.sub(r"^COCO_\w+2014_", "", base)]
+    return next(filter(os.path.isfile, files), files[0])

@@ -13,13 +13,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanogap.checks.output import check_file, unwritable, write_whole
+from nanogap.checks.output import check_file, write_whole
 from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
-
-KEYS = {"id", "image", "expression", "mode", "prune", "keep", "text", "box", "truth", "iou",
-        "cut_off", "visual_tokens", "kept", "padding", "prefill_ms", "decode_ms"}
 
 
 def settings_of(path: Path) -> Path:
@@ -37,43 +34,29 @@ def check_out(path: Path, resume: bool) -> None:
         raise NanogapError(f"--out {path} exists; continue it with --resume, or give a new file")
 
 
-def go_on(path: Path | None, settings: dict) -> tuple[list[dict], Callable[[dict], None]]:
+def go_on(path: Path | None, settings: dict) -> tuple[list[dict], Callable[[dict], object]]:
     """Begin a file, or continue it: all answers in it, and what writes one more.
 
-    raises: NanogapError where the answers in it were made otherwise
+    raises: NanogapError where they were made otherwise, by the name of what differs
     """
     records: list[dict] = []
     if path is None:
         return records, lambda record: None
     if path.exists():
-        settings = check_settings(path, settings)
+        made = read_json(settings_of(path))
+        for key, value in made.items():            # a strategy of then may not be asked now
+            if settings.get(key, value) != value:
+                raise NanogapError(f"--resume: {path} was made with another {key}, {value} and not "
+                                   f"{settings[key]}; give that one, or a new file")
+        settings = made | settings
         records = earlier(path)
     rank, world = joined()
     if rank == 0:
         write_whole("--out", settings_of(path), (json.dumps(settings) + "\n").encode())
     if world > 1:
         dist.barrier()                             # all have read what there was
-    file = open(path, "ab", buffering=0)           # a line is one write, which is not tried again
-
-    def write(record: dict) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        try:
-            while line:
-                line = line[file.write(line):]
-        except OSError as error:
-            raise unwritable("--out", path, error) from None
-
-    return records, write
-
-
-def check_settings(path: Path, settings: dict) -> dict:
-    """Refuse to continue what was made otherwise, by the name of what differs; all settings."""
-    made = read_json(settings_of(path))
-    for key, value in made.items():                # a strategy of then may not be asked now
-        if settings.get(key, value) != value:
-            raise NanogapError(f"--resume: {path} was made with another {key}, {value} and not "
-                               f"{settings[key]}; give that one, or a new file")
-    return made | settings
+    file = open(path, "ab", buffering=0)           # so that a line is one write
+    return records, lambda record: file.write((json.dumps(record) + "\n").encode())
 
 
 def earlier(path: Path) -> list[dict]:
@@ -82,9 +65,4 @@ def earlier(path: Path) -> list[dict]:
     whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    records = []
-    for where, record in read_documents(path, whole):
-        if not isinstance(record, dict) or not KEYS <= record.keys():
-            raise NanogapError(f"--resume: {where} is no answer; take it out")
-        records.append(record)
-    return records
+    return [record for _, record in read_documents(path, whole)]

@@ -33,10 +33,9 @@ TIMES = ("prefill_ms", "decode_ms")
 
 
 def minigpt(text: str, truth: Box, width: int, height: int) -> Reading | None:
-    """As MiniGPT-v2's own evaluation reads and counts.
+    """As MiniGPT-v2's own evaluation: a box begins the answer, and no other number is in it.
 
-    A box must begin the answer, and there may be no other number in it.  Neither range nor order
-    of the corners is asked.
+    Neither range nor order of the corners is asked.
     source: Vision-CAIR/MiniGPT-4 226cb38, eval_scripts/eval_ref.py; eval_utils.py, computeIoU
     """
     said = text.replace("<unk>", "").replace(" ", "").strip()
@@ -51,10 +50,9 @@ def minigpt(text: str, truth: Box, width: int, height: int) -> Reading | None:
 
 
 def shikra(text: str, truth: Box, width: int, height: int) -> Reading | None:
-    """As Shikra's own evaluation does: boxes in thousandths of the padded square.
+    """As Shikra's own evaluation: one bracket of the right form, in shares of the padded square.
 
-    There must be one bracket of the right form, with one box: no blanks, one digit before each
-    point.  Other brackets do not count.
+    It has one box, no blanks, one digit before each point.  Other brackets do not count.
     source: shikras/shikra 1204f10, rec.py; box_process_function.py, PlainBoxFormatter
     """
     number = r"\d(?:\.\d*)?"
@@ -70,10 +68,9 @@ def shikra(text: str, truth: Box, width: int, height: int) -> Reading | None:
 
 
 def lmms_eval(text: str, truth: Box, width: int, height: int) -> Reading | None:
-    """As lmms-eval's task refcoco_bbox_rec: the first four numbers in a bracket, of any range.
+    """As lmms-eval's task refcoco_bbox_rec: a bracket of four numbers, shares of the picture.
 
-    They are shares of the picture, not of the padded square.  A digit stands before each point, and
-    no blank before a comma.
+    They are of any range, with a digit before each point, and no blank before a comma.
     source: lmms-eval 0.7.3, tasks/refcoco/utils_rec.py
     """
     number = r"(-?\d+(?:\.\d+)?)"
@@ -132,8 +129,6 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
     It takes expressions for independent; those about one image are not quite.
     """
-    if count == 0:
-        return 0.0, 1.0
     z = 1.96
     share = hits / count
     spread = z * z / count
@@ -163,7 +158,7 @@ def summary(records: Sequence[dict], run: Run, protocol: str) -> dict:
     hits = sum(is_hit(r["iou"], protocol) for r in mine)
     low, high = wilson(hits, len(mine))
     return {"prune": run[0], "keep": run[1], "mode": run[2], "expressions": len(mine),
-            "accuracy": hits / max(len(mine), 1), "low": low, "high": high,
+            "accuracy": hits / len(mine), "low": low, "high": high,
             "mean_iou": mean([r["iou"] for r in mine]),
             "no_box": mean([r["box"] is None for r in answered]),
             "cut_off": mean([r["cut_off"] for r in answered]),

@@ -1,4 +1,4 @@
-"""Answers of any program, scored: three expressions by hand, and the evaluator's own file again."""
+"""Answers of any program: each notation by hand, three expressions, the evaluator's own file."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,43 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.evaluate.asking import BOX, run, write_lines
+from nanogap.evaluate.answers import FORMATS
+from tests.evaluate.asking import BOX, write_lines
+
+# A picture of 640 x 480, and the box 64..320 x 96..432 in it: 0.1 to 0.5 of its width, 0.2 to 0.9
+# of its height.  In the padded square of 640 it begins 80 pixels down: 0.275 to 0.8.
+PHOTO, RIGHT = (640, 480), (64, 96, 320, 432)
+SAID = {
+    "llava": "[0.10, 0.28, 0.50, 0.80]", "llava-next": "[0.10, 0.28, 0.50, 0.80]",
+    "shikra": "Answer: [0.100,0.275,0.500,0.800] .", "minigpt-v2": "{<10><20><50><90>}",
+    "qwen-vl": "<box>(100,200),(500,900)</box>",
+    "qwen2-vl": "<|box_start|>(100,200),(500,900)<|box_end|>",
+    "qwen2.5-vl": '```json\n[{"bbox_2d": [64.4, 95.2, 322, 428.4], "label": "man"}]\n```',
+    "qwen3-vl": '{"bbox_2d": [100, 200, 500, 900], "label": "man"}',
+    "cogvlm": "the man [[100,200,500,900]]", "ferret": "The man [100, 200, 500, 900].",
+    "internvl": "<ref>the man</ref><box>[[100, 200, 500, 900]]</box>",
+    "paligemma": "<loc0205><loc0102><loc0922><loc0512> the man",
+}
+
+
+@pytest.mark.parametrize("name, text", [
+    *SAID.items(),
+    ("minigpt-v2", "It is {<1 0><20> <50><unk><90>}."),
+    ("qwen-vl", "( 100 , 200 ), (500,900) and (1,2),(3,4)")])
+def test_one_right_box_in_every_notation_and_in_odd_clothes(name: str, text: str):
+    assert FORMATS[name].read(text, PHOTO, (644, 476)) == pytest.approx(RIGHT, abs=3.5)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("ferret", "[100, 100, 1001, 500]"), ("ferret", "[500, 100, 100, 500]"),
+    ("cogvlm", "[[1,2,3,4]]"), ("paligemma", "<loc102><loc102><loc512><loc512>"),
+    ("qwen-vl", "(100,100)"), ("minigpt-v2", "{<10><10><50><500>}"), ("ferret", "9" * 400)])
+def test_what_is_no_box_is_never_guessed(name: str, text: str):
+    """Out of range, without area, or in another notation."""
+    assert FORMATS[name].read(text, PHOTO) is None
+
+
+# ----- files --------------------------------------------------------------------------------------
 
 # A picture of 200 x 100: in the padded square of 200 x 200 it begins 50 pixels down.
 # BOX, which is of the square, is 20..100 x 0..70 of the picture.
@@ -63,7 +99,31 @@ def test_the_protocol_decides_how_boxes_are_counted(given, rows, printed):
     minigpt = [{"id": i, "text": "{<10><0><50><70>}"} for i in (1, 2, 3)]
     row, = rows(minigpt, "--protocol", "minigpt")
     assert row["mean_iou"] == pytest.approx((1 + 36 / 71 + 0) / 3)
-    assert "reads hardly any of these answers" in printed(*given(ALL, "--protocol", "minigpt"))
+    assert "hardly any of these answers" in printed(*given(ALL, "--protocol", "minigpt"))
+
+
+@pytest.mark.parametrize("name, text", [
+    ("minigpt-v2", "{<10><0><50><70>}"), ("qwen2.5-vl", '{"bbox_2d": [40, 0, 200, 140]}')])
+def test_answers_in_another_notation_are_told_and_count_where_the_format_is_given(
+        given, rows, printed, refused, name: str, text: str):
+    answers = [{"id": i, "text": text, "resized": [400, 200]} for i in (1, 2, 3)]
+    assert "hardly any of these answers can be read as a box: they may want another format" in (
+        printed(*given(answers)))
+    row, = rows(answers, "--format", name)
+    assert row["mean_iou"] == pytest.approx((1 + 0.5 + 0) / 3)
+    if name == "qwen2.5-vl":
+        said = refused(*given([{"id": 1, "text": text}], "--format", name))
+        assert 'give "resized": [width, height] in each line' in said
+
+
+def test_boxes_most_of_which_are_no_pixels_are_refused(given, printed, refused):
+    def boxes(*of: list) -> list:
+        return given([{"id": i, "box": box} for i, box in enumerate(of, 1)])
+
+    shares, wide = [0.1, 0.2, 0.3, 0.4], [100, 0, 500, 700]
+    said = refused(*boxes(shares, BOXES[0], wide))
+    assert "2 of 3 boxes are no pixels of their images, such as [0.1, 0.2, 0.3, 0.4]; give" in said
+    printed(*boxes(shares, *BOXES[1:]))
 
 
 def test_what_is_not_answered_counts_as_wrong_and_is_said(given, rows, printed):
@@ -75,8 +135,9 @@ def test_what_is_not_answered_counts_as_wrong_and_is_said(given, rows, printed):
 
 
 def test_an_answer_to_what_cannot_be_asked_does_not_count(data: Path, rows):
-    write_lines(data, [{"image": "a.jpg", "expression": said, "box": BOXES[0], "width": 200,
-                        "height": 100} for said in ("thing", "", "thing")])
+    one = {"image": "a.jpg", "expression": "thing", "box": BOXES[0], "width": 200, "height": 100}
+    data.with_name("b.jpg").write_text("hello")
+    write_lines(data, [one, {"image": "b.jpg", "expression": "thing", "box": BOXES[0]}, one])
     row, = rows(ALL)
     assert (row["expressions"], row["mean_iou"], row["unanswered"]) == (2, 1.0, 0)
 
@@ -98,7 +159,7 @@ def test_lines_may_name_their_runs_and_what_was_measured(rows):
     ([{"id": 1}], [], "line 1: text cannot be None; give lines of"),
     ([{"id": 1, "box": [1, 2, 3, float("nan")]}], [], "line 1: box cannot be [1, 2, 3, nan]"),
     ([{"id": 1, "text": "x", "keep": [1]}], [], "line 1: keep cannot be [1]"),
-    ([{"id": 1, "box": None}], ["--protocol", "lmms-eval"], "line 1 has no text, and --protocol"),
+    ([{"id": 1, "box": None}], ["--protocol", "lmms-eval"], "line 1: text cannot be None"),
     ([{"id": 1, "text": "x", "resized": [0, 9]}], [], "line 1: resized cannot be [0, 9]"),
     ([], [], "holds no answer; give lines of"),
     ([{"id": 1, "text": "x"}], ["--resume"], "--score asks no model, so --resume has nothing to"),
@@ -108,12 +169,11 @@ def test_a_mistake_is_one_line_and_status_2(given, refused, items, flags, messag
     assert message in refused(*given(items, *flags))
 
 
-def test_an_image_whose_size_nobody_knows_is_refused(data: Path, given, refused):
+def test_an_image_whose_size_nobody_knows_is_refused(data: Path, given, printed, refused):
     write_lines(data, [{"image": "a.jpg", "expression": "thing", "box": BOXES[0]}])
-    Image.new("RGB", (200, 100)).save(data.with_name("b.jpg"))
     assert "a.jpg" in refused(*given(ALL[:1]))
     Image.new("RGB", (200, 100)).save(data.with_name("a.jpg"))
-    assert run(*given(ALL[:1])) == 0
+    printed(*given(ALL[:1]))
 
 
 @pytest.mark.parametrize("protocol", ["pixels", "vlmevalkit", "lmms-eval"])

@@ -63,12 +63,11 @@ def test_killed_before_the_first_line_it_starts_again(tmp_path: Path):
 
 def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(path: Path):
     first, _, third = path.read_text().split("\n")[:3]
-    for second, says in (("{", "cannot be read"), ('{"id": "b"}', "is no answer; take it out")):
-        broken = "\n".join([first, second, third, ""])
-        path.write_text(broken)
-        with pytest.raises(NanogapError, match=f"answers.jsonl, line 2 {says}"):
-            go_on(path)
-        assert path.read_text() == broken
+    broken = "\n".join([first, "{", third, ""])
+    path.write_text(broken)
+    with pytest.raises(NanogapError, match="answers.jsonl, line 2 cannot be read"):
+        go_on(path)
+    assert path.read_text() == broken
 
 
 def test_strategies_of_ones_own_may_come_and_go_and_may_not_change(tmp_path: Path):

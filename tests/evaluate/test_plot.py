@@ -7,9 +7,12 @@ from nanogap.gap import MODES
 from nanogap.show.draw import STYLES
 
 
-def row(mode: str, accuracy: float, prune: str = "random", keep: int | None = 72) -> dict:
+def row(mode: str, accuracy: float, prune: str = "random", keep: int | str | None = 72) -> dict:
     return {"mode": mode, "prune": prune, "keep": keep, "accuracy": accuracy,
             "visual_tokens": keep, "low": max(accuracy - 0.1, 0), "high": min(accuracy + 0.1, 1)}
+
+
+WHOLE, GAP, TRIM = row("full", 0.6, "none", 144), row("gap", 0.2), row("gap", 0.2, "trim")
 
 
 def columns(picture: Image.Image, colour: str) -> list[int]:
@@ -22,19 +25,15 @@ def columns(picture: Image.Image, colour: str) -> list[int]:
 
 def test_a_mark_stands_at_the_share_found_on_a_line_as_long_as_its_interval():
     """All tokens at 0 and at 1 show where the axis begins and ends."""
-    rows = [row("full", 0.0, "none"), row("full", 1.0, "none"), row("gap", 0.5)]
-    picture = plot.draw(plot.panels_of(rows))
-    white = columns(picture, STYLES["full"][0])
-    start, end = min(white), max(white)
-    blue = columns(picture, STYLES["gap"][0])
+    start, end = (columns(plot.draw({"mini": [row("full", share, "none"), row("gap", 0.5)]}),
+                          STYLES["full"][0]) for share in (0.0, 1.0))
+    blue = columns(plot.draw({"mini": [row("gap", 0.5)]}), STYLES["gap"][0])
     for found, share in ((min(blue), 0.4), (max(blue), 0.6), (max(blue, key=blue.count), 0.5)):
-        assert abs(found - (start + share * (end - start))) <= 4
+        assert abs(found - (min(start) + share * (max(end) - min(start)))) <= 4
 
 
 def test_all_tokens_are_a_line_down_every_panel_with_their_interval_as_a_band():
-    whole = row("full", 0.6, "none", 144)
-    one = plot.draw(plot.panels_of([whole, row("gap", 0.2)]))
-    two = plot.draw(plot.panels_of([whole, row("gap", 0.2), row("gap", 0.2, "trim")]))
+    one, two = (plot.draw(dict.fromkeys(names, [WHOLE, GAP])) for names in ("a", "ab"))
     line, band = columns(one, STYLES["full"][0]), columns(one, plot.BAND)
     assert min(band) < min(line) - 50 and max(line) + 50 < max(band)
     assert len(columns(two, STYLES["full"][0])) == 2 * len(line)
@@ -46,39 +45,22 @@ def test_every_mode_has_a_style_and_no_two_look_alike():
     assert len({STYLES[mode][0] for mode in MODES}) == len(MODES)
 
 
-def test_there_is_a_panel_for_each_strategy_and_a_row_for_each_budget():
-    rows = [row(mode, 0.5, prune, keep) for prune in ("random", "trim") for keep in (72, None)
-            for mode in ("shifted", "gap")]
-    whole = row("full", 0.9, "none", 144)
-    random, trim = plot.panels_of([whole, *rows])
-    assert (random.title, trim.title, random.whole) == ("random", "trim", [whole])
-    assert list(random.rows) == ["keep 72", "keep -"]
-    assert trim.rows["keep 72"] == {"shifted": rows[4], "gap": rows[5]}
-    assert plot.panels_of([whole])[0].rows == {}
-    assert plot.draw(plot.panels_of([whole])).width == plot.WIDTH
-
-
-def test_cases_that_are_no_modes_have_a_row_each():
+def test_strategy_and_budget_have_a_row_and_so_has_each_case_that_is_no_mode():
     """Those of --ablate, and of answers that nobody named."""
-    rows = [row("IDs permuted", 0.1, "none"), row("gap", 0.5), row("given", 0.5, "a\nb", None)]
-    panel, = plot.panels_of(rows)
-    assert list(panel.rows) == ["IDs permuted", "random 72: gap", "a\\nb -: given"]
-    assert columns(plot.draw([panel]), plot.FAINT)
+    case, given = row("IDs permuted", 0.1, "none", 144), row("given", 0.5, "a\nb", None)
+    whole = {"full": WHOLE}
+    assert plot.put_together([WHOLE, GAP, TRIM, case, given]) == {
+        "random 72": whole | {"gap": GAP}, "trim 72": whole | {"gap": TRIM},
+        "none 144: IDs permuted": whole | {"IDs permuted": case},
+        "a\nb -: given": whole | {"given": given}}
+    assert plot.put_together([WHOLE]) == {"none 100%": whole}
+    assert columns(plot.draw({"mini": [case, given]}), plot.FAINT)
 
 
-def test_several_models_have_a_panel_each_and_what_one_of_them_cannot_do_is_said():
-    whole, gap, trim = row("full", 0.9, "none", 144), row("gap", 0.5), row("gap", 0.5, "trim")
-    budgets = {"random 50%": ("random", 72), "trim 50%": ("trim", 72)}
-    mini = plot.panel_of("mini", [whole, gap, trim], budgets)
-    other = plot.panel_of("other", [whole, gap], budgets)
-    assert mini == ("mini", [whole], {"random 50%": {"gap": gap}, "trim 50%": {"gap": trim}})
-    assert list(other.rows) == ["random 50%"]
-    picture = plot.draw([mini, other])
-    assert columns(picture, plot.FAINT) and not columns(plot.draw([mini]), plot.FAINT)
-
-
-def test_a_page_grows_with_its_rows_and_lines_of_panels():
-    panels = [plot.Panel(f"strategy {i}", [], {"/path/" * 30: {"gap": row("gap", 0.5)}})
-              for i in range(5)]
-    heights = [plot.draw(panels[:count]).height for count in (1, 4, 5)]
-    assert heights[0] == heights[1] < heights[2]
+def test_what_a_model_cannot_do_is_said_and_a_page_grows_with_models_and_rows():
+    mini, other = [WHOLE, GAP, TRIM], [WHOLE, GAP]
+    assert columns(plot.draw({"mini": mini, "other": other}), plot.FAINT)
+    alone = plot.draw({"mini": mini})
+    assert not columns(alone, plot.FAINT) and alone.width == plot.WIDTH
+    many = plot.draw(dict.fromkeys(["/path/" * 30, *"abcdefg"], [*mini, row("gap", 0, "/p/" * 40)]))
+    assert many.width > alone.width and many.height > alone.height

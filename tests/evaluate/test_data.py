@@ -102,23 +102,6 @@ def test_a_pickle_gives_one_split_with_a_line_for_each_sentence(folder: Path, pr
     assert data.examples[0].name == f"{NAME}.jpg"           # as instances.json says, not the pickle
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch burgled",)
-
-
-def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(folder: Path, monkeypatch):
-    monkeypatch.chdir(folder)
-    path = refs(folder, [*REFS, Evil()])
-    refused(r"is refused: it names \w+\.system", path, folder, "val")
-    assert not (folder / "burgled").exists()
-
-
-def test_a_sentence_that_is_there_twice_would_be_answered_once_and_is_refused(folder: Path):
-    twice = [REFS[0] | {"sentences": [REFS[0]["sentences"][0]] * 2}]
-    refused("holds a sent_id twice", refs(folder, twice), folder, "val")
-
-
 def test_a_split_must_be_chosen_and_the_error_lists_them(folder: Path):
     for split in (None, "test"):
         refused("choose one with --split: testA 1, val 2", refs(folder), folder, split)
@@ -136,6 +119,7 @@ def own(box: list, **more: object) -> str:
 @pytest.mark.parametrize("text, message", [
     (lines(QWEN)[:-20], r"line 3 cannot be read \(broken JSON"),
     (pickle.dumps(REFS, 0)[:-50], "is no whole pickle"),
+    (pickle.dumps([os.system]), r"is refused: it names \w+\.system"),
     (pickle.dumps([1, 2]), "and instances.json beside it are not a pair of the refer API's"),
     (b"PAR1\x15\x04", "is a parquet file; write its rows, .* as lines of JSON: pandas does it"),
     ("[]", "holds no annotation"),
@@ -144,26 +128,22 @@ def own(box: list, **more: object) -> str:
     (lines(QWEN) + "5", "line 4 is an annotation of no form"),
     (own([5, 5, 9, 35]), r"line 4: the box \[5, 5, 9, 35\] is no x1, y1, x2, y2 with an area "
      r"inside its image, width and height \(40, 30\); give pixels"),
+    (own([0.25, 0.2, 0.5, 0.9]), "line 4: .*; give pixels, not shares, percent or thousandths"),
     (own([5, 5, 5, 9]), r"line 4: the box \[5, 5, 5, 9\] is no x1"),
     (json.dumps([MINIGPT[0] | {"bbox": [10, 5, 0, 20]}]), "entry 1: .* is no x, y, width, height"),
     (qwen("[1, 2, NaN, 4]"), r"the box \[1, 2, nan, 4\] is no x1"),
     (lines([OWN[0] | {"width": 40}]), r"line 1: .*width and height \(40, None\)"),
     (qwen("[1, 1, 9, 9]").replace("40", '"40"'), r"width and height \('40', 30\)"),
-    (qwen("[1, 1, 9, 9]").replace('"x"', '" "'), "line 1: the expression is empty"),
-    (qwen("[1, 1, 9, 9]").replace('"x"', "5"), "line 1: an expression is a text"),
 ])
 def test_what_is_broken_is_one_line_that_names_the_place(folder: Path, text, message: str):
     said = refused(message, write(folder, text), folder)
     assert str(folder / "any.file") in said and "\n" not in said
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"annotations": []}', r"are not a pair of the refer API's \(KeyError\('images'\)\)"),
-    ('{"annotations": [], "images": []}', r"are not a pair of the refer API's \(KeyError\(7\)\)")])
-def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path, text: str, message: str):
+def test_a_pickle_needs_the_boxes_of_instances_json(folder: Path):
     path = refs(folder)
-    write(folder, text, "instances.json")
-    refused(message, path, folder, "val")
+    write(folder, '{"annotations": [], "images": []}', "instances.json")
+    refused(r"are not a pair of the refer API's \(KeyError\(7\)\)", path, folder, "val")
 
 
 def test_missing_images_are_named_and_all_missing_is_an_error(folder: Path):
@@ -210,27 +190,7 @@ def test_an_image_has_one_size_and_its_pixels_as_they_are_stored(folder: Path, e
 def test_minigpts_name_of_a_crop_is_the_pictures_and_a_number(folder: Path, img_id: str, stem: str):
     Image.new("RGB", (40, 30)).save(folder / f"{stem}.jpg")
     data = read_data(write(folder, json.dumps([MINIGPT[0] | {"img_id": img_id}])), folder)
-    assert data.examples[0].name == f"{stem}.jpg" and data.groups == {img_id: ["1"]}
-
-
-@pytest.mark.parametrize("key, entries", [("bbox", QWEN), ("solution", VLM_R1), ("box", OWN)])
-@pytest.mark.parametrize("scale", [1, 1000], ids=["shares", "thousandths"])
-def test_boxes_that_are_no_pixels_are_refused(folder: Path, key: str, entries: list, scale: int):
-    """In one's own form the picture says how large it is."""
-    sides = (40, 30, 40, 30)
-    wrong = [entry | {key: [scale * v / side for v, side in zip(entry[key], sides, strict=True)]}
-             for entry in entries]
-    path = write(folder, lines(wrong))
-    refused("line 1: .*; give pixels, not shares, percent or thousandths", path, folder)
-
-
-@pytest.mark.parametrize("name", ["../secret.jpg", "x/../../secret.jpg", "{}/secret.jpg", "..", ""])
-def test_no_picture_outside_the_folder_is_opened(tmp_path: Path, name: str):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.new("RGB", (40, 30)).save(tmp_path / "secret.jpg")
-    path = write(tmp_path, lines([QWEN[0] | {"image": name.format(tmp_path)}]))
-    refused("none of the 1 images is in", path, folder)
+    assert data.examples[0].name == f"{stem}.jpg"
 
 
 @pytest.mark.parametrize("entries", [MINIGPT, SHIKRA, QWEN, VLM_R1, OWN])
