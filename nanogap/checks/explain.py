@@ -11,8 +11,7 @@ from pathlib import Path
 
 from nanogap import weights
 from nanogap.checks.command import one_line, shown
-from nanogap.checks.pickles import tensors_of
-from nanogap.checks.reading import read_json, unreadable
+from nanogap.checks.reading import read_json, tensors_of, unreadable
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 

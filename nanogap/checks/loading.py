@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 
 from nanogap import weights
-from nanogap.checks.belongs import check_belonging
 from nanogap.checks.command import lacks_memory
 from nanogap.checks.explain import explain
-from nanogap.checks.silent import check_clip, silent
+from nanogap.checks.silent import check_belonging, check_clip, silent
 from nanogap.errors import NanogapError
 from nanogap.fast.packed import pack as pack_matrices
 from nanogap.models import VLM

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanogap.checks.pickles import read_saved
+from nanogap.checks.reading import read_saved
 from nanogap.convert.pieces import Piece
 from nanogap.convert.recipes import EMBEDDINGS, Recipe, config_of, tower_sizes
 from nanogap.errors import NanogapError

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanogap.checks.command import shown
-from nanogap.checks.pickles import read_plain
-from nanogap.checks.reading import read_documents, read_json
+from nanogap.checks.reading import read_documents, read_json, read_plain
 from nanogap.errors import NanogapError
 from nanogap.image import Box
 
