@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanogap.checks.loading import MINI
-from nanogap.checks.output import check_folder, whole_checkpoint
+from nanogap.checks.output import check_folder, whole
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
@@ -69,5 +69,5 @@ def save_random(size: str, folder: Path, device: torch.device, dtype: torch.dtyp
     if any(folder.iterdir()):
         raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what "
                            f"is in it with --weights {folder}")
-    with whole_checkpoint("--save", folder) as partial:
+    with whole("--save", folder) as partial:
         save(partial, random_model(size, device, dtype), dtype)

@@ -18,7 +18,7 @@ import torch
 
 from nanogap.checks.command import Parser, answer_for, one_line, path_argument
 from nanogap.checks.loading import snapshot
-from nanogap.checks.output import CLAIM, check_folder, claim, whole_checkpoint
+from nanogap.checks.output import CLAIM, check_folder, claim, whole
 from nanogap.checks.silent import silent
 from nanogap.convert.minigpt import minigpt_v2
 from nanogap.convert.recipes import Recipe, llava, shikra
@@ -75,7 +75,7 @@ def write(recipe: Recipe, out: Path) -> None:
     """Make what a recipe says; all of it is looked through before the first number is read."""
     source = recipe.pieces[0].path
     family = MODELS[recipe.config["model_type"]]
-    with whole_checkpoint("--out", out) as folder:
+    with whole("--out", out) as folder:
         write_json(folder / "config.json", recipe.config)
         try:
             silent(folder)
