@@ -52,8 +52,9 @@ def explain(folder: Path, error: BaseException, clip: Path | None) -> NanogapErr
         return found
     if isinstance(error, NanogapError):
         return error
-    return NanogapError(f"{folder} cannot be loaded ({one_line(error)}); get all of its files "
-                        "again, of one checkpoint")
+    kind = read_json(folder / "config.json")["model_type"]
+    return NanogapError(f"{folder} cannot be loaded as {kind} ({one_line(error)}); get all of its "
+                        "files again, of one checkpoint")
 
 
 def look_through(folder: Path, get: dict[str, str]) -> None:

@@ -47,14 +47,10 @@ def test_only_one_may_write_to_a_place(tmp_path: Path, folder: bool):
     assert list(tmp_path.rglob("*")) == ([path] if folder else [])
 
 
-@pytest.mark.parametrize("when", range(4))
-def test_the_files_of_a_checkpoint_come_together_or_not_at_all(tmp_path: Path, when: int):
-    """An error before the first file, between two of them, and after the last."""
+def test_the_files_of_a_checkpoint_come_together_or_not_at_all(tmp_path: Path):
+    (tmp_path / ".killed.partial").mkdir()
     with pytest.raises(NanogapError), whole("--out", tmp_path) as partial:
-        for i, name in enumerate(("tokenizer.json", "model.safetensors", "config.json")):
-            if i == when:
-                raise OSError
-            (partial / name).write_text("x")
+        (partial / "tokenizer.json").write_text("x")
         raise OSError
     assert list(tmp_path.iterdir()) == []
     with whole("--out", tmp_path) as partial:
