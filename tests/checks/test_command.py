@@ -24,7 +24,7 @@ def failing(error: Exception):
 
 @pytest.mark.parametrize("error", [
     RuntimeError("could not create a primitive"), RuntimeError("can't start new thread"),
-    MemoryError("full"), OSError(12, "Cannot allocate memory")])
+    RuntimeError("CUDA: Out of memory"), OSError(12, "Cannot allocate memory")])
 def test_every_library_that_lacks_memory_is_told_in_one_line(error: Exception, capsys):
     assert answer_for("ask", failing(error), []) == 2
     assert capsys.readouterr().err == (f"ask: memory ran out ({error}); end other programs, or "

@@ -188,6 +188,8 @@ BROKEN: list[tuple[Change, str]] = [
     (lambda folder: write_checkpoint(folder, tiny_config(vocab_size=561)),    # <pad> has ID 561
      "FOLDER/tokenizer.json has more tokens than the model has embeddings (561): it belongs to "
      "another checkpoint"),
+    (lambda folder: edit(folder / "tokenizer.json", lambda form: form["added_tokens"][-1].update(
+        content="<|im_start|>")), "FOLDER/tokenizer.json holds <|im_start|>, a word of ..."),
     # tensors that do not fit
     (tensors({NORM: None}), f'{NOT_LOADED}Missing key(s) in state_dict: "{NORM}"...'),
     (tensors({MORE: torch.ones(64)}), f'{NOT_LOADED}Unexpected key(s) in state_dict: "{MORE}"...'),
@@ -205,14 +207,13 @@ BROKEN: list[tuple[Change, str]] = [
           ("version https://git-lfs.github.com/spec/v1\nsize 14126854144\n", "pointer of git-lfs"),
           ("<!DOCTYPE html>", "web page"))),
     # config.json, and the files beside it
-    (put("config.json", '{"a": 1} {"b": 2}'), "FOLDER/config.json cannot be read (..."),
     (put("config.json", "null"), NO_OBJECT.format("config.json", "NoneType")),
     *((key(None, "model_type", kind),
        f"FOLDER/config.json describes a {kind!r} model, not a "
        f"{' or '.join(map(repr, MODELS))}; {GET_OR}")
       for kind in ("llama", "llava_onevision", None, ["llava"])),
     *((put(name, "{"), f"FOLDER/{name} cannot be read (...")
-      for name in ("generation_config.json", "preprocessor_config.json")),
+      for name in ("config.json", "preprocessor_config.json")),
     (put("preprocessor_config.json", '{"image_mean": 0.5}'),
      "FOLDER cannot be loaded as llava (..."),
     *((key("text", name, value), "FOLDER cannot be loaded as llava (...") for name, value in (
