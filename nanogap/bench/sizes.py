@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanogap.checks.loading import MINI
-from nanogap.checks.output import check_folder, whole_checkpoint
+from nanogap.checks.output import check_folder, whole
 from nanogap.clip import CLIPVisionConfig
 from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
@@ -55,5 +55,5 @@ def save_random(size: str, folder: Path, dtype: torch.dtype) -> None:
         else:
             fan_in = (parameter[0] if parameter.dim() > 1 else parameter).numel()
             parameter.normal_(std=fan_in ** -0.5, generator=generator)
-    with whole_checkpoint("--save", folder) as partial:
+    with whole("--save", folder) as partial:
         save(partial, model, dtype)

@@ -4,14 +4,12 @@ In:  the words of a command line.  Out: arguments that are checked, and an exit 
 """
 
 import argparse
-import errno
 import gc
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -19,11 +17,9 @@ from typing import NoReturn
 from nanogap.errors import NanogapError
 from nanogap.prune import STRATEGIES
 
-MISTAKE, INTERRUPTED, READER_LEFT = 2, 130, 141   # exit statuses; the shell's 128 + signal
 # how libraries say that memory ran out; the last one is oneDNN
-NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory",
-             "can't allocate memory", "bad_alloc", "can't start new thread",
-             "could not create a primitive")
+NO_MEMORY = re.compile("out of memory|not enough memory|allocate memory|bad_alloc|new thread|"
+                       "create a primitive", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,36 +91,28 @@ def one_line(error: object) -> str:
 
 
 def tell(text: str) -> None:
-    """Say on stderr how far the work is; it goes on where nobody can be told."""
-    with suppress(OSError):
-        print(visible(text), file=sys.stderr, flush=True)
+    """Say on stderr how far the work is."""
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error of any library says that memory ran out."""
-    said = str(error).lower()
-    return (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-            or any(words in said for words in NO_MEMORY))
-
-
-def prepare() -> None:
-    """Make this process ready for a command, after all is imported."""
-    for request in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(request) != signal.SIG_IGN:       # as `nohup` has it
-            signal.signal(request, signal.default_int_handler)
-    gc.freeze()     # what was imported stays: to look through it for garbage takes 0.1 s each time
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
                argv: Sequence[str] | None) -> int:
-    """Run a command; its exit status.
+    """Run a command; its exit status, which after Ctrl-C and the like is the shell's 128 + signal.
 
     0: done, and told;  2: a mistake, in one line on stderr;  130: Ctrl-C;  141: the reader left
     argv: None takes the process's own, which is then made ready as well
     """
     try:
         if argv is None:
-            prepare()
+            for request in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(request) != signal.SIG_IGN:                # as `nohup` has it
+                    signal.signal(request, signal.default_int_handler)
+            gc.freeze()    # to look for garbage in what was imported takes 0.1 s each time
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):                # it may not know all letters
                 stream.reconfigure(errors="backslashreplace")
@@ -132,19 +120,20 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return 130
     except BrokenPipeError:                                   # `python run.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # Python flushes again
-        return READER_LEFT
+        return 141
     except NanogapError as error:
         mistake = str(error)
     except (OSError, MemoryError, RuntimeError) as error:     # in a pass over tokens, say
-        mistake = f"{one_line(error)}; see that it is there, and that this user may use it"
         if lacks_memory(error):
             first = one_line(error).partition(". ")[0]        # torch goes on about settings
             mistake = (f"memory ran out ({first}); end other programs, or take smaller weights or "
                        "another --dtype")
-        elif not isinstance(error, OSError):
+        elif isinstance(error, OSError):
+            mistake = f"{one_line(error)}; see that it is there, and that this user may use it"
+        else:
             raise
     tell(f"{name}: {' '.join(mistake.split())}")
-    return MISTAKE
+    return 2

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from nanogap import weights
 from nanogap.checks.command import one_line, shown
-from nanogap.checks.pickles import tensors_of
-from nanogap.checks.reading import read_json, unreadable
+from nanogap.checks.reading import read_json, tensors_of, unreadable
 from nanogap.errors import NanogapError
 from nanogap.models import MODELS
 
@@ -20,12 +19,11 @@ from nanogap.models import MODELS
 GET = {kind: f"get the published weights with {family.download}, or take some that come with "
              "nanogap, such as --weights mini" for kind, family in MODELS.items()}
 GET_CLIP = {"clip": f"get the CLIP with {MODELS['llava'].clip_download}"}
-ADAPTER = ("holds an adapter (LoRA), which is a change to another model's weights; merge it into "
-           "its base with `merge_and_unload()` of peft, and save that with save_pretrained")
-# what a model would not load, or load and answer otherwise: patterns of a file's name, of a key of
-# config.json, or of a tensor and its type, and what that says
+# patterns of a file's name, of a key of config.json, or of a tensor and its type -> what that says
 FORMS = {
-    r"^adapter_config\.json$|\blora_[AB]\b|: base_model\.model\.": ADAPTER,
+    r"^adapter_(config|model)\.|^non_lora_trainables\.bin$|\blora_[AB]\b|: base_model\.model\.":
+        "holds an adapter (LoRA), which is a change to another model's weights; merge it into its "
+        "base with `merge_and_unload()` of peft, and save that with save_pretrained",
     r"of shikra: mm_":
         "is Shikra as it is published, a difference to LLaMA-7B; add them with `python -m "
         "nanogap.convert shikra --base DIR --delta {folder} --clip DIR --out DIR`",
@@ -34,19 +32,13 @@ FORMS = {
         "`python -m nanogap.convert llava --base {folder} --clip DIR --out DIR`",
     r": (quantization|compression)_config$|, torch\.(?!b?float(16|32|64)$)":
         "holds quantised weights, and nanogap reads float32, bfloat16 and float16; give the "
-        "checkpoint that they were made from, or save the `dequantize()` of transformers"}
-# what stands in the place of a checkpoint: patterns of a file's name, and what that says
-OTHERS = {
-    r"^adapter_model\.|^non_lora_trainables\.bin$": ADAPTER,
-    r"^mm_projector\.": "holds a projector in LLaVA's own layout and not the rest of its model; "
-                        "give the folder of all of it",
+        "checkpoint that they were made from, or save the `dequantize()` of transformers",
     r"^(eva_vit_g|minigpt).*\.pth$":
         "is or holds one of the pieces in which MiniGPT-v2 is published; put them together with "
         "`python -m nanogap.convert minigpt-v2 --base DIR --vision eva_vit_g.pth "
         "--checkpoint minigptv2_checkpoint.pth --out DIR`",
     r"\.gguf$": "holds GGUF files, which are llama.cpp's; give the checkpoint that they were made "
-                "from",
-    "^models--": "is the hub's cache; give a folder in it, such as {folder}/models--OWNER--NAME"}
+                "from"}
 
 
 def explain(folder: Path, error: BaseException, clip: Path | None) -> NanogapError:
@@ -60,8 +52,9 @@ def explain(folder: Path, error: BaseException, clip: Path | None) -> NanogapErr
         return found
     if isinstance(error, NanogapError):
         return error
-    return NanogapError(f"{folder} cannot be loaded ({one_line(error)}); get all of its files "
-                        "again, of one checkpoint")
+    kind = read_json(folder / "config.json")["model_type"]
+    return NanogapError(f"{folder} cannot be loaded as {kind} ({one_line(error)}); get all of its "
+                        "files again, of one checkpoint")
 
 
 def look_through(folder: Path, get: dict[str, str]) -> None:
@@ -70,12 +63,11 @@ def look_through(folder: Path, get: dict[str, str]) -> None:
     get: the models, by `model_type` in config.json, and how to get one
     """
     step = next(iter(get.values()))
+    check_form(folder, (path.name for path in (folder, *folder.glob("*"))))
     if not (folder / "config.json").exists():
-        check_form(folder, names_in(folder), OTHERS)
         what = ("has no config.json, so it is not a checkpoint" if folder.is_dir() else
                 "is not a folder")
         raise NanogapError(f"{folder} {what}; {step}")
-    check_form(folder, (path.name for path in folder.glob("adapter_config.json")))
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     keys = (*config, *(config.get("text_config") or {}))
@@ -89,18 +81,13 @@ def look_through(folder: Path, get: dict[str, str]) -> None:
                             if not re.search(weights.UNUSED, name)))
 
 
-def check_form(folder: Path, signs: Iterable[str], forms: dict[str, str] = FORMS) -> None:
-    """Refuse a folder by what it has, in words that FORMS or OTHERS know."""
+def check_form(folder: Path, signs: Iterable[str]) -> None:
+    """Refuse a folder by what it has, in words that FORMS knows."""
     for sign in signs:
-        for pattern, says in forms.items():
+        for pattern, says in FORMS.items():
             if re.search(pattern, sign):
                 text = says.replace("{folder}", shlex.quote(str(folder)))     # can be pasted
                 raise NanogapError(f"{folder} {text} ({shown(sign)})")
-
-
-def names_in(folder: Path) -> list[str]:
-    """Of its files; its own, where it is a file."""
-    return [folder.name] if folder.is_file() else [path.name for path in folder.glob("*")]
 
 
 def weight_files(folder: Path, step: str) -> list[Path]:
@@ -110,7 +97,6 @@ def weight_files(folder: Path, step: str) -> list[Path]:
     try:
         files = weights.weight_files(folder)
     except NanogapError as error:
-        check_form(folder, names_in(folder), OTHERS)
         raise NanogapError(f"{error}; {step}") from None
     for path in files:
         if not path.is_file():

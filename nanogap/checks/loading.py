@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 
 from nanogap import weights
-from nanogap.checks.belongs import check_belonging
 from nanogap.checks.command import lacks_memory
 from nanogap.checks.explain import explain
-from nanogap.checks.silent import check_clip, silent
+from nanogap.checks.silent import check_clip, check_parts, silent
 from nanogap.errors import NanogapError
 from nanogap.fast.packed import pack as pack_matrices
 from nanogap.models import VLM
@@ -41,12 +40,14 @@ def load(folder: str | Path, device: str | torch.device | None = None,
         if guide is not None:
             check_clip(guide)
         model = weights.load(folder, device, dtype, guide)
-        check_belonging(folder, model, guide)
+        check_parts(folder, model, guide)
     except BaseException as error:     # the tokenizers library panics with what is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit) or lacks_memory(error):
             raise
         raise explain(folder, error, guide) from None
     assert isinstance(model, VLM)
+    model.tokenizer.no_padding()           # left over from training: a question is one text
+    model.tokenizer.no_truncation()
     if pack:
         pack_matrices(model)
     return model
@@ -69,18 +70,9 @@ def folder_of(name: str | Path) -> Path:
 
 
 def snapshot(folder: Path) -> Path:
-    """The folder itself, or the snapshot in a folder of the hub's cache, models--OWNER--NAME."""
-    snapshots = folder / "snapshots"
-    if not snapshots.is_dir() or (folder / "config.json").is_file():
-        return folder
+    """The folder itself, or what is current in a folder of the hub's cache, models--OWNER--NAME."""
     main = folder / "refs" / "main"
-    wanted = main.read_text().strip() if main.is_file() else "*"
-    found = [path for path in snapshots.glob(wanted) if path.is_dir()]
-    if len(found) != 1:
-        names = ", ".join(sorted(path.name for path in found)) or "none"
-        raise NanogapError(f"{snapshots} holds {len(found)} snapshots ({names:.200}); "
-                           "give the folder of one of them, or run the download again")
-    return found[0]
+    return folder / "snapshots" / main.read_text().strip() if main.is_file() else folder
 
 
 def check_place(device: str | torch.device | None, dtype: str | torch.dtype | None) -> None:

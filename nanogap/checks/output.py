@@ -2,17 +2,15 @@
 
 In:  the path that a flag gave.
 Out: a file or a folder there; where that cannot be, one line that names the flag and the path.
-
-A file is written under a name of its own beside the target, and takes its place when it is whole.
 """
 
-import io
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from PIL import Image
 
@@ -31,11 +29,6 @@ def unwritable(flag: str, path: Path, error: object) -> NanogapError:
     """The mistake that a failed write is."""
     why = getattr(error, "strerror", None) or one_line(error)
     return NanogapError(f"{flag} {path} cannot be written ({why}); give another path")
-
-
-def beside(path: Path) -> Path:
-    """A name that nothing has, in the folder of a target."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def check_file(flag: str, path: Path, what: str = "file") -> None:
@@ -90,49 +83,38 @@ def claim(flag: str, path: Path) -> Iterator[None]:
                 lock.unlink()
 
 
+@contextmanager
+def whole(flag: str, path: Path) -> Iterator[Path]:
+    """A folder to write to: its files go to `path` at the end, or none does.
+
+    path: a file, written under its name; or a folder, to which config.json comes last (without it
+          a folder is no checkpoint), and from which goes what a process left that was killed here
+    """
+    folder = path if path.is_dir() else path.parent
+    for left in path.glob(".*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        with TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as partial:
+            yield Path(partial)
+            written = Path(partial).iterdir()
+            for file in sorted(written, key=lambda file: file.name == "config.json"):
+                file.replace(folder / file.name)
+    except NanogapError:
+        raise
+    except Exception as error:           # safetensors and tokenizers have their own for a full disk
+        raise unwritable(flag, path, error) from None
+
+
 def write_whole(flag: str, path: Path, data: bytes) -> None:
     """Write the whole file or nothing."""
-    partial = beside(path)
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise unwritable(flag, path, error) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(flag, path) as partial:
+        (partial / path.name).write_bytes(data)
 
 
-def save_picture(flag: str, path: Path, picture: Image.Image, **options: object) -> None:
+def save_picture(flag: str, path: Path, picture: Image.Image, **options: Any) -> None:
     """Write the whole picture or nothing; options: Pillow's, of that kind of picture.
 
     A PNG is packed in a third of the time that Pillow's own level takes, and is a tenth larger.
     """
-    data, kind = io.BytesIO(), Image.registered_extensions()[path.suffix.lower()]
-    try:
-        picture.save(data, kind, compress_level=3, **options)
-    except OSError as error:             # a JPEG has at most 65500 pixels a side
-        raise unwritable(flag, path, error) from None
-    write_whole(flag, path, data.getvalue())
-
-
-@contextmanager
-def whole_checkpoint(flag: str, folder: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint to, whose files come into `folder` at the end, or none does.
-
-    config.json comes last: without it a folder is no checkpoint.  What a process left that was
-    killed in here goes first, so claim the folder before.
-    """
-    for left in folder.glob(".*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = beside(folder / "x")
-    try:
-        partial.mkdir()
-        yield partial
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(folder / path.name)
-    except NanogapError:
-        raise
-    except Exception as error:           # safetensors and tokenizers have their own for a full disk
-        raise unwritable(flag, folder, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole(flag, path) as partial:
+        picture.save(partial / path.name, compress_level=3, **options)

@@ -1,71 +1,69 @@
-"""What would load, and answer otherwise in silence: one table, and one call.
+"""What would load, and answer otherwise in silence: settings, and parts of different checkpoints.
 
-In:  a checkpoint's small files.  Out: nothing, or the key that nanogap does not follow.
+In:  a checkpoint's small files, and the model that was made of it.
+Out: nothing, or the mistake: a key that nanogap does not follow, a part that is another's.
 transformers reads more keys than are implemented here.  One that would change an answer is refused
-by its name where it says anything else than what is done here; the others change nothing.
+where it says anything else than what is done here; what makes torch fail needs no row.
 Source: transformers 5.23.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from nanogap import weights
 from nanogap.errors import NanogapError
+from nanogap.llava import Llava
 from nanogap.models import MODELS
 
 Table = dict[str, Sequence]     # key -> the values that change nothing; the first is what is done
-DECODER: Table = {
-    "model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,),
-    "mlp_bias": (False,), "partial_rotary_factor": (1,), "sliding_window": (None,)}
-ROPE: Table = {
-    "rope_type": ("default", "linear"), "type": ("default", "linear"), "factor": (1,),
-    "partial_rotary_factor": (1,)}
-VISION: Table = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu",),
-                 "num_channels": (3,)}
-LLAVA: Table = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",)}
-# greedy decoding, of all words alike, up to an end token
-GENERATION: Table = {
-    "do_sample": (False,), "num_beams": (1,), "repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,),
-    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "forced_bos_token_id",
-                     "forced_eos_token_id"), (None, []))}
+LLAVA: Table = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",),
+                "quantization_config": (None,), "compression_config": (None,)}
+DECODER: Table = {"hidden_act": ("silu",), "attention_bias": (False,), "sliding_window": (None,)}
+ROPE: Table = {"rope_type": ("default", "linear"), "type": ("default", "linear"), "factor": (1,)}
 # a picture is padded to a square, so the crop that follows in transformers takes nothing away
-KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
-PIXELS: Table = {
-    "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
-    "resample": (3, "bicubic"), "rescale_factor": (1 / 255,),
-    "image_processor_type": tuple(f"{name}{kind}" for name in ("CLIP", "Llava") for kind in KINDS),
-    "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor")}
-TOKENIZER: Table = {"add_bos_token": (True,), "add_eos_token": (False,)}
-# by `model_type`: what its files may say, and for each decoder a word of the chat template
-OF_1_5: dict[str, Table] = {
-    "config": LLAVA, "vision": VISION, "pixels": PIXELS, "turns": {"llama": "ASSISTANT"}}
-FAMILIES = {
-    "llava": OF_1_5,
-    "llava_next": OF_1_5 | {
-        "config": LLAVA | {"use_image_newline_parameter": (True,)},
-        "pixels": PIXELS | {"aspect_ratio_setting": ("anyres",), "image_processor_type":
-                            tuple(f"LlavaNext{kind}" for kind in KINDS[:3])},
-        "turns": {"llama": "ASSISTANT", "mistral": "[INST]"}},
-    "shikra": OF_1_5,
-    "minigpt_v2": OF_1_5 | {
-        "config": {}, "turns": {"llama": "[INST]"},
-        "vision": VISION | {"model_type": ("eva_vit_g",), "hidden_act": ("gelu",)}}}
-# words of chat templates that no model here was trained with
-OF_OTHERS = re.compile(r"<\|(im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant"
-                       r"|system|end)\|>|<(start|end)_of_turn>")
+PIXELS: Table = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
+                 "resample": (3, "bicubic"), "rescale_factor": (1 / 255,)}
+FILES: dict[str, Table] = {
+    "generation_config.json": {
+        "do_sample": (False,), "num_beams": (1,), "repetition_penalty": (1,)},
+    "preprocessor_config.json": PIXELS,
+    "processor_config.json": PIXELS,
+    "adapter_config.json": {"peft_type": (None,)}}
+CLIP: Table = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu",)}
+EVA: Table = {"model_type": ("eva_vit_g",), "hidden_act": ("gelu",)}
+# by `model_type`: the vision tower, and for each decoder a word of the chat template
+FAMILIES: dict[str, tuple[Table, dict[str, str]]] = {
+    "llava": (CLIP, {"llama": "ASSISTANT"}),
+    "llava_next": (CLIP, {"llama": "ASSISTANT", "mistral": "[INST]"}),
+    "shikra": (CLIP, {"llama": "ASSISTANT"}),
+    "minigpt_v2": (EVA, {"llama": "[INST]"})}
 OTHER_CHAT = ("another chat template than the model's, and nanogap asks in that only: a model that "
               "was trained with another would answer worse")
+ALIKE = 0.8       # cosine of two towers' position embeddings; of two trainings it is below 0.5
+# tokens of chat templates that no model here was trained with
+OF_OTHERS = {"<|im_start|>", "<|start_header_id|>", "<start_of_turn>"}
 
 
 def silent(folder: Path) -> None:
-    """Refuse what a checkpoint of one of MODELS says and nanogap does not follow.
-
-    raises: NanogapError that names the file and the key
-    """
-    for file, part, table in settings(folder):
-        require(part, table, file)
+    """Refuse what a checkpoint of one of MODELS says and nanogap does not follow, by its key."""
+    config = weights.read_json(folder / "config.json")
+    text, kind = config.get("text_config", {}), config["model_type"]
+    tower, turns = FAMILIES[kind]
+    read = weights.read_config(folder, MODELS[kind])
+    tokens = range(read.text.vocab_size + 1)
+    require(config, LLAVA | {
+        "image_token_index": tokens, "image_token_id": tokens,
+        "vision_feature_layer": range(-read.vision.num_hidden_layers, -1)})
+    require(text, DECODER | {"model_type": tuple(turns)})
+    for key in ("rope_scaling", "rope_parameters"):
+        require(text.get(key, {}), ROPE, f"config.json: {key}")
+    require(config.get("vision_config", {}), tower)
+    for name, table in FILES.items():
+        found = weights.read_json(folder / name)
+        require(found.get("image_processor", found), table, name)
+    check_template(folder, turns[text.get("model_type", "llama")])
 
 
 def require(part: dict, table: Table, file: str = "config.json") -> None:
@@ -77,50 +75,13 @@ def require(part: dict, table: Table, file: str = "config.json") -> None:
             raise NanogapError(f"{file}: {key} is {found!r:.80}; nanogap implements {known!r} only")
 
 
-def settings(folder: Path) -> Iterator[tuple[str, dict, Table]]:
-    """All that a checkpoint says: the file, its keys, and what they may be."""
-    config = weights.read_json(folder / "config.json")
-    kind, text = config["model_type"], config.get("text_config", {})
-    family = FAMILIES[kind]
-    yield "config.json", config, family["config"]
-    yield "config.json", text, DECODER | {"model_type": tuple(family["turns"])}
-    yield "config.json", config.get("vision_config", {}), family["vision"]
-    key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
-    yield f"config.json: {key}", text.get(key, {}), ROPE
-
-    read = weights.read_config(folder, MODELS[kind])
-    rows, size, layers = read.text.vocab_size, read.vision.image_size, read.vision.num_hidden_layers
-    yield "config.json", config, {
-        "vision_feature_layer": range(-layers, -1),          # a layer before it, and one behind it
-        **dict.fromkeys(("image_token_index", "image_token_id"), range(rows + 1))}
-    # transformers takes generation_config.json where there is one, or else config.json
-    generation = weights.read_json(folder / "generation_config.json")
-    file = "generation_config.json" if generation else "config.json"
-    yield file, generation or text | config, GENERATION
-    for end in (read.eos_token, *read.other_ends):
-        yield file, {"eos_token_id": end}, {"eos_token_id": range(rows)}
-    yield "tokenizer_config.json", weights.read_json(folder / "tokenizer_config.json"), TOKENIZER
-    check_template(folder, str(family["turns"][text.get("model_type", "llama")]))
-
-    square = (size, {"shortest_edge": size}, {"height": size, "width": size})
-    pixels = family["pixels"] | {"size": square, "crop_size": square}
-    if "image_grid_pinpoints" in config:
-        pixels["image_grid_pinpoints"] = [config["image_grid_pinpoints"]]
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        found = weights.read_json(folder / name)
-        yield f"{name} of a {kind}", found.get("image_processor", found), pixels
-
-
 def check_template(folder: Path, turn: str) -> None:
     """Refuse another chat template than the model's, wherever it stands; turn: a word of it."""
-    names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
-    templates = {name: weights.read_json(folder / name).get("chat_template") for name in names}
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        templates[path.name] = path.read_text()
-    for name, template in templates.items():
-        text = str(template or turn)                          # of several templates, all of them
-        if turn not in text or OF_OTHERS.search(text):
+    found = {path.name: path.read_text() for path in folder.glob("chat_template.*")}
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        found[name] = str(weights.read_json(folder / name).get("chat_template", turn))
+    for name, template in found.items():
+        if turn not in template:
             raise NanogapError(f"{folder / name} holds {OTHER_CHAT}; if this one was not, take "
                                "the template away")
 
@@ -128,5 +89,42 @@ def check_template(folder: Path, turn: str) -> None:
 def check_clip(folder: Path) -> None:
     """The same of a CLIP whose text tower reads expressions."""
     config = weights.read_json(folder / "config.json")
-    for key in ("text_config", "vision_config", "text_config_dict", "vision_config_dict"):
-        require(config.get(key, {}), {"hidden_act": ("quick_gelu",)})
+    for part in ("text_config", "vision_config"):
+        require(config.get(part, {}), {"hidden_act": ("quick_gelu",)})
+
+
+def check_parts(folder: Path, model: Llava, clip: Path | None) -> None:
+    """Refuse a tokenizer and a CLIP of other checkpoints than the model's, though they fit.
+
+    clip: the folder of the text tower that was loaded with it
+    """
+    path, vocabulary = folder / "tokenizer.json", model.tokenizer.get_vocab()
+    rows, image = model.config.text.vocab_size, model.config.image_token
+    if max(vocabulary.values(), default=0) >= rows:
+        raise NanogapError(f"{path} has more tokens than the model has embeddings ({rows}): it "
+                           "belongs to another checkpoint")
+    if image in model.tokenizer.get_vocab(with_added_tokens=False).values():
+        raise NanogapError(f"config.json: image_token_index is {image}, which is a word in {path}; "
+                           "give the tokenizer.json that the checkpoint was published with")
+    for token in sorted(OF_OTHERS & vocabulary.keys()):
+        raise NanogapError(f"{path} holds {token}, a word of {OTHER_CHAT}; give its own checkpoint")
+    if clip is not None:
+        check_guide(clip, model)
+
+
+def check_guide(folder: Path, model: Llava) -> None:
+    """Refuse a CLIP that the vision tower does not come from: position embeddings tell.
+
+    Precisions may differ, and the tower may have been trained a little with the rest.
+    """
+    tokenizer = model.guide().tokenizer
+    if tokenizer.encode("a").ids[-1] != max(tokenizer.get_vocab().values()):
+        raise NanogapError(f"{folder / 'tokenizer.json'} ends no text with its highest ID, where "
+                           "CLIP reads it; give the one that the CLIP was published with")
+    name = "embeddings.position_embedding.weight"
+    ours = model.vision_tower.state_dict().get(name)
+    theirs = dict(weights.read_tensors(folder)).get(f"vision_model.{name}")
+    if ours is None or theirs is None or ours.shape != theirs.shape or torch.cosine_similarity(
+            ours.flatten().cpu().float(), theirs.flatten().float(), dim=0) < ALIKE:
+        raise NanogapError(f"{folder} is not the CLIP that the vision tower comes from (position "
+                           f"embeddings differ); get that with {model.clip_download}")

@@ -14,7 +14,7 @@ import torch
 
 from nanogap.checks.command import Parser, answer_for, one_line, path_argument
 from nanogap.checks.loading import snapshot
-from nanogap.checks.output import check_folder, whole_checkpoint
+from nanogap.checks.output import check_folder, whole
 from nanogap.checks.silent import silent
 from nanogap.convert.recipes import Recipe, llava, minigpt_v2, shikra
 from nanogap.convert.sentencepiece import read_llama_tokenizer
@@ -61,7 +61,7 @@ def write(recipe: Recipe, out: Path) -> None:
     settings, pieces, make = recipe
     source = pieces[0].path
     family = MODELS[settings["model_type"]]
-    with whole_checkpoint("--out", out) as folder:
+    with whole("--out", out) as folder:
         write_json(folder / "config.json", settings)
         try:
             silent(folder)

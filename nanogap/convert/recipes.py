@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogap.checks.command import shown
-from nanogap.checks.pickles import read_saved
+from nanogap.checks.reading import read_saved
 from nanogap.checks.silent import Table, check_clip, require
 from nanogap.convert.tensors import Piece
 from nanogap.errors import NanogapError

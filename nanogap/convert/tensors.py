@@ -17,8 +17,7 @@ from torch import Tensor
 
 from nanogap.checks.command import tell
 from nanogap.checks.explain import weight_files
-from nanogap.checks.pickles import tensors_of
-from nanogap.checks.reading import read_json
+from nanogap.checks.reading import read_json, tensors_of
 from nanogap.errors import NanogapError
 from nanogap.weights import UNUSED
 

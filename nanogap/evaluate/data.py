@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from nanogap.checks.command import shown
-from nanogap.checks.pickles import read_plain
-from nanogap.checks.reading import read_documents, read_json
+from nanogap.checks.reading import read_documents, read_json, read_plain
 from nanogap.errors import ItemError, NanogapError
 from nanogap.image import Box, open_image
 from nanogap.train.scenes import scene

@@ -29,7 +29,7 @@ from nanogap.checks.command import (
     whole_number,
 )
 from nanogap.checks.loading import check_place, folder_of
-from nanogap.checks.output import check_folder, claim, whole_checkpoint
+from nanogap.checks.output import check_folder, claim, whole
 from nanogap.clip import CLIPVisionTower
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
@@ -61,7 +61,7 @@ def train(args: Namespace, recipe: Recipe, device: torch.device) -> None:
         if not args.start:
             tell("drawing scenes, to learn their words ...")
         progress, model, clip = train_stages(args, recipe, device)
-        with whole_checkpoint("--out", args.out) as folder:
+        with whole("--out", args.out) as folder:
             if clip and model.Tower is CLIPVisionTower:
                 save_clip(folder / "clip_text", clip)
             elif args.start and (args.start / "clip_text").exists():

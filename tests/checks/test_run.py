@@ -123,16 +123,6 @@ def test_in_the_table_a_missing_box_is_a_dash_and_long_words_are_cut(
     assert len({line.index("  2 ms") for line in lines}) == 1            # one below the other
 
 
-def test_another_seed_keeps_other_patches(said: Callable[..., str]):
-    kept = [json.loads(said("--json", "--seed", seed))["runs"][2]["kept"] for seed in "001"]
-    assert kept[0] == kept[1] != kept[2]
-
-
-def test_a_strategy_that_finds_its_own_budget_is_given_none(said: Callable[..., str]):
-    document = json.loads(said("--json", "--prune", "prumerge", "--keep", "auto"))
-    assert document["keep"] is None and 1 < document["runs"][1]["visual_tokens"] <= 17
-
-
 def test_a_strategy_of_ones_own_is_given_by_its_file_and_name(said: Callable[..., str]):
     Path("mine.py").write_text("import torch\nfrom nanogap.prune import Kept, strategy\n\n"
                                "@strategy()\ndef corner(seen, budget, generator):\n"
@@ -201,8 +191,7 @@ def test_no_draft_means_a_pass_for_each_token_and_the_same_words(said: Callable[
 
 
 @pytest.mark.parametrize("expression", [
-    "左边的人", "الرجل على اليسار", "😀", "the man\non the\tleft", "\x1b[31mred\x07", "<image>",
-    "{0} {x} %s \\", "x" * 90])
+    "左边的人", "\x1b[31mred\x07\n\ton the left", "<image>", "{0} {x} %s \\", "x" * 90])
 def test_any_expression_works_and_is_explained_in_80_columns(
         expression: str, said: Callable[..., str], weights: Path):
     out = said("--explain", "--mode", "gap", "--keep", "50%", where=expression, weights=weights)
