@@ -2,7 +2,7 @@
 
 import json
 
-from nanogap.train.tokenizer import train_clip_tokenizer
+from nanogap.train.untrained import train_clip_tokenizer
 from tests.tiny import tiny_tokenizer
 
 
