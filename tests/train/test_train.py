@@ -2,7 +2,6 @@
 
 import pickle
 import random
-import re
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -15,17 +14,15 @@ import torch
 import torch.nn.functional as F
 
 import nanogap
-from nanogap import NanogapError
 from nanogap.checks.command import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.models import MODELS, VLM
 from nanogap.train import __main__ as train
 from nanogap.train import fit, recipes
-from nanogap.train.clip import clip_loss
 from nanogap.train.questions import Batch, Scenes, decimal_places, short_questions
 from nanogap.train.reading import llava_loss
 from nanogap.train.scenes import Scene, named, scene
-from nanogap.train.untrained import new_clip, new_model
+from nanogap.train.untrained import new_model
 from tests.tiny import lines_of
 
 VISION = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -146,12 +143,6 @@ def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(mod
     assert len(fit.optimizers(model, read)) == 1
 
 
-def test_a_rate_warms_up_and_decays_to_what_the_stage_leaves():
-    for left, shares in ((0.0, [0.005, 0.5, 0.5, 0.001]), (0.5, [0.005, 0.5, 0.75, 0.5005])):
-        found = [fit.rate_share(step, 1000, left) for step in (0, 99, 500, 999)]
-        assert found == pytest.approx(shares)
-
-
 def test_the_vision_tower_is_frozen_behind_clips_stage(model: VLM):
     llava_loss(model, drawn(model)).backward()
     assert all(p.grad is None for p in model.vision_tower.parameters())
@@ -183,89 +174,77 @@ def test_each_stage_draws_its_own_scenes(model: VLM):
 # ----- a whole training ---------------------------------------------------------------------------
 
 
-def run(out: Path, steps: list[int], seed: int = 0) -> dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(out: Path, steps: list[int], seed: int = 0, start: Path | None = None) -> dict[str, bytes]:
     stages = tuple(replace(stage, steps=number)
-                   for stage, number in zip(TINY.stages, steps, strict=True))
-    args = Namespace(out=out, start=None, seed=seed, minutes=None, workers=0)
+                   for stage, number in zip(TINY.stages[-len(steps):], steps, strict=True))
+    args = Namespace(out=out, start=start, seed=seed, minutes=None, workers=0)
+    out.mkdir()
     train.train(args, replace(TINY, stages=stages), torch.device("cpu"))
-    return {path.relative_to(out).as_posix(): path.read_bytes()
-            for path in sorted(out.rglob("*")) if path.is_file()}
+    return files_of(out)
 
 
 def test_training_writes_a_model_that_loads_and_the_seed_decides_every_byte(tmp_path: Path):
-    for name in "abc":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "notes.json").write_text("no weights")
     first, second, other = (run(tmp_path / name, [2, 1, 1, 2], seed=seed) for name, seed in
                             (("a", 0), ("b", 0), ("c", 1)))
     assert list(first) == [
         "clip_text/config.json", "clip_text/model.safetensors", "clip_text/tokenizer.json",
-        "config.json", "generation_config.json", "model.safetensors",
-        "notes.json", "preprocessor_config.json", "tokenizer.json"]
+        "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
+        "tokenizer.json"]
     assert first == second != other
     model = nanogap.load(tmp_path / "a", device="cpu")
     result = model.ground(scene("test", 0).image, "the man", "random", 8, "gap")
     assert result.timings["new_tokens"] >= 1
 
 
-def break_off(out: Path, steps: list[int], after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupt a training after so many steps behind CLIP's, each of which it saved."""
-    def interrupted(model: VLM, batch: Batch) -> torch.Tensor:
-        nonlocal after
-        if after == 0:
-            raise KeyboardInterrupt
-        after -= 1
-        return llava_loss(model, batch)
+def test_what_was_interrupted_goes_on_behind_the_last_stage_that_ended(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fit, "SAVE_EVERY", 0.0)
         patch.setattr(train, "llava_loss", interrupted)
-        run(out, steps)
-    assert (out / "training.pt").exists()
+        run(tmp_path / "a", [2, 1, 1, 1])
+    begun = files_of(tmp_path / "a")
+    done = run(tmp_path / "b", [1, 1, 1], start=tmp_path / "a")
+    assert {name for name in begun if begun[name] != done.pop(name)} == {"model.safetensors"}
+    assert not done
 
 
-def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Before "read", within it, and within "box", of which more steps were planned then."""
-    whole = run(tmp_path / "whole", [2, 3, 1, 2])
-    for after in (0, 2, 5):
-        out = tmp_path / str(after)
-        break_off(out, [2, 3, 1, 9], after, monkeypatch)
-        assert run(out, [2, 3, 1, 2]) == whole                   # without training.pt
+class Blank:
+    """A stage of a thousand steps without scenes."""
+
+    stage = replace(BOX, steps=1000, rate_left=0.5)
+
+    def __getitem__(self, step: int) -> int:
+        return step
 
 
-def test_a_state_that_is_broken_or_of_other_settings_is_not_continued(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "training.pt"
-    break_off(tmp_path, [1, 1, 1, 1], 1, monkeypatch)
-    whole = path.read_bytes()
-    for data in (whole, whole[:-1], b""):
-        path.write_bytes(data)
-        with pytest.raises(NanogapError, match="training.pt is broken, or of a training with othe"):
-            run(tmp_path, [1, 1, 1, 1], seed=int(data == whole))
-        assert [there.name for there in tmp_path.iterdir()] == ["training.pt"]
-
-
-def test_as_many_steps_are_taken_as_fit_into_the_minutes(
-        model: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """By a clock that goes on by a second a step; nine were planned."""
+@pytest.mark.parametrize("minutes, steps", [(None, 1000), (1, 60)])
+def test_the_steps_of_a_stage_or_as_many_as_fit_into_the_minutes(
+        minutes: int | None, steps: int, monkeypatch: pytest.MonkeyPatch, capsys):
+    """By a clock that goes on by a second a step.  Rates warm up, and decay to half."""
     clock = count()
-    monkeypatch.setattr(fit, "TIMED", 2)
+    shares = []
     monkeypatch.setattr(fit, "time", SimpleNamespace(time=lambda: next(clock)))
-    progress = fit.Progress(tmp_path / "training.pt", {}, torch.nn.ModuleDict(), [9])
-    fit.fit(new_clip(TINY, 0), clip_loss, Scenes(0, TINY.stages[0], model), progress, minutes=1.0)
-    assert progress.step == progress.steps[0] == 60
-    lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"CLIP   step 60/60  loss \d\.\d{3}  0:00:00 to go \.\.\.", lines[-1])
+    monkeypatch.setattr(fit, "take_step", lambda *given: shares.append(given[3]) or 0.5)
+    asked = fit.fit(torch.nn.Linear(2, 2), lambda _, batch: batch, Blank(), minutes)
+    assert asked == len(shares) == steps
+    assert [shares[i] for i in (0, 39)] == pytest.approx([0.005, 0.2])
+    if not minutes:
+        assert [shares[i] for i in (99, 500, 999)] == pytest.approx([0.5, 0.75, 0.5005])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"box    step {steps}/{steps}  loss 0.500  0:00:00 to go ..."
 
 
 @pytest.mark.parametrize("words, message", [
     (["--out", "file/out"], "file/out cannot be written"),
-    (["--minutes", "0"], "--minutes 0.0 is no time to train in"),
-    (["--stages", "CLIP", "--start", str(MINI)], "with --start it is there already"),
-    (["--stages", "box"], "from nothing CLIP is the first"),
-    (["--steps", "0"], "'0' is not a whole number from 1 on"),
-    (["--steps", "1", "2"], "give a number for each of CLIP, read, find, box"),
+    (["--minutes", "0"], "--minutes: '0' is not a whole number from 1 on"),
+    (["--stages", "box", "--steps", "1"], "--steps 1: give a number for each of CLIP, box"),
     (["--start", str(MINI), "--model", "minigpt_v2"], "start from a minigpt_v2")])
 def test_a_mistake_is_one_line(
         words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -275,4 +254,4 @@ def test_a_mistake_is_one_line(
     assert answer_for("train", train.command, asked) == 2
     said = capsys.readouterr().err
     assert message in said and lines_of(said) == 1
-    assert not Path("out").exists()
+    assert not [*tmp_path.glob("out/*")]
