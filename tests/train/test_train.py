@@ -18,7 +18,7 @@ from nanogap.checks.command import answer_for
 from nanogap.clip import CLIPVisionConfig
 from nanogap.models import MODELS, VLM
 from nanogap.train import __main__ as train
-from nanogap.train import fit, recipes
+from nanogap.train import recipes
 from nanogap.train.questions import Batch, Scenes, decimal_places, short_questions
 from nanogap.train.reading import llava_loss
 from nanogap.train.scenes import Scene, named, scene
@@ -134,13 +134,13 @@ def test_muon_takes_the_matrices_of_projector_and_decoder_and_adamw_the_rest(mod
     names = {id(p): name for name, p in model.named_parameters()}
     _, read, find, _ = TINY.stages
     adamw, muon = ({names[id(p)] for group in stepper.param_groups for p in group["params"]}
-                   for stepper in fit.optimizers(model, find))
+                   for stepper in train.optimizers(model, find))
     assert {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"} <= adamw
     layer = "language_model.model.layers.0."
     assert {"multi_modal_projector.linear_1.weight", layer + "mlp.up_proj.weight"} <= muon
     assert adamw | muon == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not adamw & muon and all("norm" not in name for name in muon)
-    assert len(fit.optimizers(model, read)) == 1
+    assert len(train.optimizers(model, read)) == 1
 
 
 def test_the_vision_tower_is_frozen_behind_clips_stage(model: VLM):
@@ -230,9 +230,9 @@ def test_the_steps_of_a_stage_or_as_many_as_fit_into_the_minutes(
     """By a clock that goes on by a second a step.  Rates warm up, and decay to half."""
     clock = count()
     shares = []
-    monkeypatch.setattr(fit, "time", SimpleNamespace(time=lambda: next(clock)))
-    monkeypatch.setattr(fit, "take_step", lambda *given: shares.append(given[3]) or 0.5)
-    asked = fit.fit(torch.nn.Linear(2, 2), lambda _, batch: batch, Blank(), minutes)
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(train, "take_step", lambda *given: shares.append(given[3]) or 0.5)
+    asked = train.fit(torch.nn.Linear(2, 2), lambda _, batch: batch, Blank(), minutes)
     assert asked == len(shares) == steps
     assert [shares[i] for i in (0, 39)] == pytest.approx([0.005, 0.2])
     if not minutes:
