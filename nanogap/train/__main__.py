@@ -49,10 +49,9 @@ REPORT_EVERY = 10.0    # seconds
 
 
 def optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
-    """AdamW; where the stage has a rate for it, Muon for the matrices of projector and decoder.
+    """AdamW; where the stage has a rate for it, Muon for the matrices between embedding and head.
 
-    Embeddings and the head stay with AdamW.  Muon takes a step of one size in every direction of a
-    matrix (kellerjordan.github.io/posts/muon).
+    Muon takes a step of one size in all directions of a matrix (kellerjordan.github.io/posts/muon).
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -86,7 +85,7 @@ def take_step(model: nn.Module, steppers: Sequence[torch.optim.Optimizer], loss:
 
 
 def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes,
-        minutes: float | None = None, workers: int = 0) -> int:
+        minutes: float | None, workers: int = 0) -> int:
     """Take the steps of a stage, or as many as fit into the minutes; returns how many.
 
     The rates rise over 200 steps, and decay to what the stage leaves of them.

@@ -27,7 +27,6 @@ class CLIP(nn.Module):
 
     def __init__(self, vision: CLIPVisionConfig, text: CLIPTextConfig, projection_dim: int,
                  tower: Callable[[Any], Any] = CLIPVisionTower) -> None:
-        """tower: makes the vision tower of these sizes; EVA's is the other one."""
         super().__init__()
         self.vision_model = tower(vision)
         self.vision_model.depth = vision.num_hidden_layers     # LLaVA takes the last layer but one
@@ -38,13 +37,10 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Images (B, 3, S, S) -> unit vectors (B, E), of CLS after all layers and a LayerNorm.
-
-        EVA's tower has none of its own; MiniGPT-v2 normalises without weights what it reads.
-        """
+        """Images (B, 3, S, S) -> unit vectors (B, E), of CLS after all layers and a LayerNorm."""
         _, x = self.vision_model(pixel_values)                                # (B, 1 + N, C)
         cls = x[:, 0]                                                         # (B, C)
-        own = getattr(self.vision_model, "post_layernorm", None)
+        own = getattr(self.vision_model, "post_layernorm", None)              # EVA has none
         seen = own(cls) if own else F.layer_norm(cls, cls.shape[-1:])
         return F.normalize(self.visual_projection(seen), dim=-1)
 
@@ -54,10 +50,7 @@ class CLIP(nn.Module):
 
 
 def clip_loss(clip: CLIP, batch: Batch) -> Tensor:
-    """The symmetric contrastive loss between B images and C captions that may be true of them.
-
-    Several are true of an image, so the targets are equal shares.
-    """
+    """The symmetric contrastive loss; of C captions, those true of an image have equal shares."""
     pixels, scenes, captions = batch
     device = clip.logit_scale.device
     held = [contents(scene.things) for scene in scenes]

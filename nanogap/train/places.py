@@ -1,7 +1,7 @@
 """Where things stand, and what is clearly so of them: the left one, or the one above a landmark.
 
-In:  sizes of an image and of things, or boxes by their indices; all in pixels.
-Out: boxes, or indices, only where a margin makes it clear which is meant.
+In:  sizes of an image and of things, or boxes; all in pixels.
+Out: boxes, or their indices where a margin makes it clear which is meant.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,9 +36,8 @@ def has_room(boxes: Sequence[Box]) -> bool:
 def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> dict[int, Box]:
     """Give a box to each thing of a ratio of width to height that finds room in the image.
 
-    The boxes are about as large as those of RefCOCO val, whose median is 0.15 of the image: the
-    long side of a box is from 1/3 to 5/8 of the image's long side, with four or more things to 1/2.
-    The flattest image is 5/8 as high as it is wide, so every box fits.
+    The boxes are about as large as those of RefCOCO val, whose median is 0.15 of the image.  The
+    flattest image is 5/8 as high as it is wide, so every box fits.
     """
     placed: dict[int, Box] = {}
     largest = 5 / 8 if len(ratios) < 4 else 1 / 2
@@ -79,18 +78,14 @@ def superlatives(boxes: Mapping[int, Box], long: float) -> dict[str, int]:
             found[first] = order[0]
         if measure[order[-1]] - measure[order[-2]] >= 1:
             found[last] = order[-1]
-    in_a_row = {"left", "right"} <= found.keys()
     in_a_column = {"top", "bottom"} <= found.keys()
-    if len(boxes) == 3 and in_a_row and not in_a_column:
+    if len(boxes) == 3 and {"left", "right"} <= found.keys() and not in_a_column:
         (found["middle"],) = boxes.keys() - {found["left"], found["right"]}
     return found
 
 
 def relations(boxes: Mapping[int, Box], landmark: Box, long: float) -> dict[str, int]:
-    """Find which of two or more boxes is the one "next to" a landmark, "left of" it, and so on.
-
-    No other may be on that side at all.
-    """
+    """Find which of two or more boxes alone is "left of" a landmark, or clearly "next to" it."""
     x, y = centre(landmark)
     away = {}                                              # right and down, of the long side
     for i, box in boxes.items():
@@ -103,10 +98,8 @@ def relations(boxes: Mapping[int, Box], landmark: Box, long: float) -> dict[str,
         found["next to"] = nearest
     for word, (right, down) in DIRECTIONS.items():
         ahead = {i: right * dx + down * dy for i, (dx, dy) in away.items()}
-        on_that_side = [i for i in boxes if ahead[i] > 0]
-        if len(on_that_side) == 1:
-            (i,) = on_that_side
-            aside = abs(down * away[i][0] + right * away[i][1])
-            if ahead[i] >= max(MARGIN, aside):
-                found[word] = i
+        *_, second, first = sorted(boxes, key=ahead.__getitem__)
+        aside = abs(down * away[first][0] + right * away[first][1])
+        if ahead[second] <= 0 and ahead[first] >= max(MARGIN, aside):
+            found[word] = first
     return found

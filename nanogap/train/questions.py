@@ -1,9 +1,8 @@
 """What is drawn, asked and answered in training, batch by batch.
 
 In:  a seed, and a stage of the training.
-Out: scenes ready for the model, and what is said of them: for CLIP captions, for LLaVA
-     conversations in tokens, and what each token weighs in the loss.
-Source: the kinds of answers are those of LLaVA-1.5's own mixture, arXiv 2310.03744.
+Out: scenes ready for the model, and what is said of them: captions for CLIP, conversations for the
+     others, with the kinds of answers of LLaVA-1.5's own mixture (arXiv 2310.03744).
 """
 
 import random
@@ -44,15 +43,10 @@ class Scenes(torch.utils.data.Dataset):
             pixels.append(self.model.pixel_values(scene.image))               # (views, 3, S, S)
             # from here on only the size of a picture is needed: workers need not send it
             scenes.append(replace(scene, image=Image.new("1", scene.image.size)))
-        said = (captions(scenes, rng) if self.stage.name == "CLIP"
-                else conversations(self.model, self.stage, scenes, rng))
-        return pixels, scenes, said
-
-
-def captions(scenes: list[Scene], rng: random.Random) -> tuple[list[str], list[str]]:
-    """A caption for each scene, which names everything in it, and for each thing that can be."""
-    return ([caption(scene.things, rng) for scene in scenes],
-            [caption([thing], rng) for thing in SINGLES])
+        if self.stage.name != "CLIP":
+            return pixels, scenes, conversations(self.model, self.stage, scenes, rng)
+        whole = [caption(scene.things, rng) for scene in scenes]
+        return pixels, scenes, (whole, [caption([thing], rng) for thing in SINGLES])
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class Turn:
     kind: str
     image: int
     question: str
-    answer: list[int]              # with the end token, if whole
+    answer: list[int]
     weights: list[float]           # of these in the loss
 
 
@@ -102,13 +96,7 @@ def conversations(model: VLM, stage: Stage, scenes: list[Scene],
 
 
 def turns_about(model: VLM, stage: Stage, scenes: list[Scene], rng: random.Random) -> list[Turn]:
-    """Questions of each kind, with their answers.
-
-    box:         where something is
-    find:        the same, but the answer stops at "[0.1": which thing it is
-    word:        answered with a word
-    description: of an image
-    """
+    """Questions for boxes, words and descriptions; "find": a box that stops at "[0.1"."""
     def some(kind: str, pool: list[tuple[int, str, str]]) -> list[tuple[str, int, str, str]]:
         chosen = rng.sample(pool, min(stage.asked.get(kind, 0), len(pool)))
         return [(kind, *one) for one in chosen]
@@ -123,8 +111,8 @@ def turns_about(model: VLM, stage: Stage, scenes: list[Scene], rng: random.Rando
     for kind, i, question, text in asked:
         answer = [*encode(model.tokenizer, text), model.config.eos_token]
         places = decimal_places([model.tokenizer.decode([token]) for token in answer])
-        weight, hundredths = (stage.weights.get(name, 1.0) for name in (kind, "hundredths"))
-        weights = [hundredths if place > 1 else weight for place in places]
+        weight = stage.weights.get(kind, 1.0)
+        weights = [stage.weights.get("hundredths", 1.0) if p > 1 else weight for p in places]
         if kind == "find":
             tenth = places.index(1)
             answer = answer[:tenth + 1]
@@ -141,11 +129,7 @@ def box_questions(model: VLM | type[VLM], scene: Scene) -> Iterator[tuple[str, s
 
 
 def decimal_places(tokens: Sequence[str]) -> list[int]:
-    """Which place of a number each token is: 1 for tenths, 2 hundredths; 0 for the rest.
-
-    In "[0.12" these are the digits behind the point, in "{<12>" (of a hundred) both; the only digit
-    of "{<7>" counts as tenths.
-    """
+    """Which place each token is: 1 for tenths, as in "[0.1" and "{<1"; 2 hundredths; 0 the rest."""
     text = "".join(tokens)
     places = [0] * (len(text) + 1)
     for number in re.finditer(r"(?:\d+\.)?(\d+)", text):
@@ -155,7 +139,7 @@ def decimal_places(tokens: Sequence[str]) -> list[int]:
 
 
 def short_questions(scene: Scene, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Yield questions with one word for an answer, as in LLaVA-1.5's own mixture (VQAv2, GQA)."""
+    """Yield questions with one word for an answer (as of VQAv2 and GQA)."""
     for expression, thing in scene.expressions:
         if not {*COLOURS} & {*expression.split()}:
             question = f"What colour is the {expression.removeprefix('the ')}?"

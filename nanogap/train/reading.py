@@ -1,7 +1,5 @@
 """LLaVA's loss, and how conversations are read for it: what several of them share is run once.
 
-In:  a batch of drawn scenes and conversations about them.  Out: a loss to minimise.
-
 It learns the next token of the answers, of several turns as in its own data (arXiv 2304.08485).
 Nothing here knows of pruning: in training no token is dropped and no position ID changed.
 Letters: N visual tokens of an image, P tokens before them, Q conversations, T tokens, V vocabulary,
@@ -10,7 +8,7 @@ C channels.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -23,31 +21,15 @@ from nanogap.prune import Kept
 from nanogap.train.questions import Batch, Conversation
 
 
-def llava_loss(model: VLM, batch: Batch) -> Tensor:
-    """Next-token cross-entropy on the answers, the weighted mean over all their tokens."""
-    pixels, scenes, said = batch
-    visual = []
-    for views, scene in zip(pixels, scenes, strict=True):
-        with torch.no_grad():                                                 # the tower is frozen
-            seen = model.encode_pixels(views.to(model.device), *scene.image.size)
-        every = torch.arange(seen.n_visual)
-        visual.append(model.visual_tokens(seen, Kept(every), every))          # (N, C')
-    losses, weights = map(torch.cat, zip(*read(model, said, visual), strict=True))
-    return losses.sum() / weights.sum()
-
-
 class SharedPast:
-    """Sequences that are run behind others, of which each may be continued by several.
+    """Sequences that are run behind others: a cache, from which gradients flow into the past.
 
-    This is the cache of one run, without position IDs.  Gradients flow from it into the past.
+    parents: (B,) which sequence of the past each continues
+    hidden:  what the decoder makes of them (B, T, C)
     """
 
     def __init__(self, decoder: LlamaModel, x: Tensor, past: "SharedPast | None" = None,
                  parents: Sequence[int] = ()) -> None:
-        """Run tokens x (B, T, C); parents: (B,) which sequence of the past each of them continues.
-
-        `hidden` is what the decoder makes of them (B, T, C).
-        """
         self.past = past
         self.parents = torch.tensor(parents, device=x.device)
         self.rows: list[tuple[Tensor, Tensor]] = []       # keys and values (B, G, R, D), per layer
@@ -66,22 +48,28 @@ class SharedPast:
         return k, v
 
 
-def read(model: VLM, said: Sequence[Conversation],
-         visual: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield weighted losses (M,) and weights (M,) of conversations, each read as if it were alone.
+def llava_loss(model: VLM, batch: Batch) -> Tensor:
+    """Next-token cross-entropy on the answers, the weighted mean over all their tokens.
 
-    Each sees only its image and itself, at the position IDs that it would have alone.  So the
-    sequences form a tree, and each level of it is run once:
+    Each conversation sees only its image and itself, at the position IDs that it would have alone.
+    So the sequences form a tree, and each level of it is run once:
     [system sentence] -> [image] -> ["Please provide ... describes:"] -> [expression, answer].
     Shikra's expressions stand before the image, where its tree has as many branches.
-    visual: what the decoder is fed of each image, (N, C)
     """
+    pixels, scenes, said = batch
     decoder = model.language_model.model
+    visual = []
+    for views, scene in zip(pixels, scenes, strict=True):
+        with torch.no_grad():                                                 # the tower is frozen
+            image = model.encode_pixels(views.to(model.device), *scene.image.size)
+        every = torch.arange(image.n_visual)
+        visual.append(model.visual_tokens(image, Kept(every), every))         # (N, C')
     heads: dict[int, list[tuple[int, ...]]] = {}           # by P: one length is run together
     for head in sorted({one.head for one in said}):
         heads.setdefault(len(head), []).append(head)
     begun = {P: SharedPast(decoder, decoder.embed_tokens(padded(rows, model.device)))
              for P, rows in heads.items()}
+    found = []
     for N, P in product(dict.fromkeys(map(len, visual)), heads):
         alike = [one for one in said if (len(visual[one.image]), len(one.head)) == (N, P)]
         branches = sorted({(one.head, one.image) for one in alike})           # B of them
@@ -92,12 +80,14 @@ def read(model: VLM, said: Sequence[Conversation],
         for kind in dict.fromkeys(one.kind for one in alike):
             of_kind = [one for one in alike if one.kind == kind]
             parents = [branches.index((one.head, one.image)) for one in of_kind]
-            yield read_kind(model, of_kind, seen, parents)
+            found.append(read(model, of_kind, seen, parents))
+    losses, weights = map(torch.cat, zip(*found, strict=True))
+    return losses.sum() / weights.sum()
 
 
-def read_kind(model: VLM, said: Sequence[Conversation], seen: SharedPast,
-              parents: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Conversations of one kind, each behind one of the B images that were seen."""
+def read(model: VLM, said: Sequence[Conversation], seen: SharedPast,
+         parents: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Weighted losses (M,) and weights (M,) of conversations, each behind one of B images."""
     decoder, B = model.language_model.model, len(seen.hidden)
     # what all questions begin with is run once for each image; the token before the first one that
     # counts must stay in the rest, for its logits foretell it (commonprefix takes any sequences)

@@ -17,10 +17,7 @@ def draw_single(rng: random.Random, size: int) -> Scene:
 
 
 def draw_often_alike(rng: random.Random, size: int) -> Scene:
-    """Draw two to seven things, or two times in three two to four that are alike.
-
-    Four times in five these are of one kind, else of one colour; each is named by both.
-    """
+    """Draw two times in three things alike in kind, or in colour, each named by both."""
     if rng.random() >= 2 / 3:
         return draw_scene(rng, size)
     count = rng.randint(2, 4)
@@ -47,11 +44,11 @@ class Stage:
     muon_rate: float = 0.0       # 0: AdamW alone
     rate_left: float = 0.0       # the share of the rates that is left at the end
     draw: Draw = draw_scene
-    # how many questions of a kind a step asks at most (CLIP's none): see `turns_about`
+    # how many questions of a kind a step asks at most: see `turns_about`
     asked: dict[str, int] = field(default_factory=dict)
     later: float = 0.0           # share of the questions that come after one or two others
-    # what tokens of answers weigh in the loss, where it is not 1: "find" (its last token; those
-    # before it weigh nothing), "word", and "hundredths" of boxes and what is smaller
+    # what tokens of answers weigh in the loss, where it is not 1, by kind (of "find" the last token
+    # alone counts); "hundredths": of a box, and what is smaller
     weights: dict[str, float] = field(default_factory=dict)
 
     def share(self, processes: int) -> "Stage":
@@ -62,8 +59,6 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes, and how to train them."""
-
     vision: CLIPVisionConfig
     text: CLIPTextConfig
     decoder: LlamaConfig
@@ -97,12 +92,8 @@ RECIPE = Recipe(
 
 
 def recipe_for(family: str) -> Recipe:
-    """The same for another family.
-
-    Four patches of MiniGPT-v2 make a token, and a token should see less than a thing: so there are
-    32 x 32 of them, as published.
-    """
+    """The same for another family."""
     vision = RECIPE.vision
-    if family == "minigpt_v2":
+    if family == "minigpt_v2":   # of small patches, since four make a token; 32 x 32, as published
         vision = replace(vision, image_size=32 * 8, patch_size=8, layer_norm_eps=1e-6)
     return replace(RECIPE, family=family, vision=vision)

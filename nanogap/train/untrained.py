@@ -1,10 +1,8 @@
 """The models before training, and their tokenizers; or those of a folder, to be trained on.
 
-In:  a recipe and a seed.  Out: CLIP, and a model that takes over its vision tower.
-
-The tokenizers learn from the model's own sentences, in the form of the published ones: LLaMA's (BPE
-with "▁" for a space, single digits, bytes for what is unknown), and CLIP's (lower-case BPE with an
-end-of-word mark).
+In:  a recipe and a seed.
+Out: CLIP, and a model that takes over its vision tower; tokenizers in the form of the published
+     ones, which learn from sentences about scenes.
 """
 
 import json
@@ -60,21 +58,19 @@ def train_llama_tokenizer(sentences: Iterable[str], vocab_size: int,
 def train_clip_tokenizer(sentences: Iterable[str], vocab_size: int) -> Tokenizer:
     """CLIP's kind of BPE, over bytes, cut to 77 tokens; the end token comes last and pads."""
     start, end, suffix = "<|startoftext|>", "<|endoftext|>", "</w>"
-    learner = Tokenizer(BPE(end_of_word_suffix=suffix))
-    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    learner.pre_tokenizer = pre_tokenizers.Sequence([
+    tokenizer = Tokenizer(BPE(end_of_word_suffix=suffix))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Whitespace(),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    learner.train_from_iterator(sentences, BpeTrainer(
+    tokenizer.train_from_iterator(sentences, BpeTrainer(
         vocab_size=vocab_size, end_of_word_suffix=suffix, show_progress=False))
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [letter + suffix for letter in alphabet]
     pieces += ["".join(merge) for merge in merges] + [start, end]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(BPE(vocab, merges, unk_token=end, end_of_word_suffix=suffix))
-    tokenizer.normalizer = learner.normalizer
-    tokenizer.pre_tokenizer = learner.pre_tokenizer
+    tokenizer.model = BPE(vocab, merges, unk_token=end, end_of_word_suffix=suffix)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (start, end)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, vocab[start]), (end, vocab[end])])
@@ -84,10 +80,7 @@ def train_clip_tokenizer(sentences: Iterable[str], vocab_size: int) -> Tokenizer
 
 
 def initialise(model: nn.Module, depth: int) -> None:
-    """Normal weights of standard deviation fan_in^-1/2, and smaller ones on the residual branches.
-
-    Embeddings of CLIP are small, biases 0.
-    """
+    """Normal weights of fan_in^-1/2, smaller in residual branches and for CLIP's embeddings."""
     for name, parameter in model.named_parameters():
         if "embedding.weight" in name and parameter.dim() == 2 or name.endswith("pos_embed"):
             nn.init.normal_(parameter, std=0.02)
@@ -152,10 +145,7 @@ def new_model(recipe: Recipe, seed: int) -> VLM:
 
 
 def started(folder: Path, name: str) -> VLM:
-    """The model of a folder, to be trained on: in one of MODELS, its own or one of the same parts.
-
-    raises: NanogapError where its tensors are not those of the model
-    """
+    """The model of a folder, to be trained on, or another one of the same parts."""
     family, found = MODELS[name], load(folder, "cpu", "float32")
     config = found.config
     if type(found) is not family:
