@@ -7,7 +7,7 @@
 
 Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`.
 It is written after each stage: what was interrupted goes on with --start and the stages that lack.
-The recipe is in recipes.py, the losses in clip.py and reading.py, the scenes in scenes.py.
+The recipe is in recipes.py, the losses in losses.py, the scenes in scenes.py.
 """
 
 import shutil
@@ -39,9 +39,8 @@ from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import save
-from nanogap.train.clip import CLIP, clip_loss, save_clip
+from nanogap.train.losses import CLIP, clip_loss, llava_loss, save_clip
 from nanogap.train.questions import Batch, Scenes
-from nanogap.train.reading import llava_loss
 from nanogap.train.recipes import RECIPE, Recipe, Stage, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
 
