@@ -44,8 +44,6 @@ from nanogap.train.questions import Batch, Scenes
 from nanogap.train.recipes import RECIPE, Recipe, Stage, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
 
-REPORT_EVERY = 10.0    # seconds
-
 
 def optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     """AdamW; where the stage has a rate for it, Muon for the matrices between embedding and head.
@@ -106,7 +104,7 @@ def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes,
             if world > 1:
                 dist.broadcast(fitting, 0)                                    # the same for all
             steps = int(fitting)
-        if rank == 0 and (now - told >= REPORT_EVERY or done == steps):
+        if rank == 0 and (now - told >= 10 or done == steps):
             told = now
             to_go = timedelta(seconds=round((now - begun) / done * (steps - done)))
             tell(f"{stage.name:5}  step {done}/{steps}  loss {average:.3f}  {to_go} to go ...")

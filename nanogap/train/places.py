@@ -26,13 +26,6 @@ def shared_area(a: Box, b: Box) -> float:
     return max(0, width) * max(0, height)
 
 
-def has_room(boxes: Sequence[Box]) -> bool:
-    """Whether each box shares less than HIDDEN of its area with all the others together."""
-    return all(   # a box is among the others, with all of its own area
-        sum(shared_area(box, other) for other in boxes) < (1 + HIDDEN) * shared_area(box, box)
-        for box in boxes)
-
-
 def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> dict[int, Box]:
     """Give a box to each thing of a ratio of width to height that finds room in the image.
 
@@ -48,9 +41,11 @@ def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> di
             h = round(long * min(1, 1 / ratio))
             x = round(rng.random() * (width - w))
             y = round(rng.random() * (height - h))
-            box = (x, y, x + w, y + h)
-            if has_room([*placed.values(), box]):
-                placed[i] = box
+            boxes = [*placed.values(), (x, y, x + w, y + h)]
+            # each has the most of its area for itself; it is among the others, with all of it
+            if all(sum(shared_area(box, other) for other in boxes)
+                   < (1 + HIDDEN) * shared_area(box, box) for box in boxes):
+                placed[i] = boxes[-1]
                 break
     return placed
 

@@ -9,8 +9,6 @@ from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaConfig
 from nanogap.train.scenes import COLOURS, KINDS, Scene, deal, draw_scene, named
 
-Draw = Callable[[random.Random, int], Scene]
-
 
 def draw_single(rng: random.Random, size: int) -> Scene:
     return draw_scene(rng, size, deal(rng)[:1])
@@ -43,7 +41,7 @@ class Stage:
     rate: float                  # AdamW's
     muon_rate: float = 0.0       # 0: AdamW alone
     rate_left: float = 0.0       # the share of the rates that is left at the end
-    draw: Draw = draw_scene
+    draw: Callable[[random.Random, int], Scene] = draw_scene
     # how many questions of a kind a step asks at most: see `turns_about`
     asked: dict[str, int] = field(default_factory=dict)
     later: float = 0.0           # share of the questions that come after one or two others

@@ -96,14 +96,6 @@ def initialise(model: nn.Module, depth: int) -> None:
 
 
 @cache
-def clip_words(seed: int) -> Tokenizer:
-    """It learns from captions of a thousand scenes."""
-    rng = random.Random(f"train {seed} captions")
-    said = [caption(draw_scene(rng, 168).things, rng) for _ in range(1000)]
-    return train_clip_tokenizer(said, 256)
-
-
-@cache
 def llama_words(seed: int, family: str) -> Tokenizer:
     """It learns from questions and answers about a thousand scenes."""
     rng = random.Random(f"train {seed} words")
@@ -119,11 +111,13 @@ def llama_words(seed: int, family: str) -> Tokenizer:
 
 
 def new_clip(recipe: Recipe, seed: int) -> CLIP:
-    """An untrained CLIP."""
-    words = clip_words(seed)
-    text = replace(recipe.text, vocab_size=words.get_vocab_size())
+    """An untrained CLIP, whose tokenizer learns from captions of a thousand scenes."""
+    rng = random.Random(f"train {seed} captions")
+    said = [caption(draw_scene(rng, 168).things, rng) for _ in range(1000)]
+    tokenizer = train_clip_tokenizer(said, 256)
+    text = replace(recipe.text, vocab_size=tokenizer.get_vocab_size())
     clip = CLIP(recipe.vision, text, text.hidden_size, MODELS[recipe.family].Tower)
-    clip.tokenizer = words
+    clip.tokenizer = tokenizer
     torch.manual_seed(seed)
     initialise(clip, recipe.vision.num_hidden_layers)
     return clip
