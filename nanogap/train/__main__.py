@@ -40,8 +40,7 @@ from nanogap.fast.processes import join, joined
 from nanogap.models import MODELS, VLM
 from nanogap.models.saving import save
 from nanogap.train.losses import CLIP, clip_loss, llava_loss, save_clip
-from nanogap.train.questions import Batch, Scenes
-from nanogap.train.recipes import RECIPE, Recipe, Stage, recipe_for
+from nanogap.train.recipes import RECIPE, Batch, Recipe, Scenes, Stage, recipe_for
 from nanogap.train.untrained import new_clip, new_model, started
 
 

@@ -27,7 +27,7 @@ from nanogap.models import VLM
 from nanogap.models.base import write_json
 from nanogap.models.saving import save_tensors
 from nanogap.prune import Kept
-from nanogap.train.questions import SINGLES, Batch, Conversation
+from nanogap.train.recipes import SINGLES, Batch, Conversation
 from nanogap.train.scenes import contents
 
 

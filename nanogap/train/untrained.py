@@ -26,8 +26,7 @@ from nanogap.models import MODELS, VLM
 from nanogap.models.tokenizer import START_TOKENS, llama_tokenizer
 from nanogap.prompt import DESCRIBE
 from nanogap.train.losses import CLIP
-from nanogap.train.questions import box_questions, short_questions
-from nanogap.train.recipes import Recipe
+from nanogap.train.recipes import Recipe, box_questions, short_questions
 from nanogap.train.scenes import caption, draw_scene
 
 

@@ -20,7 +20,7 @@ from nanogap.models import MODELS, VLM
 from nanogap.train import __main__ as train
 from nanogap.train import recipes
 from nanogap.train.losses import llava_loss
-from nanogap.train.questions import Batch, Scenes, decimal_places, short_questions
+from nanogap.train.recipes import Batch, Scenes, decimal_places, short_questions
 from nanogap.train.scenes import Scene, named, scene
 from nanogap.train.untrained import new_model
 from tests.tiny import lines_of
