@@ -7,7 +7,6 @@
 
 Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLIP in `clip_text/`.
 It is written after each stage: what was interrupted goes on with --start and the stages that lack.
-The recipe is in recipes.py, the losses in losses.py, the scenes in scenes.py.
 """
 
 import shutil
@@ -86,7 +85,8 @@ def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes,
 
     The rates rise over 200 steps, and decay to what the stage leaves of them.
     """
-    stage, steps = data.stage, data.stage.steps
+    stage = data.stage
+    steps = stage.steps
     rank, world = joined()
     steppers = optimizers(model, stage)
     own = range(rank, sys.maxsize, world)                                     # of this process

@@ -42,7 +42,6 @@ class CLIP(nn.Module):
         self.text_model = CLIPTextTower(text)
         self.visual_projection = nn.Linear(vision.hidden_size, projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, projection_dim, bias=False)
-        # not torch.tensor(1 / 0.07).log(): on meta that imports torch's compiler, for a second
         self.logit_scale = nn.Parameter(torch.tensor(log(1 / 0.07)))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:

@@ -29,11 +29,10 @@ def shared_area(a: Box, b: Box) -> float:
 def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> dict[int, Box]:
     """Give a box to each thing of a ratio of width to height that finds room in the image.
 
-    The boxes are about as large as those of RefCOCO val, whose median is 0.15 of the image.  The
-    flattest image is 5/8 as high as it is wide, so every box fits.
+    The boxes are about as large as those of RefCOCO val, whose median is 0.15 of the image.
     """
     placed: dict[int, Box] = {}
-    largest = 5 / 8 if len(ratios) < 4 else 1 / 2
+    largest = 5 / 8 if len(ratios) < 4 else 1 / 2    # the flattest image is 5/8 as high as wide
     for i, ratio in enumerate(ratios):
         for _ in range(TRIES):
             long = max(width, height) * rng.uniform(1 / 3, largest)
@@ -55,10 +54,7 @@ def centre(box: Box) -> tuple[float, float]:
 
 
 def superlatives(boxes: Mapping[int, Box], long: float) -> dict[str, int]:
-    """Find which of two or more boxes is the "left" one, the "biggest", and so on.
-
-    The "middle" is that of a row of three, and of no column.
-    """
+    """Find which of two or more boxes is the "left" one, the "biggest", the "middle" of a row."""
     clear = MARGIN * long                                  # a measure is clear by a difference of 1
     areas = {i: shared_area(box, box) for i, box in boxes.items()}
     measures = {

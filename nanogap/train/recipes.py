@@ -1,8 +1,7 @@
 """How small models are trained: their sizes, the stages, and what these draw, ask and answer.
 
-In:  a seed, and a stage of the training.
-Out: batch by batch, scenes ready for the model, and what is said of them: captions for CLIP,
-     conversations for the others, with answers as in LLaVA-1.5's own mixture (arXiv 2310.03744).
+In:  a seed and a stage.  Out: batch by batch, scenes and what is said of them: captions for CLIP,
+then conversations, with answers as in LLaVA-1.5's own mixture (arXiv 2310.03744).
 """
 
 import math
@@ -63,8 +62,7 @@ class Stage:
     # how many questions of a kind a step asks at most: see `turns_about`
     asked: dict[str, int] = field(default_factory=dict)
     later: float = 0.0           # share of the questions that come after one or two others
-    # what tokens of answers weigh in the loss, where it is not 1, by kind (of "find" the last token
-    # alone counts); "hundredths": of a box, and what is smaller
+    # what tokens of answers weigh, where not 1: by kind ("find": its last), or "hundredths" of boxes
     weights: dict[str, float] = field(default_factory=dict)
 
     def share(self, processes: int) -> "Stage":
@@ -92,8 +90,7 @@ FIND = Stage("find", minutes=36, steps=2600, images=24, rate=1.5e-3, muon_rate=0
 BOX = Stage("box", minutes=60, steps=3250, images=16, rate=1.5e-3, muon_rate=0.004,
             asked={"box": 120, "find": 48, "word": 16, "description": 8}, later=0.6,
             weights={"find": 6.0, "word": 3.0})
-# LLaVA in miniature, 12 x 12 patches, for two CPU cores.
-RECIPE = Recipe(
+RECIPE = Recipe(                 # LLaVA in miniature, 12 x 12 patches, for two CPU cores
     vision=CLIPVisionConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
         image_size=168, patch_size=14),

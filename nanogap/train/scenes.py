@@ -99,7 +99,7 @@ def named(noun: str, colour: str) -> str:
 
 
 def expressions(things: Sequence[Thing], long: float, rng: Random) -> Iterator[tuple[str, int]]:
-    """Yield (expression, index) once for each way in which exactly one thing can be told apart.
+    """Yield (expression, index) once for each way to tell exactly one thing apart.
 
     long: long side of the image, pixels
     """

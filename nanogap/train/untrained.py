@@ -1,8 +1,7 @@
 """The models before training, and their tokenizers; or those of a folder, to be trained on.
 
-In:  a recipe and a seed.
-Out: CLIP, and a model that takes over its vision tower; tokenizers in the form of the published
-     ones, which learn from sentences about scenes.
+In:  a recipe and a seed.  Out: CLIP, and a model that takes over its vision tower; their tokenizers
+have the form of the published ones, and learn from sentences about scenes.
 """
 
 import json
