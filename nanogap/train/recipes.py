@@ -62,7 +62,7 @@ class Stage:
     # how many questions of a kind a step asks at most: see `turns_about`
     asked: dict[str, int] = field(default_factory=dict)
     later: float = 0.0           # share of the questions that come after one or two others
-    # what tokens of answers weigh, where not 1: by kind ("find": its last), or "hundredths" of boxes
+    # what tokens of answers weigh, if not 1: by kind ("find": its last), or "hundredths" of boxes
     weights: dict[str, float] = field(default_factory=dict)
 
     def share(self, processes: int) -> "Stage":
