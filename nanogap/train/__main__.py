@@ -9,6 +9,7 @@ Out: a folder in the layout of llava-hf/llava-1.5-7b-hf, with both towers of CLI
 It is written after each stage: what was interrupted goes on with --start and the stages that lack.
 """
 
+import math
 import shutil
 import sys
 import time
@@ -99,7 +100,7 @@ def fit(model: Any, loss_of: Callable[[Any, Batch], Tensor], data: Scenes,
         done = step + 1
         now = time.time()
         if minutes:
-            fitting = torch.tensor(max(int(60 * minutes / (now - begun) * done), done))
+            fitting = torch.tensor(max(math.ceil(60 * minutes / (now - begun) * done), done))
             if world > 1:
                 dist.broadcast(fitting, 0)                                    # the same for all
             steps = int(fitting)
