@@ -15,7 +15,7 @@ from torch import Tensor
 from nanogap.clip import CLIPTextConfig, CLIPVisionConfig
 from nanogap.llama import LlamaForCausalLM
 from nanogap.models.eva import EvaTower
-from nanogap.train.clip import CLIP
+from nanogap.train.losses import CLIP
 from tests.tiny import (
     IMAGE_TOKEN,
     draw,

@@ -23,7 +23,7 @@ from nanogap.llava import LlavaConfig
 from nanogap.models import MODELS, VLM
 from nanogap.models.llava_next import LlavaNext, LlavaNextConfig
 from nanogap.models.saving import our_name, save
-from nanogap.train.tokenizer import train_llama_tokenizer
+from nanogap.train.untrained import train_llama_tokenizer
 from nanogap.weights import load
 
 IMAGE_TOKEN = 560          # <image> in the tiny tokenizer; 561 is <pad>

@@ -1,7 +1,6 @@
 """How the things of a scene are drawn.
 
-In:  kinds, colours and boxes.
-Out: an RGB image, in which each drawing touches the four sides of its box.
+In:  kinds, colours and boxes.  Out: an image, in which each drawing touches all sides of its box.
 """
 
 from collections.abc import Iterable

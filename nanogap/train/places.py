@@ -1,7 +1,7 @@
 """Where things stand, and what is clearly so of them: the left one, or the one above a landmark.
 
-In:  sizes of an image and of things, or boxes by their indices; all in pixels.
-Out: boxes, or indices, only where a margin makes it clear which is meant.
+In:  sizes of an image and of things, or boxes; all in pixels.
+Out: boxes, or their indices where a margin makes it clear which is meant.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,22 +26,13 @@ def shared_area(a: Box, b: Box) -> float:
     return max(0, width) * max(0, height)
 
 
-def has_room(boxes: Sequence[Box]) -> bool:
-    """Whether each box shares less than HIDDEN of its area with all the others together."""
-    return all(   # a box is among the others, with all of its own area
-        sum(shared_area(box, other) for other in boxes) < (1 + HIDDEN) * shared_area(box, box)
-        for box in boxes)
-
-
 def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> dict[int, Box]:
     """Give a box to each thing of a ratio of width to height that finds room in the image.
 
-    The boxes are about as large as those of RefCOCO val, whose median is 0.15 of the image: the
-    long side of a box is from 1/3 to 5/8 of the image's long side, with four or more things to 1/2.
-    The flattest image is 5/8 as high as it is wide, so every box fits.
+    The boxes are about as large as those of RefCOCO val, whose median is 0.15 of the image.
     """
     placed: dict[int, Box] = {}
-    largest = 5 / 8 if len(ratios) < 4 else 1 / 2
+    largest = 5 / 8 if len(ratios) < 4 else 1 / 2    # the flattest image is 5/8 as high as wide
     for i, ratio in enumerate(ratios):
         for _ in range(TRIES):
             long = max(width, height) * rng.uniform(1 / 3, largest)
@@ -49,9 +40,11 @@ def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> di
             h = round(long * min(1, 1 / ratio))
             x = round(rng.random() * (width - w))
             y = round(rng.random() * (height - h))
-            box = (x, y, x + w, y + h)
-            if has_room([*placed.values(), box]):
-                placed[i] = box
+            boxes = [*placed.values(), (x, y, x + w, y + h)]
+            # each has the most of its area for itself; it is among the others, with all of it
+            if all(sum(shared_area(box, other) for other in boxes)
+                   < (1 + HIDDEN) * shared_area(box, box) for box in boxes):
+                placed[i] = boxes[-1]
                 break
     return placed
 
@@ -61,10 +54,7 @@ def centre(box: Box) -> tuple[float, float]:
 
 
 def superlatives(boxes: Mapping[int, Box], long: float) -> dict[str, int]:
-    """Find which of two or more boxes is the "left" one, the "biggest", and so on.
-
-    The "middle" is that of a row of three, and of no column.
-    """
+    """Find which of two or more boxes is the "left" one, the "biggest", the "middle" of a row."""
     clear = MARGIN * long                                  # a measure is clear by a difference of 1
     areas = {i: shared_area(box, box) for i, box in boxes.items()}
     measures = {
@@ -79,18 +69,14 @@ def superlatives(boxes: Mapping[int, Box], long: float) -> dict[str, int]:
             found[first] = order[0]
         if measure[order[-1]] - measure[order[-2]] >= 1:
             found[last] = order[-1]
-    in_a_row = {"left", "right"} <= found.keys()
     in_a_column = {"top", "bottom"} <= found.keys()
-    if len(boxes) == 3 and in_a_row and not in_a_column:
+    if len(boxes) == 3 and {"left", "right"} <= found.keys() and not in_a_column:
         (found["middle"],) = boxes.keys() - {found["left"], found["right"]}
     return found
 
 
 def relations(boxes: Mapping[int, Box], landmark: Box, long: float) -> dict[str, int]:
-    """Find which of two or more boxes is the one "next to" a landmark, "left of" it, and so on.
-
-    No other may be on that side at all.
-    """
+    """Find which of two or more boxes alone is "left of" a landmark, or clearly "next to" it."""
     x, y = centre(landmark)
     away = {}                                              # right and down, of the long side
     for i, box in boxes.items():
@@ -103,10 +89,8 @@ def relations(boxes: Mapping[int, Box], landmark: Box, long: float) -> dict[str,
         found["next to"] = nearest
     for word, (right, down) in DIRECTIONS.items():
         ahead = {i: right * dx + down * dy for i, (dx, dy) in away.items()}
-        on_that_side = [i for i in boxes if ahead[i] > 0]
-        if len(on_that_side) == 1:
-            (i,) = on_that_side
-            aside = abs(down * away[i][0] + right * away[i][1])
-            if ahead[i] >= max(MARGIN, aside):
-                found[word] = i
+        *_, second, first = sorted(boxes, key=ahead.__getitem__)
+        aside = abs(down * away[first][0] + right * away[first][1])
+        if ahead[second] <= 0 and ahead[first] >= max(MARGIN, aside):
+            found[word] = first
     return found

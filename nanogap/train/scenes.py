@@ -1,6 +1,6 @@
 """Drawn scenes with referring expressions: what the mini model learns from.
 
-    python -m nanogap.train.scenes SPLIT INDEX OUT.jpg [--size 672]
+    python -m nanogap.train.scenes SPLIT INDEX OUT.jpg
 
 In:  a split's name and an index, or a Random: the same draws the same scene, to the byte.
 Out: an image, the things in it with tight boxes, and expressions, each true of exactly one thing:
@@ -21,7 +21,6 @@ from PIL import Image
 
 from nanogap.checks.command import Parser, answer_for, path_argument, whole_number
 from nanogap.checks.output import check_picture, save_picture
-from nanogap.errors import NanogapError
 from nanogap.image import Box
 from nanogap.train.drawing import render
 from nanogap.train.places import arrange, relations, superlatives
@@ -52,7 +51,6 @@ KIND_WEIGHTS = (3, 3, 2, 2, 2, 2, 2, 2)      # how often each is drawn
 PEOPLE = ("man", "woman", "person", "men", "women")
 NUMBERS = ("two", "three", "four", "five", "six", "seven")
 SHAPES = ((1, 1), (4, 3), (3, 2), (16, 10), (3, 4), (2, 3))   # width : height of the image
-MIN_SIZE, MAX_SIZE = 32, 4096                # of the image's long side, pixels
 
 
 def usually(place: str, *rarely: str) -> list[str]:
@@ -101,10 +99,9 @@ def named(noun: str, colour: str) -> str:
 
 
 def expressions(things: Sequence[Thing], long: float, rng: Random) -> Iterator[tuple[str, int]]:
-    """Yield (expression, index) once for each way in which exactly one thing can be told apart.
+    """Yield (expression, index) once for each way to tell exactly one thing apart.
 
     long: long side of the image, pixels
-    rng:  picks the wording, and the landmark where several would do
     """
     boxes = [thing.box for thing in things]
     bearers: dict[str, list[int]] = {}   # of each name: "man", "man in blue", "person" ...
@@ -167,12 +164,9 @@ def deal(rng: Random) -> Cast:
 def draw_scene(rng: Random, size: int = 336, cast: Cast | None = None) -> Scene:
     """Draw two to seven things and find the expressions that tell them apart.
 
-    size:   long side of the image, pixels
-    cast:   (kind, colour) of each thing; None = deal some, and leave out what finds no room
-    raises: NanogapError for a size below 32 or above 4096
+    size: long side of the image, pixels; things need some 32
+    cast: of all things; None = deal some, and leave out what finds no room
     """
-    if not MIN_SIZE <= size <= MAX_SIZE:
-        raise NanogapError(f"size {size} cannot be drawn: give {MIN_SIZE} to {MAX_SIZE}")
     told: tuple[tuple[str, int], ...] = ()
     while not told:
         shape = rng.choice(SHAPES)
@@ -202,7 +196,7 @@ def scene_of(path: str | Path) -> Scene | None:
         with suppress(Exception):                       # broken EXIF notes nothing
             note = str(image.getexif().get(DESCRIPTION))
     said = re.fullmatch(NOTE.format("([!-~]+)", "([0-9]{1,9})"), note)
-    if said is None or not MIN_SIZE <= max(size) <= MAX_SIZE:
+    if said is None or not 32 <= max(size) <= 4096:     # in which a scene is soon drawn
         return None
     drawn = scene(said[1], int(said[2]), max(size))
     return drawn if drawn.image.size == size else None
@@ -214,11 +208,9 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("split", help="any word; with the index it seeds the scene")
     parser.add_argument("index", type=whole_number)
     parser.add_argument("out", type=path_argument, help="picture to write, such as scene.jpg")
-    parser.add_argument("--size", type=whole_number, default=672,
-                        help="long side, pixels (default: %(default)s)")
     args = parser.parse_args(argv)
     check_picture("OUT", args.out)
-    drawn = scene(args.split, args.index, args.size)
+    drawn = scene(args.split, args.index, 672)
     exif = Image.Exif()
     exif[DESCRIPTION] = NOTE.format(args.split, args.index)
     save_picture("OUT", args.out, drawn.image, quality=92, exif=exif)

@@ -61,7 +61,7 @@ def test_the_files_of_a_checkpoint_come_together_or_not_at_all(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_weights_that_stand_are_not_trained_over(name: str, tmp_path: Path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "train_stages", pytest.fail)
+    monkeypatch.setattr(train, "train", pytest.fail)
     (tmp_path / name).write_text("mine")
     argv = ["--out", str(tmp_path), "--minutes", "1", "--device", "cpu"]
     assert answer_for("train", train.command, argv) == 2

@@ -1,11 +1,22 @@
 """The mini model's tokenizers have the form of the published ones."""
 
-from nanogap.train.tokenizer import train_clip_tokenizer
+import json
+
+from nanogap.train.untrained import train_clip_tokenizer
 from tests.tiny import tiny_tokenizer
 
 
-def test_llamas_has_bytes_for_the_unknown_single_digits_and_no_piece_of_two_words():
+def test_the_file_is_built_like_llamas():
+    """Prepend and replace, no pre-tokenizer, bytes for the unknown, BOS by template."""
     tokenizer = tiny_tokenizer()
+    form = json.loads(tokenizer.to_str())
+    assert form["normalizer"]["normalizers"] == [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    assert form["pre_tokenizer"] is None
+    assert form["model"]["byte_fallback"] and form["model"]["unk_token"] == "<unk>"
+    decoders = [decoder["type"] for decoder in form["decoder"]["decoders"]]
+    assert decoders == ["Replace", "ByteFallback", "Fuse", "Strip"]
     last = tokenizer.get_vocab_size() - 1
     named = [tokenizer.id_to_token(i) for i in (0, 1, 2, 3, 258, last - 1, last)]
     assert named == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>", "<image>", "<pad>"]

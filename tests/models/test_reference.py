@@ -24,9 +24,9 @@ from nanogap.ground import greedy
 from nanogap.image import Pad, to_pixel_values
 from nanogap.models import VLM
 from nanogap.prune import Kept
-from nanogap.train.clip import CLIP, save_clip
+from nanogap.train.losses import CLIP, save_clip
 from nanogap.train.scenes import scene
-from nanogap.train.tokenizer import train_clip_tokenizer
+from nanogap.train.untrained import train_clip_tokenizer
 from tests.reference.make_next import noise
 from tests.reference.make_reference import (
     CASES,

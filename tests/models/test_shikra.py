@@ -9,7 +9,7 @@ from nanogap.errors import NanogapError
 from nanogap.models.saving import save
 from nanogap.models.shikra import Shikra
 from nanogap.prompt import DESCRIBE
-from nanogap.train.tokenizer import train_llama_tokenizer
+from nanogap.train.untrained import train_llama_tokenizer
 from tests.tiny import tiny_model
 
 
