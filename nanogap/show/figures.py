@@ -60,9 +60,6 @@ class Square:
         self.corners = self.cells.int().tolist()      # x1, y1, x2, y2 of each patch
 
 
-# ----- the README, chapters 1 and 2 ---------------------------------------------------------------
-
-
 def asked(model: VLM, share: int, modes: Sequence[str]) -> Image.Image:
     """What run.py draws for the question of the README."""
     encoded = model.encode_image(IMAGE)
@@ -112,9 +109,6 @@ def patches(model: VLM) -> Image.Image:
                   (attended, "what CLS attends to")], 3, 324)
 
 
-# ----- chapter 8 ----------------------------------------------------------------------------------
-
-
 def line(model: VLM) -> Image.Image:
     """Sixteen patches on the line of position IDs: a token stands where its ID says."""
     P, N, A = 3, 16, 3
@@ -155,9 +149,6 @@ def places(model: VLM) -> Image.Image:
             canvas.paste(square.picture.crop(square.corners[index]), square.corners[at])
         panels.append((canvas, f"{mode}, {len(layout.kept)} tokens"))
     return sheet(panels, 4)
-
-
-# ----- chapter 10 ---------------------------------------------------------------------------------
 
 
 def strategies(model: VLM) -> Image.Image:

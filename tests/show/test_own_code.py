@@ -213,7 +213,8 @@ def test_one_call_says_what_a_loop_says_that_names_every_id(each: Asked):
     said = explain_ids(each.ids_of_all, passes[0], 3, each.N, 4, KEEP[:3], passes[1])
     first, clause = each.next_position, ""
     if type(each.model).__name__.startswith("PaliGemma"):
-        first, clause = first + 1, "; all IDs are moved by 1, which RoPE does not see"
+        first, clause = first + 1, ("; all IDs are moved by 1, which RoPE sees only where a cache "
+                                    "stands before them")
     assert said == ("kept: every patch keeps its ID; the text after them keeps its IDs; "
                     f"the answer begins at {first}{clause}.")
     assert [ids.unique().tolist() for ids in passes[1:]] == [[first + t] for t in range(5)]
@@ -301,9 +302,9 @@ def test_a_second_question_behind_a_cache_needs_its_ids_again(llava: Asked):
         fed = torch.cat([tensor([FED]), passes[0][:, -3:]], 1)
         said.append(explain_ids(arange(26), fed, 3, 16, 7, KEEP, passes[1]))
     assert said == [
-        "text counted from the cache: every patch keeps its ID; at place 11 the text goes on at "
-        "11, the number of tokens before it, instead of 23; the answer begins behind the last "
-        "token, at 14 instead of 26.",
+        "text renumbered: every patch keeps its ID; the IDs of the text after them do not rise "
+        "together any more (first at place 11: 11 instead of 23); the answer begins at 14, behind "
+        "the last token, instead of 26.",
         "kept: every patch keeps its ID; the text after them keeps its IDs; "
         "the answer begins at 26."]
 
@@ -317,8 +318,8 @@ def test_behind_a_prompt_that_ends_with_its_image_generate_and_forward_disagree(
         generate(asked, given, 2)
     said = explain_ids(asked.ids_of_all, passes[0], 3, 16, 0, [2, 5, 11], passes[1])
     assert said == (
-        "answer moved: every patch keeps its ID; the answer begins behind the last token, at "
-        "(4, 6, 7) instead of 7, or (4, 7, 7) where programs count from the last token.")
+        "answer moved: every patch keeps its ID; the answer begins at (4, 6, 7), behind the last "
+        "token, instead of 7, or (4, 7, 7) where programs count from the last token.")
 
 
 def test_rope_deltas_of_another_picture_number_what_has_no_ids(qwen: Asked):
@@ -334,7 +335,7 @@ def test_rope_deltas_of_another_picture_number_what_has_no_ids(qwen: Asked):
     assert passes[0][0, 0, :3].tolist() == [-56, -55, -54]
     assert explain_ids(qwen.ids_of_all, passes[1], 3, 16, 4, KEEP, passes[2]) == (
         "answer moved: every patch keeps its ID; the text after them keeps its IDs; the answer "
-        "begins at -45 instead of 11, as rope_deltas of -56, another prompt's, would have it.")
+        "begins at -45 instead of 11.")
 
 
 def test_a_row_that_is_padded_on_the_left_says_what_it_says_alone(llava: Asked):
