@@ -122,6 +122,9 @@ def test_a_sentence_says_what_became_of_the_ids(who: str):
 
 
 SENTENCES_3D: dict[str, tuple[list[int] | None, list[list[int]], Any, str]] = {
+    "counted on before the text, keep not given": (
+        None, [[0, 1, 2, 3, 4, 5, 5, 6]] * 3, None, "shifted, text not moved: the patches are "
+        f"numbered 3 to 5 without gaps (or permuted: give keep to tell); {STAYS}."),
     "FlowCut: the image's first IDs for those that stay": (
         [1, 3], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6]], None,
         "height and width renumbered: the patches keep their IDs but for height and width; "
@@ -176,6 +179,10 @@ def test_no_text_no_patch_no_text_before():
                                                  "text after them begins at 5 instead of 6")):
         fed = [2, 4, 1 + text, 2 + text]
         assert explain_ids(arange(7), fed, 0, 5, 2, [1, 3]) == f"{name}: {said}; {MOVED}."
+    for keep, first in (([0, 2], 1), ([2, 3], 0)):
+        assert explain_ids(arange(7), first + arange(4), 0, 5, 2, keep) == (
+            f"shifted: the patches are numbered {first} to {first + 1} without gaps; "
+            f"the text after them begins at {first + 2} instead of 5.")
     assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2) == (
         "unknown: no text stands before the image, so give keep to tell.")
 
