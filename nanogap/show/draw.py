@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nanogap.fast.answered import Answered
+from nanogap.gap import MODES
 from nanogap.ground import Result
 from nanogap.image import Box, iou, open_image
 
@@ -33,12 +34,6 @@ STYLES: dict[str, Style] = {                      # by mode, the widest line fir
     "original, text collides": ("#d55e00", 3, (8, 30)),
 }
 TRUTH: Style = ("#b0ffd0", 5, (1, 17))            # of the true box, where it is known
-MEANING = {                                       # of a mode, for who sees the picture alone
-    "full": "nothing dropped",
-    "gap": "position IDs kept",
-    "shifted": "position IDs closed up",
-    "permuted": "IDs closed up, by score",
-}
 
 
 def dim_dropped(image: Image.Image, kept: Sequence[int], cells: Tensor) -> Image.Image:
@@ -83,17 +78,14 @@ def stroke(pen: ImageDraw.ImageDraw, boxes: Sequence[tuple[Box, Style]]) -> None
 def place_tag(width: float, box: Box, canvas: tuple[int, int], tags: Sequence[Box]) -> Box:
     """Where a name goes: above its box, below it, or in any row, where no tag is hidden."""
     x1, y1, x2, y2 = box
-    places = []
     for y in (y1 - CLEAR - TAG_HEIGHT, y2 + CLEAR, *range(2, canvas[1], TAG_HEIGHT + EDGE)):
         for x in (x1 - 8, x2 + 8 - width):
             left = min(max(x, 2), canvas[0] - width - 2)
             top = min(max(y, 2), canvas[1] - TAG_HEIGHT - 2)
-            places.append((left, top, left + width, top + TAG_HEIGHT))
-    free = [place for place in places if not any(iou(place, tag) for tag in tags)]
-    return (free or places)[0]
-
-
-# ----- words --------------------------------------------------------------------------------------
+            place = left, top, left + width, top + TAG_HEIGHT
+            if not any(iou(place, tag) for tag in tags):
+                return place
+    return place
 
 
 def write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int,
@@ -122,8 +114,8 @@ def legend(results: Mapping[str, Answered], pruned: Answered, truth: Box | None,
         stay = f"all {total} patches"
     lines: list[tuple[str, Style | None]] = [(asked, None), (stay, None)]
     for mode, result in results.items():
-        text = f"{mode}: {MEANING[mode]}" if mode in MEANING else mode
-        text += f", {result.visual_tokens:g} tokens"
+        _, visual_ids, _ = MODES[mode]
+        text = f"{mode}: {visual_ids} position IDs, {result.visual_tokens:g} tokens"
         with_full = agreement(result, results.get("full"))
         if result.box is None:
             text += ", no box"
@@ -140,12 +132,7 @@ def legend(results: Mapping[str, Answered], pruned: Answered, truth: Box | None,
 
 def draw_results(image: Image.Image, results: Mapping[str, Answered], truth: Box | None = None,
                  model: str = "") -> Image.Image:
-    """The picture of one query: kept patches bright, dropped ones dimmed, boxes, a legend below.
-
-    results: by mode
-    truth:   the true box, where it is known
-    model:   its name
-    """
+    """The picture of a query, by mode: kept patches bright, dropped ones dimmed, boxes, a legend."""
     pruned = min(results.values(), key=lambda result: len(result.keep))
     lines = legend(results, pruned, truth, model)
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)

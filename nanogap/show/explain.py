@@ -4,7 +4,7 @@ Letters: P tokens before the image, N visual tokens, K of them kept, M added, A 
 """
 
 from collections.abc import Iterable
-from textwrap import fill
+from textwrap import wrap
 
 from torch import Tensor
 
@@ -124,8 +124,8 @@ def tell(*lines: str) -> None:
 
 
 def print_wrapped(text: str) -> None:
-    indent = " " * 6
-    print(fill(text, 79, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False))
+    for line in wrap(text, 73, break_on_hyphens=False):
+        tell(f"   {line}")
 
 
 def print_row(token: str, *numbers: object) -> None:

@@ -124,7 +124,7 @@ def first_case(*cases: tuple[object, str, str]) -> tuple[str, str]:
     return next((name, clause) for is_one, name, clause in cases if is_one)
 
 
-# ----- the patches --------------------------------------------------------------------------------
+# ----- the patches, the text, the answer ----------------------------------------------------------
 
 
 def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
@@ -171,9 +171,6 @@ def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
          f"({ends(new)}; {first_wrong(new, expected, P)})"))
 
 
-# ----- the text and the answer --------------------------------------------------------------------
-
-
 def explain_text(right: Tensor, new: Tensor, patches: Tensor, P: int) -> tuple[str, str]:
     """What became of the text after the image, (D, A): a name, "" if nothing; and a clause."""
     if torch.equal(right, new):
@@ -185,8 +182,7 @@ def explain_text(right: Tensor, new: Tensor, patches: Tensor, P: int) -> tuple[s
                                    f"({first_wrong(new, together, P + K)})")
     clause = f"the text after them begins at {say(new[:, 0])} instead of {say(right[:, 0])}"
     if K and (new.amin(1) <= patches.amax(1)).any():
-        where = "among" if (new.amax(1) >= patches.amin(1)).all() else "before"
-        return "text collides", f"{clause}, {where} the IDs of the patches ({ends(patches)})"
+        return "text collides", f"{clause}, not behind the IDs of the patches ({ends(patches)})"
     return "text moved", clause
 
 

@@ -1,23 +1,23 @@
 """The pictures of the README and of tutorial.md.
 
     python -m nanogap.show.figures                      all of them, into nanogap/show/figures
-    python -m nanogap.show.figures places --out DIR     one of them, elsewhere
+    python -m nanogap.show.figures places               one of them
 
 Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
-from nanogap.checks.command import Parser, answer_for, path_argument
+from nanogap.checks.command import Parser, answer_for
 from nanogap.checks.loading import MINI, PACKAGE, TOP, load
-from nanogap.checks.output import check_folder, save_picture
+from nanogap.checks.output import save_picture
 from nanogap.errors import NanogapError
 from nanogap.image import open_image
 from nanogap.methods.in_decoder import prunes_there
@@ -28,7 +28,6 @@ from nanogap.show.table import true_box
 
 SIDE, LABEL, FONT_SIZE = 240, 42, 22          # of a small picture and the line below it, pixels
 PATCH = 40                                    # of a square before it is made small, pixels
-SWEEP_WIDTH, SWEEP_MS = 720, 300              # of a frame, and how long it is shown
 HEAT, GREY = "#ff9a00", "#5a5a5a"
 IMAGE, EXPRESSION = TOP / "image.jpg", "the man on the left"
 
@@ -83,7 +82,7 @@ def sweep(model: VLM) -> list[Image.Image]:
         page = asked(model, share, ("shifted", "gap"))
         write(ImageDraw.Draw(page), page.width - MARGIN, page.height - 2 * ROW,
               f"{share} % kept", 46, anchor="rm")
-        page.thumbnail((SWEEP_WIDTH, SWEEP_WIDTH))
+        page.thumbnail((720, 720))
         frames.append(page)
     return frames
 
@@ -166,26 +165,22 @@ def strategies(model: VLM) -> Image.Image:
     return sheet(panels, 4)
 
 
-# ----- the command --------------------------------------------------------------------------------
-
-FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
-    draw.__name__: draw for draw in (answer, patches, line, places, strategies)}
+FIGURES = {draw.__name__: draw for draw in (answer, patches, line, places, strategies)}
 
 
 def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
     """Draw some of the pictures; their paths."""
     for name in names:
         if name == "sweep":
-            frames = sweep(model)
-            back = frames[-2:0:-1]
-            one_way = [8 * SWEEP_MS, *[SWEEP_MS] * len(back)]    # either end is shown longer
             path = out / "sweep.webp"
-            save_picture("--out", path, frames[0], append_images=frames[1:] + back, save_all=True,
-                         duration=one_way * 2, loop=0, quality=75, method=4)
+            first, *others = sweep(model)
+            ms = [2400, *[400] * (len(others) - 1), 2400]
+            save_picture("figure", path, first, append_images=others, save_all=True, duration=ms,
+                         loop=0, quality=75, method=4)
         else:
             path = out / f"{name}.png"
             small = FIGURES[name](model).quantize(255, dither=Image.Dither.NONE)
-            save_picture("--out", path, small, optimize=True)
+            save_picture("figure", path, small, optimize=True)
         yield path
 
 
@@ -196,13 +191,11 @@ def command(argv: Sequence[str] | None) -> None:
                     description="Draw the pictures of the README and of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"any of {', '.join(names)} (default: all)")
-    parser.add_argument("--out", type=path_argument, default=PACKAGE / "show" / "figures",
-                        metavar="DIR", help="default: nanogap/show/figures")
     args = parser.parse_args(argv)
     for name in set(args.names) - set(names):
         raise NanogapError(f"there is no picture {name!r}: choose from {', '.join(names)}")
-    check_folder("--out", args.out)
-    for path in make(args.names or names, load(MINI, "cpu", "float32"), args.out):
+    out = PACKAGE / "show" / "figures"
+    for path in make(args.names or names, load(MINI, "cpu", "float32"), out):
         print(path, flush=True)
 
 

@@ -24,19 +24,6 @@ def true_box(image: str | Path, expression: str) -> Box | None:
 
 def report(args: Namespace, model: VLM, keep: int | None, results: Mapping[str, Answered]) -> dict:
     """The JSON document; args: those of run.py; keep: the strategy's budget."""
-    runs = [{
-        "mode": mode,
-        "visual_tokens": result.visual_tokens,
-        "box": [round(v, 2) for v in result.box] if result.box else None,
-        "text": result.text,
-        "cut_off": result.cut_off,
-        "iou_with_full": agreement(result, results.get("full")),
-        "position_ids": [int(result.position_ids[0]), int(result.position_ids[-1])],
-        "next_position": result.next_position,
-        "timings": result.timings,
-        "kv_bytes": result.kv_bytes,
-        "kept": result.keep.tolist(),
-    } for mode, result in results.items()]
     return {
         "image": args.image,
         "expression": args.expression,
@@ -47,7 +34,19 @@ def report(args: Namespace, model: VLM, keep: int | None, results: Mapping[str, 
         "keep": keep,
         "seed": args.seed,
         "true_box": true_box(args.image, args.expression),
-        "runs": runs,
+        "runs": [{
+            "mode": mode,
+            "visual_tokens": result.visual_tokens,
+            "box": [round(v, 2) for v in result.box] if result.box else None,
+            "text": result.text,
+            "cut_off": result.cut_off,
+            "iou_with_full": agreement(result, results.get("full")),
+            "position_ids": [int(result.position_ids[0]), int(result.position_ids[-1])],
+            "next_position": result.next_position,
+            "timings": result.timings,
+            "kv_bytes": result.kv_bytes,
+            "kept": result.keep.tolist(),
+        } for mode, result in results.items()],
         "picture": str(args.out),
     }
 

@@ -82,13 +82,6 @@ def test_whatever_prunes_is_told_in_80_columns(prune: str, mini: VLM):
     assert (" added | A = " in text) == added == (prune in ADDS)
 
 
-def test_each_cut_in_the_decoder_is_told(mini: VLM):
-    """72 of 144 tokens in the mean: for PyramidDrop 78, 43 and 23 from the second layer on."""
-    text = " ".join(told(mini, "gap", prune="pyramiddrop").split())
-    assert ("visual tokens cut to 78 from layer 1 on, 43 from layer 2 on, 23 from layer 3 on; "
-            "behind the last cut: embeddings (1, 79, 128)") in text
-
-
 def test_modes_say_what_is_theirs_alone(mini: VLM):
     assert "\n   not in mode full: all 144 visual tokens stay\n" in told(mini, "full")
     text = told(mini, "full", "original, text collides")

@@ -1,4 +1,4 @@
-"""explain_ids says what became of position IDs: a case for each sentence, and prompts by chance.
+"""explain_ids says what became of position IDs: a case for each sentence, and gap.py's modes.
 
 By hand, 4 x 4 patches merged 2 by 2, as Qwen-VL does: 3 tokens before the image, 4 visual tokens,
 2 tokens after it.
@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, arange, tensor
+from torch import arange, tensor
 
 import nanogap
-from nanogap.gap import keep_ids
+from nanogap.gap import keep_ids, lay_out
 from nanogap.show.explain_ids import explain_ids
 
 QWEN = tensor([[0, 1, 2, 3, 3, 3, 3, 5, 6],
@@ -67,12 +67,8 @@ SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
         KEEP, [0, 1, 2, 3, 4, 5, 6, 19, 20], None, f"shifted, text not moved: {SPAN}; {STAYS}."),
     "GAP for the patches alone": (
         KEEP, [0, 1, 2, 5, 8, 12, 17, 7, 8], None,
-        f"text collides: every patch keeps its ID; {AT_7}, among the IDs of the patches "
+        f"text collides: every patch keeps its ID; {AT_7}, not behind the IDs of the patches "
         "(5 to 17)."),
-    "the same, where the patches that stay are the last": (
-        [14, 15], [0, 1, 2, 17, 18, 5, 6], None,
-        "text collides: every patch keeps its ID; the text after them begins at 5 instead of 19, "
-        "before the IDs of the patches (17 to 18)."),
     "the first patches stay": (
         [0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7], None,
         "text moved: every patch keeps its ID; the text after them begins at 6 instead of 19."),
@@ -133,18 +129,14 @@ SENTENCES_3D: dict[str, tuple[list[int] | None, list[list[int]], Any, str]] = {
         [0], [[0, 1, 2, 3, 4, 5]] * 3, 6,
         "text moved: every patch keeps its ID; the text after them begins at 4 instead of 5; "
         "the answer begins at 6, behind the last token, instead of 7."),
-    "rope_deltas left from the unpruned prompt, one token dropped": (
-        [0, 1, 3], GATHERED, 6,
-        f"answer repeats the last ID: {KEPT}; the answer begins at 6, where the prompt's last "
-        "token stands, instead of 7."),
-    "the same, two tokens dropped": (
+    "rope_deltas left from the unpruned prompt": (
         [1, 2], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 4, 3, 5, 6]], 5,
         f"answer counted from the cache: {KEPT}; the answer begins at 5, the length of the cache "
         "plus the unpruned prompt's offset (rope_deltas) of -2, instead of 7."),
     "only height and width collide": (
         [1, 3], [[0, 1, 2, 3, 3, 4, 5], [0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 4, 4, 4, 5]], None,
         "text collides: every patch keeps its ID; the text after them begins at 4 instead of 5, "
-        "among the IDs of the patches (3 to 4)."),
+        "not behind the IDs of the patches (3 to 4)."),
 }
 
 
@@ -218,40 +210,22 @@ def test_numbers_that_do_not_fit_are_refused(ids_of_all, fed, keep, answer, mess
         explain_ids(arange(21), arange(21), 19, 0, 2)
 
 
-# ----- prompts by chance --------------------------------------------------------------------------
+NAMES = {"gap": "kept", "ranked, original": "ranked", "shifted": "shifted", "permuted": "permuted",
+         "compact, text not moved": "shifted, text not moved",
+         "original, text collides": "text collides"}
 
 
-def number(draw: random.Random, D: int, P: int, A: int) -> Tensor:
-    """The IDs (D, P + N + A) of an unpruned prompt about a grid of patches."""
-    rows, columns = draw.randint(2, 5), draw.randint(2, 5)
-    N = rows * columns
-    row, column = arange(N) // columns, arange(N) % columns
-    image = P + (torch.stack([0 * row, row, column]) if D == 3 else arange(N)[None])
-    behind = P + (max(rows, columns) if D == 3 else N)
-    return torch.cat([arange(P).expand(D, -1), image, (behind + arange(A)).expand(D, -1)], 1)
-
-
-@pytest.mark.parametrize("D", [1, 3])
 @pytest.mark.parametrize("moved", [0, 9, -3])
-@pytest.mark.parametrize("way", ["kept", "ranked", "shifted", "permuted"])
-def test_prompts_by_chance_are_explained_rightly(way: str, moved: int, D: int):
+@pytest.mark.parametrize("mode", NAMES)
+def test_every_mode_of_gap_py_is_named(mode: str, moved: int):
     draw = random.Random(0)
-    for _ in range(200):
-        P, A = draw.randint(1, 4), draw.randint(0, 3)
-        ids = number(draw, D, P, A)
-        N = ids.shape[1] - P - A
-        keep = sorted(draw.sample(range(N - 1), draw.randint(2, N - 2)))
-        keep[-1] = N - 1                                   # so that there is a gap
-        K, answer = len(keep), int(ids.max()) + 1
-        if way in ("ranked", "permuted"):
-            keep = keep[1:] + keep[:1]
-        stays = [*range(P), *(P + index for index in keep), *range(P + N, P + N + A)]
-        fed = ids[:, stays]
-        if way in ("shifted", "permuted"):
-            fed = arange(P + K + A).expand(D, -1)
-            answer = P + K + A
-        said = explain_ids(ids, fed + moved, P, N, A, keep, answer + moved)
-        assert said.startswith(way), (said, ids, fed, keep)
+    for _ in range(100):
+        P, N, A = draw.randint(1, 4), draw.randint(4, 25), draw.randint(1, 3)
+        ranked = [N - 1, *draw.sample(range(N - 1), draw.randint(1, N - 3))]
+        layout = lay_out(tensor(ranked), P, N, A, mode)
+        said = explain_ids(arange(P + N + A), layout.position_ids + moved, P, N, A, layout.kept,
+                           layout.next_position + moved)
+        assert said.startswith(f"{NAMES[mode]}: "), (said, layout)
         assert ("all IDs are moved by" in said) == bool(moved)
 
 
