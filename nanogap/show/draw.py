@@ -132,7 +132,7 @@ def legend(results: Mapping[str, Answered], pruned: Answered, truth: Box | None,
 
 def draw_results(image: Image.Image, results: Mapping[str, Answered], truth: Box | None = None,
                  model: str = "") -> Image.Image:
-    """The picture of a query, by mode: kept patches bright, dropped ones dimmed, boxes, a legend."""
+    """The picture of a query: kept patches bright, dropped ones dimmed, boxes, a legend below."""
     pruned = min(results.values(), key=lambda result: len(result.keep))
     lines = legend(results, pruned, truth, model)
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
