@@ -86,7 +86,9 @@ def run(argv: Sequence[str] | None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, each checked by itself."""
-    parser = Parser(prog="python run.py", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python run.py", description=(__doc__ or "").split("\n")[0],
+                    epilog="Other commands, each with --help: python -m nanogap.evaluate, .train, "
+                           ".train.scenes, .convert, .bench, .show.figures")
     add = parser.add_argument
     add("image", metavar="IMAGE", help="any picture that Pillow reads")
     add("expression", metavar="EXPRESSION", help='what to look for, such as "the man on the left"')

@@ -1,8 +1,8 @@
-"""python -m nanogap: the commands, listed; and the question itself (nanogap/show/commands.py)."""
+"""python -m nanogap: what run.py does, for whoever has a wheel and no run.py."""
 
-import sys
+import runpy
 
-from nanogap.show.commands import main
+from nanogap.checks.loading import TOP
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    runpy.run_path(str(TOP / "run.py"), run_name="__main__")

@@ -4,7 +4,7 @@ Boxes differ by colour (Okabe and Ito's, which colour-blind readers tell apart),
 The widest line is drawn first: where boxes coincide, each still shows inside the one before.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nanogap.fast.answered import Answered
+from nanogap.gap import MODES
 from nanogap.ground import Result
 from nanogap.image import Box, iou, open_image
 
@@ -33,12 +34,6 @@ STYLES: dict[str, Style] = {                      # by mode, the widest line fir
     "original, text collides": ("#d55e00", 3, (8, 30)),
 }
 TRUTH: Style = ("#b0ffd0", 5, (1, 17))            # of the true box, where it is known
-MEANING = {                                       # of a mode, for who sees the picture alone
-    "full": "nothing dropped",
-    "gap": "position IDs kept",
-    "shifted": "position IDs closed up",
-    "permuted": "IDs closed up, by score",
-}
 
 
 def dim_dropped(image: Image.Image, kept: Sequence[int], cells: Tensor) -> Image.Image:
@@ -83,46 +78,20 @@ def stroke(pen: ImageDraw.ImageDraw, boxes: Sequence[tuple[Box, Style]]) -> None
 def place_tag(width: float, box: Box, canvas: tuple[int, int], tags: Sequence[Box]) -> Box:
     """Where a name goes: above its box, below it, or in any row, where no tag is hidden."""
     x1, y1, x2, y2 = box
-    places = []
     for y in (y1 - CLEAR - TAG_HEIGHT, y2 + CLEAR, *range(2, canvas[1], TAG_HEIGHT + EDGE)):
         for x in (x1 - 8, x2 + 8 - width):
             left = min(max(x, 2), canvas[0] - width - 2)
             top = min(max(y, 2), canvas[1] - TAG_HEIGHT - 2)
-            places.append((left, top, left + width, top + TAG_HEIGHT))
-    free = [place for place in places if not any(iou(place, tag) for tag in tags)]
-    return (free or places)[0]
-
-
-def draw_boxes(pen: ImageDraw.ImageDraw, boxes: Mapping[str, Box], truth: Box | None,
-               canvas: tuple[int, int]) -> None:
-    """Each mode's box in its style, and the mode's name beside it; the true box has no name."""
-    stroke(pen, [(boxes[mode], style) for mode, style in STYLES.items() if mode in boxes])
-    if truth is not None:
-        stroke(pen, [(truth, TRUTH)])                         # its dots show on a light line, too
-    tags: list[Box] = []
-    for mode, box in boxes.items():
-        width = pen.textlength(mode, ImageFont.load_default(TAG_SIZE)) + 20
-        tags.append(place_tag(width, box, canvas, tags))
-        left, top, right, bottom = tags[-1]
-        pen.rounded_rectangle(tags[-1], 8, fill=STYLES[mode][0], outline=INK, width=2)
-        write(pen, (left + right) / 2, (top + bottom) / 2 - 1, mode, TAG_SIZE, INK, "mm")
-
-
-# ----- words --------------------------------------------------------------------------------------
+            place = left, top, left + width, top + TAG_HEIGHT
+            if not any(iou(place, tag) for tag in tags):
+                return place
+    return place
 
 
 def write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, size: int,
           colour: str = PAPER, anchor: str = "lm") -> None:
     """A line of text; x, y: the middle of its left end, or what else of it Pillow's anchor says."""
     pen.text((x, y), text, colour, ImageFont.load_default(size), anchor=anchor)
-
-
-def shortened(text: str, room: float, measure: Callable[[str], float]) -> str:
-    """As much of a line as there is room for."""
-    text = " ".join(text.split())[:200]                       # there is no room for more
-    while text and measure(text) > room:
-        text = text.removesuffix("...")[:-1] + "..."
-    return text
 
 
 def agreement(result: Result, full: Result | None) -> float | None:
@@ -132,25 +101,30 @@ def agreement(result: Result, full: Result | None) -> float | None:
     return iou(result.box, full.box)
 
 
-def label(mode: str, result: Result, full: Result | None) -> str:
-    """What the legend says: "gap: position IDs kept, 72 tokens, IoU with full 0.93"."""
-    meaning = f"{mode}: {MEANING[mode]}" if mode in MEANING else mode
-    text = f"{meaning}, {result.visual_tokens:g} tokens"
-    if result.box is None:
-        return f"{text}, no box"
-    with_full = agreement(result, full)
-    return text if mode == "full" or with_full is None else f"{text}, IoU with full {with_full:.2f}"
-
-
-def caption(result: Answered, model: str) -> list[str]:
-    """What was asked, and how many patches were dropped."""
-    asked = f"\"{' '.join(result.expression.split())}\"" + (f", asked of {model}" if model else "")
-    are_patches = result.cells[:, 0] < result.cells[:, 2]                     # (N,)
-    total, kept = int(are_patches.sum()), int(are_patches[result.keep].sum())
-    if result.mode == "full":
-        return [asked, f"all {total} patches"]
-    return [asked, f"{result.prune or 'your choice'} keeps {kept} of {total} patches; "
-                   "the dimmed ones are dropped"]
+def legend(results: Mapping[str, Answered], pruned: Answered, truth: Box | None,
+           model: str) -> list[tuple[str, Style | None]]:
+    """What was asked, how many patches were dropped, and what each box is, in its style."""
+    question = " ".join(pruned.expression.split())[:200]      # there is no room for more
+    asked = f"\"{question}\"" + (f", asked of {model}" if model else "")
+    are_patches = pruned.cells[:, 0] < pruned.cells[:, 2]                     # (N,)
+    total, kept = int(are_patches.sum()), int(are_patches[pruned.keep].sum())
+    stay = (f"{pruned.prune or 'your choice'} keeps {kept} of {total} patches; "
+            "the dimmed ones are dropped")
+    if pruned.mode == "full":
+        stay = f"all {total} patches"
+    lines: list[tuple[str, Style | None]] = [(asked, None), (stay, None)]
+    for mode, result in results.items():
+        _, visual_ids, _ = MODES[mode]
+        text = f"{mode}: {visual_ids} position IDs, {result.visual_tokens:g} tokens"
+        with_full = agreement(result, results.get("full"))
+        if result.box is None:
+            text += ", no box"
+        elif with_full is not None and mode != "full":
+            text += f", IoU with full {with_full:.2f}"
+        lines.append((text, STYLES[mode]))
+    if truth is not None:
+        lines.append(("the true box", TRUTH))
+    return lines
 
 
 # ----- the page -----------------------------------------------------------------------------------
@@ -158,18 +132,9 @@ def caption(result: Answered, model: str) -> list[str]:
 
 def draw_results(image: Image.Image, results: Mapping[str, Answered], truth: Box | None = None,
                  model: str = "") -> Image.Image:
-    """The picture of one query: kept patches bright, dropped ones dimmed, boxes, a legend below.
-
-    results: by mode
-    truth:   the true box, where it is known
-    model:   its name
-    """
+    """The picture of a query: kept patches bright, dropped ones dimmed, boxes, a legend below."""
     pruned = min(results.values(), key=lambda result: len(result.keep))
-    lines: list[tuple[str, Style | None]] = [(line, None) for line in caption(pruned, model)]
-    lines += [(label(mode, result, results.get("full")), STYLES[mode])
-              for mode, result in results.items()]
-    if truth is not None:
-        lines.append(("the true box", TRUTH))
+    lines = legend(results, pruned, truth, model)
     scale = min(WIDTH / image.width, MAX_HEIGHT / image.height)
     width, height = (max(1, round(side * scale)) for side in image.size)
     bright = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -178,27 +143,34 @@ def draw_results(image: Image.Image, results: Mapping[str, Answered], truth: Box
     left, canvas = MARGIN + (WIDTH - width) // 2, (WIDTH + 2 * MARGIN, height + 2 * MARGIN)
     page = Image.new("RGB", (canvas[0], canvas[1] + len(lines) * ROW + MARGIN), PAGE)
     page.paste(bright, (left, MARGIN))
+    pen = ImageDraw.Draw(page)
 
     def on_page(box: Box) -> Box:
         x1, y1, x2, y2 = (v * scale for v in box)
         return x1 + left, y1 + MARGIN, x2 + left, y2 + MARGIN
 
-    pen = ImageDraw.Draw(page)
     boxes = {mode: on_page(result.box) for mode, result in results.items() if result.box}
-    draw_boxes(pen, boxes, None if truth is None else on_page(truth), canvas)
+    stroke(pen, [(boxes[mode], style) for mode, style in STYLES.items() if mode in boxes])
+    if truth is not None:
+        stroke(pen, [(on_page(truth), TRUTH)])                # its dots show on a light line, too
+    tags: list[Box] = []
+    for mode, box in boxes.items():
+        room = pen.textlength(mode, ImageFont.load_default(TAG_SIZE)) + 20
+        tags.append(place_tag(room, box, canvas, tags))
+        x1, y1, x2, y2 = tags[-1]
+        pen.rounded_rectangle(tags[-1], 8, fill=STYLES[mode][0], outline=INK, width=2)
+        write(pen, (x1 + x2) / 2, (y1 + y2) / 2 - 1, mode, TAG_SIZE, INK, "mm")
     font = ImageFont.load_default(FONT_SIZE)
     for number, (text, style) in enumerate(lines):
         y = canvas[1] + ROW / 2 + number * ROW
         if style:
             stroke(pen, [((MARGIN + 8, y, MARGIN + 78, y), style)])
-        text = shortened(text, WIDTH, lambda text: pen.textlength(text, font))
+        while pen.textlength(text, font) > WIDTH:
+            text = text.removesuffix("...")[:-1] + "..."
         write(pen, MARGIN + LEGEND if style else MARGIN, y, text, FONT_SIZE)
     return page
 
 
 def draw(result: Answered, image: Image.Image | str | Path) -> Image.Image:
-    """The picture of one answer.
-
-    image: the one that was asked about, or its path
-    """
+    """The picture of one answer; image: the one that was asked about, or its path."""
     return draw_results(open_image(image), {result.mode: result})

@@ -3,8 +3,8 @@
 Letters: P tokens before the image, N visual tokens, K of them kept, M added, A tokens after it.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from textwrap import fill
+from collections.abc import Iterable
+from textwrap import wrap
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from nanogap.checks.command import visible
 from nanogap.fast.answered import Answered
 from nanogap.gap import MODES
 from nanogap.llava import EncodedImage
+from nanogap.methods.in_decoder import cuts_in_words
 from nanogap.models import VLM
 
 
@@ -45,7 +46,7 @@ def explain_pruning(model: VLM, image: EncodedImage, results: dict[str, Answered
     newlines, views = model.newlines(image), model.views(image)
     pruned = next((result for mode, result in results.items() if mode != "full"), None)
     if pruned is None:
-        tell(f"not in mode full: all {image.n_visual} {kinds(newlines)} stay")
+        tell(f"not in mode full: all {image.n_visual} visual tokens stay")
         return
     kept = set(pruned.keep.tolist())
     told = f"{len(kept - newlines)} of {image.n_patches} patches"
@@ -71,46 +72,38 @@ def explain_prompt(model: VLM, result: Answered, input_ids: Tensor, image: Encod
     P, A = model.around_image(input_ids)
     N, K = image.n_visual, len(keep)
     M = len(ids) - P - K - A
-    newlines = model.newlines(image)
-    said = kinds(newlines)
-    shape = f"(1, {len(ids)}, {model.config.text.hidden_size})"
-    if not result.cuts:
-        tell(f"embeddings {shape} at cache rows 0..{len(ids) - 1}: rows have no gaps")
-    else:
+    if result.cuts:
         layers = len(model.language_model.model.layers)
-        tell(f"the first {result.cuts[0][0]} of {layers} layers read the whole sequence, "
-             f"all {N} {said};")
-        for layer, count in result.cuts:
-            tell(f"before layer {layer}, counted from 0, it is cut to {count} visual tokens;")
-        tell(f"behind the last cut it is {shape} at cache rows 0..{len(ids) - 1},",
-             "and all below is about that part")
+        print_wrapped(f"{cuts_in_words(result.prune, result.cuts, layers)}; behind the last cut:")
+    tell(f"embeddings (1, {len(ids)}, {model.config.text.hidden_size}) at cache rows "
+         f"0..{len(ids) - 1}: rows have no gaps")
     added = f" + M = {M} added" if M else ""
-    tell(f"position IDs: P = {P} tokens | K = {K} {said}{added} | A = {A} tokens")
+    tell(f"position IDs: P = {P} tokens | K = {K} kept{added} | A = {A} tokens")
     parts = ids[:P], ids[P:P + K + M], ids[P + K + M:]
     print_wrapped(" | ".join(ranges(part) for part in parts))
-    text = [(piece(model, token)[:20], token, "") for token in input_ids.tolist()]
+    newlines = model.newlines(image)
+    text = [(piece(model, token), token, "") for token in input_ids.tolist()]
     tokens = [*text[:P],
               *(("newline" if index in newlines else "patch", "", index) for index in keep),
               *[("added", "", "")] * M, *text[P + 1:]]
     before = [*range(P), *(P + index for index in keep), *[""] * M, *range(P + N, P + N + A)]
     ends = {0, 1, P - 1, P, P + 1, P + 2, P + K - 1, P + K + M - 1, P + K + M, len(ids) - 1}
-    shown: list[Sequence] = []
-    for row in sorted(ends):
-        if row and row - 1 not in ends:
-            shown.append([".."] * 6)
-        shown.append([*tokens[row], before[row], ids[row], row])
-    print_across(["token", "token ID", "keep", "ID before", "ID now", "cache row"], shown)
+    print_row("token", "token ID", "keep", "ID before", "ID now", "cache row")
+    for row, token in enumerate(tokens):
+        if row in ends:
+            print_row(*token, before[row], ids[row], row)
+        elif row - 1 in ends:
+            print_row("..")
 
 
 def explain_answer(model: VLM, result: Answered) -> None:
     """Print what the model answers, token by token, and the box in it."""
-    tokens = result.tokens
-    rows = len(result.position_ids)
-    tell(f"the answer: {len(tokens)} tokens in {result.timings['passes']} more passes "
-         "of the decoder, the last never fed")
-    print_across(["token", "token ID", "ID now", "cache row"],
-                 [(piece(model, token)[:20], token, result.next_position + t,
-                   rows + t if t < len(tokens) - 1 else "-") for t, token in enumerate(tokens)])
+    last = len(result.tokens) - 1
+    tell(f"the answer: {last + 1} tokens in {result.timings['passes']} more passes of the decoder, "
+         "the last never fed")
+    for t, token in enumerate(result.tokens):
+        row = len(result.position_ids) + t if t < last else "-"
+        print_row(piece(model, token), token, "", "", result.next_position + t, row)
     tell("in words, in fractions of the square, in pixels of the image:")
     print_wrapped(visible(result.text))
     box = "no box" if result.box is None else tuple(round(v, 1) for v in result.box)
@@ -121,25 +114,27 @@ def explain_answer(model: VLM, result: Answered) -> None:
 
 
 def stage(number: int, title: str, *lines: str) -> None:
-    """Print a heading, and lines below it."""
     print(f"\n{number}  {title}")
     tell(*lines)
 
 
 def tell(*lines: str) -> None:
-    """Print lines below a heading."""
     for line in lines:
         print(f"   {line}")
+
+
+def print_wrapped(text: str) -> None:
+    for line in wrap(text, 73, break_on_hyphens=False):
+        tell(f"   {line}")
+
+
+def print_row(token: str, *numbers: object) -> None:
+    print((f"   {token[:20]:20}" + "".join(f"{number!s:>11}" for number in numbers)).rstrip())
 
 
 def piece(model: VLM, token: int) -> str:
     """How the tokenizer spells a token; some models have rows for tokens that it does not know."""
     return visible(model.tokenizer.id_to_token(token) or f"<{token}>")
-
-
-def kinds(newlines: Collection[int]) -> str:
-    """What visual tokens there are."""
-    return "patches and newlines" if newlines else "patches"
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -151,25 +146,3 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([n])
     return " ".join("..".join(map(str, run)) for run in runs)
-
-
-def print_wrapped(text: str) -> None:
-    """Print words in as many lines as they need."""
-    indent = " " * 6
-    print(fill(text, 79, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False))
-
-
-def print_across(names: Sequence[str], tokens: Sequence[Sequence[object]]) -> None:
-    """Print a table on its side, a column for each token; where a line ends it goes on below.
-
-    names:  of its rows
-    tokens: for each token one cell in each row
-    """
-    lines = [f"   {name:10}" for name in names]
-    for token in tokens:
-        width = max(len(str(cell)) for cell in token)
-        if len(lines[0]) + 1 + width > 80:
-            print(*(line.rstrip() for line in lines), "", sep="\n")
-            lines = [f"   {name:10}" for name in names]
-        lines = [f"{line} {cell!s:>{width}}" for line, cell in zip(lines, token, strict=True)]
-    print(*(line.rstrip() for line in lines), sep="\n")

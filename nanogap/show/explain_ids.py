@@ -1,8 +1,7 @@
 """What a pruning program did to its position IDs, in one sentence: a check for code of your own.
 
-This file imports torch and nothing else: copy it into any repository.
-RoPE sees differences of IDs only.  So where all IDs are moved by one number, "instead of" names
-what would be right with that number, and a last clause names the number.
+This file imports torch and nothing else: copy it into any repository.  RoPE sees differences of IDs
+only: where all are moved by one number, "instead of" names what would be right with that number.
 Letters: P tokens before the image, N visual tokens, K of them fed, A tokens after it; D numbers in
 an ID: 1, or 3 with M-RoPE.
 """
@@ -59,31 +58,29 @@ def explain_ids(ids_of_all: Tensor | list, ids_fed: Tensor | list, n_before: int
     if old.shape[1] != P + N + A or len(old) != len(new) or K < 0 or not N:
         raise ValueError(f"IDs of shapes {tuple(old.shape)} and {tuple(new.shape)} do not belong "
                          f"to {P} tokens, {N} visual tokens and {A} tokens")
+    if keep is None and not P:
+        return "unknown: no text stands before the image, so give keep to tell."
     whose = None if keep is None else check_keep(keep, K, N)
-    was, now = old.split([P, N, A], 1), new.split([P, K, A], 1)        # before, in, after the image
-    moved, or_not = how_far(was, now, whose)
-    right = [part + moved for part in was]           # what is right if all are moved by that number
-    text, text_clause = explain_text(right[2], now[2], now[1], P, old)
-    patches, clause = explain_patches(right[1], now[1], P, whose, bool(text))
-    if not torch.equal(right[0], now[0]) or patches == "other" and moved.any():
+    moved = how_far(old.split([P, N, A], 1), new.split([P, K, A], 1), whose)                # (D, 1)
+    right = old + moved                              # if all are moved by that number
+    was, now = right.split([P, N, A], 1), new.split([P, K, A], 1)      # before, in, after the image
+    text, text_clause = explain_text(was[2], now[2], now[1], P)
+    patches, clause = explain_patches(was[1], now[1], P, whose, bool(text))
+    if not torch.equal(was[0], now[0]) or patches == "other" and moved.any():
         return ("other: the text before the image has other IDs than it had before pruning "
-                f"({first_wrong(now[0], was[0], 0)}).")
-    reply, answer_clause = explain_answer(old, new, moved, A, answer)
+                f"({first_wrong(now[0], old[:, :P], 0)}).")
+    reply, answer_clause = explain_answer(old, new, moved, answer)
     name = patches
     if patches == "kept":
         name = text or reply or "kept"
     elif patches in ("shifted", "permuted") and A and not text:
         name = f"{patches}, text not moved"
-    if or_not and name == "text moved":
-        name = "kept or text moved"
-        text_clause += ", which is right if all IDs are moved alike"
     clauses = [clause, text_clause, answer_clause]
     if moved.any():
-        behind = bool(old.min() > 0)                 # something may stand before the first of them
-        if behind and name == "kept":
+        if name == "kept" and old.min() > 0:         # something may stand before the first of them
             name = "kept unless behind a cache"
-        sees = "sees only where a cache stands before them" if behind else "does not see"
-        clauses.append(f"all IDs are moved by {say(moved[:, 0])}, which RoPE {sees}")
+        clauses.append(f"all IDs are moved by {say(moved[:, 0])}, which RoPE sees only where a "
+                       "cache stands before them")
     return f"{name}: {'; '.join(filter(None, clauses))}."
 
 
@@ -107,32 +104,19 @@ def check_keep(keep: Tensor | list, K: int, N: int) -> Tensor:
     return indices
 
 
-def how_far(was: tuple[Tensor, ...], now: tuple[Tensor, ...],
-            keep: Tensor | None) -> tuple[Tensor, bool]:
-    """The number by which all IDs are moved, (D, 1), and whether they may as well not be moved.
+def how_far(was: tuple[Tensor, ...], now: tuple[Tensor, ...], keep: Tensor | None) -> Tensor:
+    """The number by which all IDs are moved, (D, 1); 0 where there is no such number.
 
     It is that of the text before the image; without such a text, that of all whose ID is known.
     """
-    before, patches, after = now
-    steps = before - was[0]                                                   # (D, P)
-    if not before.numel():
-        steps = after - was[2]                                                # (D, A)
-        if keep is not None:
-            own = keep >= 0
-            of_patches = patches[:, own] - was[1][:, keep[own]]
-            gaps = (keep[own].diff() != 1).any()     # they show a move, wherever the text is
-            steps = of_patches if gaps else torch.cat([of_patches, steps], 1)
+    steps = now[0] - was[0]                                                   # (D, P)
+    if keep is not None and not steps.numel():
+        own = keep >= 0
+        steps = now[1][:, own] - was[1][:, keep[own]]
+        if (keep[own].diff() == 1).all():            # no gaps: they may be moved, or renumbered
+            steps = torch.cat([steps, now[2] - was[2]], 1)
     alike = steps.numel() and (steps == steps[:, :1]).all()
-    moved = steps[:, :1] if alike else steps.new_zeros(len(steps), 1)
-    if before.numel() or keep is not None or not patches.numel():
-        return moved, False
-    stay, move = (bool(same_ids(was[1] + by, patches).any(1).all()) for by in (0 * moved, moved))
-    return moved if move and not stay else 0 * moved, stay and move and bool(moved.any())
-
-
-def same_ids(right: Tensor, new: Tensor) -> Tensor:
-    """Which of the fed tokens have the ID of which patch: (K, N), from (D, N) and (D, K)."""
-    return (right[:, None, :] == new[:, :, None]).all(0)
+    return steps[:, :1] if alike else torch.zeros(len(steps), 1)
 
 
 def first_case(*cases: tuple[object, str, str]) -> tuple[str, str]:
@@ -140,7 +124,7 @@ def first_case(*cases: tuple[object, str, str]) -> tuple[str, str]:
     return next((name, clause) for is_one, name, clause in cases if is_one)
 
 
-# ----- the patches --------------------------------------------------------------------------------
+# ----- the patches, the text, the answer ----------------------------------------------------------
 
 
 def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
@@ -152,85 +136,57 @@ def explain_patches(right: Tensor, new: Tensor, P: int, keep: Tensor | None,
     start = right[:1, :1] if P else new[:1, :1]
     compact = torch.equal(new, start + arange(K).expand_as(new))
     span = f"the patches are numbered {ends(new)} without gaps"
-    if keep is None:
-        return by_ids_alone(right, new, P, compact, span, text_moved)
+    if keep is None:                                 # then say what the IDs alone can tell
+        same = (right[:, None, :] == new[:, :, None]).all(0)   # (K, N): IDs of which patch
+        known = same.any(1)                                                   # (K,)
+        if compact and not torch.equal(right, new):
+            if known.all() and not text_moved:
+                return "kept or shifted", f"{span}, as {K} patches were: give keep to tell"
+            return "shifted", f"{span} (or permuted: give keep to tell)"
+        if not known.all():
+            i = int(known.int().argmin())
+            return "other", (f"some visual tokens have IDs of no patch ({ends(new)}; first at "
+                             f"place {P + i}: {say(new[:, i])}; give keep to tell more)")
+        keep, remark = same.int().argmax(1), " (if each has its own: give keep to tell)"
+    else:
+        added = int((keep < 0).sum())
+        remark = f" ({added} of them added)" if added else ""
     own = keep >= 0
-    added = f" ({int((~own).sum())} of them added)" if not own.all() else ""
-    raster = bool((keep[own].diff() > 0).all())
+    raster = bool((keep[own].diff() >= 0).all())
     expected = new.clone()                                                    # (D, K)
     expected[:, own] = right[:, keep[own]]           # of an added token any ID is right
     good = (new == expected).all(1)                                           # (D,)
     all_good = own.any() and good.all()
     others = " and ".join(n for n, d in zip(NAMES[len(new)], good, strict=True) if not d)
-    dealt = f", which are those of the first {K}" if torch.equal(new, right[:, :K]) else ""
     return first_case(
-        (all_good and raster, "kept", f"every patch keeps its ID{added}"),
+        (all_good and raster, "kept", f"every patch keeps its ID{remark}"),
         (all_good, "ranked", "every patch keeps its ID, but the patches are not fed in the order "
-         f"of the image{added}, so each of them sees others than before"),
-        (compact and raster, "shifted", span + added),
-        (compact, "permuted", f"{span}, and not fed in the order of the image{added}"),
+         f"of the image{remark}, so each of them sees others than before"),
+        (compact and raster, "shifted", span + remark),
+        (compact, "permuted", f"{span}, and not fed in the order of the image{remark}"),
         (not own.any(), "kept", f"no patch is fed, but {K} added tokens ({ends(new)})"),
         (good.any(), f"{others} renumbered",
-         f"the patches keep their IDs but for {others}{dealt}{added}"),
+         f"the patches keep their IDs but for {others}{remark}"),
         (True, "other", "the patches have other IDs than before pruning "
          f"({ends(new)}; {first_wrong(new, expected, P)})"))
 
 
-def by_ids_alone(right: Tensor, new: Tensor, P: int, compact: bool, span: str,
-                 text_moved: bool) -> tuple[str, str]:
-    """The same without `keep`."""
-    same = same_ids(right, new)                                               # (K, N)
-    all_known = same.any(1).all()
-    in_order = (same.int().argmax(1).diff() >= 0).all()
-    strange = int(same.any(1).int().argmin())        # the first whose ID no patch had
-    return first_case(
-        (torch.equal(right, new), "kept",
-         "the visual tokens have the IDs of all patches, in their order"),
-        (compact and all_known and not text_moved, "kept or shifted",
-         f"{span}, as {new.shape[1]} patches were: give keep to tell"),
-        (compact, "shifted", f"{span} (or permuted: give keep to tell)"),
-        (all_known and in_order, "kept", "the visual tokens have IDs of patches, in the order of "
-         "the image (whether each has its own: give keep to tell)"),
-        (all_known, "ranked",
-         "the visual tokens have IDs of patches, not in the order of the image"),
-        (len(new) == 3 and same_ids(right[1:], new[1:]).any(1).all(), "time renumbered",
-         "the visual tokens have height and width of patches, but not time"),
-        (True, "other", f"some patches have IDs that no patch had ({ends(new)}; first at place "
-         f"{P + strange}: {say(new[:, strange])})"))
-
-
-# ----- the text and the answer --------------------------------------------------------------------
-
-
-def explain_text(right: Tensor, new: Tensor, patches: Tensor, P: int,
-                 old: Tensor) -> tuple[str, str]:
-    """What became of the text after the image, (D, A): a name, "" if nothing; and a clause.
-
-    patches: (D, K) IDs of the visual tokens;  old: (D, T) of the unpruned prompt
-    """
+def explain_text(right: Tensor, new: Tensor, patches: Tensor, P: int) -> tuple[str, str]:
+    """What became of the text after the image, (D, A): a name, "" if nothing; and a clause."""
     if torch.equal(right, new):
         return "", "the text after them keeps its IDs" if new.numel() else ""
-    K, steps = patches.shape[1], new - right                                  # (D, A)
-    j = int((steps != steps[:, :1]).any(0).int().argmax())                    # 0: all move as one
-    begins, instead = say(new[:, j]), f"instead of {say(right[:, j])}"
-    if not j:
-        clause = f"the text after them begins at {begins} {instead}"
-        if K and (new.amin(1) <= patches.amax(1)).any():
-            where = "among" if (new.amax(1) >= patches.amin(1)).all() else "before"
-            return "text collides", f"{clause}, {where} the IDs of the patches ({ends(patches)})"
-        return "text moved", clause
-    place = P + K + j
-    goes_on = f"at place {place} the text goes on at {begins}"
-    counted = counted_from(new[:, j], place, "the number of tokens before it", old)
-    torn = steps[:, :j].any() or (steps[:, j:] != steps[:, j:j + 1]).any()
-    return first_case(
-        (torn, "text renumbered", "the IDs of the text after them do not rise together any more "
-         f"({first_wrong(new, right + steps[:, :1], P + K)})"),
-        (counted, "text counted from the cache", f"{goes_on}, {counted}, {instead}"),
-        (True, "text moved", f"{goes_on} {instead}"))
+    K = patches.shape[1]
+    together = right + new[:, :1] - right[:, :1]     # if all move as the first of them does
+    if not torch.equal(new, together):
+        return "text renumbered", ("the IDs of the text after them do not rise together any more "
+                                   f"({first_wrong(new, together, P + K)})")
+    clause = f"the text after them begins at {say(new[:, 0])} instead of {say(right[:, 0])}"
+    if K and (new.amin(1) <= patches.amax(1)).any():
+        return "text collides", f"{clause}, not behind the IDs of the patches ({ends(patches)})"
+    return "text moved", clause
 
 
-def explain_answer(old: Tensor, new: Tensor, moved: Tensor, A: int,
+def explain_answer(old: Tensor, new: Tensor, moved: Tensor,
                    answer: Tensor | list | int | None) -> tuple[str, str]:
     """Where the answer begins: a name, "" if where it did before pruning; and a clause."""
     if answer is None:
@@ -244,35 +200,20 @@ def explain_answer(old: Tensor, new: Tensor, moved: Tensor, A: int,
     clause, instead = f"the answer begins at {say(begins)}", f"instead of {say(largest)}"
     if not torch.equal(largest, behind):             # a prompt that ends with its image; a video
         instead += f", or {say(behind)} where programs count from the last token"
-    repeats = torch.equal(begins, new[:, -1]) and "where the prompt's last token stands"
-    counted = counted_from(begins, rows, "the length of the cache", old)
-    text = (old[:, -A:] if A else old[:, :1] + rows) + moved
-    return first_case(
-        (torch.equal(begins, largest), "", clause),
-        (torch.equal(begins, behind), "",
-         f"{clause}, behind the last token (behind the largest ID: {say(largest)})"),
-        (torch.equal(begins, new[:, -1] + 1), "answer moved",
-         f"the answer begins behind the last token, at {say(begins)} {instead}"),
-        (repeats and counted, "answer repeats the last ID or answer counted from the cache",
-         f"{clause}, {repeats}, which is also {counted}, {instead}"),
-        (repeats, "answer repeats the last ID", f"{clause}, {repeats}, {instead}"),
-        (counted, "answer counted from the cache", f"{clause}, {counted}, {instead}"),
-        (D == 3 and (begins == begins[0]).all() and begins[0] < text.min(), "answer moved",
-         f"{clause} {instead}, as rope_deltas of {say(begins[:1] - rows)}, another prompt's, "
-         "would have it"),
-        (True, "answer moved", f"{clause} {instead}"))
-
-
-def counted_from(begins: Tensor, row: int, words: str, old: Tensor) -> str:
-    """How an ID comes out of a row of the cache, if it is that number or has the same offset.
-
-    words: what is counted;  old: (D, T) IDs of the unpruned prompt
-    """
-    deltas = int(old.max()) + 1 - old.shape[1]       # the unpruned prompt's next ID less its length
-    what = "rope_deltas" if len(old) == 3 else f"offset of {deltas}"
-    if (begins == row).all():
-        return words
-    return f"{words} plus the unpruned prompt's {what}" if (begins == row + deltas).all() else ""
+    offset = int(old.max()) + 1 - old.shape[1]
+    if torch.equal(begins, largest):
+        return "", clause
+    if torch.equal(begins, behind):
+        return "", f"{clause}, behind the last token (behind the largest ID: {say(largest)})"
+    name, why = first_case(
+        (torch.equal(begins, new[:, -1] + 1), "answer moved", ", behind the last token,"),
+        (torch.equal(begins, new[:, -1]), "answer repeats the last ID",
+         ", where the prompt's last token stands,"),
+        ((begins == rows).all(), "answer counted from the cache", ", the length of the cache,"),
+        ((begins == rows + offset).all(), "answer counted from the cache",
+         f", the length of the cache plus the unpruned prompt's offset (rope_deltas) of {offset},"),
+        (True, "answer moved", ""))
+    return name, f"{clause}{why} {instead}"
 
 
 # ----- words --------------------------------------------------------------------------------------

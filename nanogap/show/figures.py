@@ -1,40 +1,29 @@
 """The pictures of the README and of tutorial.md.
 
     python -m nanogap.show.figures                      all of them, into nanogap/show/figures
-    python -m nanogap.show.figures places --out DIR     one of them, elsewhere
+    python -m nanogap.show.figures places               one of them
 
 Letters: P tokens before the image, N visual tokens, K of them kept, A tokens after it.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from nanogap import gap
-from nanogap.checks.command import Parser, answer_for, path_argument
+from nanogap.checks.command import Parser, answer_for
 from nanogap.checks.loading import MINI, PACKAGE, TOP, load
-from nanogap.checks.output import check_folder, save_picture
+from nanogap.checks.output import save_picture
 from nanogap.errors import NanogapError
-from nanogap.fast.answered import Answered
-from nanogap.image import iou, open_image
+from nanogap.image import open_image
 from nanogap.methods.in_decoder import prunes_there
 from nanogap.models import VLM
 from nanogap.prune import STRATEGIES
-from nanogap.show.draw import (
-    MARGIN,
-    PAGE,
-    PAPER,
-    STYLES,
-    TRUTH,
-    dim_dropped,
-    draw_results,
-    stroke,
-    write,
-)
+from nanogap.show.draw import MARGIN, PAGE, PAPER, ROW, dim_dropped, draw_results, write
 from nanogap.show.table import true_box
 
 SIDE, LABEL, FONT_SIZE = 240, 42, 22          # of a small picture and the line below it, pixels
@@ -70,15 +59,32 @@ class Square:
         self.corners = self.cells.int().tolist()      # x1, y1, x2, y2 of each patch
 
 
-# ----- chapters 1 and 2 ---------------------------------------------------------------------------
+def asked(model: VLM, share: int, modes: Sequence[str]) -> Image.Image:
+    """What run.py draws for the question of the README."""
+    encoded = model.encode_image(IMAGE)
+    results = {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
+               for mode in modes}
+    return draw_results(open_image(IMAGE), results, true_box(IMAGE, EXPRESSION), "weights/mini")
 
 
 def answer(model: VLM) -> Image.Image:
     """What `python run.py image.jpg "the man on the left"` draws."""
-    encoded = model.encode_image(IMAGE)
-    results = {mode: model.ground(encoded, EXPRESSION, "random", "50%", mode)
-               for mode in ("full", "shifted", "gap")}
-    return draw_results(open_image(IMAGE), results, true_box(IMAGE, EXPRESSION), "weights/mini")
+    return asked(model, 50, ("full", "shifted", "gap"))
+
+
+def sweep(model: VLM) -> list[Image.Image]:
+    """The same question with fewer and fewer patches, at even steps: a frame for each.
+
+    A smaller share keeps a part of what a larger one keeps: the first of one random order.
+    """
+    frames = []
+    for share in range(100, 5, -5):                     # percent
+        page = asked(model, share, ("shifted", "gap"))
+        write(ImageDraw.Draw(page), page.width - MARGIN, page.height - 2 * ROW,
+              f"{share} % kept", 46, anchor="rm")
+        page.thumbnail((720, 720))
+        frames.append(page)
+    return frames
 
 
 def patches(model: VLM) -> Image.Image:
@@ -92,21 +98,14 @@ def patches(model: VLM) -> Image.Image:
         pen.text(((x1 + x2) / 2, (y1 + y2) / 2), str(index), PAGE, font, anchor="mm",
                  stroke_width=2, stroke_fill=PAPER)
     weights = model.see(square.encoded, {"cls_attention"}, "").cls_attention.float().mean(0)  # (N,)
-    return sheet([(square.picture, "padded to a square"),
-                  (ruled, f"{square.encoded.rows} x {square.encoded.columns} patches"),
-                  (attended(square, weights), "what CLS attends to")], 3, 324)
-
-
-def attended(square: Square, weights: torch.Tensor) -> Image.Image:
-    """The square in grey, and the more orange the more CLS attends to it."""
     levels = (200 * (weights / weights.max()) ** 0.5).round().int().tolist()
     mask = Image.frombytes("L", (square.encoded.columns, square.encoded.rows), bytes(levels))
     mask = mask.resize(square.picture.size, Image.Resampling.NEAREST)
     grey = square.picture.convert("L").point(lambda level: level * 0.5).convert("RGB")
-    return Image.composite(Image.new("RGB", grey.size, HEAT), grey, mask)
-
-
-# ----- chapter 8 ----------------------------------------------------------------------------------
+    attended = Image.composite(Image.new("RGB", grey.size, HEAT), grey, mask)
+    return sheet([(square.picture, "padded to a square"),
+                  (ruled, f"{square.encoded.rows} x {square.encoded.columns} patches"),
+                  (attended, "what CLS attends to")], 3, 324)
 
 
 def line(model: VLM) -> Image.Image:
@@ -151,9 +150,6 @@ def places(model: VLM) -> Image.Image:
     return sheet(panels, 4)
 
 
-# ----- chapter 10 ---------------------------------------------------------------------------------
-
-
 def strategies(model: VLM) -> Image.Image:
     """A quarter of the patches of image.jpg, as each strategy chooses them for one expression.
 
@@ -169,93 +165,23 @@ def strategies(model: VLM) -> Image.Image:
     return sheet(panels, 4)
 
 
-# ----- the README ---------------------------------------------------------------------------------
-
-SHARES = [100 - 2.5 * step for step in range(37)]      # percent
-STILLS = (100, 75, 50, 25, 10)
-SIDES = {"shifted": "renumbered position IDs", "gap": "GAP: original position IDs"}
-WIDTH, PANEL, LINE = 900, 430, 40                      # of a frame, a picture, a line of text
-MS = 160                                               # a frame is shown so long
-
-
-def sweep(model: VLM) -> tuple[list[Image.Image], Image.Image]:
-    """image.jpg, asked one question with fewer and fewer patches: frames, and some in one still.
-
-    Nothing is chosen by its result: it is the question of the README, seed 0, and every share from
-    100 % to 10 % in even steps, those in which GAP fails as well.  A smaller share keeps a part of
-    what a larger one keeps, for `random` takes the first so many of one random order.
-    """
-    encoded = model.encode_image(IMAGE)
-    frames, stills = [], {}
-    for share in SHARES:
-        results = {mode: model.ground(encoded, EXPRESSION, "random", f"{share}%", mode)
-                   for mode in SIDES}
-        sides = {mode: side(mode, result) for mode, result in results.items()}
-        kept = len(results["gap"].keep)
-        told = f"\"{EXPRESSION}\": {share:.1f} % of the patches kept, {kept} of {encoded.n_patches}"
-        frames.append(frame(told, share, sides))
-        for mode, (panel, score) in sides.items():
-            stills[mode, share] = panel, f"{mode}, {share:g} %: {score}"
-    return frames, sheet([stills[mode, share] for mode in SIDES for share in STILLS], len(STILLS))
-
-
-def side(mode: str, result: Answered) -> tuple[Image.Image, str]:
-    """The picture with what was kept, the box that was said, and the true one dotted; the IoU."""
-    picture, truth = open_image(IMAGE), true_box(IMAGE, EXPRESSION)
-    scale = PANEL / picture.width
-    panel = picture.resize((PANEL, round(picture.height * scale)), Image.Resampling.LANCZOS)
-    panel = dim_dropped(panel, result.keep.tolist(), result.cells * scale)
-    styles = (STYLES[mode][0], 5, None), (TRUTH[0], 3, (1, 16))
-    for box, style in zip((result.box, truth), styles, strict=True):
-        if box is not None:
-            x1, y1, x2, y2 = (v * scale for v in box)
-            stroke(ImageDraw.Draw(panel), [((x1, y1, x2, y2), style)])
-    return panel, f"IoU {iou(result.box, truth):.2f}" if result.box and truth else "no box"
-
-
-def frame(told: str, share: float, sides: dict[str, tuple[Image.Image, str]]) -> Image.Image:
-    """Both modes side by side, with their IoU, and how much is kept: in words, and as a bar."""
-    below = LINE + sides["gap"][0].height
-    page = Image.new("RGB", (WIDTH, below + 3 * LINE - 8), PAGE)
-    pen = ImageDraw.Draw(page)
-    x = MARGIN
-    for mode, (panel, score) in sides.items():
-        page.paste(panel, (x, LINE))
-        write(pen, x, LINE / 2, SIDES[mode], FONT_SIZE, STYLES[mode][0])
-        write(pen, x, below + LINE / 2, score, 28, STYLES[mode][0])
-        write(pen, x + 140, below + LINE / 2, "dotted: the true box", FONT_SIZE)
-        x = WIDTH - PANEL - MARGIN
-    y = below + 3 * LINE / 2
-    write(pen, MARGIN, y, told, FONT_SIZE)
-    full = WIDTH - 2 * MARGIN
-    for length, colour in ((full, GREY), (full * share / 100, PAPER)):
-        pen.rectangle((MARGIN, y + 22, MARGIN + length, y + 36), colour)
-    return page
-
-
-# ----- the command --------------------------------------------------------------------------------
-
-
-FIGURES: dict[str, Callable[[VLM], Image.Image]] = {
-    draw.__name__: draw for draw in (answer, patches, line, places, strategies)}
+FIGURES = {draw.__name__: draw for draw in (answer, patches, line, places, strategies)}
 
 
 def make(names: Sequence[str], model: VLM, out: Path) -> Iterator[Path]:
     """Draw some of the pictures; their paths."""
     for name in names:
         if name == "sweep":
-            frames, picture = sweep(model)
-            more = [*frames[1:], *frames[-2:0:-1]]             # to the last frame, and back
-            shown = [MS] * (1 + len(more))
-            shown[0] = shown[len(frames) - 1] = 8 * MS
-            save_picture("--out", out / "sweep.webp", frames[0], save_all=True, append_images=more,
-                         duration=shown, loop=0, quality=75, method=4)
-            yield out / "sweep.webp"
+            path = out / "sweep.webp"
+            first, *others = sweep(model)
+            ms = [2400, *[400] * (len(others) - 1), 2400]
+            save_picture("figure", path, first, append_images=others, save_all=True, duration=ms,
+                         loop=0, quality=75, method=4)
         else:
-            picture = FIGURES[name](model)
-        small = picture.quantize(255, dither=Image.Dither.NONE)
-        save_picture("--out", out / f"{name}.png", small, optimize=True)
-        yield out / f"{name}.png"
+            path = out / f"{name}.png"
+            small = FIGURES[name](model).quantize(255, dither=Image.Dither.NONE)
+            save_picture("figure", path, small, optimize=True)
+        yield path
 
 
 def command(argv: Sequence[str] | None) -> None:
@@ -265,13 +191,11 @@ def command(argv: Sequence[str] | None) -> None:
                     description="Draw the pictures of the README and of tutorial.md.")
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"any of {', '.join(names)} (default: all)")
-    parser.add_argument("--out", type=path_argument, default=PACKAGE / "show" / "figures",
-                        metavar="DIR", help="default: nanogap/show/figures")
     args = parser.parse_args(argv)
     for name in set(args.names) - set(names):
         raise NanogapError(f"there is no picture {name!r}: choose from {', '.join(names)}")
-    check_folder("--out", args.out)
-    for path in make(args.names or names, load(MINI, "cpu", "float32"), args.out):
+    out = PACKAGE / "show" / "figures"
+    for path in make(args.names or names, load(MINI, "cpu", "float32"), out):
         print(path, flush=True)
 
 

@@ -11,38 +11,19 @@ from nanogap.fast.answered import Answered
 from nanogap.image import Box, iou
 from nanogap.methods.in_decoder import cuts_in_words
 from nanogap.models import VLM
-from nanogap.show.draw import agreement, shortened
+from nanogap.show.draw import agreement
 from nanogap.train.scenes import scene_of, words_never_taught
-
-WORDS = 36       # columns for them: the longest box of a model is 35
 
 
 def true_box(image: str | Path, expression: str) -> Box | None:
     """In pixels, where the picture is a drawn scene and the expression one of its own."""
     drawn = scene_of(image)
-    thing = dict(drawn.expressions).get(" ".join(expression.split())) if drawn else None
-    return None if drawn is None or thing is None else drawn.things[thing].box
+    boxes = {text: drawn.things[i].box for text, i in drawn.expressions} if drawn else {}
+    return boxes.get(" ".join(expression.split()))
 
 
 def report(args: Namespace, model: VLM, keep: int | None, results: Mapping[str, Answered]) -> dict:
-    """The JSON document.
-
-    args: those of run.py
-    keep: the strategy's budget
-    """
-    runs = [{
-        "mode": mode,
-        "visual_tokens": result.visual_tokens,
-        "box": [round(v, 2) for v in result.box] if result.box else None,
-        "text": result.text,
-        "cut_off": result.cut_off,
-        "iou_with_full": agreement(result, results.get("full")),
-        "position_ids": [int(result.position_ids[0]), int(result.position_ids[-1])],
-        "next_position": result.next_position,
-        "timings": result.timings,
-        "kv_bytes": result.kv_bytes,
-        "kept": result.keep.tolist(),
-    } for mode, result in results.items()]
+    """The JSON document; args: those of run.py; keep: the strategy's budget."""
     return {
         "image": args.image,
         "expression": args.expression,
@@ -53,7 +34,19 @@ def report(args: Namespace, model: VLM, keep: int | None, results: Mapping[str, 
         "keep": keep,
         "seed": args.seed,
         "true_box": true_box(args.image, args.expression),
-        "runs": runs,
+        "runs": [{
+            "mode": mode,
+            "visual_tokens": result.visual_tokens,
+            "box": [round(v, 2) for v in result.box] if result.box else None,
+            "text": result.text,
+            "cut_off": result.cut_off,
+            "iou_with_full": agreement(result, results.get("full")),
+            "position_ids": [int(result.position_ids[0]), int(result.position_ids[-1])],
+            "next_position": result.next_position,
+            "timings": result.timings,
+            "kv_bytes": result.kv_bytes,
+            "kept": result.keep.tolist(),
+        } for mode, result in results.items()],
         "picture": str(args.out),
     }
 
@@ -81,10 +74,10 @@ def print_table(document: dict) -> None:
         match = "" if run["iou_with_full"] is None else f"{run['iou_with_full']:.2f}"
         ids = "{}..{}".format(*run["position_ids"])
         times = run["timings"]
-        numbers = (f"{run['mode']:{width}} {run['visual_tokens']:6g}  {ids:12} "
-                   f"{in_pixels(run['box']):22} {match:>13}{times['prefill_ms']:5.0f} ms"
-                   f"{times['decode_ms']:5.0f} ms {run['kv_bytes'] / 2 ** 20:6.1f}  ")
-        print((numbers + shortened(visible(run["text"]), WORDS, len)).rstrip())
+        print(f"{run['mode']:{width}} {run['visual_tokens']:6g}  {ids:12} "
+              f"{in_pixels(run['box']):22} {match:>13}{times['prefill_ms']:5.0f} ms"
+              f"{times['decode_ms']:5.0f} ms {run['kv_bytes'] / 2 ** 20:6.1f}  "
+              f"{visible(run['text'])}")
     told = f"The image was encoded once ({runs[0]['timings']['vision_ms']:.0f} ms)."
     if any(run["mode"] == "full" for run in runs):
         told += "  IoU is with the box of the full run, which may be wrong itself."

@@ -107,7 +107,7 @@ def test_an_answer_that_was_cut_off_is_told_from_one_without_a_box(said: Callabl
     assert "cut off" not in said(*short, "--max-new-tokens", "2")
 
 
-def test_in_the_table_a_missing_box_is_a_dash_and_long_words_are_cut(
+def test_in_the_table_a_missing_box_is_a_dash_and_words_stay_on_their_line(
         capsys: pytest.CaptureFixture):
     common = {"visual_tokens": 4, "position_ids": [0, 56], "kv_bytes": 2 ** 20, "box": None,
               "timings": {"vision_ms": 1.0, "prefill_ms": 2.0, "decode_ms": 3.0},
@@ -118,7 +118,7 @@ def test_in_the_table_a_missing_box_is_a_dash_and_long_words_are_cut(
     print_table(document)
     lines = capsys.readouterr().out.splitlines()[1:4]
     assert [re.split(r"  1\.0 *", line)[1] for line in lines] == [
-        "a man\\n\\x1b[31m in blue, to the l...", f"Answer: {BOX} .", ""]
+        "a man\\n\\x1b[31m in blue, to the left of the dog", f"Answer: {BOX} .", ""]
     assert all(re.search(r"0\.\.56 +- +2 ms +3 ms +1\.0", line) for line in lines)
     assert len({line.index("  2 ms") for line in lines}) == 1            # one below the other
 

@@ -231,7 +231,7 @@ def test_explain_shows_views_rows_and_newlines(model, image, capsys):
             "   view 3 of 5\n      . . . . /\n      # . . . /\n"
             "   view 4 of 5\n      . . . .\n      . . . .\n"
             "   view 5 of 5\n      . . . . .\n      . . . . .\n",
-            "| K = 5 patches and newlines | A = "):
+            "| K = 5 kept | A = "):
         assert lines in said
 
 

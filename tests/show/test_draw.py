@@ -40,16 +40,6 @@ def test_all_is_dimmed_but_the_kept_patches_which_may_lie_in_the_padding(
         assert drawn.getpixel(at) == (PINK if at[0] in columns and at[1] in rows else grey)
 
 
-def test_what_any_kept_token_shows_is_bright_wherever_the_tokens_lie():
-    """Two views of one picture, as tiles are: the whole of it, and its right half in two rows."""
-    at = torch.tensor([[0.0, 0, 20, 20], [10, 0, 20, 10], [10, 10, 20, 20]])
-    image = Image.new("RGB", (20, 20), PINK)
-    lower = dim_dropped(image, [2], at)
-    assert lower.getpixel((10, 10)) == lower.getpixel((19, 19)) == PINK
-    assert PINK not in {lower.getpixel(at) for at in ((9, 19), (19, 9), (0, 0))}
-    assert dim_dropped(image, [2, 0], at).tobytes() == image.tobytes()
-
-
 # ----- boxes --------------------------------------------------------------------------------------
 
 

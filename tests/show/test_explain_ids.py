@@ -1,4 +1,4 @@
-"""explain_ids says what became of position IDs: a case for each sentence, and prompts by chance.
+"""explain_ids says what became of position IDs: a case for each sentence, and gap.py's modes.
 
 By hand, 4 x 4 patches merged 2 by 2, as Qwen-VL does: 3 tokens before the image, 4 visual tokens,
 2 tokens after it.
@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, arange, tensor
+from torch import arange, tensor
 
 import nanogap
-from nanogap.gap import keep_ids
+from nanogap.gap import keep_ids, lay_out
 from nanogap.show.explain_ids import explain_ids
 
 QWEN = tensor([[0, 1, 2, 3, 3, 3, 3, 5, 6],
@@ -28,7 +28,6 @@ QWEN = tensor([[0, 1, 2, 3, 3, 3, 3, 5, 6],
 GATHERED = [[0, 1, 2, 3, 3, 3, 5, 6],                       # visual tokens 0, 1 and 3 of the four
             [0, 1, 2, 3, 3, 4, 5, 6],
             [0, 1, 2, 3, 4, 4, 5, 6]]
-TIME_COMPACT = [[0, 1, 2, 3, 4, 5, 6, 7], *GATHERED[1:]]
 WIDE = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],                 # a token, and a grid of 2 x 4
                [0, 1, 1, 1, 1, 2, 2, 2, 2],
                [0, 1, 2, 3, 4, 1, 2, 3, 4]])
@@ -38,8 +37,8 @@ WIDE = tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1],                 # a token, and a gri
 
 STAYS = "the text after them keeps its IDs"
 KEPT = f"every patch keeps its ID; {STAYS}"
-SEEN = ("the visual tokens have IDs of patches, in the order of the image "
-        "(whether each has its own: give keep to tell)")
+SEEN = "every patch keeps its ID (if each has its own: give keep to tell)"
+MOVED = "all IDs are moved by 1, which RoPE sees only where a cache stands before them"
 SPAN = "the patches are numbered 3 to 6 without gaps"
 AT_7 = "the text after them begins at 7 instead of 19"
 BEFORE = "the text before the image has other IDs than it had before pruning"
@@ -52,7 +51,7 @@ SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
     "FastV, SparseVLM v2, Nuwa": (KEEP, GAP, 21, f"kept: {KEPT}; the answer begins at 21."),
     "FasterVLM, VisPruner, DivPrune": (
         KEEP, COMPACT, 9,
-        f"shifted: {SPAN}; {AT_7}; the answer begins behind the last token, at 9 instead of 21."),
+        f"shifted: {SPAN}; {AT_7}; the answer begins at 9, behind the last token, instead of 21."),
     "VisionZip: CLS, dominant, contextual": (
         [-1, 5, 9, 2, 14], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], None,
         "permuted: the patches are numbered 3 to 7 without gaps, and not fed in the order of the "
@@ -68,45 +67,35 @@ SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
         KEEP, [0, 1, 2, 3, 4, 5, 6, 19, 20], None, f"shifted, text not moved: {SPAN}; {STAYS}."),
     "GAP for the patches alone": (
         KEEP, [0, 1, 2, 5, 8, 12, 17, 7, 8], None,
-        f"text collides: every patch keeps its ID; {AT_7}, among the IDs of the patches "
+        f"text collides: every patch keeps its ID; {AT_7}, not behind the IDs of the patches "
         "(5 to 17)."),
-    "the same, where the patches that stay are the last": (
-        [14, 15], [0, 1, 2, 17, 18, 5, 6], None,
-        "text collides: every patch keeps its ID; the text after them begins at 5 instead of 19, "
-        "before the IDs of the patches (17 to 18)."),
     "the first patches stay": (
         [0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7], None,
         "text moved: every patch keeps its ID; the text after them begins at 6 instead of 19."),
     "half of the text": (
         [2, 5], [0, 1, 2, 5, 8, 19, 22], None,
-        "text moved: every patch keeps its ID; at place 6 the text goes on at 22 instead of 20."),
+        "text renumbered: every patch keeps its ID; the IDs of the text after them do not rise "
+        "together any more (first at place 6: 22 instead of 20)."),
     "PaliGemma: generate adds 1": (
         KEEP, [1, 2, 3, 6, 9, 13, 18, 20, 21], 23,
-        f"answer moved: {KEPT}; the answer begins at 23 instead of 22; "
-        "all IDs are moved by 1, which RoPE does not see."),
+        f"answer moved: {KEPT}; the answer begins at 23 instead of 22; {MOVED}."),
     "patches at IDs of others": (
         KEEP, [0, 1, 2, 5, 8, 13, 17, 19, 20], None,
         "other: the patches have other IDs than before pruning (5 to 17; first at place 5: 13 "
         f"instead of 12); {STAYS}."),
-    "text that does not count up": (
-        [2, 5], [0, 1, 2, 5, 8, 20, 20], None,
-        "text renumbered: every patch keeps its ID; the IDs of the text after them do not rise "
-        "together any more (first at place 6: 20 instead of 21)."),
     "a mask that numbers the padding": (
         KEEP, [1, 2, 3, 5, 8, 12, 17, 19, 20], None,
         f"other: {BEFORE} (first at place 0: 1 instead of 0)."),
-    "the text before the image torn": (
-        KEEP, [0, 1, 1, 5, 8, 12, 17, 19, 20], None,
-        f"other: {BEFORE} (first at place 2: 1 instead of 2)."),
     "nothing pruned, keep not given": (
         None, list(range(21)), 21,
-        "kept: the visual tokens have the IDs of all patches, in their order; "
-        f"{STAYS}; the answer begins at 21."),
+        f"kept: {SEEN}; {STAYS}; the answer begins at 21."),
     "an added token at the last patch's ID, keep not given": (
         None, [0, 1, 2, 5, 18, 18, 19, 20], None, f"kept: {SEEN}; {STAYS}."),
     "in the order of scores, keep not given": (
         None, [0, 1, 2, 12, 5, 17, 8, 19, 20], None,
-        f"ranked: the visual tokens have IDs of patches, not in the order of the image; {STAYS}."),
+        "ranked: every patch keeps its ID, but the patches are not fed in the order of the image "
+        "(if each has its own: give keep to tell), so each of them sees others than before; "
+        f"{STAYS}."),
     "renumbered, keep not given": (
         None, COMPACT, None, f"shifted: {SPAN} (or permuted: give keep to tell); {AT_7}."),
     "no gaps, but the text stays, keep not given": (
@@ -114,8 +103,8 @@ SENTENCES: dict[str, tuple[list[int] | None, list, int | None, str]] = {
         f"kept or shifted: {SPAN}, as 4 patches were: give keep to tell; {STAYS}."),
     "IDs of no patch, keep not given": (
         None, [0, 1, 2, 5, 8, 12, 99, 19, 20], None,
-        "other: some patches have IDs that no patch had (5 to 99; first at place 6: 99); "
-        f"{STAYS}."),
+        "other: some visual tokens have IDs of no patch (5 to 99; first at place 6: 99; give keep "
+        f"to tell more); {STAYS}."),
     "PACT: a cluster at the mean of its IDs": (
         [2, -1, 14], [0, 1, 2, 5, 8.5, 17, 19, 20], None,
         f"kept: every patch keeps its ID (1 of them added); {STAYS}."),
@@ -129,31 +118,25 @@ def test_a_sentence_says_what_became_of_the_ids(who: str):
 
 
 SENTENCES_3D: dict[str, tuple[list[int] | None, list[list[int]], Any, str]] = {
-    "time counted on, height and width kept, keep not given": (
-        None, TIME_COMPACT, None,
-        "time renumbered: the visual tokens have height and width of patches, but not time; "
-        "the text after them begins at (6, 5, 5) instead of 5."),
+    "counted on before the text, keep not given": (
+        None, [[0, 1, 2, 3, 4, 5, 5, 6]] * 3, None, "shifted, text not moved: the patches are "
+        f"numbered 3 to 5 without gaps (or permuted: give keep to tell); {STAYS}."),
     "FlowCut: the image's first IDs for those that stay": (
         [1, 3], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6]], None,
-        "height and width renumbered: the patches keep their IDs but for height and width, which "
-        "are those of the first 2; the text after them keeps its IDs."),
+        "height and width renumbered: the patches keep their IDs but for height and width; "
+        f"{STAYS}."),
     "OpenVINO's CDPruner, where the last row is gone": (
         [0], [[0, 1, 2, 3, 4, 5]] * 3, 6,
         "text moved: every patch keeps its ID; the text after them begins at 4 instead of 5; "
-        "the answer begins behind the last token, at 6 instead of 7."),
-    "rope_deltas left from the unpruned prompt, one token dropped": (
-        [0, 1, 3], GATHERED, 6,
-        f"answer repeats the last ID or answer counted from the cache: {KEPT}; the answer begins "
-        "at 6, where the prompt's last token stands, which is also the length of the cache plus "
-        "the unpruned prompt's rope_deltas, instead of 7."),
-    "the same, two tokens dropped": (
+        "the answer begins at 6, behind the last token, instead of 7."),
+    "rope_deltas left from the unpruned prompt": (
         [1, 2], [[0, 1, 2, 3, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 4, 3, 5, 6]], 5,
         f"answer counted from the cache: {KEPT}; the answer begins at 5, the length of the cache "
-        "plus the unpruned prompt's rope_deltas, instead of 7."),
+        "plus the unpruned prompt's offset (rope_deltas) of -2, instead of 7."),
     "only height and width collide": (
         [1, 3], [[0, 1, 2, 3, 3, 4, 5], [0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 4, 4, 4, 5]], None,
         "text collides: every patch keeps its ID; the text after them begins at 4 instead of 5, "
-        "among the IDs of the patches (3 to 4)."),
+        "not behind the IDs of the patches (3 to 4)."),
 }
 
 
@@ -167,9 +150,9 @@ def test_a_sentence_says_what_became_of_three_numbers(who: str):
     (5, 5, "kept: every patch keeps its ID; the answer begins at 5."),
     (7, [2, 3, 5], "kept: every patch keeps its ID; the answer begins at (2, 3, 5), "
                    "behind the last token (behind the largest ID: 5)."),
-    (5, [2, 3, 3], "answer moved: every patch keeps its ID; the answer begins behind the last "
-                   "token, at (2, 3, 3) instead of 5, or (2, 3, 5) where programs count from the "
-                   "last token.")])
+    (5, [2, 3, 3], "answer moved: every patch keeps its ID; the answer begins at (2, 3, 3), behind "
+                   "the last token, instead of 5, or (2, 3, 5) where programs count from the last "
+                   "token.")])
 def test_behind_an_image_at_the_end_programs_count_in_two_ways(last: int, answer: Any, said: str):
     """Largest ID 4, last token (1, 2, 4): forward says 5, generate (2, 3, 5)."""
     assert keep_ids(WIDE, tensor([0, 1, 6]))[1] == 5       # also where the largest is dropped
@@ -184,14 +167,16 @@ def test_no_text_no_patch_no_text_before():
         assert explain_ids(arange(6), [0, 1], 1, 4, 1, keep) == (
             "text moved: no patch is fed; the text after them begins at 1 instead of 5.")
     # PaliGemma's image comes first, and generate adds 1
-    assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2, [1, 3], 7) == (
-        f"kept: {KEPT}; the answer begins at 7; all IDs are moved by 1, which RoPE does not see.")
-    assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2).startswith("kept: the visual tokens have")
-    assert explain_ids(arange(6), [1, 3, 5, 6], 0, 4, 2) == (
-        f"kept or text moved: {SEEN}; the text after them begins at 5 instead of 4, which is right "
-        "if all IDs are moved alike.")
-    assert explain_ids(arange(6), [1, 3, 4, 9], 0, 4, 2) == (
-        f"text moved: {SEEN}; at place 3 the text goes on at 9 instead of 5.")
+    for text, name, said in ((5, "kept", KEPT), (4, "text moved", "every patch keeps its ID; the "
+                                                 "text after them begins at 5 instead of 6")):
+        fed = [2, 4, 1 + text, 2 + text]
+        assert explain_ids(arange(7), fed, 0, 5, 2, [1, 3]) == f"{name}: {said}; {MOVED}."
+    for keep, first in (([0, 2], 1), ([2, 3], 0)):
+        assert explain_ids(arange(7), first + arange(4), 0, 5, 2, keep) == (
+            f"shifted: the patches are numbered {first} to {first + 1} without gaps; "
+            f"the text after them begins at {first + 2} instead of 5.")
+    assert explain_ids(arange(6), [2, 4, 5, 6], 0, 4, 2) == (
+        "unknown: no text stands before the image, so give keep to tell.")
 
 
 def test_behind_a_cache_a_move_of_all_ids_is_seen():
@@ -225,40 +210,22 @@ def test_numbers_that_do_not_fit_are_refused(ids_of_all, fed, keep, answer, mess
         explain_ids(arange(21), arange(21), 19, 0, 2)
 
 
-# ----- prompts by chance --------------------------------------------------------------------------
+NAMES = {"gap": "kept", "ranked, original": "ranked", "shifted": "shifted", "permuted": "permuted",
+         "compact, text not moved": "shifted, text not moved",
+         "original, text collides": "text collides"}
 
 
-def number(draw: random.Random, D: int, P: int, A: int) -> Tensor:
-    """The IDs (D, P + N + A) of an unpruned prompt about a grid of patches."""
-    rows, columns = draw.randint(2, 5), draw.randint(2, 5)
-    N = rows * columns
-    row, column = arange(N) // columns, arange(N) % columns
-    image = P + (torch.stack([0 * row, row, column]) if D == 3 else arange(N)[None])
-    behind = P + (max(rows, columns) if D == 3 else N)
-    return torch.cat([arange(P).expand(D, -1), image, (behind + arange(A)).expand(D, -1)], 1)
-
-
-@pytest.mark.parametrize("D", [1, 3])
 @pytest.mark.parametrize("moved", [0, 9, -3])
-@pytest.mark.parametrize("way", ["kept", "ranked", "shifted", "permuted"])
-def test_prompts_by_chance_are_explained_rightly(way: str, moved: int, D: int):
+@pytest.mark.parametrize("mode", NAMES)
+def test_every_mode_of_gap_py_is_named(mode: str, moved: int):
     draw = random.Random(0)
-    for _ in range(200):
-        P, A = draw.randint(1, 4), draw.randint(0, 3)
-        ids = number(draw, D, P, A)
-        N = ids.shape[1] - P - A
-        keep = sorted(draw.sample(range(N - 1), draw.randint(2, N - 2)))
-        keep[-1] = N - 1                                   # so that there is a gap
-        K, answer = len(keep), int(ids.max()) + 1
-        if way in ("ranked", "permuted"):
-            keep = keep[1:] + keep[:1]
-        stays = [*range(P), *(P + index for index in keep), *range(P + N, P + N + A)]
-        fed = ids[:, stays]
-        if way in ("shifted", "permuted"):
-            fed = arange(P + K + A).expand(D, -1)
-            answer = P + K + A
-        said = explain_ids(ids, fed + moved, P, N, A, keep, answer + moved)
-        assert said.startswith(way), (said, ids, fed, keep)
+    for _ in range(100):
+        P, N, A = draw.randint(1, 4), draw.randint(4, 25), draw.randint(1, 3)
+        ranked = [N - 1, *draw.sample(range(N - 1), draw.randint(1, N - 3))]
+        layout = lay_out(tensor(ranked), P, N, A, mode)
+        said = explain_ids(arange(P + N + A), layout.position_ids + moved, P, N, A, layout.kept,
+                           layout.next_position + moved)
+        assert said.startswith(f"{NAMES[mode]}: "), (said, layout)
         assert ("all IDs are moved by" in said) == bool(moved)
 
 
