@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from nanogap.checks.command import visible
 from nanogap.evaluate.score import budget
-from nanogap.show.draw import MEANING, PAGE, PAPER, STYLES
+from nanogap.gap import MODES
+from nanogap.show.draw import PAGE, PAPER, STYLES
 
 WIDTH, MARGIN = 1200, 24                     # of a page, which many models widen; at its left
 LINE, FONT_SIZE, LETTER = 40, 24, 14         # of a line of text, and its letters; pixels
@@ -76,8 +77,9 @@ def draw(models: Mapping[str, Sequence[dict]]) -> Image.Image:
     for number, mode in enumerate(legend):
         y = bottom + SCALE + LINE * (number + 0.5)
         draw_mark(pen, mode, y, MARGIN, MARGIN + 30, MARGIN + 60)
-        text = f"{mode}: {MEANING[mode]}" if mode in MEANING else mode
-        pen.text((MARGIN + 72, y), text, PAPER, anchor="lm")
+        order, ids, _ = MODES[mode]
+        text = "all tokens" if mode == "full" else f"{order} order, {ids} position IDs"
+        pen.text((MARGIN + 72, y), f"{mode}: {text}", PAPER, anchor="lm")
     return page
 
 

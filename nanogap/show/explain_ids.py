@@ -178,6 +178,11 @@ def explain_text(right: Tensor, new: Tensor, patches: Tensor, P: int) -> tuple[s
     K = patches.shape[1]
     together = right + new[:, :1] - right[:, :1]     # if all move as the first of them does
     if not torch.equal(new, together):
+        j = int((new != together).any(0).int().argmax())
+        if (new[:, j] == P + K + j).all():
+            return "text counted from the cache", (
+                f"at place {P + K + j} the text goes on at {say(new[:, j])}, the number of tokens "
+                f"before it, instead of {say(together[:, j])}")
         return "text renumbered", ("the IDs of the text after them do not rise together any more "
                                    f"({first_wrong(new, together, P + K)})")
     clause = f"the text after them begins at {say(new[:, 0])} instead of {say(right[:, 0])}"
