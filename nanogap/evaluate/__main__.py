@@ -20,7 +20,7 @@ import torch
 
 from nanogap.checks.command import answer_for, tell
 from nanogap.checks.loading import load
-from nanogap.checks.output import claim
+from nanogap.checks.output import check_picture, claim
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ask, journal
 from nanogap.evaluate.answers import read_answers
@@ -36,7 +36,10 @@ def data_asked(args: argparse.Namespace) -> Data:
     kind, _, split = args.data.partition(":")
     if kind == "scenes":
         return drawn_data(split or "val", args.limit or 500)
-    return read_data(Path(args.data), args.images, args.split, pictures=not args.score)
+    data = read_data(Path(args.data), args.images, args.split, pictures=not args.score)
+    if args.plot:
+        check_picture("--plot", args.plot, *(each.file for each in data.examples if each.file))
+    return data
 
 
 def score_file(args: argparse.Namespace) -> None:
@@ -115,6 +118,10 @@ def ask_models(args: argparse.Namespace) -> None:
                 report = ask_model(args, name, data)
                 if report is not None:                      # the first process has it
                     reports.append(report)
+        except KeyboardInterrupt:
+            if args.out and rank == 0:
+                tell(f"stopped; the same command with --resume goes on with {args.out}")
+            raise
         finally:                                            # Ctrl-C takes nothing from what is done
             if reports:
                 print_reports(args, reports)

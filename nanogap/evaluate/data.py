@@ -36,6 +36,7 @@ class Example:
     size: Size                         # of the image
     image: Callable[[], Image.Image]   # opens or draws it
     questions: list[tuple[str, str, Box]]   # id, expression, true box in pixels
+    file: Path | None = None           # where it is, if it is a file
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,8 @@ def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
         data.left_out.update({entry.id: str(error) for entry in entries})
         return
     questions = [(entry.id, entry.expression, true_box(entry, size)) for entry in entries]
-    data.examples.append(Example(number, name, size, partial(open_sized, path, size), questions))
+    opened = partial(open_sized, path, size)
+    data.examples.append(Example(number, name, size, opened, questions, path))
 
 
 def open_sized(path: Path, size: Size) -> Image.Image:

@@ -134,6 +134,7 @@ def train(args: Namespace, recipe: Recipe, device: torch.device) -> None:
             steps.append(fit(model, llava_loss, scenes, minutes, args.workers))
         if rank == 0:                    # the first process writes for all
             write(args, model, clip)
+            tell(f"{stage.name} is done and written to {args.out}; --start goes on with it ...")
     if rank == 0:
         print(f"{args.out} is done: seed {args.seed}, --steps {' '.join(map(str, steps))}")
 

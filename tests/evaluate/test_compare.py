@@ -67,8 +67,9 @@ def test_each_model_keeps_its_answers_in_a_folder_and_goes_on_after_ctrl_c(
 
     monkeypatch.setattr(evaluate, "ask_model", interrupted)
     assert run(*asked) == 130
-    told = capsys.readouterr().out
+    told, err = capsys.readouterr()
     assert told.startswith("Acc@0.5") and f"{folder}, scenes:val" in told
+    assert f"stopped; the same command with --resume goes on with {out}" in err
     first = (out / f"{folder.name}.jsonl").read_text()
     monkeypatch.setattr(evaluate, "ask_model", ask_model)
     assert run(*asked) == 2

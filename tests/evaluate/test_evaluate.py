@@ -48,6 +48,13 @@ def test_the_limit_counts_expressions_and_not_images():
     assert first(examples, None) == examples
 
 
+def test_a_picture_that_is_asked_about_is_not_drawn_over(folder, annotations: Path, refused):
+    picture = next(annotations.parent.rglob("*.jpg"))
+    before = picture.read_bytes()
+    said = refused("--weights", folder, "--data", annotations, "--plot", picture)
+    assert "is a picture that is asked about" in said and picture.read_bytes() == before
+
+
 # ----- scores that are known ----------------------------------------------------------------------
 
 
