@@ -46,8 +46,10 @@ def load(folder: str | Path, device: str | torch.device | None = None,
             raise
         raise explain(folder, error, guide) from None
     assert isinstance(model, VLM)
-    model.tokenizer.no_padding()           # left over from training: a question is one text
-    model.tokenizer.no_truncation()
+    tokenizers = [model.tokenizer, *([model.text_guide.tokenizer] if model.text_guide else [])]
+    for tokenizer in tokenizers:
+        tokenizer.no_padding()             # left over from training: a question is one text
+        tokenizer.no_truncation()
     if pack:
         pack_matrices(model)
     return model

@@ -115,6 +115,8 @@ def test_padding_and_truncation_left_over_in_a_tokenizer_change_no_prompt(
     put(folder, "tokenizer.json", padding=pad, truncation=cut)
     ours, theirs = (nanogap.load(at, "cpu").prompt("the man on the left") for at in (folder, whole))
     assert torch.equal(ours, theirs)
+    guide = nanogap.load("mini", "cpu").text_guide       # a whole question may be longer than 77
+    assert guide and guide.tokenizer.truncation is None and guide.tokenizer.padding is None
 
 
 def test_the_file_that_counts_is_the_one_that_transformers_would_take(folder: Path, whole: Path):
