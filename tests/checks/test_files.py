@@ -119,6 +119,12 @@ def test_padding_and_truncation_left_over_in_a_tokenizer_change_no_prompt(
     assert guide and guide.tokenizer.truncation is None and guide.tokenizer.padding is None
 
 
+def test_a_stray_file_beside_a_whole_checkpoint_hides_no_mistake(folder: Path):
+    (folder / "model.gguf").touch()
+    put(folder, "generation_config.json", num_beams=5)
+    assert "num_beams is 5; nanogap implements 1 only" in refusal(folder)
+
+
 def test_the_file_that_counts_is_the_one_that_transformers_would_take(folder: Path, whole: Path):
     """One file before an index of shards, and these before a pickle."""
     torch.save({}, folder / "pytorch_model.bin")
