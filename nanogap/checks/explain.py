@@ -65,7 +65,7 @@ def look_through(folder: Path, get: dict[str, str]) -> None:
     step = next(iter(get.values()))
     check_form(folder, (path.name for path in folder.glob("adapter_config.json")))
     if not (folder / "config.json").exists():
-        check_form(folder, names_in(folder))
+        check_form(folder, (path.name for path in (folder, *folder.glob("*"))))
         what = ("has no config.json, so it is not a checkpoint" if folder.is_dir() else
                 "is not a folder")
         raise NanogapError(f"{folder} {what}; {step}")
@@ -91,10 +91,6 @@ def check_form(folder: Path, signs: Iterable[str]) -> None:
                 raise NanogapError(f"{folder} {text} ({shown(sign)})")
 
 
-def names_in(folder: Path) -> list[str]:
-    return [path.name for path in (folder, *folder.glob("*"))]
-
-
 def weight_files(folder: Path, step: str) -> list[Path]:
     """The files of a checkpoint's tensors, each of them there; step: how to get them."""
     for index in folder.glob("*.index.json"):
@@ -102,7 +98,7 @@ def weight_files(folder: Path, step: str) -> list[Path]:
     try:
         files = weights.weight_files(folder)
     except NanogapError as error:
-        check_form(folder, names_in(folder))
+        check_form(folder, (path.name for path in (folder, *folder.glob("*"))))
         raise NanogapError(f"{error}; {step}") from None
     for path in files:
         if not path.is_file():

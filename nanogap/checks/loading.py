@@ -6,7 +6,7 @@ import torch
 
 from nanogap import weights
 from nanogap.checks.command import lacks_memory
-from nanogap.checks.explain import explain
+from nanogap.checks.explain import GET, explain, look_through
 from nanogap.checks.silent import check_clip, check_parts, silent
 from nanogap.errors import NanogapError
 from nanogap.fast.packed import pack as pack_matrices
@@ -41,6 +41,7 @@ def load(folder: str | Path, device: str | torch.device | None = None,
             check_clip(guide)
         model = weights.load(folder, device, dtype, guide)
         check_parts(folder, model, guide)
+        look_through(folder, GET)      # an adapter, or whole numbers as weights
     except BaseException as error:     # the tokenizers library panics with what is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit) or lacks_memory(error):
             raise

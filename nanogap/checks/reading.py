@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nanogap.checks.command import one_line
+from nanogap.checks.command import lacks_memory, one_line
 from nanogap.errors import NanogapError
 
 # how a file may begin -> what it is then, and the next step: a pointer or a web page that came in
@@ -125,7 +125,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         state = state.get("model", state)
         if all(isinstance(tensor, Tensor) for tensor in state.values()):
             return state
-    except Exception:                        # an unpickler raises almost anything
-        pass
+    except Exception as error:               # an unpickler raises almost anything
+        if lacks_memory(error):
+            raise
     raise unreadable(path, "it is cut off, or holds more than tensors",
                      "download it again, or save it with `torch.save(model.state_dict(), PATH)`")

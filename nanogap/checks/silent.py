@@ -20,17 +20,19 @@ from nanogap.models import MODELS
 Table = dict[str, Sequence]     # key -> the values that change nothing; the first is what is done
 LLAVA: Table = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",),
                 "quantization_config": (None,), "compression_config": (None,)}
-DECODER: Table = {"hidden_act": ("silu",), "attention_bias": (False,), "sliding_window": (None,)}
-ROPE: Table = {"rope_type": ("default", "linear"), "type": ("default", "linear"), "factor": (1,)}
+DECODER: Table = {"hidden_act": ("silu", "swish"), "attention_bias": (False,),
+                  "sliding_window": (None,), "partial_rotary_factor": (1,)}
+ROPE: Table = {"rope_type": ("default", "linear"), "type": ("default", "linear"), "factor": (1,),
+               "partial_rotary_factor": (1,)}
 # a picture is padded to a square, so the crop that follows in transformers takes nothing away
 PIXELS: Table = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
                  "resample": (3, "bicubic"), "rescale_factor": (1 / 255,)}
 FILES: dict[str, Table] = {
     "generation_config.json": {
-        "do_sample": (False,), "num_beams": (1,), "repetition_penalty": (1,)},
+        "do_sample": (False,), "num_beams": (1,), "repetition_penalty": (1,),
+        "no_repeat_ngram_size": (0,), "min_new_tokens": (0,), "min_length": (0,)},
     "preprocessor_config.json": PIXELS,
-    "processor_config.json": PIXELS,
-    "adapter_config.json": {"peft_type": (None,)}}
+    "processor_config.json": PIXELS}
 CLIP: Table = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu",)}
 EVA: Table = {"model_type": ("eva_vit_g",), "hidden_act": ("gelu",)}
 # by `model_type`: the vision tower, and for each decoder a word of the chat template
@@ -43,7 +45,7 @@ OTHER_CHAT = ("another chat template than the model's, and nanogap asks in that 
               "was trained with another would answer worse")
 ALIKE = 0.8       # cosine of two towers' position embeddings; of two trainings it is below 0.5
 # tokens of chat templates that no model here was trained with
-OF_OTHERS = {"<|im_start|>", "<|start_header_id|>", "<start_of_turn>"}
+OF_OTHERS = {"<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>"}
 
 
 def silent(folder: Path) -> None:
@@ -117,14 +119,18 @@ def check_guide(folder: Path, model: Llava) -> None:
 
     Precisions may differ, and the tower may have been trained a little with the rest.
     """
-    tokenizer = model.guide().tokenizer
-    if tokenizer.encode("a").ids[-1] != max(tokenizer.get_vocab().values()):
-        raise NanogapError(f"{folder / 'tokenizer.json'} ends no text with its highest ID, where "
-                           "CLIP reads it; give the one that the CLIP was published with")
+    guide = model.guide()
+    end, last = guide.tokenizer.encode("a").ids[-1], max(guide.tokenizer.get_vocab().values())
+    if end != last or last >= guide.text_model.config.vocab_size:
+        raise NanogapError(f"{folder / 'tokenizer.json'} ends no text with the CLIP's highest ID, "
+                           "where it reads it; give the one that the CLIP was published with")
     name = "embeddings.position_embedding.weight"
     ours = model.vision_tower.state_dict().get(name)
     theirs = dict(weights.read_tensors(folder)).get(f"vision_model.{name}")
-    if ours is None or theirs is None or ours.shape != theirs.shape or torch.cosine_similarity(
-            ours.flatten().cpu().float(), theirs.flatten().float(), dim=0) < ALIKE:
+    alike = 0.0
+    if ours is not None and theirs is not None and ours.shape == theirs.shape:
+        vectors = ours.flatten().cpu().float(), theirs.flatten().float()
+        alike = float(torch.cosine_similarity(*vectors, dim=0))
+    if alike < ALIKE:
         raise NanogapError(f"{folder} is not the CLIP that the vision tower comes from (position "
                            f"embeddings differ); get that with {model.clip_download}")

@@ -206,7 +206,7 @@ def other_tower(change: Callable[[Tensor], Tensor]) -> Change:
 
 
 @pytest.mark.parametrize("change, says", [
-    (other_words, "ends no text with its highest ID, where CLIP reads it; give the one"),
+    (other_words, "ends no text with the CLIP's highest ID, where it reads it; give the one"),
     (other_tower(torch.randn_like), "is not the CLIP that the vision tower comes from"),
     (other_tower(lambda value: value[:1]), "is not the CLIP that the vision tower comes from"),
     (other_tower(lambda value: value.bfloat16().float() * 1.05), None)])
