@@ -180,7 +180,8 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def method_of(name: str) -> Method:
     """How a strategy cuts, whatever its settings."""
-    return METHODS.get(name.partition("(")[0] if settings_of(name) else name, Method())
+    base = name.partition("(")[0] if settings_of(name) else name
+    return METHODS.get(base, Method())
 
 
 def prunes_there(name: str) -> bool:

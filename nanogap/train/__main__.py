@@ -15,6 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -33,7 +34,7 @@ from nanogap.checks.command import (
     whole_number,
 )
 from nanogap.checks.loading import check_place, folder_of
-from nanogap.checks.output import check_folder, whole
+from nanogap.checks.output import check_folder, claim, whole
 from nanogap.clip import CLIPVisionTower
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import join, joined
@@ -127,7 +128,7 @@ def train(args: Namespace, recipe: Recipe, device: torch.device) -> None:
     for stage in recipe.stages:
         scenes = Scenes(args.seed, stage.share(world), at_hand)
         minutes = args.minutes and args.minutes * stage.minutes / planned
-        if clip and not steps:
+        if clip and stage.name == "CLIP":
             steps.append(fit(clip, clip_loss, scenes, minutes, args.workers))
             model.vision_tower.load_state_dict(clip.vision_model.state_dict())
         else:
@@ -188,11 +189,12 @@ def command(argv: Sequence[str] | None) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                            # products in TF32
     check_folder("--out", args.out)
-    there = sorted([*args.out.glob("config.json"), *args.out.glob("*.safetensors")])
-    if there:
-        raise NanogapError(f"--out {args.out} holds weights already ({there[0].name}), which "
-                           "are not overwritten; give a new folder")
-    train(args, replace(recipe, stages=tuple(stages)), device)
+    with claim("--out", args.out) if joined()[0] == 0 else nullcontext():
+        there = sorted([*args.out.glob("config.json"), *args.out.glob("*.safetensors")])
+        if there:
+            raise NanogapError(f"--out {args.out} holds weights already ({there[0].name}), which "
+                               "are not overwritten; give a new folder")
+        train(args, replace(recipe, stages=tuple(stages)), device)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,13 @@ def shared_area(a: Box, b: Box) -> float:
     return max(0, width) * max(0, height)
 
 
+def has_room(boxes: Sequence[Box]) -> bool:
+    """Whether each box shares less than HIDDEN of its area with all the others together."""
+    return all(   # a box is among the others, with all of its own area
+        sum(shared_area(box, other) for other in boxes) < (1 + HIDDEN) * shared_area(box, box)
+        for box in boxes)
+
+
 def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> dict[int, Box]:
     """Give a box to each thing of a ratio of width to height that finds room in the image.
 
@@ -40,11 +47,9 @@ def arrange(ratios: Sequence[float], width: int, height: int, rng: Random) -> di
             h = round(long * min(1, 1 / ratio))
             x = round(rng.random() * (width - w))
             y = round(rng.random() * (height - h))
-            boxes = [*placed.values(), (x, y, x + w, y + h)]
-            # each has the most of its area for itself; it is among the others, with all of it
-            if all(sum(shared_area(box, other) for other in boxes)
-                   < (1 + HIDDEN) * shared_area(box, box) for box in boxes):
-                placed[i] = boxes[-1]
+            box = (x, y, x + w, y + h)
+            if has_room([*placed.values(), box]):
+                placed[i] = box
                 break
     return placed
 
@@ -89,8 +94,8 @@ def relations(boxes: Mapping[int, Box], landmark: Box, long: float) -> dict[str,
         found["next to"] = nearest
     for word, (right, down) in DIRECTIONS.items():
         ahead = {i: right * dx + down * dy for i, (dx, dy) in away.items()}
-        *_, second, first = sorted(boxes, key=ahead.__getitem__)
-        aside = abs(down * away[first][0] + right * away[first][1])
-        if ahead[second] <= 0 and ahead[first] >= max(MARGIN, aside):
-            found[word] = first
+        *_, next_one, foremost = sorted(boxes, key=ahead.__getitem__)
+        aside = abs(down * away[foremost][0] + right * away[foremost][1])
+        if ahead[next_one] <= 0 and ahead[foremost] >= max(MARGIN, aside):
+            found[word] = foremost
     return found
