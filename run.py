@@ -24,17 +24,15 @@ from nanogap import NanogapError
 from nanogap.checks.command import (
     ListStrategies,
     Parser,
+    add_model_arguments,
     answer_for,
-    count_argument,
     keep_argument,
     path_argument,
     tell,
-    whole_number,
 )
 from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_picture, save_picture
 from nanogap.gap import MODES
-from nanogap.ground import MAX_NEW_TOKENS
 from nanogap.image import open_image
 from nanogap.methods import find
 from nanogap.methods.in_decoder import prunes_there
@@ -42,7 +40,6 @@ from nanogap.prune import STRATEGIES, budget_of
 from nanogap.show.draw import draw_results
 from nanogap.show.explain import explain
 from nanogap.show.table import print_heading, print_notes, print_table, report
-from nanogap.weights import DTYPES
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -105,22 +102,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="full: nothing pruned; shifted, permuted: kept tokens renumbered, in raster order or "
              "by score; gap: their own position IDs; or, in quotes, a mix of these: "
              f"{'; '.join(mode for mode in MODES if ',' in mode)} (default: full shifted gap)")
-    add("--clip", metavar="DIR", type=path_argument,
-        help="the CLIP that the vision tower comes from, for strategies that read the expression "
-             "(default: clip_text beside the weights)")
-    add("--max-new-tokens", metavar="N", type=count_argument, default=MAX_NEW_TOKENS,
-        help="an answer is cut off there (default: %(default)s)")
     add("--no-draft", dest="drafts", action="store_false",
         help="one token in each pass of the decoder: the same words, later")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-        help="default: auto, cuda where there is one")
-    add("--dtype", choices=["auto", *DTYPES], default="auto",
-        help="default: auto, the checkpoint's on a GPU, float32 or for large models bfloat16 on a "
-             "CPU")
-    add("--no-pack", dest="pack", action="store_false",
-        help="on a CPU: half the memory for weights, and slower")
-    add("--seed", metavar="N", type=whole_number, default=0,
-        help="for strategies that draw lots (default: %(default)s)")
+    add_model_arguments(parser)
     add("--out", metavar="PICTURE", type=path_argument, default=Path("answer.png"),
         help="a .png or .jpg to write (default: %(default)s)")
     add("--json", action="store_true",

@@ -10,12 +10,15 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from nanogap.errors import NanogapError
+from nanogap.ground import MAX_NEW_TOKENS
 from nanogap.prune import STRATEGIES
+from nanogap.weights import DTYPES
 
 # how libraries say that memory ran out; the last one is oneDNN
 NO_MEMORY = re.compile("out of memory|not enough memory|allocate memory|bad_alloc|new thread|"
@@ -71,6 +74,25 @@ class ListStrategies(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def add_model_arguments(parser: Parser) -> None:
+    """What run.py and the evaluation let a person say of a model and its answers."""
+    add = parser.add_argument
+    add("--clip", metavar="DIR", type=path_argument,
+        help="the CLIP that the vision tower comes from, for strategies that read the expression "
+             "(default: clip_text beside the weights)")
+    add("--max-new-tokens", metavar="N", type=count_argument, default=MAX_NEW_TOKENS,
+        help="an answer is cut off there (default: %(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+        help="default: auto, cuda where there is one")
+    add("--dtype", choices=["auto", *DTYPES], default="auto",
+        help="default: auto, the checkpoint's on a GPU, float32 or for large models bfloat16 on a "
+             "CPU")
+    add("--no-pack", dest="pack", action="store_false",
+        help="on a CPU: half the memory for weights, and slower")
+    add("--seed", metavar="N", type=whole_number, default=0,
+        help="for strategies that draw lots (default: %(default)s)")
+
+
 def visible(text: str) -> str:
     """A text with line breaks and all else that does not print spelled out, as in "\\n".
 
@@ -91,8 +113,9 @@ def one_line(error: object) -> str:
 
 
 def tell(text: str) -> None:
-    """Say on stderr how far the work is."""
-    print(visible(text), file=sys.stderr, flush=True)
+    """Say on stderr how far the work is; it goes on where nobody can be told."""
+    with suppress(OSError):
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def lacks_memory(error: BaseException) -> bool:

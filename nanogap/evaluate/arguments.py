@@ -7,21 +7,19 @@ from nanogap import methods
 from nanogap.checks.command import (
     ListStrategies,
     Parser,
+    add_model_arguments,
     count_argument,
     keep_argument,
     path_argument,
-    whole_number,
 )
-from nanogap.checks.loading import default_weights
+from nanogap.checks.loading import default_weights, folder_of
 from nanogap.checks.output import check_folder, check_picture
 from nanogap.errors import NanogapError
 from nanogap.evaluate import ablate, journal
 from nanogap.evaluate.answers import FORMATS
 from nanogap.evaluate.score import PROTOCOLS
 from nanogap.gap import MODES
-from nanogap.ground import MAX_NEW_TOKENS
 from nanogap.prune import STRATEGIES
-from nanogap.weights import DTYPES
 
 ABOUT = "REC accuracy: how often the box that the model says is the true one, by at least half"
 OF_A_MODEL = ("weights", "prune", "keep", "mode", "clip", "ablate", "out", "resume")
@@ -47,10 +45,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="visual tokens, or a share of them (default: 50%%); auto: what the strategy finds")
     add("--mode", nargs="+", choices=MODES, metavar="MODE",
         help=f"any of {'; '.join(MODES)} (default: the first four)")
-    add("--max-new-tokens", type=count_argument, default=MAX_NEW_TOKENS, metavar="N",
-        help="an answer is cut off there (default: %(default)s)")
-    add("--clip", type=path_argument, metavar="DIR",
-        help="the CLIP that the vision tower comes from, for strategies that read the expression")
     add("--ablate", action="store_true",
         help="instead of modes: IDs and order changed without pruning, then all modes that prune")
     add("--score", type=path_argument, metavar="FILE.jsonl",
@@ -66,33 +60,36 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with --out where it stopped")
     add("--json", action="store_true", help="print one JSON document instead of the table")
     add("--plot", type=path_argument, metavar="PICTURE", help="draw the accuracies")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--dtype", choices=["auto", *DTYPES], default="auto")
-    add("--no-pack", action="store_true", help="leave matrices as they are on a CPU: slower")
-    add("--seed", type=whole_number, default=0, help="of what is random (default: %(default)s)")
+    add_model_arguments(parser)
     return check_arguments(parser.parse_args(argv))
 
 
 def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Refuse arguments that contradict each other, and fill in those that were left out.
+    """Refuse those that contradict each other, and fill in those that were left out.
 
-    returns: them, with the folders of all `models` by name, and the file of answers of each in
-             `outs`; --ablate is modes then
+    returns: them, with `models`, folders by name, and `outs`, the file of answers of each
     """
-    folders = args.weights or [default_weights()]
+    folders = list(dict.fromkeys(args.weights or [default_weights()]))
     of_a_model = [flag for flag in OF_A_MODEL if getattr(args, flag)]
     args.models = {folder.absolute().name: folder for folder in folders}
-    for is_wrong, message in (
-            (args.score and of_a_model,
-             f"--score asks no model, so --{', --'.join(of_a_model)} has nothing to say there"),
-            (args.format and not args.score,
-             "--format says how --score reads answers; a model has its own, so leave it out"),
-            (args.data.partition(":")[0] == "scenes" and (args.split or args.images),
-             "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
-            (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
-            (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
-            (len(args.models) < len(folders), "two of --weights have one name; give one of them")):
-        if is_wrong:
+    if len(args.models) < len(folders):                      # two have one name
+        args.models = {str(folder): folder for folder in folders}
+    mistakes = [
+        (args.score and of_a_model,
+         f"--score asks no model, so --{', --'.join(of_a_model)} has nothing to say there"),
+        (args.format and not args.score,
+         "--format says how --score reads answers; a model has its own, so leave it out"),
+        (args.data.partition(":")[0] == "scenes" and (args.split or args.images),
+         "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
+        (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
+        (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
+        (args.plot and args.plot == args.out, "--out and --plot are the same file; give two")]
+    # the first is loaded at once
+    mistakes += [(not (folder_of(folder) / "config.json").is_file(),
+                  f"--weights {folder} holds no config.json; give the folder of a checkpoint")
+                 for folder in folders[1:]]
+    for is_made, message in mistakes:
+        if is_made:
             raise NanogapError(message)
     args.device = None if args.device == "auto" else args.device
     args.dtype = None if args.dtype == "auto" else args.dtype
@@ -101,7 +98,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     args.outs = dict.fromkeys(args.models, args.out)
     if args.out and len(folders) > 1:
         check_folder("--out", args.out)
-        args.outs = {name: args.out / f"{name}.jsonl" for name in args.models}
+        args.outs = {name: args.out / f"{name.strip('/').replace('/', '_')}.jsonl"
+                     for name in args.models}
     for file in filter(None, args.outs.values()):
         journal.check_out(file, args.resume)
     args.prune = list(dict.fromkeys(methods.find(name) for name in args.prune or ["random"]))

@@ -6,18 +6,19 @@ What is kept and where it stands is decided here; the passes are in lanes.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from nanogap import ground as lesson
+from nanogap.checks.command import visible
 from nanogap.errors import NanogapError
-from nanogap.fast.answered import Answered
 from nanogap.fast.decode import Question, foretell
 from nanogap.fast.lanes import Lane, ask, row_bytes
 from nanogap.gap import Layout, lay_out
@@ -29,6 +30,26 @@ from nanogap.prompt import DESCRIBE
 from nanogap.prune import needs_of
 
 TOGETHER = 32     # questions in a cache at a time: what bounds its memory
+
+
+@dataclass(frozen=True)
+class Answered(Result):
+    """A result of the lesson, with what was asked: print() makes a line of it, draw a picture."""
+
+    expression: str
+    prune: str               # name of the strategy; empty where none chose
+    mode: str
+    cells: Tensor            # (N, 4) which part of the picture each visual token shows, pixels
+    cuts: list[tuple[int, int]] = field(default_factory=list)   # (layer, visual tokens from it on)
+
+    draw: ClassVar[Callable[..., Image.Image]]   # draw(image); see nanogap/show
+
+    def __str__(self) -> str:
+        box = "no box" if self.box is None else ", ".join(f"{v:.0f}" for v in self.box)
+        by = f" by {self.prune}" if self.prune else ""
+        return (f"\"{' '.join(self.expression.split())}\": {box} ({self.mode}, "
+                f"{self.visual_tokens:g} of {len(self.cells)} visual tokens{by}); "
+                f"the model said {visible(self.text)}")
 
 
 class Asked(NamedTuple):

@@ -1,8 +1,4 @@
-"""Several processes under torchrun: who they are, and how their records come together.
-
-In:  the environment that torchrun sets.
-Out: rank and number of the processes, and the records of all of them.
-"""
+"""Several processes under torchrun: who they are, and how their records come together."""
 
 import atexit
 import json

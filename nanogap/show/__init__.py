@@ -1,6 +1,6 @@
 """What people see: the picture, --explain, explain_ids, figures."""
 
-from nanogap.fast.answered import Answered
+from nanogap.fast.ground_all import Answered
 from nanogap.show.draw import draw
 from nanogap.show.explain_ids import explain_ids
 

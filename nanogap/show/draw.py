@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nanogap.fast.answered import Answered
+from nanogap.fast.ground_all import Answered
 from nanogap.gap import MODES
 from nanogap.ground import Result
 from nanogap.image import Box, iou, open_image

@@ -9,7 +9,7 @@ from textwrap import wrap
 from torch import Tensor
 
 from nanogap.checks.command import visible
-from nanogap.fast.answered import Answered
+from nanogap.fast.ground_all import Answered
 from nanogap.gap import MODES
 from nanogap.llava import EncodedImage
 from nanogap.methods.in_decoder import cuts_in_words

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanogap.checks.command import visible
 from nanogap.checks.loading import HERE
-from nanogap.fast.answered import Answered
+from nanogap.fast.ground_all import Answered
 from nanogap.image import Box, iou
 from nanogap.methods.in_decoder import cuts_in_words
 from nanogap.models import VLM

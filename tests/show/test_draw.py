@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanogap.fast.answered import Answered
+from nanogap.fast.ground_all import Answered
 from nanogap.gap import MODES
 from nanogap.image import iou
 from nanogap.models.base import Padded
