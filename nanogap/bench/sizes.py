@@ -1,7 +1,6 @@
-"""Published sizes with random weights, which are enough to measure speed.
+"""Published sizes with random weights, which are enough to measure speed and memory.
 
-Weights are normal with standard deviation fan_in^-1/2, and biases 0: signals neither explode nor
-vanish.  The tokens are those of weights/mini, at the front of a vocabulary of the published size.
+The tokens are those of weights/mini, at the front of a vocabulary of the published size.
 """
 
 from dataclasses import replace
@@ -10,9 +9,8 @@ from pathlib import Path
 import torch
 
 from nanogap.checks.loading import MINI
-from nanogap.checks.output import check_folder, whole
+from nanogap.checks.output import new_folder
 from nanogap.clip import CLIPVisionConfig
-from nanogap.errors import NanogapError
 from nanogap.llama import LlamaConfig
 from nanogap.llava import LlavaConfig
 from nanogap.models import VLM
@@ -36,24 +34,20 @@ SIZES = {
 
 @torch.no_grad()
 def save_random(size: str, folder: Path, dtype: torch.dtype) -> None:
-    """Write random weights in the published layout; NanogapError where something is there."""
-    check_folder("--save", folder)
-    if any(folder.iterdir()):
-        raise NanogapError(f"--save {folder} is there already; give a new folder, or measure what "
-                           f"is in it with --weights {folder}")
-    tokenizer = read_tokenizer(MINI)
-    with torch.device("meta"):
-        model = VLM(replace(SIZES[size], image_token=tokenizer.token_to_id("<image>") or 0))
-    model.to(dtype).to_empty(device="cpu")
-    model.tokenizer = tokenizer
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name:
-            parameter.fill_(1)
-        else:
-            fan_in = (parameter[0] if parameter.dim() > 1 else parameter).numel()
-            parameter.normal_(std=fan_in ** -0.5, generator=generator)
-    with whole("--save", folder) as partial:
+    """Write normal weights of deviation fan_in^-1/2: signals neither explode nor vanish."""
+    with new_folder("--save", folder) as partial:
+        tokenizer = read_tokenizer(MINI)
+        with torch.device("meta"):
+            model = VLM(replace(SIZES[size], image_token=tokenizer.token_to_id("<image>") or 0))
+        model.to(dtype).to_empty(device="cpu")
+        model.tokenizer = tokenizer
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                fan_in = (parameter[0] if parameter.dim() > 1 else parameter).numel()
+                parameter.normal_(std=fan_in ** -0.5, generator=generator)
         save(partial, model, dtype)

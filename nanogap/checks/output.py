@@ -22,7 +22,7 @@ try:
 except ImportError:                     # Windows has other locks
     fcntl = None                        # type: ignore[assignment]
 
-CLAIM = ".claim"                        # the end of a lock's name
+CLAIM = ".claim.partial"                # the end of a lock's name
 
 
 def unwritable(flag: str, path: Path, error: object) -> NanogapError:
@@ -103,6 +103,18 @@ def whole(flag: str, path: Path) -> Iterator[Path]:
         raise
     except Exception as error:           # safetensors and tokenizers have their own for a full disk
         raise unwritable(flag, path, error) from None
+
+
+@contextmanager
+def new_folder(flag: str, path: Path) -> Iterator[Path]:
+    """A folder to write to, whose files come into a new or empty one at the end, or none does."""
+    check_folder(flag, path)
+    with claim(flag, path):
+        if any(file.suffix != ".partial" for file in path.iterdir()):
+            raise NanogapError(f"{flag} {path} has files in it already, and they are not "
+                               "overwritten; give a new folder, or move them away")
+        with whole(flag, path) as partial:
+            yield partial
 
 
 def write_whole(flag: str, path: Path, data: bytes) -> None:

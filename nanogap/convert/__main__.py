@@ -14,7 +14,7 @@ import torch
 
 from nanogap.checks.command import Parser, answer_for, one_line, path_argument
 from nanogap.checks.loading import snapshot
-from nanogap.checks.output import check_folder, whole
+from nanogap.checks.output import new_folder
 from nanogap.checks.silent import silent
 from nanogap.convert.recipes import Recipe, llava, minigpt_v2, shikra
 from nanogap.convert.sentencepiece import read_llama_tokenizer
@@ -46,12 +46,7 @@ def command(argv: Sequence[str] | None) -> None:
     args = vars(parser.parse_args(argv))
     make, out = RECIPES[args.pop("model")], args.pop("out")
     pieces = {name: snapshot(path) for name, path in args.items() if path is not None}
-    recipe = make(**pieces)
-    check_folder("--out", out)
-    if any(out.iterdir()):
-        raise NanogapError(f"--out {out} has files in it already, and they are not overwritten; "
-                           "give a new folder, or move them away")
-    write(recipe, out)
+    write(make(**pieces), out)
     print(f"{out} is done; ask it with `python run.py image.jpg \"the man on the left\" "
           f"--weights {shlex.quote(str(out))}`")
 
@@ -61,7 +56,7 @@ def write(recipe: Recipe, out: Path) -> None:
     settings, pieces, make = recipe
     source = pieces[0].path
     family = MODELS[settings["model_type"]]
-    with whole("--out", out) as folder:
+    with new_folder("--out", out) as folder:
         write_json(folder / "config.json", settings)
         try:
             silent(folder)

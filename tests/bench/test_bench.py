@@ -124,7 +124,7 @@ def test_a_mistake_is_one_line(argv: list[str], message: str, capsys):
 
 
 def test_nothing_is_overwritten(tiny: Path):
-    with pytest.raises(NanogapError, match="is there already; give a new folder, or measure what"):
+    with pytest.raises(NanogapError, match="has files in it already, and they are not overwritten"):
         bench.command(["--random", "tiny", "--save", str(tiny)])
 
 
