@@ -60,7 +60,7 @@ def ask_model(args: argparse.Namespace, name: str, data: Data) -> Report | None:
     """Answer every expression in every run; of several processes the first one has the report."""
     rank, world = joined()
     folder, out = args.models[name], args.outs[name]
-    model = load(folder, args.device, args.dtype, args.clip, pack=not args.no_pack)
+    model = load(folder, args.device, args.dtype, args.clip, args.pack)
     examples = first(data.examples, args.limit)
     runs, cannot_run = ask.plan(args, model, ask.first_whole(model, examples))
     made = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch."),
@@ -68,10 +68,13 @@ def ask_model(args: argparse.Namespace, name: str, data: Data) -> Report | None:
             "protocol": args.protocol, "max_new_tokens": args.max_new_tokens}
     settings = made | ask.identified(folder, args.clip, args.prune) if out else {}
     records, write = journal.go_on(out, settings)
-    asked = {id_: [expression, list(truth)] for example in examples
-             for id_, expression, truth in example.questions}
-    records = [record for record in records                 # others are of data that changed since
-               if [record["expression"], record["truth"]] == asked.get(record["id"])]
+    asked: dict[str, list] = {id_: [expression, list(truth)] for example in examples
+                              for id_, expression, truth in example.questions}
+    for record in records:
+        answered = [record["expression"], record["truth"]]
+        if asked.get(record["id"], answered) != answered:
+            raise NanogapError(f"--resume: {out} answers {record['id']} of other data; give that "
+                               "data, or a new file")
     done = {(record["id"], run_of(record)) for record in records}
     todo = [example for example in examples[rank::world]
             if any((id_, run) not in done for id_, *_ in example.questions for run in runs)]

@@ -42,18 +42,20 @@ def plan(args: argparse.Namespace, model: VLM,
     image:  any
     raises: NanogapError where no strategy can be run, or one cannot by the only model
     """
-    def tried(runs: list[Run]) -> list[Run]:
+    def rehearse(runs: Sequence[Run]) -> None:
         ground_runs(model, image, dict.fromkeys(runs, ["thing"]), args.seed, max_new_tokens=1)
-        return runs
 
     whole = [mode for mode in args.mode if mode in ("full", *ablate.WHOLE)]
     pruned = [mode for mode in args.mode if mode not in whole]
     every = image.n_visual if model.pictures_alike else "100%"
-    runs = tried([("none", every, mode) for mode in whole])
+    runs: list[Run] = [("none", every, mode) for mode in whole]
+    rehearse(runs)
     cannot_run = {}
     for name in args.prune:
+        mine = [(name, keep, mode) for keep in args.keep for mode in pruned]
         try:
-            runs += tried([(name, keep, mode) for keep in args.keep for mode in pruned])
+            rehearse(mine)
+            runs += mine
         except NanogapError as error:
             cannot_run[name] = str(error)
     if cannot_run and (len(args.models) == 1 or len(cannot_run) == len(args.prune)):

@@ -22,6 +22,7 @@ from nanogap.checks.command import shown
 from nanogap.checks.reading import read_documents, read_json, read_plain
 from nanogap.errors import ItemError, NanogapError
 from nanogap.image import Box, open_image
+from nanogap.prompt import check_expression
 from nanogap.train.scenes import scene
 
 Size = tuple[int, int]              # width and height, pixels
@@ -251,9 +252,17 @@ def add_image(data: Data, number: int, entries: Sequence[Entry], folder: Path,
     except ItemError as error:
         data.left_out.update({entry.id: str(error) for entry in entries})
         return
-    questions = [(entry.id, entry.expression, true_box(entry, size)) for entry in entries]
-    opened = partial(open_sized, path, size)
-    data.examples.append(Example(number, name, size, opened, questions, path))
+    questions = []
+    for entry in entries:
+        box = true_box(entry, size)
+        try:
+            check_expression(entry.expression)
+            questions.append((entry.id, entry.expression, box))
+        except ItemError as error:
+            data.left_out[entry.id] = f"{entry.where}: {error}"
+    if questions:
+        opened = partial(open_sized, path, size)
+        data.examples.append(Example(number, name, size, opened, questions, path))
 
 
 def open_sized(path: Path, size: Size) -> Image.Image:

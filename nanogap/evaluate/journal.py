@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanogap.checks.output import check_file, write_whole
+from nanogap.checks.output import check_file, unwritable, write_whole
 from nanogap.checks.reading import read_documents, read_json
 from nanogap.errors import NanogapError
 from nanogap.fast.processes import joined
@@ -55,8 +55,17 @@ def go_on(path: Path | None, settings: dict) -> tuple[list[dict], Callable[[dict
         write_whole("--out", settings_of(path), (json.dumps(settings) + "\n").encode())
     if world > 1:
         dist.barrier()                             # all have read what there was
-    file = open(path, "ab", buffering=0)           # so that a line is one write
-    return records, lambda record: file.write((json.dumps(record) + "\n").encode())
+    file = open(path, "ab", buffering=0)           # a line is one write, which is not tried again
+
+    def write(record: dict) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            while line:
+                line = line[file.write(line):]
+        except OSError as error:
+            raise unwritable("--out", path, error) from None
+
+    return records, write
 
 
 def earlier(path: Path) -> list[dict]:
@@ -65,4 +74,9 @@ def earlier(path: Path) -> list[dict]:
     whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    return [record for _, record in read_documents(path, whole)]
+    records = []
+    for where, record in read_documents(path, whole):
+        if not isinstance(record, dict) or "iou" not in record:
+            raise NanogapError(f"--resume: {where} is no answer; take it out")
+        records.append(record)
+    return records

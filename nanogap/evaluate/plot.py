@@ -44,7 +44,9 @@ def put_together(rows: Sequence[dict]) -> dict[str, Marks]:
             label = f"{label}: {row['mode']}"
         if row["mode"] != "full":
             found.setdefault(label, dict(whole))[row["mode"]] = row
-    return found or {"none 100%": whole}
+    all_of_them = {"none": "100%"}               # a number is another one in each model
+    return found or {f"{row['prune']} {all_of_them.get(row['prune'], budget(row))}": {"full": row}
+                     for row in rows}
 
 
 def draw(models: Mapping[str, Sequence[dict]]) -> Image.Image:
@@ -87,18 +89,19 @@ def draw_panel(pen: ImageDraw.ImageDraw, rows: Sequence[Marks], left: float, wid
                height: int) -> None:
     """A grid of shares, all tokens, and in each row of that height its marks."""
     bottom = TOP + height * len(rows)
-    whole = [marks["full"] for marks in rows if "full" in marks][:1]
+    whole = [(TOP + height * number, marks["full"])
+             for number, marks in enumerate(rows) if "full" in marks]
 
     def x(share: float) -> float:
         return left + width * share
 
-    for row in whole:
-        pen.rectangle((x(row["low"]), TOP, x(row["high"]), bottom), BAND)
+    for y, row in whole:
+        pen.rectangle((x(row["low"]), y, x(row["high"]), y + height), BAND)
     for share, name in SHARES.items():
         pen.line((x(share), TOP, x(share), bottom), GRID)
         pen.text((x(share), bottom + 10), name, PAPER, anchor="mt")
-    for row in whole:
-        pen.line((x(row["accuracy"]), TOP, x(row["accuracy"]), bottom), STYLES["full"][0], 4)
+    for y, row in whole:
+        pen.line((x(row["accuracy"]), y, x(row["accuracy"]), y + height), STYLES["full"][0], 4)
     for number, marks in enumerate(rows):
         upper = TOP + height * number
         pen.line((left, upper, left + width, upper), GRID)
@@ -106,8 +109,8 @@ def draw_panel(pen: ImageDraw.ImageDraw, rows: Sequence[Marks], left: float, wid
             pen.text((left + 12, upper + height / 2), "not asked", FAINT, anchor="lm")
         pruned = [(mode, row) for mode, row in marks.items() if mode != "full"]
         for index, (mode, row) in enumerate(pruned):
-            y = upper + height / 2 + STEP * (index - (len(pruned) - 1) / 2)
-            draw_mark(pen, mode, y, x(row["low"]), x(row["accuracy"]), x(row["high"]))
+            middle = upper + height / 2 + STEP * (index - (len(pruned) - 1) / 2)
+            draw_mark(pen, mode, middle, x(row["low"]), x(row["accuracy"]), x(row["high"]))
 
 
 def draw_mark(pen: ImageDraw.ImageDraw, mode: str, y: float, low: float, x: float,

@@ -54,6 +54,8 @@ def test_strategy_and_budget_have_a_row_and_so_has_each_case_that_is_no_mode():
         "none 144: IDs permuted": whole | {"IDs permuted": case},
         "a\nb -: given": whole | {"given": given}}
     assert plot.put_together([WHOLE]) == {"none 100%": whole}
+    two = [row("full", share, name) for name, share in (("a", 0.2), ("b", 0.9))]
+    assert [*plot.put_together(two).values()] == [{"full": each} for each in two]
     assert columns(plot.draw({"mini": [case, given]}), plot.FAINT)
 
 
