@@ -133,15 +133,15 @@ def load_peer(folder: Path, model: VLM) -> tuple[Any, int]:
 
     raises: NanogapError where transformers is not installed, or has no such model
     """
+    kind = model.fixed["model_type"]
+    if kind not in ("llava", "llava_next"):
+        raise NanogapError(f"{folder} holds a {kind!r} model, and transformers has only llava and "
+                           "llava_next: leave --against out")
     try:
         import transformers
     except ImportError:
         raise NanogapError("transformers is not installed here; get it with "
                            "`pip install transformers==5.23.0`") from None
-    kind = model.fixed["model_type"]
-    if kind not in ("llava", "llava_next"):
-        raise NanogapError(f"{folder} holds a {kind!r} model, and transformers has only llava and "
-                           "llava_next: leave --against out")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     peer: Any = transformers.AutoModelForImageTextToText.from_pretrained(

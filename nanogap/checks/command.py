@@ -140,7 +140,7 @@ def answer_for(name: str, command: Callable[[Sequence[str] | None], None],
             if hasattr(stream, "reconfigure"):                # it may not know all letters
                 stream.reconfigure(errors="backslashreplace")
         command(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)                            # nobody may listen
         return 0
     except KeyboardInterrupt:
         return 130

@@ -17,7 +17,7 @@ from nanogap.models import MODELS
 
 # by `model_type` in config.json: how to get one
 GET = {kind: f"get the published weights with {family.download}, or take some that come with "
-             "nanogap, such as --weights mini" for kind, family in MODELS.items()}
+             "nanogap, such as mini" for kind, family in MODELS.items()}
 GET_CLIP = {"clip": f"get the CLIP with {MODELS['llava'].clip_download}"}
 # patterns of a file's name, of a key of config.json, or of a tensor and its type -> what that says
 FORMS = {

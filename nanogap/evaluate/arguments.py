@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from nanogap import methods
 from nanogap.checks.command import (
@@ -81,6 +82,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
          "--format says how --score reads answers; a model has its own, so leave it out"),
         (args.data.partition(":")[0] == "scenes" and (args.split or args.images),
          "--split and --images are for annotations; for drawn scenes give --data scenes:SPLIT"),
+        (args.score and not args.score.is_file(), f"--score {args.score} is no file of answers"),
+        (args.data.partition(":")[0] != "scenes" and not Path(args.data).is_file(),
+         f"--data {args.data} is no file; give scenes:val or annotations of RefCOCO"),
         (args.ablate and args.mode, "--ablate has its own modes; leave --mode out"),
         (args.resume and not args.out, "--resume goes on with --out; give that file as well"),
         (args.plot and args.plot == args.out, "--out and --plot are the same file; give two")]

@@ -1,7 +1,5 @@
 """Asking a model: every expression, under every strategy, budget and mode.
 
-In:  a model, pictures with questions, and what was asked for on the command line.
-Out: a record for each answer, a picture's at a time.
 An image is encoded once, and all that is asked about it is asked at once, under all prunings
 (nanogap/fast/ground_all.py); of the times each answer has its share.
 """

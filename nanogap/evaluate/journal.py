@@ -1,7 +1,6 @@
 """The file of answers: a JSON line for each as it comes, and how an interrupted run goes on.
 
-In:  a path, and the settings on which answers depend.
-Out: FILE.jsonl, and FILE.jsonl.settings.json beside it.
+In FILE.jsonl.settings.json beside it are the settings on which answers depend.
 A kill loses the answers in the making, and a line that it tore is cut off when the run resumes.
 Several processes add to one file, each a whole line at a time.
 """

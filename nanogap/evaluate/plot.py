@@ -1,8 +1,7 @@
 """The picture of an evaluation: a panel for each model, rows in it, and in each row the modes.
 
-In:  the rows of reports (score.py).  Out: one picture, also for colour-blind readers.
 A mark stands at the share found, on a line as long as its 95 % interval.  All tokens are a line
-down the panel, with the interval as a band.  Letters can be read 800 pixels wide.
+down the panel, with the interval as a band.  Colour-blind readers tell the modes by their shapes.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,5 @@
 """Passes of the lesson's decoder over the tokens of several caches.
 
-In:  embeddings at their position IDs, where they stand, and who may look at whom.
-Out: hidden states.
-
 The layers are those of nanogap/llama.py and so is what they compute, but in the last one only the
 tokens whose logits are wanted look at others.
 Letters: T tokens of a pass, R rows in a cache, C channels, H heads, G key-value heads, D head dim.

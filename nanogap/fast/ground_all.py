@@ -1,8 +1,7 @@
 """Questions about a picture, answered the fast way: one, or many under one pruning or several.
 
-In:  a model (nanogap/models/), a picture, expressions, and how to prune.
-Out: for each expression the words of nanogap/ground.py, with what was asked beside them.
-What is kept and where it stands is decided here; the passes are in lanes.py.
+The words are those of nanogap/ground.py, with what was asked beside them.  What is kept and where
+it stands is decided here; the passes are in lanes.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence

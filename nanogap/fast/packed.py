@@ -1,10 +1,9 @@
 """Products on a CPU as fast as it can: each large matrix in the order in which it multiplies.
 
-A CPU's product wants its matrix in blocks, so torch rearranges it in every call.  With many rows
-that is little; with the few of a decoder's pass it takes longer than the product.  Here it is done
-once, and the plain matrix is given back: there is one copy.  Whoever looks at the parameters of a
-layer, to write, train, move, copy or change them, gets them plain, bit for bit, and the layer
-multiplies by these from there on: what is packed can never be stale.
+A CPU's product wants its matrix in blocks, so torch rearranges it in every call, which takes longer
+than a product with the few rows of a decoder's pass.  Here it is done once, and there is one copy.
+Whoever looks at the parameters of a layer gets them plain, bit for bit, and the layer multiplies by
+these from there on: what is packed can never be stale.
 Sums are taken in another order, so logits differ in their last digits.  A small tower's matrices
 are left to torch, for VisPruner chooses by the last digit of what it sees.
 """

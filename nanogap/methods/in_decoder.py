@@ -233,8 +233,8 @@ def where(name: str, layers: int) -> list[int]:
         at = [layer for layer in at if layer < layers] or at[:1]
     for layer in at:
         if not 0 < layer < layers:
-            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: give a layer "
-                               f"from 1 to {layers - 1}")
+            raise NanogapError(f"{name} cannot cut before layer {layer} of {layers}: give one from "
+                               f"1 to {layers - 1}, or leave its settings out")
     return at
 
 

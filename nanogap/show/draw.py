@@ -115,7 +115,8 @@ def legend(results: Mapping[str, Answered], pruned: Answered, truth: Box | None,
     lines: list[tuple[str, Style | None]] = [(asked, None), (stay, None)]
     for mode, result in results.items():
         _, visual_ids, _ = MODES[mode]
-        text = f"{mode}: {visual_ids} position IDs, {result.visual_tokens:g} tokens"
+        meaning = "" if "," in mode else f": {visual_ids} position IDs"    # some names say it all
+        text = f"{mode}{meaning}, {result.visual_tokens:g} tokens"
         with_full = agreement(result, results.get("full"))
         if result.box is None:
             text += ", no box"

@@ -59,3 +59,9 @@ def test_a_reader_that_leaves_ends_a_command_without_a_traceback():
     done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, timeout=120)
     os.close(writer)
     assert done.returncode == 141 and done.stderr == b""
+
+
+def test_a_command_ends_well_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch):
+    """As with `>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert answer_for("x", print, ["told to nobody"]) == 0

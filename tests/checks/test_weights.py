@@ -169,7 +169,7 @@ def test_an_unknown_dtype_or_device_is_refused_with_the_choices(folder: Path):
 
 GET = "`hf download llava-hf/llava-1.5-7b-hf --local-dir weights/llava-1.5-7b-hf` (14 GB)"
 GET_OR = (f"get the published weights with {GET}, or take some that come with nanogap, such as "
-          "--weights mini")
+          "mini")
 MORE = "language_model.model.layers.3.input_layernorm.weight"                 # there are 0 to 2
 NOT_LOADED = "FOLDER cannot be loaded as llava (Error(s) in loading state_dict for VLM: "
 NO_OBJECT = "FOLDER/{} holds no JSON object but a {}: it is some other file under this name"

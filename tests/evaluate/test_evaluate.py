@@ -226,7 +226,7 @@ def test_weights_are_told_apart_by_all_files_that_answers_depend_on(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "coco.json"], "No such file or directory: 'coco.json'; see that it is there"),
+    (["--data", "coco.json"], "--data coco.json is no file; give scenes:val or annot"),
     (["--keep", "17"], "cannot keep 17 of 16 visual tokens"),
     (["--prune", "best"], "unknown strategy 'best': choose from random, "),
     (["--prune", "random", "--keep", "auto"], "random cannot keep auto of 1"),

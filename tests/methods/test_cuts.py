@@ -63,7 +63,7 @@ def test_layers_scale_with_the_depth_of_the_decoder(layers, fastv, pyramiddrop, 
     ("sparsevlm(label=64)", 7, 5), ("pyramiddrop", 1, 1)])
 def test_a_cut_needs_a_layer_before_it_and_one_behind(spec: str, layer: int, layers: int):
     with pytest.raises(NanogapError, match=f"cannot cut before layer {layer} of {layers}: give "
-                                           f"a layer from 1 to {layers - 1}"):
+                                           f"one from 1 to {layers - 1}, or leave its settings"):
         plan(find(spec), 16, 8, layers)
 
 
