@@ -14,12 +14,14 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanogap.checks.loading import MINI, load
+from nanogap.bench.sizes import save_random
+from nanogap.checks.loading import load
 from nanogap.errors import NanogapError
 from nanogap.fast.graph import GraphedDecoder
 from nanogap.fast.packed import pack
@@ -128,11 +130,8 @@ def many_times(model: VLM, run: dict, new: int) -> dict:
 # ----- transformers' model ------------------------------------------------------------------------
 
 
-def load_peer(folder: Path, model: VLM) -> tuple[Any, int]:
-    """The model where ours is, with the fastest attention that it has, and its weights' bytes.
-
-    raises: NanogapError where transformers is not installed, or has no such model
-    """
+def peer_class(folder: Path, model: VLM) -> Any:
+    """What loads such a model; NanogapError where transformers has none, or is not installed."""
     kind = model.fixed["model_type"]
     if kind not in ("llava", "llava_next"):
         raise NanogapError(f"{folder} holds a {kind!r} model, and transformers has only llava and "
@@ -144,8 +143,12 @@ def load_peer(folder: Path, model: VLM) -> tuple[Any, int]:
                            "`pip install transformers==5.23.0`") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    peer: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=model.dtype, attn_implementation="sdpa")
+    return transformers.AutoModelForImageTextToText
+
+
+def load_peer(kind: Any, folder: Path, model: VLM) -> tuple[Any, int]:
+    """The model where ours is, with the fastest attention that it has, and its weights' bytes."""
+    peer = kind.from_pretrained(folder, dtype=model.dtype, attn_implementation="sdpa")
     peer.generation_config.eos_token_id = None   # as many tokens as are asked for
     peer = peer.to(model.device).eval()
     return peer, bytes_of(peer)
@@ -219,7 +222,9 @@ def peer_times(peer: Any, model: VLM, new: int) -> dict:
 def measure(args: argparse.Namespace) -> dict:
     """The JSON document; above a ratio of 1 the run in whose row it stands is the faster."""
     new = args.new
-    our_times(load(MINI, args.device, "float32"), {"mode": "full"}, 2)        # libraries start up
+    with TemporaryDirectory() as folder:                                      # libraries start up
+        save_random("tiny", Path(folder), torch.float32)
+        our_times(load(folder, args.device), {"mode": "full"}, 2)
     runs = [{"mode": "full"}, *({"prune": args.prune, "keep": keep} for keep in args.keep)]
     model, ours = first_use(args.device, lambda: our_model(args),
                             lambda model: [our_times(model, run, new) for run in runs])
@@ -227,7 +232,8 @@ def measure(args: argparse.Namespace) -> dict:
     todo.append(partial(many_times, model, runs[-1], new))
     theirs = None
     if args.against:
-        peer, theirs = first_use(args.device, lambda: load_peer(args.folder, model),
+        kind = peer_class(args.folder, model)
+        peer, theirs = first_use(args.device, lambda: load_peer(kind, args.folder, model),
                                  lambda peer: peer_times(peer, model, new))
         theirs |= agreement(peer, model, new)
         todo.append(partial(peer_times, peer, model, new))

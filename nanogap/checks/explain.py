@@ -1,8 +1,4 @@
-"""What a folder is that is no checkpoint, or one of another form: said in one line.
-
-In:  the folder, and whatever came of loading it.
-Out: the mistake: what is wrong, and the next step.
-"""
+"""What a folder is that is no checkpoint, or one of another form: one line with the next step."""
 
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The paper's argument on any weights: is it the missing tokens that break grounding, or the IDs?
 
-In:  an encoded image, an expression, and a case.  Out: what the model says in that case.
-
 A case of WHOLE removes no token: it changes the IDs of the visual tokens, their order, or the IDs
 of the text after them.  RoPE sees differences of IDs only, so "image and text + 100" moves the text
 before the image away, and nothing else.  PRUNED names the modes (gap.py) of a pruned sequence.

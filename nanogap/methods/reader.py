@@ -1,7 +1,5 @@
 """Pruning between two layers of the decoder: cuts, and an answer that goes on behind them.
 
-In:  a question, and a strategy that cuts inside the decoder.  Out: an answer, and its cuts.
-
 All visual tokens go in.  Before the layer of a cut a strategy (in_decoder.py) says which stay, by
 what the layers below have made of them, and the mode decides about order and IDs (gap.py).  Here
 each can be asked in every mode; of the published codes those of FastV, SparseVLM+ and IVC-Prune
