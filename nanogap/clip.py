@@ -127,7 +127,7 @@ class CLIPVisionTower(nn.Module):
     def __init__(self, config: CLIPVisionConfig, feature_layer: int = -2) -> None:
         super().__init__()
         self.config = config
-        # hidden_states[-2] is what the last layer but one returns: `depth` layers make the features
+        # of transformers' hidden_states, embeddings first: -2 is what the last layer but one gives
         self.depth = feature_layer % (config.num_hidden_layers + 1)
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # sic

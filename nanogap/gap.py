@@ -35,7 +35,7 @@ MODES = {
 class Layout:
     """Which token stands where."""
     kept: Tensor             # (K,) raster indices of the kept tokens, in the order of the sequence
-    order: Tensor            # (K,) which of the kept tokens, as they were ranked, comes where
+    order: Tensor            # (K,) order[i]: which token of the ranking stands i-th among them
     position_ids: Tensor     # (P + K + M + A,) what RoPE sees
     next_position: int       # ID of the first generated token
 
@@ -49,8 +49,9 @@ def lay_out(ranked: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> La
     """
     if mode not in MODES:
         raise NanogapError(f"unknown mode {mode!r:.80}: choose from {'; '.join(MODES)}")
-    named = set(ranked.flatten().tolist()) if ranked.dtype == torch.long else {-1}  # -1: refused
-    if ranked.dim() != 1 or len(named) != len(ranked) or not named <= set(range(N)):
+    patches = set(ranked.flatten().tolist())
+    if (ranked.dtype != torch.long or ranked.dim() != 1 or len(patches) != len(ranked)
+            or not patches <= set(range(N))):
         raise NanogapError(f"keep must name raster indices from 0 to {N - 1}, each once")
     if mode == "full" and len(ranked) != N:
         raise NanogapError(f"mode 'full' keeps all {N} visual tokens, not {len(ranked)}")
@@ -75,7 +76,7 @@ def position_ids(keep: Tensor, n_before: int, n_visual: int, n_after: int, mode:
 def keep_ids(ids_of_all: Tensor, stays: Tensor) -> tuple[Tensor, int]:
     """GAP said as indexing: number the unpruned prompt, and take the numbers of what stays.
 
-    ids_of_all: (T,) or (3, T) position IDs of one unpruned prompt; three are those of M-RoPE
+    ids_of_all: (T,) or (3, T) position IDs of one unpruned prompt; three for M-RoPE (Qwen2-VL)
     stays:      (T',) indices of the tokens that stay, text included, in the order of the prompt
     returns:    their IDs (T',) or (3, T'), and the ID of the first generated token
     """

@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:
-    """A table without initial values, which nn.Embedding would draw, for a second on meta."""
+    """A table whose values are not drawn, which takes long, since a checkpoint fills it."""
     return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 

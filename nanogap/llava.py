@@ -57,7 +57,7 @@ class EncodedImage:
     features: Tensor          # (N, C) before the projector, in the order of the prompt
     rows: int
     columns: int
-    hidden: Any               # of the vision tower: fields are made of it when they are needed
+    hidden: Any               # states before and after the feature layer, for `fields`: clip.py
     fields: dict[str, Tensor] = field(default_factory=dict)   # those that were: see prune.FIELDS
     vision_ms: float = 0.0
 

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from nanogap.errors import NanogapError
 
 FIELDS = {   # what a strategy may need to see, besides the features
-    "cls":           "(C,)        the CLS token after the feature layer",
+    "cls":           "(C,)        the CLS token after the feature layer, the tower's last but one",
     "cls_attention": "(H, N)      how much CLS attends to each patch in the feature layer",
     "keys":          "(N, D)      the feature layer's keys, the mean over heads",
     "last_queries":  "(1 + N, C)  the next layer's queries, CLS first: heads not split",

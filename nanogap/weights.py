@@ -118,7 +118,7 @@ def fill(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtyp
          rename: tuple[tuple[str, str], ...] = (), skip: str = "$^") -> None:
     """Give a model on the meta device the tensors of a folder: all of them, and no others.
 
-    rename, skip: patterns of names on disk: to names of modules; of what is no part of the model
+    rename, skip: patterns of names on disk: to those of modules; of what is left out ("$^": none)
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in read_tensors(folder):
