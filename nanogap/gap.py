@@ -49,9 +49,8 @@ def lay_out(ranked: Tensor, P: int, N: int, A: int, mode: str, M: int = 0) -> La
     """
     if mode not in MODES:
         raise NanogapError(f"unknown mode {mode!r:.80}: choose from {'; '.join(MODES)}")
-    patches = set(ranked.flatten().tolist())
-    if (ranked.dtype != torch.long or ranked.dim() != 1 or len(patches) != len(ranked)
-            or not patches <= set(range(N))):
+    different = len(set(ranked.flatten().tolist()) & set(range(N))) == ranked.numel()
+    if ranked.dtype != torch.long or ranked.dim() != 1 or not different:
         raise NanogapError(f"keep must name raster indices from 0 to {N - 1}, each once")
     if mode == "full" and len(ranked) != N:
         raise NanogapError(f"mode 'full' keeps all {N} visual tokens, not {len(ranked)}")
