@@ -34,6 +34,7 @@ RECIPES: dict[str, Callable] = {"llava": llava, "shikra": shikra, "minigpt-v2": 
 
 
 def command(argv: Sequence[str] | None) -> None:
+    """Check the arguments, and make one folder of the pieces."""
     parser = Parser(prog="python -m nanogap.convert", description=(__doc__ or "").split("\n")[0])
     models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
     for name, make in RECIPES.items():
