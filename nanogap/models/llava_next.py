@@ -216,9 +216,10 @@ class LlavaNext(VLM):
         fields = self.vision_tower.fields(before, after, needs)
         return {name: value[stays.get(name, ...)] for name, value in fields.items()}
 
-    def select(self, image: Any, expression: str, prune: str, budget: int | None,
+    def select(self, image: EncodedImage, expression: str, prune: str, budget: int | None,
                seed: int) -> Kept:
         """Which patches a strategy keeps of each part, by its share of the budget; and newlines."""
+        assert isinstance(image, EncodedTiles)
         sizes = [part.n_visual for part in image.parts]
         equally = settings_of(prune).get("crops") == "equal"
         shares = [None] * len(sizes) if budget is None else shared_out(budget, sizes, equally)
@@ -229,7 +230,7 @@ class LlavaNext(VLM):
             if share == 0:
                 continue
             kept = STRATEGIES[prune](self.see(part, needs_of(prune), expression), share, generator)
-            tokens = view.flatten()[kept.ranked.cpu()]                  # (k,)
+            tokens = view.flatten()[kept.ranked.cpu()]                        # (k,)
             if kept.features is not None:
                 features[tokens.to(features.device)] = kept.features
             if kept.added is not None:
@@ -238,8 +239,9 @@ class LlavaNext(VLM):
         keep = torch.tensor(close_rows(ranked, image.row_end.tolist()))       # (K,)
         return Kept(keep, features[keep.to(features.device)], torch.cat(added) if added else None)
 
-    def visual_tokens(self, image: Any, kept: Kept, order: Tensor) -> Tensor:
+    def visual_tokens(self, image: EncodedImage, kept: Kept, order: Tensor) -> Tensor:
         """Patches go through the projector, and a newline is the same vector everywhere."""
+        assert isinstance(image, EncodedTiles)
         visual = super().visual_tokens(image, kept, order)                    # (K + M, C')
         indices = kept.ranked[order]                                          # (K,)
         newline = (image.row_end[indices] == indices).nonzero()[:, 0]
